@@ -1,0 +1,68 @@
+"""effcore: train and run neural networks with less compute.
+
+Importing this package is cheap: torch, transformers and the native libraries are loaded when a name is first used.
+:mod:`effcore.array` works on NumPy and CuPy arrays without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_EXPORTS = {
+    "share_activations": "effcore.models.convert",
+    "attention": "effcore.ops.attention",
+    "attention_with_scores": "effcore.ops.attention",
+    "attention_from_scores": "effcore.ops.attention",
+    "share_kv": "effcore.ops.attention",
+    "attention_shared_kv": "effcore.ops.attention",
+    "decode_attention": "effcore.ops.attention",
+    "decode_from_probs": "effcore.ops.attention",
+    "SharedScores": "effcore.ops.attention",
+    "SharedKV": "effcore.ops.attention",
+}
+_SUBMODULES = ("array", "cli", "methods", "models", "nn", "ops", "reference")
+
+if TYPE_CHECKING:
+    from effcore.models.convert import share_activations
+    from effcore.ops.attention import (
+        SharedKV,
+        SharedScores,
+        attention,
+        attention_from_scores,
+        attention_shared_kv,
+        attention_with_scores,
+        decode_attention,
+        decode_from_probs,
+        share_kv,
+    )
+
+__all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
+    "share_activations",
+    "attention",
+    "attention_with_scores",
+    "attention_from_scores",
+    "share_kv",
+    "attention_shared_kv",
+    "decode_attention",
+    "decode_from_probs",
+    "SharedScores",
+    "SharedKV",
+]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f"effcore.{name}")
+    raise AttributeError(f"module 'effcore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS, *_SUBMODULES])

@@ -1,0 +1,1 @@
+"""Differentiable, compile-safe tensor functions over the native kernels: one module a family."""

@@ -1,0 +1,1 @@
+"""The same functions as :mod:`effcore.ops`, slow and obvious, in plain torch: the oracle of every test."""
