@@ -1,0 +1,178 @@
+// One new token a row against a cache: O = softmax(scale q K^T) V, or O = P V with another layer's P.
+//
+// Bound: bytes. K and V are read once, as they lie; all query heads of a kv head use a row while it is in the first-level
+// cache. The cache is cut in chunks of decode_chunk keys. A chunk yields its maximum c, weights w = 2^(S - c), their sum, and
+// w V; a task works through a segment of chunks and keeps one running sum of w V. The second pass joins the segments of a
+// head and turns maxima into the scale of each chunk, 2^(c - max) / sum, so that P = w scale.
+#include <cmath>
+
+#include "../scratch.h"
+#include "engine.h"
+#include "softmax.h"
+
+namespace effcore::attention::EFFCORE_ISA {
+namespace {
+
+constexpr std::int64_t chunks_of(std::int64_t keys) { return (keys + decode_chunk - 1) / decode_chunk; }
+
+// scores[g][j] = q[g] . k[j]
+template <class T, class Storage>
+void dot_rows(const T* q, std::int64_t group, std::int64_t head_dim, const Storage* k, std::int64_t row_stride, std::int64_t keys,
+              T* scores) {
+  const std::int64_t whole = head_dim / width<T> * width<T>;
+  for (std::int64_t j = 0; j < keys; ++j, k += row_stride)
+    for (std::int64_t g = 0; g < group; ++g) {
+      const T* row = q + g * head_dim;
+      Vector<T> sum{};
+      for (std::int64_t d = 0; d < whole; d += width<T>) sum += load(row + d) * load_as(k + d, T{});
+      T s = horizontal_sum<T>(sum);
+      for (std::int64_t d = whole; d < head_dim; ++d) s += row[d] * to_float(k[d]);
+      scores[g * decode_chunk + j] = s;
+    }
+}
+
+// sums[g] += sum over j of weights[g][j] v[j]
+template <class T, class Storage>
+void add_rows(const T* weights, std::int64_t group, const Storage* v, std::int64_t row_stride, std::int64_t keys,
+              std::int64_t value_dim, T* sums) {
+  const std::int64_t whole = value_dim / width<T> * width<T>;
+  for (std::int64_t j = 0; j < keys; ++j, v += row_stride)
+    for (std::int64_t g = 0; g < group; ++g) {
+      const T w = weights[g * decode_chunk + j];
+      T* sum = sums + g * value_dim;
+      for (std::int64_t d = 0; d < whole; d += width<T>) store(sum + d, load(sum + d) + w * load_as(v + d, T{}));
+      for (std::int64_t d = whole; d < value_dim; ++d) sum[d] += w * to_float(v[d]);
+    }
+}
+
+template <class E>
+void segment(const DecodeJob& job, std::int64_t task) {
+  using Storage = typename E::Storage;
+  using T = typename E::Accumulator;
+  const Problem& p = job.problem;
+  const std::int64_t number = task / job.segments, segment = task % job.segments;
+  const std::int64_t b = number / p.kv_heads, kv_head = number % p.kv_heads, group = p.heads / p.kv_heads;
+  const std::int64_t head = b * p.heads + kv_head * group, chunks = chunks_of(p.keys);
+  const KeyRange seen = visible_keys(p, b, 0);
+  const T factor = static_cast<T>(p.scale * log2_e);
+
+  const auto lay_out = [&](Pieces& pieces, T*& q, T*& scores, T*& sums, T*& maxima) {
+    q = pieces.take<T>(group * p.head_dim);
+    scores = pieces.take<T>(group * decode_chunk);
+    sums = pieces.take<T>(group * p.value_dim);
+    maxima = pieces.take<T>(group);
+  };
+  T *q, *scores, *sums, *maxima;
+  Pieces measure(nullptr);
+  lay_out(measure, q, scores, sums, maxima);
+  Pieces pieces(static_cast<char*>(scratch::get(scratch::Slot::local, measure.bytes_from(nullptr))));
+  lay_out(pieces, q, scores, sums, maxima);
+
+  if (!job.from_probs)
+    for (std::int64_t g = 0; g < group; ++g)
+      load_row(q + g * p.head_dim, row_of<Storage>(job.q, b, kv_head * group + g, 0), p.head_dim, p.head_dim);
+  fill(sums, group * p.value_dim, T(0));
+  fill(maxima, group, -infinity<T>);
+
+  const std::int64_t last_chunk = least(chunks, (segment + 1) * job.segment_chunks);
+  for (std::int64_t chunk = segment * job.segment_chunks; chunk < last_chunk; ++chunk) {
+    const std::int64_t key = chunk * decode_chunk, keys = least(decode_chunk, p.keys - key);
+    const std::int64_t begin = most(0, least(seen.begin - key, keys)), end = most(begin, least(seen.end - key, keys));
+    if (job.from_probs) {
+      if (begin == end) continue;
+      for (std::int64_t g = 0; g < group; ++g) {
+        const Storage* weights = static_cast<const Storage*>(job.weights) + (head + g) * p.keys + key;
+        const T scale = static_cast<const T*>(job.scales)[(head + g) * chunks + chunk];
+        for (std::int64_t j = begin; j < end; ++j) scores[g * decode_chunk + j] = to_float(weights[j]) * scale;
+      }
+    } else {
+      if (begin < end) {
+        dot_rows(q, group, p.head_dim, row_of<Storage>(job.k, b, kv_head, key + begin), job.k.stride[2], end - begin,
+                 scores + begin);
+      }
+      for (std::int64_t g = 0; g < group; ++g) {
+        T* row = scores + g * decode_chunk;
+        const T maximum = row_maximum(row, begin, end, factor), shift = maximum == -infinity<T> ? T(0) : maximum;
+        const T sum = row_exponentials(row, begin, end, decode_chunk, factor, shift);
+        static_cast<T*>(static_cast<void*>(job.maxima))[(head + g) * chunks + chunk] = maximum;
+        static_cast<T*>(static_cast<void*>(job.sums))[(head + g) * chunks + chunk] = sum;
+        if (job.weights != nullptr) {
+          Storage* weights = static_cast<Storage*>(job.weights) + (head + g) * p.keys + key;
+          store_row(weights, row, keys, T(1));
+        }
+        // The running sum of the segment is in units of 2^(its maximum).
+        if (maximum > maxima[g]) {
+          const T correction = static_cast<T>(std::exp2(maxima[g] - maximum));
+          for (std::int64_t d = 0; d < p.value_dim; ++d) sums[g * p.value_dim + d] *= correction;
+          maxima[g] = maximum;
+        } else if (maximum < maxima[g]) {
+          const T correction = static_cast<T>(std::exp2(maximum - maxima[g]));
+          for (std::int64_t j = begin; j < end; ++j) row[j] *= correction;
+        }
+      }
+    }
+    if (begin < end)
+      add_rows(scores + begin, group, row_of<Storage>(job.v, b, kv_head, key + begin), job.v.stride[2], end - begin, p.value_dim,
+               sums);
+  }
+  for (std::int64_t g = 0; g < group; ++g)
+    std::memcpy(static_cast<T*>(static_cast<void*>(job.partial)) + ((head + g) * job.segments + segment) * p.value_dim,
+                sums + g * p.value_dim, p.value_dim * sizeof(T));
+}
+
+template <class E>
+void combine(const DecodeJob& job, std::int64_t task) {
+  using Storage = typename E::Storage;
+  using T = typename E::Accumulator;
+  const Problem& p = job.problem;
+  const std::int64_t b = task / p.kv_heads, kv_head = task % p.kv_heads, group = p.heads / p.kv_heads;
+  const std::int64_t chunks = chunks_of(p.keys);
+  const KeyRange seen = visible_keys(p, b, 0);
+  for (std::int64_t g = 0; g < group; ++g) {
+    const std::int64_t head = b * p.heads + kv_head * group + g;
+    const T* maxima = static_cast<const T*>(static_cast<void*>(job.maxima)) + head * chunks;
+    const T* sums = static_cast<const T*>(static_cast<void*>(job.sums)) + head * chunks;
+    T* partial = static_cast<T*>(static_cast<void*>(job.partial)) + head * job.segments * p.value_dim;
+    const auto segment_maximum = [&](std::int64_t segment) {
+      T m = -infinity<T>;
+      for (std::int64_t c = segment * job.segment_chunks; c < least(chunks, (segment + 1) * job.segment_chunks); ++c)
+        m = maxima[c] > m ? maxima[c] : m;
+      return m;
+    };
+    T inverse = 1, maximum = 0;
+    if (!job.from_probs) {
+      maximum = -infinity<T>;
+      for (std::int64_t c = 0; c < chunks; ++c) maximum = maxima[c] > maximum ? maxima[c] : maximum;
+      T sum = 0;
+      if (maximum == -infinity<T>) maximum = 0;
+      for (std::int64_t c = 0; c < chunks; ++c) sum += sums[c] * static_cast<T>(std::exp2(maxima[c] - maximum));
+      inverse = seen.begin < seen.end ? 1 / sum : T(0);
+      if (job.scales != nullptr)
+        for (std::int64_t c = 0; c < chunks; ++c)
+          static_cast<T*>(job.scales)[head * chunks + c] = inverse * static_cast<T>(std::exp2(maxima[c] - maximum));
+    }
+    for (std::int64_t segment = 0; segment < job.segments; ++segment) {
+      const T* from = partial + segment * p.value_dim;
+      T factor = inverse;
+      if (!job.from_probs) factor *= static_cast<T>(std::exp2(segment_maximum(segment) - maximum));
+      for (std::int64_t d = 0; d < p.value_dim; ++d) partial[d] = (segment > 0 ? partial[d] : T(0)) + factor * from[d];
+    }
+    store_row(const_cast<Storage*>(row_of<Storage>(job.out, b, kv_head * group + g, 0)), partial, p.value_dim, T(1));
+  }
+}
+
+template <class E>
+constexpr DecodeKernels kernels = {segment<E>, combine<E>};
+
+}  // namespace
+
+const DecodeKernels& decode_kernels(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return kernels<Simd<double, double>>;
+    case DType::bfloat16: return kernels<Simd<bfloat16, float>>;
+    case DType::float16: return kernels<Simd<float16, float>>;
+    default: return kernels<Simd<float, float>>;
+  }
+}
+
+}  // namespace effcore::attention::EFFCORE_ISA

@@ -1,0 +1,139 @@
+// C [m, n] (+)= A [m, k] B [k, n] on blocks that fit the caches: the one matrix product of the SIMD engine.
+//
+// Bound: FLOPs. A register tile of tile_rows x tile_vectors accumulators takes, for each step of k, tile_vectors loads of B
+// and tile_rows broadcasts of A: with 6 x 4 zmm 10 loads (2 a cycle) beside 24 multiply-adds (2 a cycle).
+//
+// A has any strides (a transposed operand costs nothing: its elements are broadcast one by one). B is packed in panels of
+// `panel` columns, [columns / panel][k][panel], so that a panel of 64 steps (16 KiB) stays in the first-level cache for all
+// rows and power-of-two strides of the tensor never meet in one cache set. C is row-major, its rows padded to whole vectors.
+#pragma once
+#include "simd.h"
+
+namespace effcore::attention::EFFCORE_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int tile_rows = 6, tile_vectors = 4;
+#else
+constexpr int tile_rows = 6, tile_vectors = 2;  // 16 registers: 12 sums, 2 of B, 1 of A
+#endif
+template <class T>
+constexpr std::int64_t panel = tile_vectors * width<T>;
+
+template <class T>
+struct Product {
+  std::int64_t m = 0, n = 0, k = 0;
+  const T* a = nullptr;
+  std::int64_t a_row = 0, a_column = 1;
+  const T* b = nullptr;
+  std::int64_t b_panel = 0;  // elements from one panel to the next
+  T* c = nullptr;
+  std::int64_t c_row = 0;
+  bool add = true;
+  // What a causal or ragged block leaves out, by row of C (null: nothing): columns that are not needed, and the range of k
+  // where A is not zero. Neither may fall from one row to the next; the product may compute more than that.
+  const std::int32_t* columns = nullptr;
+  const std::int32_t* k_begin = nullptr;
+  const std::int32_t* k_end = nullptr;
+};
+
+template <class T, int rows, int vectors>
+[[gnu::noinline]] void multiply_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, T* c,
+                                     std::int64_t c_row, bool add) {
+  Vector<T> sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sum[r][v] = add ? load(c + r * c_row + v * width<T>) : Vector<T>{};
+  for (std::int64_t step = 0; step < k; ++step, a += a_column, b += panel<T>) {
+    Vector<T> x[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) x[v] = load(b + v * width<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const Vector<T> y = broadcast(a[r * a_row]);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[r][v] += y * x[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) store(c + r * c_row + v * width<T>, sum[r][v]);
+}
+
+template <class T>
+using MultiplyTile = void (*)(std::int64_t, const T*, std::int64_t, std::int64_t, const T*, T*, std::int64_t, bool);
+
+template <class T, int... index>
+struct Tiles {
+  static constexpr MultiplyTile<T> table[] = {multiply_tile<T, index / tile_vectors + 1, index % tile_vectors + 1>...};
+};
+template <class T, int count, int... index>
+struct MakeTiles : MakeTiles<T, count - 1, count - 1, index...> {};
+template <class T, int... index>
+struct MakeTiles<T, 0, index...> : Tiles<T, index...> {};
+
+// Steps of k whose panel of B stays in the first-level cache while all rows pass over it.
+constexpr std::int64_t product_steps = 128;
+
+template <class T>
+void multiply(const Product<T>& p) {
+  constexpr auto& tiles = MakeTiles<T, tile_rows * tile_vectors>::table;
+  // The first step of k initialises C even where nothing is added after it.
+  for (std::int64_t k0 = 0; k0 == 0 || k0 < p.k; k0 += product_steps) {
+    const std::int64_t k1 = least(k0 + product_steps, p.k);
+    const bool add = p.add || k0 > 0;
+    for (std::int64_t j = 0; j < p.n; j += panel<T>) {
+      const T* b = p.b + j / panel<T> * p.b_panel;
+      for (std::int64_t i = 0; i < p.m; i += tile_rows) {
+        const std::int64_t rows = least(tile_rows, p.m - i), last = i + rows - 1;
+        const std::int64_t columns = least(panel<T>, (p.columns != nullptr ? p.columns[last] : p.n) - j);
+        const std::int64_t begin = p.k_begin != nullptr ? most(k0, p.k_begin[i]) : k0;
+        const std::int64_t end = p.k_end != nullptr ? least(k1, p.k_end[last]) : k1;
+        if (columns <= 0 || (add && end <= begin)) continue;
+        const std::int64_t vectors = (columns + width<T> - 1) / width<T>;
+        tiles[(rows - 1) * tile_vectors + vectors - 1](end - begin, p.a + i * p.a_row + begin * p.a_column, p.a_row, p.a_column,
+                                                       b + begin * panel<T>, p.c + i * p.c_row + j, p.c_row, add);
+      }
+    }
+  }
+}
+
+// Elements of a packed B with n columns and k steps.
+template <class T>
+constexpr std::int64_t packed_elements(std::int64_t k, std::int64_t n) {
+  return round_up(n, panel<T>) * k;
+}
+
+// B = the rows [0, rows) of a matrix with n columns; steps [first, first + rows) of the packed [k, n]. Rows out of
+// [valid_begin, valid_end) (numbered from 0) become 0: what nobody sees must not bring its NaN along.
+template <class T, class Storage>
+void pack_rows(T* packed, std::int64_t k, std::int64_t first, const Storage* from, std::int64_t row_stride, std::int64_t rows,
+               std::int64_t n, std::int64_t valid_begin, std::int64_t valid_end) {
+  for (std::int64_t j = 0; j < n; j += panel<T>) {
+    T* to = packed + j * k + first * panel<T>;
+    const std::int64_t columns = least(panel<T>, n - j);
+    for (std::int64_t r = 0; r < rows; ++r)
+      load_row(to + r * panel<T>, from + r * row_stride + j, r >= valid_begin && r < valid_end ? columns : 0, panel<T>);
+  }
+}
+
+// B = the transpose of such rows: columns [first, first + rows) of the packed [k, n], first a multiple of `panel`, up to the
+// end of a panel.
+template <class T, class Storage>
+void pack_transposed(T* packed, std::int64_t k, std::int64_t first, const Storage* from, std::int64_t row_stride,
+                     std::int64_t rows, std::int64_t valid_begin, std::int64_t valid_end) {
+  for (std::int64_t j = 0; j < rows; j += panel<T>) {
+    T* to = packed + (first + j) * k;
+    for (std::int64_t c = 0; c < panel<T>; ++c) {
+      const std::int64_t row = j + c;
+      const bool valid = row < rows && row >= valid_begin && row < valid_end;
+      const Storage* source = from + row * row_stride;
+      for (std::int64_t step = 0; step < k; ++step) to[step * panel<T> + c] = valid ? to_float(source[step]) : T(0);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace effcore::attention::EFFCORE_ISA
