@@ -1,0 +1,9 @@
+// One `define_<family>` for each family, called by module.cpp.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace effcore::python {
+
+void define_attention(pybind11::module_& m);
+
+}  // namespace effcore::python
