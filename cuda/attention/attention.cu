@@ -1,0 +1,251 @@
+// The family's functions: arguments into kernel parameters, workspace, launches.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "attention/dispatch.h"
+#include "common/error.h"
+
+namespace effcore::cuda::attention {
+namespace {
+
+std::int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+int to_int(std::int64_t x, const char* function, const char* what) {
+  if (x > std::numeric_limits<int>::max() / 2)
+    throw std::invalid_argument(std::string("effcore.") + function + ": " + what + " is " + std::to_string(x) + ", more than CUDA kernels take");
+  return static_cast<int>(x);
+}
+
+Shape shape_of(const Problem& p, const char* function) {
+  Shape s{};
+  s.batch = to_int(p.batch, function, "the batch size");
+  s.heads = to_int(p.heads, function, "the number of heads");
+  s.kv_heads = to_int(p.kv_heads, function, "the number of kv heads");
+  to_int(p.batch * p.heads * ((std::max(p.queries, p.keys) + 15) / 16), function, "the number of blocks");
+  s.queries = to_int(p.queries, function, "the number of queries");
+  s.keys = to_int(p.keys, function, "the number of keys");
+  s.head_dim = static_cast<int>(p.head_dim);
+  s.value_dim = static_cast<int>(p.value_dim);
+  s.group = p.kv_heads > 0 ? static_cast<int>(p.heads / p.kv_heads) : 1;
+  s.causal = p.causal;
+  s.negative = p.scale < 0;
+  s.scale = static_cast<float>(std::abs(p.scale));
+  s.scale_log2 = std::max(static_cast<float>(std::abs(p.scale) * 1.4426950408889634), std::numeric_limits<float>::min());
+  s.lengths = p.lengths;
+  s.lengths_stride = p.lengths_stride;
+  s.first_key = p.first_key;
+  s.first_key_batch = p.first_key_stride[0];
+  s.first_key_query = p.first_key_stride[1];
+  return s;
+}
+
+Tensor4 tensor(const TensorView& view) {
+  Tensor4 t;
+  t.data = view.data;
+  t.columns = static_cast<int>(view.size[3]);
+  const std::int64_t size = element_size(view.dtype), wide = 16 / size;
+  const auto address = reinterpret_cast<std::uintptr_t>(view.data);
+  t.aligned = address % 16 == 0 && t.columns % wide == 0;
+  t.paired = address % (2 * size) == 0;
+  for (int d = 0; d < 3; ++d) {
+    t.stride[d] = view.size[d] > 1 ? view.stride[d] : 0;
+    t.aligned = t.aligned && t.stride[d] % wide == 0;
+    t.paired = t.paired && t.stride[d] % 2 == 0;
+  }
+  return t;
+}
+
+cudaStream_t stream_of(const Launch& launch) { return static_cast<cudaStream_t>(launch.stream); }
+
+// Hands out pieces of the workspace; with a null workspace it counts.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(std::int64_t count) {
+    const std::size_t at = used_;
+    used_ += (static_cast<std::size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    return memory_ != nullptr ? reinterpret_cast<T*>(memory_ + at) : nullptr;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  std::size_t used_ = 0;
+};
+
+struct BackwardWorkspace {
+  std::size_t bytes;
+  float *delta, *dq_sums;
+  int* turns;
+  int turn_count;
+
+  BackwardWorkspace(const Problem& p, const BackwardPlan& plan, void* memory) {
+    Workspace space(memory);
+    const std::int64_t rows = p.batch * p.heads, blocks = (p.queries + plan.queries - 1) / plan.queries;
+    delta = space.take<float>(rows * p.queries);
+    turns = space.take<int>(rows * blocks + 1);
+    turn_count = static_cast<int>(rows * blocks + 1);
+    // Where a block of queries meets but one block of keys, its dq never leaves the registers.
+    dq_sums = space.take<float>(p.keys > plan.keys ? rows * blocks * plan.dq_elements : 0);
+    bytes = space.used();
+  }
+};
+
+struct DecodeWorkspace {
+  std::size_t bytes;
+  int splits;
+  float* partial;
+  float2* statistics;
+
+  DecodeWorkspace(const Problem& p, int splits_, void* memory) : splits(splits_) {
+    Workspace space(memory);
+    const std::int64_t parts = p.batch * p.heads * splits;
+    partial = space.take<float>(splits > 1 ? parts * p.value_dim : 0);
+    statistics = space.take<float2>(parts);
+    bytes = space.used();
+  }
+};
+
+int splits_of(const Problem& p, const char* function) {
+  return dispatch(p, function, [&](auto kernels) {
+    return kernels.decode_splits(shape_of(p, function), device_attribute(cudaDevAttrMultiProcessorCount, function));
+  });
+}
+
+void run_decode(const Problem& p, DecodeParams params, bool from_probs, const TensorView& v, const TensorView& out, const Launch& launch,
+                const char* function) {
+  if (p.batch * p.heads == 0) return;
+  params.shape = shape_of(p, function);
+  params.v = tensor(v), params.out = tensor(out);
+  const DecodeWorkspace space(p, splits_of(p, function), launch.workspace);
+  params.splits = space.splits, params.partial = space.partial, params.statistics = space.statistics;
+  dispatch(p, function, [&](auto kernels) { kernels.decode(params, from_probs, function, stream_of(launch)); });
+}
+
+constexpr const char* forward_name = "attention";
+constexpr const char* shared_name = "attention_from_scores";
+constexpr const char* backward_name = "attention_bwd";
+constexpr const char* shared_backward_name = "attention_from_scores_bwd";
+constexpr const char* decode_name = "decode_attention";
+constexpr const char* decode_probs_name = "decode_from_probs";
+
+}  // namespace
+
+std::size_t workspace_bytes(const Forward&) { return 0; }
+std::size_t workspace_bytes(const SharedForward&) { return 0; }
+std::size_t workspace_bytes(const SharedBackward&) { return 0; }
+std::size_t workspace_bytes(const Backward& args) {
+  return dispatch(args.problem, backward_name,
+                  [&](auto kernels) { return BackwardWorkspace(args.problem, kernels.backward_plan(), nullptr).bytes; });
+}
+std::size_t workspace_bytes(const Decode& args) {
+  return DecodeWorkspace(args.problem, splits_of(args.problem, decode_name), nullptr).bytes;
+}
+std::size_t workspace_bytes(const DecodeFromProbs& args) {
+  return DecodeWorkspace(args.problem, splits_of(args.problem, decode_probs_name), nullptr).bytes;
+}
+
+void forward(const Forward& args, const Launch& launch) {
+  const Problem& p = args.problem;
+  const Shape shape = shape_of(p, forward_name);
+  const ForwardParams params{shape, {}, tensor(args.q), tensor(args.k), tensor(args.v), tensor(args.out), static_cast<float*>(args.lse), nullptr};
+  const ProbsParams probs{shape, {}, params.q, params.k, params.lse, args.probs};
+  dispatch(p, forward_name, [&](auto kernels) {
+    kernels.forward(params, false, forward_name, stream_of(launch));
+    if (args.probs != nullptr) kernels.probs(probs, forward_name, stream_of(launch));
+  });
+}
+
+void shared_forward(const SharedForward& args, const Launch& launch) {
+  const Problem& p = args.problem;
+  const ForwardParams params{shape_of(p, shared_name), {}, tensor(args.q), tensor(args.k), tensor(args.v), tensor(args.out),
+                             static_cast<float*>(const_cast<void*>(args.lse)), args.probs};
+  dispatch(p, shared_name, [&](auto kernels) {
+    if (args.probs != nullptr) kernels.forward_probs(params, shared_name, stream_of(launch));
+    else kernels.forward(params, true, shared_name, stream_of(launch));
+  });
+}
+
+void shared_backward(const SharedBackward& args, const Launch& launch) {
+  const Problem& p = args.problem;
+  const Shape shape = shape_of(p, shared_backward_name);
+  DeltaParams delta{};
+  delta.shape = shape;
+  delta.dout = tensor(args.dout), delta.out = tensor(args.out);
+  delta.delta = static_cast<float*>(args.delta);
+  BackwardParams params{};
+  params.shape = shape;
+  params.q = tensor(args.q), params.k = tensor(args.k);
+  params.lse = static_cast<const float*>(args.lse);
+  params.probs = args.probs;
+  params.layers = 1;
+  params.dout[0] = delta.dout;
+  params.dv = tensor(args.dv);
+  params.float_dv = args.dv.dtype == DType::float32;
+  dispatch(p, shared_backward_name, [&](auto kernels) {
+    kernels.delta(delta, shared_backward_name, stream_of(launch));
+    kernels.shared_backward(params, shared_backward_name, stream_of(launch));
+  });
+}
+
+void backward(const Backward& args, const Launch& launch) {
+  const Problem& p = args.problem;
+  if (args.layers > max_layers)
+    throw std::invalid_argument("effcore.attention_with_scores_bwd: " + std::to_string(args.layers) + " layers share these scores, but CUDA kernels take " +
+                                std::to_string(max_layers));
+  const Shape shape = shape_of(p, backward_name);
+  dispatch(p, backward_name, [&](auto kernels) {
+    const BackwardPlan plan = kernels.backward_plan();
+    const BackwardWorkspace space(p, plan, launch.workspace);
+    DeltaParams delta{};
+    delta.shape = shape;
+    delta.dout = tensor(args.dout[0]), delta.out = tensor(args.out), delta.dq = tensor(args.dq);
+    delta.consumers_delta = static_cast<const float*>(args.consumers_delta);
+    delta.delta = space.delta;
+    delta.turns = space.turns, delta.turn_count = space.turn_count;
+    delta.block_q = plan.queries, delta.block_k = plan.keys;
+    BackwardParams params{};
+    params.shape = shape;
+    params.q = tensor(args.q), params.k = tensor(args.k);
+    params.lse = static_cast<const float*>(args.lse);
+    params.delta = space.delta;
+    params.probs = args.probs;
+    params.layers = args.layers;
+    for (int l = 0; l < args.layers; ++l) params.dout[l] = tensor(args.dout[l]), params.v[l] = tensor(args.v[l]);
+    params.dq = tensor(args.dq), params.dk = tensor(args.dk), params.dv = tensor(args.dv);
+    params.float_dk = args.dk.dtype == DType::float32, params.float_dv = args.dv.dtype == DType::float32;
+    params.dq_sums = space.dq_sums;
+    params.turns = space.turns;
+    params.ticket = space.turns + space.turn_count - 1;
+    kernels.delta(delta, backward_name, stream_of(launch));
+    kernels.backward(params, backward_name, stream_of(launch));
+  });
+}
+
+void decode(const Decode& args, const Launch& launch) {
+  DecodeParams params{};
+  params.q = tensor(args.q), params.k = tensor(args.k);
+  params.weights = args.weights, params.scales = static_cast<float*>(args.scales);
+  run_decode(args.problem, params, false, args.v, args.out, launch, decode_name);
+}
+
+void decode_from_probs(const DecodeFromProbs& args, const Launch& launch) {
+  DecodeParams params{};
+  params.weights = const_cast<void*>(args.weights);
+  params.scales = static_cast<float*>(const_cast<void*>(args.scales));
+  run_decode(args.problem, params, true, args.v, args.out, launch, decode_probs_name);
+}
+
+const char* path(const Problem& p) {
+  if (p.dtype != DType::bfloat16 && p.dtype != DType::float16 && p.dtype != DType::float32) return "none: not float32, bfloat16 or float16";
+  if (p.head_dim > 256 || p.value_dim > 256) return "none: head dimension above 256";
+#ifdef EFFCORE_CUDA_SET_CI
+  if (p.dtype != DType::bfloat16 || padded_dim(p.head_dim, p.value_dim) != 64) return "none: built with EFFCORE_CUDA_SET=ci";
+#endif
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, "path") < 8) return "none: compute capability below 8.0";
+  return p.dtype == DType::float32 ? "fma sm_80" : "mma sm_80";
+}
+
+}  // namespace effcore::cuda::attention

@@ -1,0 +1,8 @@
+#ifndef EFFCORE_CUDA_SET_CI
+#include "attention/instances/instantiate.h"
+#include "attention/launch_backward.cuh"
+
+namespace effcore::cuda::attention {
+EFFCORE_BACKWARD(float, 128)
+}  // namespace effcore::cuda::attention
+#endif

@@ -1,0 +1,10 @@
+#ifndef EFFCORE_CUDA_SET_CI
+#include "attention/instances/instantiate.h"
+#include "attention/launch_forward.cuh"
+
+namespace effcore::cuda::attention {
+EFFCORE_FORWARD(float, 64)
+EFFCORE_FORWARD(float, 128)
+EFFCORE_FORWARD(float, 256)
+}  // namespace effcore::cuda::attention
+#endif

@@ -1,0 +1,111 @@
+// The probabilities that a layer group keeps: P = exp(scale Q K^T - lse), normalised, in the inputs' dtype, packed by tiles.
+//
+// A pass of its own behind the forward, rather than a part of it: the forward knows the maximum and the sum of a row only at its end, so
+// it would have to write unnormalised values and read, rescale and round all of them again (three times the bytes, two roundings), or to
+// walk over the keys twice anyway. Bound: one write of P; the product costs 2 * D FLOPs an element, less than the write up to D = 64.
+//
+// Shared memory: Q [64 x D], two K tiles [64 x D], P [64 x 64] on its way from registers to rows of 16 bytes a lane.
+// A block owns one row of tiles, a warp 16 of its rows. All tiles that are stored are written, zeros where nothing is seen.
+#pragma once
+#include "attention/visibility.cuh"
+
+namespace effcore::cuda::attention {
+
+template <class T, int D>
+struct ProbsTiles {
+  static constexpr int warps = 4, threads = 32 * warps, rows = probs_tile;
+  static constexpr int keys = is_16bit<T> || D < 256 ? 64 : 32;
+  static constexpr int stages = is_16bit<T> && D <= 128 ? 2 : 1;
+  static constexpr int shared_bytes = ((rows + stages * keys) * D + rows * keys) * static_cast<int>(sizeof(T));
+  static constexpr int depth_unroll = is_16bit<T> ? D / 16 : 1;
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(ProbsTiles<T, D>::threads) probs_kernel(const __grid_constant__ ProbsParams p) {
+  using Tiles = ProbsTiles<T, D>;
+  constexpr int keys = Tiles::keys, threads = Tiles::threads, rows = Tiles::rows;
+  constexpr float infinity = INFINITY, log2e = 1.4426950408889634f;
+  extern __shared__ __align__(1024) char shared[];
+  const Tile<T, D> q_tile(shared);
+  char* const k_tiles = shared + rows * Tile<T, D>::row_bytes;
+  const Tile<T, keys> p_tile(k_tiles + Tiles::stages * keys * Tile<T, D>::row_bytes);
+
+  const Shape& s = p.shape;
+  const Work work(p.schedule, blockIdx.x, s.causal);
+  const int batch = work.head / s.heads, head = work.head % s.heads;
+  const int row0 = work.block * rows, last_row = min(row0 + rows, s.queries) - 1;
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
+  const Visibility seen(s, batch);
+  const KeyRange range(seen, row0, last_row);
+  const Matrix<T> q = matrix<T>(p.q, batch, head), k = matrix<T>(p.k, batch, head / s.group);
+  T* const packed = static_cast<T*>(p.probs) + work.head * probs_elements_of(s) +
+                    probs_tiles_before(s, work.block) * (probs_tile * probs_tile);
+
+  float shift[2];
+  int begin[2], end[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = row0 + warp_row + lane / 4 + 8 * i;
+    shift[i] = row < s.queries ? p.lse[static_cast<std::int64_t>(work.head) * s.queries + row] * log2e : -infinity;
+    begin[i] = row < s.queries ? seen.begin(row) : 0;
+    end[i] = row < s.queries && shift[i] != -infinity ? seen.end(row) : 0;
+  }
+
+  const auto load = [&](int block) {
+    const Tile<T, D> tile(k_tiles + block % Tiles::stages * keys * Tile<T, D>::row_bytes);
+    load_tile<keys, threads>(tile, k, block * keys, range.begin, range.end);
+    async_commit();
+  };
+  const int blocks = probs_tiles(s, work.block) * (probs_tile / keys);
+  load_tile<rows, threads>(q_tile, q, row0, 0, s.queries);
+  if (blocks > 0) load(0);
+  for (int block = 0; block < blocks; ++block) {
+    async_wait<0>();
+    __syncthreads();
+    if (Tiles::stages == 2 && block + 1 < blocks) load(block + 1);
+    const Tile<T, D> k_tile(k_tiles + block % Tiles::stages * keys * Tile<T, D>::row_bytes);
+    const int key0 = block * keys;
+    float score[keys / 8][4];
+    clear(score);
+    if (key0 < range.end && key0 + keys > range.begin) {
+#pragma unroll Tiles::depth_unroll
+      for (int d = 0; d < D; d += 16) {
+        const Operand<T> a = q_tile.a(warp_row, d);
+#pragma unroll
+        for (int n = 0; n < keys / 16; ++n) multiply_add(score[2 * n], score[2 * n + 1], a, k_tile.b(16 * n, d));
+      }
+    }
+    if (Tiles::stages == 1) {
+      __syncthreads();
+      if (block + 1 < blocks) load(block + 1);
+    }
+    const float scale = s.negative ? -s.scale_log2 : s.scale_log2;
+#pragma unroll
+    for (int n = 0; n < keys / 8; ++n) {
+      const int column = 8 * n + 2 * (lane % 4);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float x[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int key = key0 + column + e;
+          x[e] = key >= begin[i] && key < end[i] ? exp2_approx(fmaf(score[n][2 * i + e], scale, -shift[i])) : 0.0f;
+        }
+        store_pair(p_tile.at(warp_row + lane / 4 + 8 * i, column), 0, 2, true, x[0], x[1]);
+      }
+    }
+    __syncwarp();
+    // The warp's 16 rows, 16 bytes a lane.
+    constexpr int chunk = Tile<T, keys>::chunk, chunks = keys / chunk;
+    T* const to = packed + static_cast<std::int64_t>(key0 / probs_tile) * (probs_tile * probs_tile) + key0 % probs_tile;
+#pragma unroll
+    for (int i = lane; i < 16 * chunks; i += 32) {
+      const int row = warp_row + i / chunks, column = i % chunks * chunk;
+      *reinterpret_cast<uint4*>(to + row * probs_tile + column) = *reinterpret_cast<const uint4*>(p_tile.at(row, column));
+    }
+    __syncwarp();
+  }
+  async_wait<0>();
+}
+
+}  // namespace effcore::cuda::attention
