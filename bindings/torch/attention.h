@@ -136,9 +136,12 @@ struct AttentionOps {
           " values");
     const VisibilityViews seen(f, lengths, first_key, causal, scale);
     const TensorView vq = view(q, f, "q"), vk = view(k, f, "k");
-    std::vector<Tensor> g;
+    std::vector<Tensor> g, vs;
     std::vector<TensorView> vg, vv;
-    for (const Tensor& t : values) vv.push_back(view(t, f, "values"));
+    for (const Tensor& t : values) {
+      vs.push_back(dense_last(t));
+      vv.push_back(view(vs.back(), f, "values"));
+    }
     const Problem p = attention::check(f, vq, vk, &vv[0], seen.options);
     for (const TensorView& t : vv)
       attention::check_tensor(f, "values", t, p, p.dtype, {p.batch, p.kv_heads, p.keys, p.value_dim});

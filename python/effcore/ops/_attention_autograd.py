@@ -340,13 +340,17 @@ def _(q_shape, k_shape, v_shape, lse_shape, probs_shape, *_args, out_shape=None,
 
 
 @register_flop_formula(_ops.attention_from_scores_bwd)
-def _(dout_shape, out_dims, q_shape, k_shape, v_shape, lse_shape, probs_shape, *_args, out_shape=None, **_kwargs) -> int:
+def _(
+    dout_shape, out_dims, q_shape, k_shape, v_shape, lse_shape, probs_shape, *_args, out_shape=None, **_kwargs
+) -> int:
     recompute = 0 if len(probs_shape) == 3 else q_shape[3]
     return _product(q_shape, k_shape[2], recompute + v_shape[3])
 
 
 @register_flop_formula(_ops.attention_with_scores_bwd)
-def _(q_shape, k_shape, out_dims, lse_shape, probs_shape, delta, douts, values, *_args, out_shape=None, **_kwargs) -> int:
+def _(
+    q_shape, k_shape, out_dims, lse_shape, probs_shape, delta, douts, values, *_args, out_shape=None, **_kwargs
+) -> int:
     recompute = 0 if len(probs_shape) == 3 else q_shape[3]
     return _product(q_shape, k_shape[2], recompute + 2 * q_shape[3] + (len(values) + 1) * out_dims[3])
 

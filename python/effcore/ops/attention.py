@@ -14,7 +14,7 @@ Cross-layer sharing (EPAS, arXiv 2601.19089; ECHO-LLaMA, 2505.17331) is exact: s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +47,20 @@ class SharedScores:
     that they find inside containers, and a log-sum-exp in bfloat16 is a wrong probability.
     """
 
-    __slots__ = ("causal", "delta", "dout_slot", "first_key", "k", "lengths", "lse", "probs", "q", "scale", "use", "value_slot")
+    __slots__ = (
+        "causal",
+        "delta",
+        "dout_slot",
+        "first_key",
+        "k",
+        "lengths",
+        "lse",
+        "probs",
+        "q",
+        "scale",
+        "use",
+        "value_slot",
+    )
 
     q: Tensor
     k: Tensor
@@ -172,7 +185,11 @@ def attention_with_scores(
     q, k = q.detach(), k.detach()
     shared = tuple(
         SharedScores(
-            (q, k, lse, probs, delta, dout, value, use), lengths=lengths, first_key=first_key, causal=causal, scale=scale
+            (q, k, lse, probs, delta, dout, value, use),
+            lengths=lengths,
+            first_key=first_key,
+            causal=causal,
+            scale=scale,
         )
         for dout, value, use in zip(douts, values, uses, strict=True)
     )
@@ -185,7 +202,9 @@ def attention_from_scores(scores: SharedScores, v: Tensor) -> Tensor:
         raise TypeError(f"effcore.attention_from_scores: scores must be a SharedScores, got {type(scores).__name__}")
     s = scores
     v = v.to(s.q.dtype) if torch.is_autocast_enabled(v.device.type) else v
-    return _ops.attention_from_scores.default(*s.tensors()[:2], v, *s.tensors()[2:], s.lengths, s.first_key, s.causal, s.scale)
+    return _ops.attention_from_scores.default(
+        *s.tensors()[:2], v, *s.tensors()[2:], s.lengths, s.first_key, s.causal, s.scale
+    )
 
 
 def share_kv(k: Tensor, v: Tensor) -> SharedKV:
@@ -263,5 +282,3 @@ def plan_keep(q: Tensor, k: Tensor, *, causal: bool, consumers: int) -> str:
     if q.device.type == "cuda":
         return "probs" if head_dim > 64 else "lse"
     return "probs"
-
-

@@ -69,13 +69,9 @@ def probabilities(
     keys = k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     scores = (q @ repeat_kv(k, heads).mT) * scale
-    seen = visible(
-        batch, queries, keys, causal=causal, lengths=lengths, first_key=first_key, device=q.device
-    )[:, None]
+    seen = visible(batch, queries, keys, causal=causal, lengths=lengths, first_key=first_key, device=q.device)[:, None]
     scores = scores.masked_fill(~seen, float("-inf"))
-    lse = (
-        torch.logsumexp(scores, -1) if keys else scores.new_full(scores.shape[:-1], float("-inf"))
-    )
+    lse = torch.logsumexp(scores, -1) if keys else scores.new_full(scores.shape[:-1], float("-inf"))
     # exp(-inf - -inf) would be NaN: rows without a visible key subtract 0 instead and come out as zeros.
     shift = lse.masked_fill(~seen.any(-1), 0.0)
     probs = torch.exp(scores - shift[..., None]).masked_fill(~seen, 0.0)
@@ -93,9 +89,7 @@ def attention(
     first_key: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q kᵀ + visibility) v; see :func:`effcore.ops.attention.attention`."""
-    probs, _ = probabilities(
-        q, k, causal=causal, scale=scale, lengths=lengths, first_key=first_key
-    )
+    probs, _ = probabilities(q, k, causal=causal, scale=scale, lengths=lengths, first_key=first_key)
     return attention_from_scores(SharedScores(probs), v)
 
 
@@ -112,9 +106,7 @@ def attention_with_scores(
     first_key: Tensor | None = None,
 ) -> tuple[Tensor, tuple[SharedScores, ...]]:
     """The owner of a QK-sharing group: its output, and its probabilities for each consumer."""
-    probs, _ = probabilities(
-        q, k, causal=causal, scale=scale, lengths=lengths, first_key=first_key
-    )
+    probs, _ = probabilities(q, k, causal=causal, scale=scale, lengths=lengths, first_key=first_key)
     shared = SharedScores(probs)
     return attention_from_scores(shared, v), (shared,) * consumers
 
@@ -142,9 +134,7 @@ def attention_shared_kv(
     first_key: Tensor | None = None,
 ) -> Tensor:
     """Attention of one more layer's queries to shared keys and values."""
-    return attention(
-        q, shared.k, shared.v, causal=causal, scale=scale, lengths=lengths, first_key=first_key
-    )
+    return attention(q, shared.k, shared.v, causal=causal, scale=scale, lengths=lengths, first_key=first_key)
 
 
 def decode_attention(
