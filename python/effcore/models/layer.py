@@ -1,0 +1,251 @@
+"""A decoder layer that can own attention activations or use another layer's.
+
+The layer is cut where attention stands. What lies around it are *pieces*, pure functions of a layer and tensors: norm + QKV,
+norm + V, norm + Q, output + MLP. They never depend on the layout, so compiling them (``model.compile_pieces()``) makes a
+constant number of graphs, however the shared region grows; the sharing op is called between them.
+
+What a group shares goes from layer to layer as a plain positional object (SharedScores, SharedKV, DecodeProbs): FSDP2 casts and
+copies tensors, dicts and tuples that it finds in a module's arguments, and leaves such objects alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, rotate_half
+
+from effcore.models.cache import SharedCache
+from effcore.models.config import SharedLlamaConfig
+from effcore.ops import attention as ops
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Visibility:
+    """What the queries of one pass see, as the attention ops take it. A plain object, for the reason given above."""
+
+    __slots__ = ("decoding", "first_key", "lengths")
+
+    def __init__(self, lengths: Tensor | None, first_key: Tensor | None, decoding: bool):
+        self.lengths, self.first_key, self.decoding = lengths, first_key, decoding
+
+    def arguments(self) -> dict[str, Any]:
+        return {"causal": True, "lengths": self.lengths, "first_key": self.first_key}
+
+
+class SharedAttention(nn.Module):
+    """The projections of one layer: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and, where the model has them, ``q_norm`` and
+    ``k_norm``, under the names of transformers' classes. A projection that was dropped is None."""
+
+    def __init__(self, config: SharedLlamaConfig, layer_idx: int):
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim or config.hidden_size // config.num_attention_heads
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(hidden, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.configure(config, layer_idx)
+
+    def configure(self, config: SharedLlamaConfig, layer_idx: int) -> None:
+        """What is not a parameter; the whole of it where a transformers module becomes one of these."""
+        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.layer_idx = layer_idx
+        if not config.qk_norm:
+            self.q_norm = self.k_norm = None
+        if layer_idx in (config.dropped_projections or []):
+            self.drop(unused_projections(config.share_mode))
+
+    def drop(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            delattr(self, name)
+            self.register_module(name, None)
+
+    def heads(self, projected: Tensor) -> Tensor:
+        """[B, S, H·D] -> [B, H, S, D], a view."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def unused_projections(mode: str) -> tuple[str, ...]:
+    """The projections (and their norms) that a consumer does not use."""
+    return ("q_proj", "k_proj", "q_norm", "k_norm") if mode == "qk" else ("k_proj", "v_proj", "k_norm")
+
+
+# ---------------------------------------------------------------- the pieces around attention
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on [B, H, S, D]; cos and sin are [1 or B, S, D]."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return x * cos + rotate_half(x) * sin
+
+
+def _queries(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    q = attention.heads(attention.q_proj(x))
+    return rotate(q if attention.q_norm is None else attention.q_norm(q), cos, sin)
+
+
+def _keys(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    k = attention.heads(attention.k_proj(x))
+    return rotate(k if attention.k_norm is None else attention.k_norm(k), cos, sin)
+
+
+def project_qkv(layer: SharedDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, projections, q/k norms and RoPE: q [B, Hq, S, D], k and v [B, Hkv, S, D], in one dtype (autocast: v's)."""
+    x, attention = layer.input_layernorm(hidden), layer.self_attn
+    v = attention.heads(attention.v_proj(x))
+    return _queries(attention, x, cos, sin).to(v.dtype), _keys(attention, x, cos, sin).to(v.dtype), v
+
+
+def project_q(layer: SharedDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A consumer of mode ``kv``: its queries."""
+    return _queries(layer.self_attn, layer.input_layernorm(hidden), cos, sin)
+
+
+def project_v(layer: SharedDecoderLayer, hidden: Tensor) -> Tensor:
+    """A consumer of mode ``qk``: its values."""
+    attention = layer.self_attn
+    return attention.heads(attention.v_proj(layer.input_layernorm(hidden)))
+
+
+def finish(layer: SharedDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
+    """Output projection, residual, MLP."""
+    hidden = hidden + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+class Pieces(NamedTuple):
+    """The four functions around attention, as they are or compiled."""
+
+    project_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]] = project_qkv
+    project_q: Callable[..., Tensor] = project_q
+    project_v: Callable[..., Tensor] = project_v
+    finish: Callable[..., Tensor] = finish
+
+
+PIECES = Pieces()
+
+
+class SharedDecoderLayer(GradientCheckpointingLayer):
+    """One decoder layer: own attention, owner of a group, or consumer of one; the arguments of the call say which."""
+
+    def __init__(self, config: SharedLlamaConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = SharedAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.pieces = PIECES
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seen: Visibility,
+        cache: SharedCache | None = None,
+        shared: ops.SharedScores | ops.SharedKV | ops.DecodeProbs | None = None,
+        mode: str = "qk",
+        consumers: int = 0,
+        keep: str = "auto",
+        last: int | None = None,
+    ) -> tuple[Tensor, Any]:
+        """[B, S, C] -> the layer's output, and what its group's consumers get: a tuple of SharedScores, a SharedKV, or None.
+
+        Args:
+            cos, sin: [1 or B, S, D] of the tokens' positions.
+            shared: what the owner gave, in a consumer.
+            consumers: layers that will use this layer's activations.
+            last: go on with the last tokens alone, once K and V of all are known; ``seen`` describes these.
+        """
+        layer_idx = self.self_attn.layer_idx
+        produced: Any = None
+        if isinstance(shared, ops.SharedKV):
+            q = self.pieces.project_q(self, hidden, cos, sin).to(shared.k.dtype)
+            attended = _attend_kv(q, shared, seen, self.self_attn.scaling)
+        elif shared is not None:
+            v = self.pieces.project_v(self, hidden)
+            if cache is not None:
+                v = cache.append(layer_idx, None, v)[1]
+            if isinstance(shared, ops.SharedScores):
+                attended = ops.attention_from_scores(shared, v)
+            else:
+                attended = ops.decode_from_probs(shared, v, seen.lengths)
+        else:
+            q, k, v = self.pieces.project_qkv(self, hidden, cos, sin)
+            if cache is not None:
+                k, v = cache.append(layer_idx, k, v)
+            if last is not None:
+                hidden, q = hidden[:, -last:], q[:, :, -last:]
+            if consumers and mode == "kv":
+                produced = ops.share_kv(k, v)
+                attended = _attend_kv(q, produced, seen, self.self_attn.scaling)
+            else:
+                attended, produced = _attend(q, k, v, seen, self.self_attn.scaling, consumers, keep)
+        return self.pieces.finish(self, hidden, attended), produced
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Visibility, scale: float, consumers: int, keep: str
+) -> tuple[Tensor, Any]:
+    """Attention of a layer with its own Q, K and V, and its probabilities for ``consumers`` layers."""
+    if seen.decoding:
+        if not consumers:
+            return ops.decode_attention(q, k, v, seen.lengths, scale=scale, first_key=seen.first_key), None
+        out, probs = ops.decode_attention(
+            q, k, v, seen.lengths, scale=scale, first_key=seen.first_key, return_probs=True
+        )
+        return out, (probs,) * consumers
+    if not consumers:
+        return ops.attention(q, k, v, scale=scale, **seen.arguments()), None
+    return ops.attention_with_scores(q, k, v, consumers=consumers, keep=keep, scale=scale, **seen.arguments())
+
+
+def _attend_kv(q: Tensor, shared: ops.SharedKV, seen: Visibility, scale: float) -> Tensor:
+    if seen.decoding:
+        return ops.decode_attention(q, shared.k, shared.v, seen.lengths, scale=scale, first_key=seen.first_key)
+    return ops.attention_shared_kv(q, shared, scale=scale, **seen.arguments())
+
+
+class KVProjection(nn.Module):
+    """One more norm and K,V projection, of a layer's output (YOCO): the keys and values of all layers of a group."""
+
+    def __init__(self, config: SharedLlamaConfig):
+        super().__init__()
+        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        width = (config.num_key_value_heads or config.num_attention_heads) * head_dim
+        bias = config.attention_bias or config.qkv_bias
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.head_dim = head_dim
+
+    heads = SharedAttention.heads
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, C] -> k and v [B, Hkv, S, D], k after RoPE."""
+        x = self.norm(hidden)
+        v = self.heads(self.v_proj(x))
+        return _keys(self, x, cos, sin).to(v.dtype), v
+
+    @torch.no_grad()
+    def copy_from(self, layer: SharedDecoderLayer) -> None:
+        """Begins as the first consumer's own norm and projections: then the group's first layer computes what it did."""
+        attention = layer.self_attn
+        pairs = [(self.norm, layer.input_layernorm), (self.k_proj, attention.k_proj), (self.v_proj, attention.v_proj)]
+        if self.k_norm is not None:
+            pairs.append((self.k_norm, attention.k_norm))
+        for mine, theirs in pairs:
+            if theirs is None:
+                raise ValueError("effcore: the first consumer's K,V projections were dropped; there is nothing to copy")
+            mine.load_state_dict(theirs.state_dict())
