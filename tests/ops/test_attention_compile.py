@@ -105,7 +105,7 @@ def test_fake_size_of_kept_probabilities(queries, keys):
     q, k = torch.randn(1, 1, queries, 4), torch.randn(1, 1, keys, 4)
     for causal in (True, False):
         probs = _ops.attention_with_scores(q, k, k, None, None, causal, None, 1, 1)[2]
-        assert probs.shape[2] == ops._attention_autograd.probs_elements(queries, keys, causal)
+        assert probs.shape[2] == ops._autograd.probs_elements(queries, keys, causal)
 
 
 def test_flop_counts():

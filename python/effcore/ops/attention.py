@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effcore.ops import _attention_autograd  # registers the ops
+from effcore.ops import _attention_autograd as _autograd
 from effcore.ops._attention_autograd import KEEP_LSE, KEEP_PROBS
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "share_kv",
 ]
 
-_ops = torch.ops.effcore
 _budget_bytes = 2 << 30
 
 
@@ -145,7 +144,7 @@ def attention(
         RuntimeError: naming the argument, what was expected and what came.
     """
     q, k, v = _autocast(q, k, v)
-    return _ops.attention.default(q, k, v, lengths, first_key, causal, scale)[0]
+    return _autograd.attention(q, k, v, lengths, first_key, causal, scale)[0]
 
 
 def attention_with_scores(
@@ -178,7 +177,7 @@ def attention_with_scores(
     elif keep not in ("lse", "probs"):
         raise ValueError(f"effcore.attention_with_scores: keep must be 'lse', 'probs' or 'auto', got {keep!r}")
     code = KEEP_PROBS if keep == "probs" else KEEP_LSE
-    out, lse, probs, delta, douts, values, uses = _ops.attention_with_scores.default(
+    out, lse, probs, delta, douts, values, uses = _autograd.attention_with_scores(
         q, k, v, lengths, first_key, causal, scale, consumers, code
     )
     # The consumers recompute from q and k but send no gradient to them: the owner's backward does that, once.
@@ -202,7 +201,7 @@ def attention_from_scores(scores: SharedScores, v: Tensor) -> Tensor:
         raise TypeError(f"effcore.attention_from_scores: scores must be a SharedScores, got {type(scores).__name__}")
     s = scores
     v = v.to(s.q.dtype) if torch.is_autocast_enabled(v.device.type) else v
-    return _ops.attention_from_scores.default(
+    return _autograd.attention_from_scores(
         *s.tensors()[:2], v, *s.tensors()[2:], s.lengths, s.first_key, s.causal, s.scale
     )
 
@@ -213,7 +212,7 @@ def share_kv(k: Tensor, v: Tensor) -> SharedKV:
     The consumers' dK and dV are summed in float32 and rounded once, in this function's backward.
     """
     k, v = _autocast(k, v)
-    return SharedKV(k.detach(), v.detach(), *_ops.share_kv.default(k, v))
+    return SharedKV(k.detach(), v.detach(), *_autograd.share_kv(k, v))
 
 
 def attention_shared_kv(
@@ -229,7 +228,7 @@ def attention_shared_kv(
     if not isinstance(shared, SharedKV):
         raise TypeError(f"effcore.attention_shared_kv: shared must be a SharedKV, got {type(shared).__name__}")
     q = q.to(shared.k.dtype) if torch.is_autocast_enabled(q.device.type) else q
-    return _ops.attention_shared_kv.default(
+    return _autograd.attention_shared_kv(
         q, shared.k, shared.v, shared.k_slot, shared.v_slot, lengths, first_key, causal, scale
     )[0]
 
@@ -249,13 +248,13 @@ def decode_attention(
     Not differentiable. With ``return_probs`` also the probabilities, for :func:`decode_from_probs` of the layers that share
     them.
     """
-    out, weights, scales = _ops.decode_attention.default(q, k, v, lengths, first_key, scale, return_probs)
+    out, weights, scales = _autograd.decode_attention(q, k, v, lengths, first_key, scale, return_probs)
     return (out, DecodeProbs(weights, scales, first_key)) if return_probs else out
 
 
 def decode_from_probs(probs: DecodeProbs, v: Tensor, lengths: Tensor) -> Tensor:
     """The next layer of a QK-sharing group while decoding: reads the probabilities and its own values, no keys."""
-    return _ops.decode_from_probs.default(probs.weights, probs.scales, v, lengths, probs.first_key)
+    return _autograd.decode_from_probs(probs.weights, probs.scales, v, lengths, probs.first_key)
 
 
 def set_probs_budget(num_bytes: int) -> None:
@@ -276,7 +275,7 @@ def plan_keep(q: Tensor, k: Tensor, *, causal: bool, consumers: int) -> str:
     if consumers == 0:
         return "lse"
     batch, heads, queries, head_dim = q.shape
-    num_bytes = batch * heads * _attention_autograd.probs_elements(queries, k.shape[2], causal) * q.element_size()
+    num_bytes = batch * heads * _autograd.probs_elements(queries, k.shape[2], causal) * q.element_size()
     if num_bytes > _budget_bytes:
         return "lse"
     if q.device.type == "cuda":
