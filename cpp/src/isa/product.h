@@ -40,11 +40,7 @@ struct Product {
 template <class T, int rows, int vectors>
 [[gnu::noinline]] void multiply_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_column, const T* b, T* c,
                                      std::int64_t c_row, bool add) {
-  Vector<T> sum[rows][vectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sum[r][v] = add ? load(c + r * c_row + v * width<T>) : Vector<T>{};
+  Vector<T> sum[rows][vectors] = {};
   for (std::int64_t step = 0; step < k; ++step, a += a_column, b += panel<T>) {
     Vector<T> x[vectors];
 #pragma GCC unroll 8
@@ -56,10 +52,11 @@ template <class T, int rows, int vectors>
       for (int v = 0; v < vectors; ++v) sum[r][v] += y * x[v];
     }
   }
+  // C is added at the end: its addresses then need no registers during the loop.
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
+  for (int r = 0; r < rows; ++r, c += c_row)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) store(c + r * c_row + v * width<T>, sum[r][v]);
+    for (int v = 0; v < vectors; ++v) store(c + v * width<T>, add ? load(c + v * width<T>) + sum[r][v] : sum[r][v]);
 }
 
 template <class T>
@@ -119,18 +116,28 @@ void pack_rows(T* packed, std::int64_t k, std::int64_t first, const Storage* fro
   }
 }
 
-// B = the transpose of such rows: columns [first, first + rows) of the packed [k, n], first a multiple of `panel`, up to the
-// end of a panel.
+// B = the transpose of such rows: columns [first, first + rows) of the packed [k, n], first a multiple of the vector width;
+// what is left of the last vector becomes 0.
 template <class T, class Storage>
 void pack_transposed(T* packed, std::int64_t k, std::int64_t first, const Storage* from, std::int64_t row_stride,
                      std::int64_t rows, std::int64_t valid_begin, std::int64_t valid_end) {
-  for (std::int64_t j = 0; j < rows; j += panel<T>) {
-    T* to = packed + (first + j) * k;
-    for (std::int64_t c = 0; c < panel<T>; ++c) {
-      const std::int64_t row = j + c;
-      const bool valid = row < rows && row >= valid_begin && row < valid_end;
-      const Storage* source = from + row * row_stride;
-      for (std::int64_t step = 0; step < k; ++step) to[step * panel<T> + c] = valid ? to_float(source[step]) : T(0);
+  constexpr std::int64_t n = width<T>;
+  for (std::int64_t j = 0; j < rows; j += n) {
+    T* to = packed + (first + j) / panel<T> * panel<T> * k + (first + j) % panel<T>;
+    for (std::int64_t step = 0; step < k; step += n) {
+      Vector<T> x[n];
+      for (std::int64_t i = 0; i < n; ++i) {
+        const std::int64_t row = j + i;
+        const Storage* source = from + row * row_stride + step;
+        if (row >= rows || row < valid_begin || row >= valid_end)
+          x[i] = Vector<T>{};
+        else if (step + n <= k)
+          x[i] = load_as(source, T{});
+        else
+          for (std::int64_t d = 0; d < n; ++d) x[i][d] = step + d < k ? to_float(source[d]) : T(0);
+      }
+      transpose<T>(x);
+      for (std::int64_t d = 0; d < least(n, k - step); ++d) store(to + (step + d) * panel<T>, x[d]);
     }
   }
 }

