@@ -1,0 +1,5 @@
+"""``python -m effcore``, and with it ``torchrun -m effcore train ...``."""
+
+from effcore.cli import main
+
+main()

@@ -1,0 +1,67 @@
+"""The ``effcore`` command: its tree, and what errors become.
+
+Exit codes: 0 done · 1 failed (one line says why) · 2 wrong input (one line says what) · 130 interrupted with Ctrl-C.
+Commands import what they need when they run.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+import effcore
+from effcore.cli import bench, compare, demo, doctor, generate, train
+from effcore.errors import InputError, RunError
+
+app = typer.Typer(
+    name="effcore",
+    help="Train and run language models with less compute: layers that share attention activations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"effcore {effcore.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+app.add_typer(train.app, name="train")
+app.command(name="compare")(compare.compare)
+app.command(name="generate")(generate.generate)
+app.command(name="doctor")(doctor.doctor)
+app.command(name="bench")(bench.bench)
+app.command(name="demo")(demo.demo)
+
+
+def run(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line and exits."""
+    try:
+        app(args=arguments)
+    except InputError as error:
+        _fail(error, 2)
+    except RunError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe has gone: | head
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _fail(message: object, code: int) -> NoReturn:
+    print(f"effcore: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(code)

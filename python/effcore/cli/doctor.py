@@ -1,0 +1,193 @@
+"""``effcore doctor``: what is installed, what this machine has, and which path each op takes here."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Annotated, Any
+
+import typer
+
+_PACKAGES = ("torch", "numpy", "transformers", "accelerate", "safetensors", "datasets", "peft", "gguf", "typer", "rich", "matplotlib")
+
+
+def doctor(json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Versions, hardware, and which kernel each op uses on this machine and why. Exit code 1 where effcore cannot work."""
+    findings = examine()
+    if json_:
+        print(json.dumps(findings))
+    else:
+        _show(findings)
+    if findings["problems"]:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """All findings; ``problems`` lists what keeps effcore from working, each with what to do."""
+    import effcore
+
+    findings: dict[str, Any] = {
+        "effcore": effcore.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": _versions(),
+        "problems": [],
+    }
+    findings["build"] = _build(findings["problems"])
+    findings["cpu"] = _cpu()
+    findings["cuda"] = _cuda(findings["problems"])
+    findings["ops"] = _ops(findings)
+    return findings
+
+
+def _versions() -> dict[str, str | None]:
+    from importlib import metadata
+
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _build(problems: list[str]) -> dict[str, Any]:
+    """What the native module says about itself."""
+    try:
+        from effcore import _core  # type: ignore[attr-defined]
+    except ImportError as error:
+        problems.append(f"the native module cannot be imported ({error}): reinstall with pip install --no-build-isolation .")
+        return {}
+    information = getattr(_core, "build_info", dict)()
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in information.items()}
+
+
+def _cpu() -> dict[str, Any]:
+    """Name, threads, and the vector extensions that the kernels care about."""
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() == "model name":
+                    name = value.strip()
+                elif key.strip() == "flags":
+                    flags = set(value.split())
+                    break
+    except OSError:
+        pass
+    found: dict[str, Any] = {
+        "name": name,
+        "extensions": [flag for flag in ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16") if flag in flags],
+        "amx_permission": _amx_permission() if "amx_tile" in flags else None,
+    }
+    try:
+        import torch
+
+        found["threads"] = torch.get_num_threads()
+    except ImportError:
+        pass
+    return found
+
+
+def _amx_permission() -> bool | None:
+    """Whether the kernel lets this process use AMX's tile registers (arch_prctl ARCH_GET_XCOMP_PERM, feature 18)."""
+    import ctypes
+
+    try:
+        granted = ctypes.c_uint64(0)
+        failed = ctypes.CDLL(None, use_errno=True).syscall(158, 0x1022, ctypes.byref(granted))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else bool(granted.value >> 18 & 1)
+
+
+def _cuda(problems: list[str]) -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        problems.append("torch is not installed; only effcore.array works without it")
+        return {"available": False, "reason": "torch is not installed"}
+    try:
+        from effcore import _load
+
+        _load.load_torch_ops()
+    except (ImportError, OSError) as error:
+        problems.append(f"the ops cannot be loaded into torch {torch.__version__}: {error}")
+    if torch.version.cuda is None:
+        return {"available": False, "reason": f"torch {torch.__version__} is built without CUDA"}
+    if not torch.cuda.is_available():
+        return {"available": False, "reason": "torch has CUDA, but there is no usable GPU or driver", "toolkit": torch.version.cuda}
+    found: dict[str, Any] = {"available": True, "toolkit": torch.version.cuda, "devices": []}
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        found["devices"].append(
+            {
+                "name": torch.cuda.get_device_name(index),
+                "compute_capability": f"{capability[0]}.{capability[1]}",
+                "memory_gib": round(torch.cuda.get_device_properties(index).total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def _ops(findings: dict[str, Any]) -> list[dict[str, str]]:
+    """Which path the attention family takes here, by device and dtype."""
+    if not findings["build"]:
+        return []
+    isa = str(findings["build"].get("isa", "unknown"))
+    vector = {"amx": "avx512"}.get(isa, isa)
+    rows = [
+        _row("cpu", "float32, float64", vector, f"the widest vectors that this CPU and build have ({isa})"),
+        _row("cpu", "float16", vector, "converted to float32 while it is read"),
+    ]
+    if isa == "amx":
+        rows.append(_row("cpu", "bfloat16", "amx tiles", "AMX is present and the system permits it"))
+    else:
+        permission = findings["cpu"].get("amx_permission")
+        why = "the system does not permit AMX here" if permission is False else "this CPU or build has no AMX"
+        rows.append(_row("cpu", "bfloat16", vector, f"converted to float32: {why}"))
+    cuda = findings["cuda"]
+    if not cuda["available"]:
+        rows.append(_row("cuda", "all", "none", cuda["reason"]))
+        return rows
+    from effcore._load import library
+
+    if library("effcore_torch_cuda") is None:
+        rows.append(_row("cuda", "all", "none", "effcore was built without CUDA (EFFCORE_CUDA=ON builds it)"))
+        return rows
+    for device in cuda["devices"]:
+        recent = tuple(map(int, device["compute_capability"].split("."))) >= (8, 0)
+        path = "mma kernels (sm_80)" if recent else "none"
+        why = "tensor cores through portable PTX" if recent else f"{device['name']} is older than sm_80"
+        rows.append(_row("cuda", "float32, bfloat16, float16", path, why))
+    return rows
+
+
+def _row(device: str, dtypes: str, path: str, reason: str) -> dict[str, str]:
+    return {"family": "attention", "device": device, "dtypes": dtypes, "path": path, "reason": reason}
+
+
+def _show(findings: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    build, cpu, cuda = findings["build"], findings["cpu"], findings["cuda"]
+    console.print(f"[bold]effcore {findings['effcore']}[/] on Python {findings['python']}, {findings['system']}")
+    console.print("packages: " + ", ".join(f"{name} {version or 'missing'}" for name, version in findings["packages"].items()))
+    console.print("build:    " + ", ".join(f"{name} {value}" for name, value in build.items() if name != "dtypes"))
+    amx = {True: ", AMX permitted", False: ", AMX not permitted", None: ""}[cpu["amx_permission"]]
+    console.print(f"cpu:      {cpu['name']}, {cpu.get('threads', '?')} threads, {' '.join(cpu['extensions']) or 'no vector extensions'}{amx}")
+    if cuda["available"]:
+        for device in cuda["devices"]:
+            console.print(f"cuda:     {device['name']}, sm {device['compute_capability']}, {device['memory_gib']} GiB, CUDA {cuda['toolkit']}")
+    else:
+        console.print(f"cuda:     none ({cuda['reason']})")
+    table = Table("family", "device", "dtypes", "path", "why")
+    for row in findings["ops"]:
+        table.add_row(row["family"], row["device"], row["dtypes"], row["path"], row["reason"])
+    console.print(table)
+    for problem in findings["problems"]:
+        console.print(f"[red]problem:[/] {problem}")

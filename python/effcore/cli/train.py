@@ -1,0 +1,167 @@
+"""``effcore train baseline | epas | echo``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Train a LLaMA: as it is, or while its layers begin to share attention activations.")
+
+Recipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A recipe's name (fresh, continued, demo) or YAML file. Default: fresh, or continued with --model."),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe: --set training.steps=100")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Start from this checkpoint: a Hugging Face folder, a run folder or a GGUF file.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="A text file, a folder, a .jsonl or .parquet file. Default: the Python standard library's sources."),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run folder. Default: runs/METHOD.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
+Against = Annotated[
+    Path | None, typer.Option("--against", help="A finished run (the baseline) to compare with in the report and plots.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+
+
+@app.command()
+def baseline(
+    recipe: Recipe = None,
+    settings: Settings = None,
+    model: Model = None,
+    data: Data = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The model as it is, transformers' own class with PyTorch's attention: what the others are compared with."""
+    _train("baseline", recipe, settings, model, data, out, resume, overwrite, None, json_, quiet)
+
+
+@app.command()
+def epas(
+    recipe: Recipe = None,
+    settings: Settings = None,
+    model: Model = None,
+    data: Data = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    against: Against = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Progressive activation sharing (EPAS): the region of layers that share Q,K (or K,V: --set mode=kv) grows from the deep end."""
+    _train("epas", recipe, settings, model, data, out, resume, overwrite, against, json_, quiet)
+
+
+@app.command()
+def echo(
+    recipe: Recipe = None,
+    settings: Settings = None,
+    model: Model = None,
+    data: Data = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    against: Against = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Gradual conversion to shared keys and values (ECHO-LLaMA): one layer a stage; usually of a checkpoint (--model)."""
+    _train("echo", recipe, settings, model, data, out, resume, overwrite, against, json_, quiet)
+
+
+def _train(
+    method: str,
+    recipe: str | None,
+    settings: list[str] | None,
+    model: str | None,
+    data: str | None,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    against: Path | None,
+    json_: bool,
+    quiet: bool,
+) -> None:
+    from effcore.errors import InputError
+    from effcore.training.recipe import load_recipe
+
+    out = Path("runs", method) if out is None else out
+    if resume:
+        fixed = {"--recipe": recipe, "--set": settings, "--model": model, "--data": data, "--overwrite": overwrite or None}
+        given = [name for name, value in fixed.items() if value]
+        if given:
+            raise InputError(f"--resume continues a run with its own settings; leave out {', '.join(given)}")
+    name = recipe or ("continued" if model is not None else "fresh")
+    loaded = load_recipe(name, settings, method=method)
+    summary = run_training(
+        method, loaded, model=model, data=data, out=out, resume=resume, overwrite=overwrite, against=against, quiet=quiet
+    )
+    if not is_main_process():
+        return
+    if json_:
+        print(json.dumps(summary))
+    elif not quiet:
+        print(
+            f"{summary['title']}: validation loss {summary['validation_loss']:.4f}, {summary['tokens_per_second']:,.0f} tokens/s, "
+            f"KV cache {summary['cache_bytes_per_token']:,} bytes/token; see {out / 'report.md'}"
+        )
+
+
+def is_main_process() -> bool:
+    """Whether this process of a torchrun speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_training(
+    method: str,
+    recipe: Any,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    out: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    against: Path | None = None,
+    quiet: bool = False,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """:func:`effcore.training.run.train` with a progress display; Ctrl-C ends the program with one line and exit code 130."""
+    from effcore.cli.progress import TrainingProgress
+
+    with TrainingProgress(label or method, quiet=quiet or not is_main_process()) as progress:
+        from effcore.training.folder import RunConfig
+        from effcore.training.run import Interrupted, train
+
+        try:
+            return train(
+                RunConfig(method, recipe, model, data),
+                out,
+                resume=resume,
+                overwrite=overwrite,
+                against=against,
+                listener=progress.update,
+                total=progress.begin,
+            )
+        except Interrupted as interruption:
+            progress.close()
+            if is_main_process():
+                command = f"effcore train {method} --out {out} --resume"
+                print(f"effcore: interrupted after step {interruption.step}; continue with: {command}", file=sys.stderr)
+            raise typer.Exit(130) from None

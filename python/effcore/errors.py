@@ -1,0 +1,24 @@
+"""Errors that are the user's to fix. The command line prints them as one line, without a traceback, and exits with 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """A file, a setting or an argument is wrong. The message is one line that says which, what was expected and what came."""
+
+
+class RunError(RuntimeError):
+    """A run failed for a reason outside the program (a full disk, a loss that is not a number). The message is one line."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'layers'?"`` for a misspelt name, or an empty string where nothing is near.
+
+    >>> nearest("layesr", ["layers", "heads"])
+    "; did you mean 'layers'?"
+    """
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

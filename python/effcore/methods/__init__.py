@@ -1,0 +1,5 @@
+"""One file per paper. A method changes how a model trains; what it needs of a model is written down as a Protocol.
+
+- :mod:`effcore.methods.epas`: progressive activation sharing (arXiv 2601.19089)
+- :mod:`effcore.methods.echo_llama`: gradual conversion to shared keys and values (arXiv 2505.17331)
+"""

@@ -1,0 +1,151 @@
+"""Training state in safetensors files, without pickle, and checkpoint folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from effcore.errors import InputError
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+_COMPLETE = "trainer_state.json"  # the Trainer writes it last
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Writes nested dicts, lists and tuples of tensors, NumPy arrays, numbers, strings and None as one safetensors file.
+
+    The tensors are the file's tensors; the structure is JSON in its metadata.
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_pack(tree, tensors))
+    save_file(tensors, path, metadata={"effcore": structure})
+
+
+def load_tree(path: Path) -> Any:
+    """What :func:`save_tree` wrote.
+
+    Raises:
+        InputError: the file is damaged or was written by something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            structure = json.loads((file.metadata() or {})["effcore"])
+            return _unpack(structure, file.get_tensor)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: damaged, or not written by effcore ({error})") from error
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, (Tensor, np.ndarray)):
+        name = str(len(tensors))
+        is_array = isinstance(value, np.ndarray)
+        tensor = torch.from_numpy(value.astype(np.int64)) if is_array else value.detach()
+        tensors[name] = tensor.to("cpu", copy=True).contiguous()
+        return {"kind": "array" if is_array else "tensor", "name": name, "dtype": str(value.dtype)}
+    if isinstance(value, dict):
+        return {"kind": "dict", "items": [[_pack(key, tensors), _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"kind": "tuple", "items": [_pack(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_pack(item, tensors) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"cannot save a {type(value).__name__} in a checkpoint")
+
+
+def _unpack(value: Any, tensor: Any) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensor) for item in value]
+    if not isinstance(value, dict):
+        return value
+    match value["kind"]:
+        case "tensor":
+            return tensor(value["name"])
+        case "array":
+            return tensor(value["name"]).numpy().astype(value["dtype"])
+        case "tuple":
+            return tuple(_unpack(item, tensor) for item in value["items"])
+        case _:
+            return {_unpack(key, tensor): _unpack(item, tensor) for key, item in value["items"]}
+
+
+def random_state() -> dict[str, Any]:
+    """States of the generators of Python, NumPy and torch (all devices) of this process."""
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def staged(run: Path, *, is_main: bool, barrier: Any) -> Iterator[Path]:
+    """A folder to write checkpoints to. When the block ends well they are moved into ``run``, replacing any of the same name;
+    when it fails, or the process dies, ``run`` keeps what it had.
+
+    All processes of a run enter together; ``barrier`` waits for all of them.
+    """
+    staging = run / ".checkpoint-in-progress"
+    if is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    barrier()
+    try:
+        yield staging
+    except BaseException:
+        if is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    barrier()
+    if is_main:
+        for folder in staging.iterdir():
+            _flush(folder)
+            target = run / folder.name
+            if target.exists():
+                target.rename(staging / f"old-{folder.name}")
+            folder.rename(target)
+        shutil.rmtree(staging, ignore_errors=True)
+    barrier()
+
+
+def _flush(folder: Path) -> None:
+    """Waits until a folder's files are on the disk: a rename must not overtake what it publishes."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _CHECKPOINT.search(path.name))]
+    return [path for _, path in sorted(found) if (path / _COMPLETE).is_file()]
+
+
+def keep_latest(run: Path, count: int) -> None:
+    """Deletes all but the newest ``count`` checkpoints."""
+    for path in checkpoints(run)[:-count]:
+        shutil.rmtree(path, ignore_errors=True)

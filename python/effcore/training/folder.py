@@ -1,0 +1,119 @@
+"""A run folder: what lies where, and how it is read back.
+
+config.yaml     everything that the run was started with; ``--resume`` needs nothing else
+metrics.jsonl   losses and speed while it trained (:mod:`effcore.training.metrics`)
+checkpoint-N/   weights, optimizer, schedules and random states after step N, as safetensors
+model/          the trained model and its tokenizer, for ``effcore generate`` and transformers
+summary.json    the final numbers; with it a run is finished
+report.md       the same for people, with plots/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from effcore.errors import InputError
+from effcore.training.metrics_file import Row, read_metrics
+from effcore.training.recipe import Recipe, recipe_from_dict
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run was started. ``corpus`` is the fingerprint of the text, so that a resumed run trains on the same."""
+
+    method: str
+    recipe: Recipe
+    model: str | None = None
+    data: str | None = None
+    corpus: str | None = None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder, and reading and writing of its small files."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def create(self, config: RunConfig, *, overwrite: bool) -> None:
+        """Makes the folder with its config.yaml.
+
+        Raises:
+            InputError: it exists (and ``overwrite`` is off, or it is not a run folder, which is never deleted).
+        """
+        if self.path.is_file():
+            raise InputError(f"--out {self.path}: is a file")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if not self.config_file.is_file():
+                raise InputError(f"--out {self.path}: the folder is not empty and holds no run; choose another")
+            if not overwrite:
+                raise InputError(f"--out {self.path}: a run is here; continue it with --resume or replace it with --overwrite")
+            shutil.rmtree(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"--out {self.path}: cannot be created ({error.strerror})") from error
+        write_atomically(self.config_file, yaml.safe_dump(asdict(config), sort_keys=False))
+
+    def config(self) -> RunConfig:
+        """Raises InputError where there is no run, or its config.yaml is damaged."""
+        if not self.config_file.is_file():
+            raise InputError(f"{self.path}: no run here (no config.yaml)")
+        try:
+            values = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+            return RunConfig(**{**values, "recipe": recipe_from_dict(values["recipe"], str(self.config_file))})
+        except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.config_file}: damaged ({error})") from error
+
+    def metrics(self) -> list[Row]:
+        return read_metrics(self.metrics_file)
+
+    def summary(self) -> dict[str, Any] | None:
+        """The final numbers, or None while the run is not finished."""
+        if not self.summary_file.is_file():
+            return None
+        try:
+            return json.loads(self.summary_file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{self.summary_file}: damaged ({error.msg})") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file beside its place and renames it: readers see the old text or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

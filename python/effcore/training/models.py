@@ -1,0 +1,154 @@
+"""The model and tokenizer of a run: a fresh LLaMA by the recipe, or a checkpoint (Hugging Face folder, run folder, GGUF file)."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.utils import logging as transformers_logging
+
+import effcore.models
+from effcore.data import byte_tokenizer
+from effcore.errors import InputError
+from effcore.models import Layout, SharedLlamaConfig, SharedLlamaForCausalLM, cache_bytes_per_token
+from effcore.training.checkpoint import checkpoints
+from effcore.training.recipe import ModelSettings
+
+
+def fresh_model(settings: ModelSettings, tokenizer: Any, seed: int) -> LlamaForCausalLM:
+    """A LLaMA with random weights: the same ones for the same seed, whatever method trains it."""
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.mlp_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=settings.max_length,
+        tie_word_embeddings=settings.tie_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint: a folder as ``save_pretrained`` writes it, a run folder of ``effcore train``, or a GGUF file.
+
+    Raises:
+        InputError: there is nothing at ``path``, it is damaged, or not a causal language model.
+    """
+    folder, options = _resolve(Path(path))
+    if dtype is not None:
+        options["dtype"] = dtype
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **{k: v for k, v in options.items() if k != "dtype"})
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers, safetensors and gguf raise a dozen kinds for a bad file
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{path}: cannot be loaded as a language model ({type(error).__name__}: {reason})") from error
+    return model, tokenizer
+
+
+def load_tokenizer(path: str | Path | None) -> Any:
+    """The tokenizer of a checkpoint, or bytes where there is none."""
+    if path is None:
+        return byte_tokenizer()
+    folder, options = _resolve(Path(path))
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:
+        raise InputError(f"{path}: no usable tokenizer ({' '.join(str(error).split())[:300]})") from error
+
+
+def _resolve(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that transformers reads, and its options for what lies there."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path}: a model is a folder with config.json and safetensors, or a .gguf file")
+        return path.parent, {"gguf_file": path.name}
+    if not path.is_dir():
+        raise InputError(f"{path}: no such model (expected a folder, a run folder of effcore train, or a .gguf file)")
+    if (path / "config.json").is_file():
+        return path, {}
+    inside = [path / "model"] if (path / "model" / "config.json").is_file() else checkpoints(path)
+    if inside:
+        return inside[-1], {}
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return path, {"gguf_file": ggufs[0].name}
+    raise InputError(f"{path}: no model here (no config.json, no checkpoint of a run, and {len(ggufs)} .gguf files)")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without progress bars and advice on the terminal; errors still arrive as exceptions."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def parse_layout(text: str, layers: int) -> Layout:
+    """A layout that the user wrote.
+
+    Raises:
+        InputError: it points forward, names an owner that does not own, or has another number of layers.
+    """
+    try:
+        return Layout.parse(text, layers)
+    except ValueError as error:
+        raise InputError(f"layout {text}: {str(error).removeprefix('effcore.Layout: ')}") from error
+
+
+def make_sharing(model: Any, mode: str) -> SharedLlamaForCausalLM:
+    """The model as one whose layers can share, in the layout that it has (full unless it shared before).
+
+    Raises:
+        InputError: an architecture that cannot.
+    """
+    layout = model.layout if isinstance(model, SharedLlamaForCausalLM) else Layout.full(model.config.num_hidden_layers)
+    try:
+        return effcore.models.share_activations(model, mode=mode, layout=layout)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+
+
+def describe(model: Any, cache_dtype: torch.dtype) -> dict[str, Any]:
+    """Mode, layout, number of shared layers, and bytes that a token takes in the model's KV cache at ``cache_dtype``."""
+    config = model.config
+    shared = isinstance(config, SharedLlamaConfig)
+    plain = config if shared else SharedLlamaConfig.from_hf(config)
+    layout = model.layout if hasattr(model, "layout") else plain.layout
+    return {
+        "mode": config.share_mode if shared and layout.shared else None,
+        "layout": str(layout),
+        "shared_layers": layout.shared,
+        "cache_bytes_per_token": cache_bytes_per_token(plain, layout, dtype=cache_dtype),
+    }
+
+
+def check_length(model: Any, length: int) -> None:
+    """Raises InputError where windows are longer than the model's positions."""
+    limit = model.config.max_position_embeddings
+    if length > limit:
+        raise InputError(f"data.length is {length}, but the model has positions for {limit} tokens")

@@ -1,0 +1,102 @@
+"""Pictures of runs: loss over tokens, speed over tokens, bytes of cache. Runs keep their colour from picture to picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effcore.training.metrics_file import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Run = tuple[str, Sequence[Row]]  # title, metrics
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers tell them apart in print.
+_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def draw(runs: Sequence[Run], folder: Path) -> list[str]:
+    """Writes ``loss.png``, ``speed.png``, ``cache.png`` and ``overview.png`` (all three) into ``folder``; returns their names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    panels: dict[str, Callable[[Axes, Sequence[Run]], None]] = {"loss": _loss, "speed": _speed, "cache": _cache}
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    with plt.rc_context(style):
+        for name, panel in panels.items():
+            figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+            panel(axes, runs)
+            axes.legend(frameon=False, fontsize=9)
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            plt.close(figure)
+        figure, row = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+        for axes, panel in zip(row, panels.values(), strict=True):
+            panel(axes, runs)
+        handles, labels = row[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+        figure.savefig(folder / "overview.png", dpi=150)
+        plt.close(figure)
+    return [f"{name}.png" for name in (*panels, "overview")]
+
+
+def _series(rows: Sequence[Row], kind: str, key: str) -> tuple[list[float], list[Any]]:
+    """Tokens in the unit of :func:`_token_axis`, and values."""
+    chosen = [row for row in rows if row["kind"] == kind and row.get(key) is not None]
+    return [row["tokens"] / 1e6 for row in chosen], [row[key] for row in chosen]
+
+
+def _loss(axes: Axes, runs: Sequence[Run]) -> None:
+    lowest: list[float] = []
+    for number, (title, rows) in enumerate(runs):
+        color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+        tokens, losses = _series(rows, "train", "loss")
+        axes.plot(tokens, losses, color=color, alpha=0.3, linewidth=1)
+        tokens, losses = _series(rows, "validation", "loss")
+        axes.plot(tokens, losses, color=color, marker=marker, markersize=4, label=title)
+        lowest += losses
+        for position in _switches(rows):
+            axes.axvline(position, color=color, alpha=0.25, linewidth=0.8, linestyle=":")
+    if lowest:  # the first steps' losses would flatten everything that matters
+        low, first = min(lowest), max(lowest)
+        axes.set_ylim(low - 0.08 * (first - low) - 0.02, first + 0.6 * (first - low) + 0.05)
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("Loss: validation (markers), training (faint),\nswitches of the schedule (dotted)", fontsize=10)
+
+
+def _speed(axes: Axes, runs: Sequence[Run]) -> None:
+    for number, (title, rows) in enumerate(runs):
+        tokens, speeds = _series(rows, "train", "tokens_per_second")
+        axes.plot(tokens, _running_median(speeds), color=_COLORS[number % len(_COLORS)], label=title)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("training speed (tokens per second)")
+    axes.set_title("Training speed (running median)", fontsize=10)
+
+
+def _cache(axes: Axes, runs: Sequence[Run]) -> None:
+    for number, (title, rows) in enumerate(runs):
+        tokens, sizes = _series(rows, "train", "cache_bytes_per_token")
+        axes.step(tokens, [size / 1024 for size in sizes], where="post", color=_COLORS[number % len(_COLORS)], label=title)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("KV cache (KiB per token)")
+    axes.set_title("KV cache that the model needs at inference", fontsize=10)
+
+
+def _switches(rows: Sequence[Row]) -> list[float]:
+    """Where the layout of a run changed, in millions of tokens."""
+    trained = [row for row in rows if row["kind"] == "train"]
+    return [b["tokens"] / 1e6 for a, b in zip(trained, trained[1:], strict=False) if a["layout"] != b["layout"]]
+
+
+def _running_median(values: Sequence[float], width: int = 5) -> list[float]:
+    half = width // 2
+    windows = (sorted(values[max(0, i - half) : i + half + 1]) for i in range(len(values)))
+    return [window[len(window) // 2] for window in windows]

@@ -1,0 +1,135 @@
+"""The Hugging Face Trainer with three changes: samples in the order of their numbers, checkpoints without pickle that appear
+whole or not at all, and no state but what a checkpoint holds, so that a resumed run repeats the uninterrupted one bit by bit.
+
+Everything else (torchrun, DDP, FSDP2, mixed precision, accumulation, clipping) is the Trainer's and Accelerate's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+from effcore.training import checkpoint
+from effcore.training.recipe import TrainingSettings
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+SCHEDULER_FILE = "scheduler.safetensors"
+
+
+class SharingTrainer(Trainer):
+    """A Trainer for :class:`effcore.data.PackedTokens`, whose order is its own: it is read from front to back."""
+
+    _staging: Path | None = None
+
+    def __init__(self, *args: Any, extra_loss: Callable[[], torch.Tensor | None] | None = None, **kwargs: Any):
+        """``extra_loss`` gives a term that is added to the loss of the forward before it (ECHO's distillation)."""
+        super().__init__(*args, **kwargs)
+        self._extra_loss = extra_loss
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        extra = self._extra_loss() if self._extra_loss is not None and model.training else None
+        if extra is None:
+            return result
+        extra = extra / self.args.gradient_accumulation_steps
+        return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        run = Path(self.args.output_dir)
+        barrier = self.accelerator.wait_for_everyone
+        with checkpoint.staged(run, is_main=self.args.should_save, barrier=barrier) as self._staging:
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+        if self.args.should_save and self.args.save_total_limit:
+            checkpoint.keep_latest(run, self.args.save_total_limit)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The model and its tokenizer; unlike the base class no pickled ``training_args.bin`` (config.yaml says it all)."""
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.save_pretrained(folder, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether optimizer state is spread over processes: then torch's distributed checkpoints hold it."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            checkpoint.save_tree(Path(output_dir, OPTIMIZER_FILE), self.optimizer.state_dict())
+            checkpoint.save_tree(Path(output_dir, SCHEDULER_FILE), self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None or self._sharded:
+            super()._load_optimizer_and_scheduler(checkpoint_folder)
+            return
+        self.optimizer.load_state_dict(checkpoint.load_tree(Path(checkpoint_folder, OPTIMIZER_FILE)))
+        self.lr_scheduler.load_state_dict(checkpoint.load_tree(Path(checkpoint_folder, SCHEDULER_FILE)))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        checkpoint.save_tree(self._random_file(output_dir), checkpoint.random_state())
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None and self._random_file(checkpoint_folder).is_file():
+            checkpoint.set_random_state(checkpoint.load_tree(self._random_file(checkpoint_folder)))
+
+    def _random_file(self, folder: str) -> Path:
+        return Path(folder, f"random_{self.args.process_index}.safetensors")
+
+
+def training_arguments(settings: TrainingSettings, output: Path) -> TrainingArguments:
+    """The Trainer's arguments for a recipe's ``training`` section."""
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=settings.warmup_ratio,  # below 1: a share of the steps
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        max_grad_norm=settings.clip_norm,
+        bf16=settings.precision == "bfloat16",
+        seed=settings.seed,
+        logging_strategy="steps",
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=settings.validate_every,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every,
+        save_total_limit=settings.keep_checkpoints,
+        # Projections that a layer shares get no gradient: without this, DDP waits for it.
+        ddp_find_unused_parameters=True,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        log_level="error",
+    )
