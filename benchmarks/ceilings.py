@@ -1,0 +1,41 @@
+"""What this machine reaches at best, measured here: a large matrix product for each dtype, and a large copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.case import Work, dtype_name
+from benchmarks.timing import cache_bytes, clock_for
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """``matmul``: FLOP/s by dtype name; ``copy``: bytes/s, those read and those written together."""
+
+    matmul: dict[str, float]
+    copy: float
+
+    def seconds(self, work: Work) -> float:
+        """The least time for this work: the slower of arithmetic and memory."""
+        flops = work.flops / self.matmul[work.dtype] if work.flops and work.dtype in self.matmul else 0.0
+        return max(flops, work.bytes / self.copy)
+
+
+def measure(device: str, dtypes: Iterable[torch.dtype], *, rounds: int = 7) -> Ceilings:
+    """The best of ``rounds`` runs: a ceiling is not an average. Random data, for zeros multiply faster."""
+    clock = clock_for(device)
+    n = 8192 if device.startswith("cuda") else 2048
+    matmul = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        c = torch.empty_like(a)
+        best = min(clock(lambda a=a, b=b, c=c: torch.mm(a, b, out=c)) for _ in range(rounds + 1))
+        matmul[dtype_name(dtype)] = 2.0 * n**3 / best
+    size = min(max(4 * cache_bytes(device), 256 << 20), 1 << 30)
+    source = torch.randint(0, 127, (size // 4,), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    best = min(clock(lambda: target.copy_(source)) for _ in range(rounds + 1))
+    return Ceilings(matmul, 2.0 * source.numel() * source.element_size() / best)

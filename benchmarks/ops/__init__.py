@@ -1,0 +1,1 @@
+"""One file a family: bench_<family>.py."""

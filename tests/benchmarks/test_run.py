@@ -1,0 +1,155 @@
+"""The runner from the command line to the files, on a toy family; and the attention family's own parts."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+import effcore.reference.attention as reference
+from benchmarks import gate, report, run
+from benchmarks.case import CallCost, Floor, Settings
+from benchmarks.ceilings import Ceilings, measure
+from benchmarks.gate import Verdict
+from benchmarks.ops import _attention, bench_attention
+from benchmarks.report import CallRow, Row
+from benchmarks.timing import quartiles
+from tests.benchmarks import toy
+
+
+def row(ours: float, floor: Floor | None = None, **peers: float) -> Row:
+    times = {"effcore": [ours] * 5} | {name: [seconds] * 5 for name, seconds in peers.items()}
+    return Row(toy.case(floor=floor), Verdict(True), times)
+
+
+def test_floors_look_at_the_peers_that_they_name():
+    r = row(1.0, Floor(1.2, "sdpa"), sdpa_flash=1.5, sdpa_math=4.0, flex=1.1)
+    assert r.best_peer() == "flex" and r.ratio_to("flex").median == pytest.approx(1.1)
+    assert r.floor_ratio() == pytest.approx(1.5) and r.met() is True
+    assert row(1.0, Floor(1.6, "sdpa"), sdpa=1.5).met() is False
+    assert row(1.0, Floor(1.6, "sdpa"), flex=9.0).met() is None
+    assert row(1.0, sdpa=1.5).met() is None
+
+
+def test_table_says_what_was_reached():
+    limits = Ceilings({"float32": 1e12}, 1e9)
+    bytes_moved = toy.case().work.bytes
+    text = report.table([row(2 * bytes_moved / 1e9, Floor(1.2), torch=1.0)], limits)
+    header, _, line = text.splitlines()
+    assert header.split()[:3] == ["case", "ours", "ms"]
+    assert "50%" in line and "0.5 GB/s" in line and "1.2 met" in line
+
+
+def test_calls_are_held_against_their_limit():
+    times = {"ours": quartiles([12.0]), "below": quartiles([3.0])}
+    inside = CallRow(CallCost("op", print, print, limit=9.5), times)
+    assert inside.above == pytest.approx(9.0) and inside.met() is True
+    assert CallRow(CallCost("op", print, print, limit=8.0), times).met() is False
+    assert CallRow(CallCost("op", print, print), times).met() is None
+
+
+@pytest.fixture
+def toy_family(monkeypatch):
+    monkeypatch.setattr(run, "families", lambda: ["toy"])
+    monkeypatch.setitem(sys.modules, "benchmarks.ops.bench_toy", toy)
+    monkeypatch.setattr(run.ceilings, "measure", lambda *_: Ceilings({"float32": 1e12}, 1e10))
+
+
+def test_from_the_command_line_to_the_files(toy_family, tmp_path, capsys):
+    files = tmp_path / "a" / "toy.json", tmp_path / "b" / "toy.png"
+    assert run.main(["toy", "--seconds", "0.01", "--json", str(files[0]), "--plot", str(files[1])]) == 0
+    text = capsys.readouterr().out
+    assert "double" in text and "add" in text
+    results = json.loads(files[0].read_text())
+    assert results["machine"]["threads"] == torch.get_num_threads() and results["machine"]["torch"] == torch.__version__
+    (case,) = results["cases"]
+    assert case["ratios"]["torch"]["median"] > 0 and case["gate"]["green"] and case["best_peer"] == "torch"
+    assert results["calls"][0]["met"] is True
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_runs_what_matches(toy_family, capsys):
+    assert run.main(["toy", "--only", "nothing"]) == 0
+    assert "double" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["abacus"], "invalid choice"),
+        (["toy", "--threads", "0"], "--threads must be positive"),
+        (["toy", "--device", "tpu"], "--device must be cpu or cuda"),
+    ],
+)
+def test_bad_options_are_refused(toy_family, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_missing_gpu_is_said(toy_family, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["toy", "--device", "cuda"])
+    assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_folder_names():
+    assert run.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_attention_is_a_family():
+    assert "attention" in run.families()
+    names = [c.name for c in bench_attention.cases(Settings())]
+    assert len(set(names)) == len(names)
+
+
+def test_ceilings_are_sane():
+    limits = measure("cpu", (torch.float32,), rounds=1)
+    assert 1e8 < limits.matmul["float32"] < 1e14 and 1e8 < limits.copy < 1e13
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_exact_attention_is_the_references(kv_heads, causal):
+    q = torch.randn(2, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, kv_heads, 9, 8, dtype=torch.float64, requires_grad=True)
+    values = [torch.randn(2, kv_heads, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    douts = [torch.randn(2, 4, 9, 8, dtype=torch.float64) for _ in range(2)]
+    outs = [reference.attention(q, k, v, causal=causal) for v in values]
+    gradients = torch.autograd.grad(outs, (q, k, *values), douts)
+    got_outs, got_gradients = _attention.exact_attention(q, k, values, douts, causal=causal)
+    for got, expected in zip(got_outs + got_gradients, [*outs, *gradients], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+SMALL = Settings(quick=True), (1, 2, 40, 16), torch.float32
+SMALL_CACHE = Settings(quick=True), (2, 4, 2, 300, 16), torch.float32
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bench_attention._layer(*SMALL),
+        lambda: bench_attention._layer(*SMALL, backward=True),
+        lambda: bench_attention._qk_group(*SMALL, "lse"),
+        lambda: bench_attention._qk_group(*SMALL, "probs"),
+        lambda: bench_attention._kv_group(*SMALL),
+        lambda: bench_attention._decode(*SMALL_CACHE),
+        lambda: bench_attention._decode_from_probs(*SMALL_CACHE),
+    ],
+)
+def test_attention_cases_pass_their_gates(make):
+    case = make()
+    verdict, peers, _ = gate.judge(case, case.inputs())
+    assert verdict.green, verdict.reason
+    assert peers[0].name == "sdpa flash"
+
+
+def test_runs_are_reported_as_they_go(toy_family):
+    log = io.StringIO()
+    run.run(toy, Settings(), seconds=0.01, log=log)
+    assert log.getvalue() == "[1/1] double\n"
