@@ -147,8 +147,13 @@ def machine(device: str) -> dict[str, Any]:
     except (OSError, StopIteration):
         pass
     import effcore
-    from effcore import array
 
+    try:
+        from effcore.array import build_info
+    except ImportError:  # libraries that were carried to this machine, without the Python module
+        build: dict[str, Any] = {}
+    else:
+        build = build_info()
     facts = {
         "cpu": name,
         "processors": os.cpu_count(),
@@ -157,7 +162,7 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "effcore": effcore.__version__,
-        "build": array.build_info(),
+        "build": build,
     }
     if device.startswith("cuda"):
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": _driver()}
@@ -171,7 +176,7 @@ def _driver() -> str:
 
 def describe(facts: dict[str, Any], ceilings: Ceilings) -> str:
     """The machine and its ceilings in two lines."""
-    where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads, {facts['build']['isa']}"
+    where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads, {facts['build'].get('isa', '?')}"
     matmul = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings.matmul.items())
     return (
         f"{where} · torch {facts['torch']} · effcore {facts['effcore']}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import re
 import sys
@@ -19,6 +20,13 @@ from benchmarks.case import CallCost, Case, Settings
 from benchmarks.report import CallRow, Row
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def use_carried_libraries() -> None:
+    """EFFCORE_LIBRARIES names folders with lib/libeffcore_*.so, for machines on which effcore is not installed."""
+    import effcore
+
+    effcore.__path__.extend(filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(os.pathsep)))
 
 
 def families() -> list[str]:
@@ -104,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--threads must be positive, got {options.threads}")
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    use_carried_libraries()
     module = importlib.import_module(f"benchmarks.ops.bench_{options.family}")
     seconds = options.seconds if options.seconds is not None else (1.0 if options.quick else 10.0)
     results, text, green = run(module, settings, only=options.only, seconds=seconds)
