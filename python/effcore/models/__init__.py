@@ -7,8 +7,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from effcore.models.cache import SharedCache, cache_bytes_per_token
 from effcore.models.config import SharedLlamaConfig
 from effcore.models.convert import share_activations
+from effcore.models.decoder import SharedLlamaModel
 from effcore.models.layout import Layout
-from effcore.models.llama import SharedLlamaForCausalLM, SharedLlamaModel
+from effcore.models.llama import SharedLlamaForCausalLM
 
 __all__ = [
     "Layout",

@@ -63,7 +63,8 @@ class SharedCache(Cache):
         ]
         # owner="projection": the K,V that a group shares are no layer's own.
         self._projected = {o: CacheStore() for o in self.layout.groups} if self.owner == "projection" else {}
-        super().__init__(layers=[s for s in self._stores if s is not None] + list(self._projected.values()))
+        self._held = [s for s in self._stores if s is not None] + list(self._projected.values())
+        super().__init__(layers=self._held)  # type: ignore[arg-type]  # transformers' layers each hold K and V
 
     # ---------------------------------------------------------------- what a forward pass does
 
@@ -81,14 +82,21 @@ class SharedCache(Cache):
                 torch._dynamo.mark_static_address(self.device_length)
         return self.device_length.clone()
 
-    def append(
-        self, layer: int, keys: Tensor | None, values: Tensor, *, projected: bool = False
-    ) -> tuple[Tensor | None, Tensor]:
+    def append_kv(self, layer: int, keys: Tensor, values: Tensor, *, projected: bool = False) -> tuple[Tensor, Tensor]:
         """Writes the new tokens' K and V behind those held; returns all of them (static: the whole padded buffers).
 
         The first tokens come back as they were given, so that one pass over a prompt stays differentiable; what is stored
-        is detached.
+        is detached. ``projected`` means the extra K,V of ``owner="projection"``.
         """
+        k, v = self._append(layer, keys, values, projected)
+        assert k is not None
+        return k, v
+
+    def append_v(self, layer: int, values: Tensor) -> Tensor:
+        """The same in a consumer of mode ``qk``, which has no K of its own."""
+        return self._append(layer, None, values, False)[1]
+
+    def _append(self, layer: int, keys: Tensor | None, values: Tensor, projected: bool) -> tuple[Tensor | None, Tensor]:
         store = self._projected[layer] if projected else self._stores[layer]
         if store is None:
             raise RuntimeError(
@@ -142,17 +150,17 @@ class SharedCache(Cache):
             raise RuntimeError(
                 "effcore.SharedCache: a static cache is not differentiable; call the model under torch.no_grad()"
             )
-        tokens = values.shape[2]
+        tokens, capacity = values.shape[2], self.max_cache_len
         on_host = values.device.type == "cpu" and not torch.compiler.is_compiling()
-        if tokens > self.max_cache_len or (on_host and int(self.device_length) + tokens > self.max_cache_len):
+        if tokens > capacity or (on_host and int(self.device_length) + tokens > capacity):
             raise ValueError(
-                f"effcore.SharedCache: the static cache holds {self.max_cache_len} tokens, and {tokens} more do not fit"
+                f"effcore.SharedCache: the static cache holds {capacity} tokens, and {tokens} more do not fit"
             )
         at = torch.arange(tokens, device=values.device) + self.device_length
 
         def write(buffer: Tensor | None, new: Tensor) -> Tensor:
             if buffer is None:
-                buffer = new.new_zeros((*new.shape[:2], self.max_cache_len, new.shape[3]))
+                buffer = new.new_zeros((*new.shape[:2], capacity, new.shape[3]))
                 if not torch.compiler.is_compiling():
                     torch._dynamo.mark_static_address(buffer)
             return buffer.index_copy_(2, at, new)
@@ -187,11 +195,11 @@ class SharedCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return any(s.values is not None for s in self.layers)
+        return any(s.values is not None for s in self._held)
 
     @property
     def batch_size(self) -> int:
-        values = self.layers[0].values
+        values = self._held[0].values
         return -1 if values is None else values.shape[0]
 
     def reset(self) -> None:
@@ -231,7 +239,7 @@ class SharedCache(Cache):
             chosen = t.index_select(0, rows.to(t.device))
             return t.copy_(chosen) if in_place else chosen
 
-        for store in self.layers:
+        for store in self._held:
             store.map(select)
         if self.first_key is not None:
             self.first_key = select(self.first_key)
@@ -240,7 +248,7 @@ class SharedCache(Cache):
 
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes in this cache; 0 before the first pass."""
-        return sum(t.shape[1] * t.shape[3] * t.element_size() for s in self.layers for t in s.buffers())
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for s in self._held for t in s.buffers())
 
     def __repr__(self) -> str:
         form = f"static, {self.max_cache_len} tokens" if self.is_static else f"{self.length} tokens"

@@ -24,7 +24,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 @strict
 class SharedLlamaConfig(LlamaConfig):
-    """A :class:`transformers.LlamaConfig` with a sharing layout, and the options that tell Llama, Mistral, Qwen2 and Qwen3 apart.
+    """A LLaMA configuration with a sharing layout, and the options that tell Llama, Mistral, Qwen2 and Qwen3 apart.
 
     Args:
         share_mode: ``"qk"``: consumers use the owner's softmax(QKᵀ) and their own V (EPAS). ``"kv"``: consumers use the
@@ -109,7 +109,7 @@ class SharedLlamaConfig(LlamaConfig):
 
     @classmethod
     def from_hf(cls, config: PretrainedConfig, **sharing: Any) -> SharedLlamaConfig:
-        """The same architecture as a Llama, Mistral, Qwen2 or Qwen3 configuration, with nothing shared unless ``sharing`` says so.
+        """The architecture of a Llama, Mistral, Qwen2 or Qwen3 configuration, with the fields of ``sharing``.
 
         Raises:
             ValueError: another architecture, or an option that this model does not do; named.

@@ -9,9 +9,10 @@ import transformers
 from torch import nn
 
 from effcore.models.config import MODES, OWNERS, SharedLlamaConfig
+from effcore.models.decoder import SharedLlamaModel
 from effcore.models.layer import PIECES, SharedAttention, SharedDecoderLayer
 from effcore.models.layout import Layout
-from effcore.models.llama import SharedLlamaForCausalLM, SharedLlamaModel
+from effcore.models.llama import SharedLlamaForCausalLM
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -63,7 +64,7 @@ def share_activations(
     if already:
         if model.config.dropped_projections and (mode, owner) != (model.config.share_mode, model.config.share_owner):
             raise ValueError("effcore.share_activations: projections were dropped, so the mode cannot change any more")
-        config = model.config
+        config: Any = model.config
     else:
         config = SharedLlamaConfig.from_hf(model.config, share_mode=mode, share_owner=owner)
     # On a copy of the configuration, so that what is refused leaves the model as it was.

@@ -21,7 +21,7 @@ class SharedGenerationMixin(GenerationMixin):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         given = model_kwargs.get("past_key_values")
         implementation = generation_config.cache_implementation
         if given is not None:
@@ -36,17 +36,22 @@ class SharedGenerationMixin(GenerationMixin):
             return
         if implementation not in (None, "dynamic", "static"):
             raise ValueError(f"effcore: cache_implementation must be 'dynamic' or 'static', got {implementation!r}")
+        model: Any = self
         length = None
         if implementation == "static":
             # As in transformers: never smaller than before, so that a compiled decoding step is kept.
-            length = max(max_cache_length, generation_config.max_cache_len or 0, getattr(self, "_static_cache_len", 0))
-            self._static_cache_len = length
-        model_kwargs["past_key_values"] = SharedCache(self.config, self.layout, length)
+            length = max(max_cache_length, generation_config.max_cache_len or 0, getattr(model, "_static_cache_len", 0))
+            model._static_cache_len = length
+        model_kwargs["past_key_values"] = SharedCache(model.config, model.layout, length)
 
     def create_masks_for_generate(
         self, *, attention_mask: Tensor | None = None, past_key_values: Any = None, **_: Any
     ) -> Any:
         """2D masks stay 2D. For a static cache they get its length, so that a step's shapes are the same at every step."""
-        if attention_mask is None or not isinstance(past_key_values, SharedCache) or not past_key_values.is_static:
+        if (
+            attention_mask is None
+            or not isinstance(past_key_values, SharedCache)
+            or past_key_values.max_cache_len is None
+        ):
             return attention_mask
         return pad(attention_mask, (0, past_key_values.max_cache_len - attention_mask.shape[1]), value=1)

@@ -22,11 +22,12 @@ from effcore.models.cache import SharedCache
 from effcore.models.config import SharedLlamaConfig
 from effcore.ops import attention as ops
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
 
 class Visibility:
-    """What the queries of one pass see, as the attention ops take it. A plain object, for the reason given above."""
+    """What the queries of one pass see, as the attention ops take it. A plain object, for the reason given above.
+
+    ``decoding`` passes have one query a row, know ``lengths``, and are not differentiable.
+    """
 
     __slots__ = ("decoding", "first_key", "lengths")
 
@@ -38,8 +39,10 @@ class Visibility:
 
 
 class SharedAttention(nn.Module):
-    """The projections of one layer: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and, where the model has them, ``q_norm`` and
-    ``k_norm``, under the names of transformers' classes. A projection that was dropped is None."""
+    """The projections of one layer, under the names that transformers gives them; one that was dropped is None."""
+
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
 
     def __init__(self, config: SharedLlamaConfig, layer_idx: int):
         super().__init__()
@@ -70,10 +73,6 @@ class SharedAttention(nn.Module):
             delattr(self, name)
             self.register_module(name, None)
 
-    def heads(self, projected: Tensor) -> Tensor:
-        """[B, S, H·D] -> [B, H, S, D], a view."""
-        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
 
 def unused_projections(mode: str) -> tuple[str, ...]:
     """The projections (and their norms) that a consumer does not use."""
@@ -89,20 +88,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + rotate_half(x) * sin
 
 
+def split_heads(projected: Tensor, head_dim: int) -> Tensor:
+    """[B, S, H·D] -> [B, H, S, D], a view."""
+    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
 def _queries(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    q = attention.heads(attention.q_proj(x))
+    q = split_heads(attention.q_proj(x), attention.head_dim)
     return rotate(q if attention.q_norm is None else attention.q_norm(q), cos, sin)
 
 
 def _keys(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    k = attention.heads(attention.k_proj(x))
+    k = split_heads(attention.k_proj(x), attention.head_dim)
     return rotate(k if attention.k_norm is None else attention.k_norm(k), cos, sin)
 
 
 def project_qkv(layer: SharedDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, projections, q/k norms and RoPE: q [B, Hq, S, D], k and v [B, Hkv, S, D], in one dtype (autocast: v's)."""
     x, attention = layer.input_layernorm(hidden), layer.self_attn
-    v = attention.heads(attention.v_proj(x))
+    v = split_heads(attention.v_proj(x), attention.head_dim)
     return _queries(attention, x, cos, sin).to(v.dtype), _keys(attention, x, cos, sin).to(v.dtype), v
 
 
@@ -114,7 +118,7 @@ def project_q(layer: SharedDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tenso
 def project_v(layer: SharedDecoderLayer, hidden: Tensor) -> Tensor:
     """A consumer of mode ``qk``: its values."""
     attention = layer.self_attn
-    return attention.heads(attention.v_proj(layer.input_layernorm(hidden)))
+    return split_heads(attention.v_proj(layer.input_layernorm(hidden)), attention.head_dim)
 
 
 def finish(layer: SharedDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -175,15 +179,16 @@ class SharedDecoderLayer(GradientCheckpointingLayer):
         elif shared is not None:
             v = self.pieces.project_v(self, hidden)
             if cache is not None:
-                v = cache.append(layer_idx, None, v)[1]
+                v = cache.append_v(layer_idx, v)
             if isinstance(shared, ops.SharedScores):
                 attended = ops.attention_from_scores(shared, v)
             else:
+                assert seen.lengths is not None
                 attended = ops.decode_from_probs(shared, v, seen.lengths)
         else:
             q, k, v = self.pieces.project_qkv(self, hidden, cos, sin)
             if cache is not None:
-                k, v = cache.append(layer_idx, k, v)
+                k, v = cache.append_kv(layer_idx, k, v)
             if last is not None:
                 hidden, q = hidden[:, -last:], q[:, :, -last:]
             if consumers and mode == "kv":
@@ -200,10 +205,8 @@ def _attend(
     """Attention of a layer with its own Q, K and V, and its probabilities for ``consumers`` layers."""
     if seen.decoding:
         if not consumers:
-            return ops.decode_attention(q, k, v, seen.lengths, scale=scale, first_key=seen.first_key), None
-        out, probs = ops.decode_attention(
-            q, k, v, seen.lengths, scale=scale, first_key=seen.first_key, return_probs=True
-        )
+            return _decode(q, k, v, seen, scale), None
+        out, probs = _decode(q, k, v, seen, scale, return_probs=True)
         return out, (probs,) * consumers
     if not consumers:
         return ops.attention(q, k, v, scale=scale, **seen.arguments()), None
@@ -211,9 +214,15 @@ def _attend(
 
 
 def _attend_kv(q: Tensor, shared: ops.SharedKV, seen: Visibility, scale: float) -> Tensor:
+    """Attention to a group's K and V."""
     if seen.decoding:
-        return ops.decode_attention(q, shared.k, shared.v, seen.lengths, scale=scale, first_key=seen.first_key)
+        return _decode(q, shared.k, shared.v, seen, scale)
     return ops.attention_shared_kv(q, shared, scale=scale, **seen.arguments())
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, scale: float, return_probs: bool = False) -> Any:
+    assert seen.lengths is not None
+    return ops.decode_attention(q, k, v, seen.lengths, scale=scale, first_key=seen.first_key, return_probs=return_probs)
 
 
 class KVProjection(nn.Module):
@@ -230,22 +239,25 @@ class KVProjection(nn.Module):
         self.k_norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.head_dim = head_dim
 
-    heads = SharedAttention.heads
-
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, C] -> k and v [B, Hkv, S, D], k after RoPE."""
         x = self.norm(hidden)
-        v = self.heads(self.v_proj(x))
+        v = split_heads(self.v_proj(x), self.head_dim)
         return _keys(self, x, cos, sin).to(v.dtype), v
 
     @torch.no_grad()
     def copy_from(self, layer: SharedDecoderLayer) -> None:
         """Begins as the first consumer's own norm and projections: then the group's first layer computes what it did."""
         attention = layer.self_attn
-        pairs = [(self.norm, layer.input_layernorm), (self.k_proj, attention.k_proj), (self.v_proj, attention.v_proj)]
-        if self.k_norm is not None:
-            pairs.append((self.k_norm, attention.k_norm))
+        pairs: list[tuple[nn.Module | None, Any]] = [
+            (self.norm, layer.input_layernorm),
+            (self.k_proj, attention.k_proj),
+            (self.v_proj, attention.v_proj),
+            (self.k_norm, attention.k_norm),
+        ]
         for mine, theirs in pairs:
+            if mine is None:
+                continue
             if theirs is None:
                 raise ValueError("effcore: the first consumer's K,V projections were dropped; there is nothing to copy")
             mine.load_state_dict(theirs.state_dict())

@@ -62,7 +62,7 @@ class Layout:
 
     @classmethod
     def from_start(cls, num_layers: int, start: int) -> Layout:
-        """Layers ``start`` .. ``num_layers - 1`` use the activations of layer ``start - 1``; ``start = num_layers`` shares nothing."""
+        """Layers from ``start`` on use the activations of layer ``start - 1``; ``start = num_layers`` shares nothing."""
         if not 1 <= start <= num_layers:
             hint = " (layer 0 has no layer before it whose activations it could use)" if start == 0 else ""
             raise ValueError(f"effcore.Layout: start must be from 1 to {num_layers}, got {start}{hint}")
@@ -70,7 +70,7 @@ class Layout:
 
     @classmethod
     def from_shared(cls, num_layers: int, shared: int) -> Layout:
-        """The last ``shared`` layers use the activations of the layer before them (EPAS: the region grows from the deep end)."""
+        """The last ``shared`` layers use the activations of the layer before them (EPAS grows it from the deep end)."""
         if not 0 <= shared < num_layers:
             raise ValueError(f"effcore.Layout: shared must be from 0 to {num_layers - 1}, got {shared}")
         return cls.from_start(num_layers, num_layers - shared)

@@ -125,7 +125,8 @@ def _left_padding(mask: Tensor, batch: int, queries: int, past: int | Tensor, ca
     fits = mask.shape[1] == expected or (capacity is not None and queries <= mask.shape[1] <= capacity)
     if mask.shape[0] != batch or not fits:
         raise ValueError(
-            f"effcore: attention_mask must be [{batch}, {expected or capacity}] (cached and new tokens), got {tuple(mask.shape)}"
+            f"effcore: attention_mask must be [{batch}, {expected or capacity}] (cached and new tokens), "
+            f"got {tuple(mask.shape)}"
         )
     seen = mask != 0
     compiling = torch.compiler.is_compiling()
@@ -145,7 +146,8 @@ def _left_padding(mask: Tensor, batch: int, queries: int, past: int | Tensor, ca
 def _documents(cu_seqlens: Tensor, batch: int, queries: int, step: Tensor) -> Tensor:
     if batch != 1 or cu_seqlens.dim() != 1:
         raise ValueError(
-            f"effcore: cu_seqlens must be one row of offsets for a batch of 1, got {tuple(cu_seqlens.shape)} for a batch of {batch}"
+            f"effcore: cu_seqlens must be one row of offsets for a batch of 1, got {tuple(cu_seqlens.shape)} "
+            f"for a batch of {batch}"
         )
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         offsets = cu_seqlens.tolist()
