@@ -158,6 +158,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": name,
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -179,7 +180,7 @@ def describe(facts: dict[str, Any], ceilings: Ceilings) -> str:
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads, {facts['build'].get('isa', '?')}"
     matmul = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings.matmul.items())
     return (
-        f"{where} · torch {facts['torch']} · effcore {facts['effcore']}\n"
+        f"{where} · torch {facts['torch']} · effcore {facts['effcore']} · load at the start {facts['load']:.1f}\n"
         f"ceilings: matmul {matmul} GFLOP/s, copy {ceilings.copy / 1e9:.1f} GB/s (read and written)"
     )
 
@@ -253,14 +254,22 @@ def plot(path: Path, results: dict[str, Any], title: str) -> None:
         axes.barh(y, r["median"], height=0.62, color="#2f7f79" if fast else "#c46a3f")
         axes.plot([r["q1"], r["q3"]], [y, y], color="#222", linewidth=1.2)
         axes.text(
-            max(r["median"], r["q3"]) + 0.03, y, f"{r['median']:.2f}× {case['best_peer']}", va="center", fontsize=7.5
+            max(r["q3"], case.get("floor", {}).get("reached") or 0) + 0.05,
+            y,
+            f"{r['median']:.2f}× {case['best_peer']}",
+            va="center",
+            fontsize=7.5,
         )
         if "floor" in case:
             axes.plot([case["floor"]["ratio"]] * 2, [y - 0.4, y + 0.4], color="#222", linewidth=1.6, linestyle=":")
+            if case["floor"]["reached"] is not None:
+                axes.plot(case["floor"]["reached"], y, "D", color="#222", markersize=4)
     axes.axvline(1.0, color="#222", linewidth=0.8)
     axes.set_yticks(range(len(cases)), [c["name"] for c in cases], fontsize=8)
-    axes.set_xlim(0, 1.25 * max(c["ratios"][c["best_peer"]]["q3"] for c in cases))
-    axes.set_xlabel("times as fast as the best peer (dotted: the project's floor)", fontsize=8)
+    axes.set_xlim(0, 1.45 * max(c["ratios"][c["best_peer"]]["q3"] for c in cases))
+    axes.set_xlabel(
+        "times as fast as the best peer · dotted: the project's floor, diamond: what is held against it", fontsize=8
+    )
     axes.set_title(title, fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
