@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "../scratch.h"
-#include "engine.h"
+#include "engines.h"
 #include "softmax.h"
 
 namespace effcore::attention::EFFCORE_ISA {
@@ -93,7 +93,7 @@ void segment(const DecodeJob& job, std::int64_t task) {
       for (std::int64_t g = 0; g < group; ++g) {
         T* row = scores + g * decode_chunk;
         const T maximum = row_maximum(row, begin, end, factor), shift = maximum == -infinity<T> ? T(0) : maximum;
-        const T sum = row_exponentials(row, begin, end, decode_chunk, factor, shift);
+        const T sum = row_exponentials<true>(row, row, begin, end, decode_chunk, factor, shift);
         static_cast<T*>(static_cast<void*>(job.maxima))[(head + g) * chunks + chunk] = maximum;
         static_cast<T*>(static_cast<void*>(job.sums))[(head + g) * chunks + chunk] = sum;
         if (job.weights != nullptr) {
@@ -162,17 +162,12 @@ void combine(const DecodeJob& job, std::int64_t task) {
 }
 
 template <class E>
-constexpr DecodeKernels kernels = {segment<E>, combine<E>};
+struct Family {
+  static constexpr DecodeKernels kernels = {segment<E>, combine<E>};
+};
 
 }  // namespace
 
-const DecodeKernels& decode_kernels(DType dtype) {
-  switch (dtype) {
-    case DType::float64: return kernels<Simd<double, double>>;
-    case DType::bfloat16: return kernels<Simd<bfloat16, float>>;
-    case DType::float16: return kernels<Simd<float16, float>>;
-    default: return kernels<Simd<float, float>>;
-  }
-}
+const DecodeKernels& decode_kernels(DType dtype) { return choose<Family>(dtype); }
 
 }  // namespace effcore::attention::EFFCORE_ISA

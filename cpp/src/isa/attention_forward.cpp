@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "../scratch.h"
-#include "engine.h"
+#include "engines.h"
 #include "probs.h"
 #include "softmax.h"
 
@@ -25,8 +25,8 @@ struct ForwardPack {
   ForwardPack(const ForwardJob& job, char* memory) {
     const Problem& p = job.problem;
     Pieces pieces(memory);
-    keys = pieces.take<T>(job.source == Source::probs ? 0 : packed_elements<T>(p.head_dim, p.keys));
-    values = pieces.take<T>(packed_elements<T>(p.keys, p.value_dim));
+    keys = pieces.take<T>(job.source == Source::probs ? 0 : packed_elements<E>(p.head_dim, p.keys));
+    values = pieces.take<T>(packed_elements<E>(p.keys, p.value_dim));
     bytes = pieces.bytes_from(memory);
   }
 };
@@ -44,16 +44,73 @@ void pack(const ForwardJob& job, std::int64_t task) {
   const KeyRange valid = valid_keys(p, s.batch, s.begin);
   const ForwardPack<E> packed(job, job.wave.packed + s.head * job.wave.packed_bytes);
   if (job.source != Source::probs)
-    pack_transposed(packed.keys, p.head_dim, s.begin, row_of<Storage>(job.k, s.batch, s.kv_head, s.begin), job.k.stride[2],
+    E::pack_transposed(packed.keys, p.head_dim, s.begin, row_of<Storage>(job.k, s.batch, s.kv_head, s.begin), job.k.stride[2],
                     s.end - s.begin, valid.begin, valid.end);
-  pack_rows(packed.values, p.keys, s.begin, row_of<Storage>(job.v, s.batch, s.kv_head, s.begin), job.v.stride[2],
+  E::pack_rows(packed.values, depth<E>(p.keys), s.begin, row_of<Storage>(job.v, s.batch, s.kv_head, s.begin), job.v.stride[2],
             s.end - s.begin, p.value_dim, valid.begin, valid.end);
+}
+
+// What a task needs for its block of rows.
+template <class E>
+struct ForwardScratch {
+  using T = typename E::Accumulator;
+  using Operand = typename E::Operand;
+  Operand* q;    // [row_block, depth(D)]
+  T* scores;     // [row_block, block_keys]
+  Operand* p;    // the same as a left operand (the scores themselves where that is of their type)
+  T* sums;       // [row_block, padded Dv]
+  T *maximum, *sum;
+  Visibility seen;
+  std::int64_t bytes;
+  ForwardScratch(const Problem& problem, std::int64_t block_keys, char* memory) {
+    Pieces pieces(memory);
+    q = pieces.take<Operand>(E::row_block * depth<E>(problem.head_dim));
+    scores = pieces.take<T>(E::row_block * block_keys);
+    if constexpr (std::is_same_v<Operand, T>)
+      p = scores;
+    else
+      p = pieces.take<Operand>(E::row_block * block_keys);
+    sums = pieces.take<T>(E::row_block * round_up(problem.value_dim, width<T>));
+    maximum = pieces.take<T>(E::row_block);
+    sum = pieces.take<T>(E::row_block);
+    seen.begin = pieces.take<std::int32_t>(E::row_block);
+    seen.end = pieces.take<std::int32_t>(E::row_block);
+    bytes = pieces.bytes_from(memory);
+  }
+};
+
+// P of one block of keys from its scores, and what the running maximum and sum become.
+template <bool keep, class E>
+void softmax_block(const ForwardJob& job, const ForwardScratch<E>& x, std::int64_t count, std::int64_t padded,
+                   std::int64_t block_keys, std::int64_t value_stride, bool first_block) {
+  using T = typename E::Accumulator;
+  const T factor = static_cast<T>(job.problem.scale * log2_e);
+  constexpr bool in_place = keep || std::is_same_v<typename E::Operand, T>;
+  for (std::int64_t r = 0; r < count; ++r) {
+    T* row = x.scores + r * block_keys;
+    const std::int64_t begin = x.seen.begin[r], end = x.seen.end[r];
+    if (job.source == Source::lse) {
+      row_exponentials<in_place>(row, x.p + r * block_keys, begin, end, padded, factor, x.maximum[r]);
+      continue;
+    }
+    const T m = row_maximum(row, begin, end, factor), before = x.maximum[r], higher = m > before ? m : before;
+    const T shift = higher == -infinity<T> ? T(0) : higher;
+    const T more = row_exponentials<in_place>(row, x.p + r * block_keys, begin, end, padded, factor, shift);
+    if (higher > before && !first_block) {
+      const T correction = static_cast<T>(std::exp2(before - shift));
+      x.sum[r] *= correction;
+      for (std::int64_t d = 0; d < value_stride; ++d) x.sums[r * value_stride + d] *= correction;
+    }
+    x.maximum[r] = higher;
+    x.sum[r] += more;
+  }
 }
 
 template <class E>
 void rows(const ForwardJob& job, std::int64_t task) {
   using Storage = typename E::Storage;
   using T = typename E::Accumulator;
+  using Operand = typename E::Operand;
   const Problem& p = job.problem;
   const std::int64_t blocks = (p.queries + E::row_block - 1) / E::row_block, group = p.heads / p.kv_heads;
   const std::int64_t head = task / (group * blocks), number = job.wave.first + head;
@@ -66,76 +123,46 @@ void rows(const ForwardJob& job, std::int64_t task) {
   const std::int64_t end = most(begin, visible_keys(p, b, first + count - 1).end);
   const bool keep = job.source == Source::scores && job.probs != nullptr;
   const std::int64_t block_keys = keep ? round_up(end - begin, probs_tile) : E::forward_keys;
-  const std::int64_t value_stride = round_up(p.value_dim, width<T>);
+  const std::int64_t value_stride = round_up(p.value_dim, width<T>), head_depth = depth<E>(p.head_dim);
+  const std::int64_t bytes = ForwardScratch<E>(p, block_keys, nullptr).bytes;
+  const ForwardScratch<E> x(p, block_keys, static_cast<char*>(scratch::get(scratch::Slot::local, bytes)));
+  [[maybe_unused]] const typename E::Session session;
 
-  const auto lay_out = [&](Pieces& pieces, T*& q, T*& scores, T*& sums, T*& maximum, T*& sum, Visibility& seen) {
-    q = pieces.take<T>(E::row_block * p.head_dim);
-    scores = pieces.take<T>(E::row_block * block_keys);
-    sums = pieces.take<T>(E::row_block * value_stride);
-    maximum = pieces.take<T>(E::row_block);
-    sum = pieces.take<T>(E::row_block);
-    seen.begin = pieces.take<std::int32_t>(E::row_block);
-    seen.end = pieces.take<std::int32_t>(E::row_block);
-  };
-  T *q, *scores, *sums, *maximum, *sum;
-  Visibility seen;
-  Pieces measure(nullptr);
-  lay_out(measure, q, scores, sums, maximum, sum, seen);
-  Pieces pieces(static_cast<char*>(scratch::get(scratch::Slot::local, measure.bytes_from(nullptr))));
-  lay_out(pieces, q, scores, sums, maximum, sum, seen);
-
-  const std::int64_t row_number = (b * p.heads + h) * p.queries + first;
-  const T factor = static_cast<T>(p.scale * log2_e);
+  const std::int64_t head_number = b * p.heads + h, row_number = head_number * p.queries + first;
   if (job.source != Source::probs)
     for (std::int64_t r = 0; r < count; ++r)
-      load_row(q + r * p.head_dim, row_of<Storage>(job.q, b, h, first + r), p.head_dim, p.head_dim);
-  fill(sums, count * value_stride, T(0));
+      load_row(x.q + r * head_depth, row_of<Storage>(job.q, b, h, first + r), p.head_dim, head_depth);
+  zero(x.sums, count * value_stride);
   for (std::int64_t r = 0; r < count; ++r) {
-    maximum[r] = job.source == Source::lse ? static_cast<const T*>(job.lse)[row_number + r] * static_cast<T>(log2_e) : -infinity<T>;
-    sum[r] = 0;
+    x.maximum[r] = job.source == Source::lse ? static_cast<const T*>(job.lse)[row_number + r] * static_cast<T>(log2_e) : -infinity<T>;
+    x.sum[r] = 0;
   }
 
   for (std::int64_t key = begin; key < end; key += block_keys) {
     const std::int64_t keys = least(block_keys, end - key), padded = round_up(keys, probs_tile);
-    look(p, b, first, count, key, keys, seen);
+    look(p, b, first, count, key, keys, x.seen);
     if (job.source == Source::probs) {
-      load_probs<Storage>(p, job.probs, b * p.heads + h, first, count, key, padded, scores, block_keys);
+      load_probs<Storage>(p, job.probs, head_number, first, count, key, padded, x.p, block_keys);
     } else {
-      Product<T> qk;
+      Product<Operand, T> qk;
       qk.m = count, qk.n = keys, qk.k = p.head_dim;
-      qk.a = q, qk.a_row = p.head_dim;
-      qk.b = packed.keys + key * p.head_dim, qk.b_panel = p.head_dim * panel<T>;
-      qk.c = scores, qk.c_row = block_keys, qk.add = false;
-      qk.columns = seen.end;
-      multiply(qk);
-      for (std::int64_t r = 0; r < count; ++r) {
-        T* row = scores + r * block_keys;
-        if (job.source == Source::lse) {
-          row_exponentials(row, seen.begin[r], seen.end[r], padded, factor, maximum[r]);
-          continue;
-        }
-        const T m = row_maximum(row, seen.begin[r], seen.end[r], factor);
-        const T higher = m > maximum[r] ? m : maximum[r];
-        const T shift = higher == -infinity<T> ? T(0) : higher;
-        const T more = row_exponentials(row, seen.begin[r], seen.end[r], padded, factor, shift);
-        if (higher > maximum[r] && key > begin) {
-          const T correction = static_cast<T>(std::exp2(maximum[r] - shift));
-          sum[r] *= correction;
-          for (std::int64_t d = 0; d < value_stride; ++d) sums[r * value_stride + d] *= correction;
-        }
-        maximum[r] = higher;
-        sum[r] += more;
-      }
+      qk.a = x.q, qk.a_row = head_depth;
+      qk.b = packed.keys + key * head_depth, qk.b_panel = head_depth * E::panel;
+      qk.c = x.scores, qk.c_row = block_keys, qk.add = false;
+      qk.columns = x.seen.end;
+      E::multiply(qk);
+      (keep ? softmax_block<true, E> : softmax_block<false, E>)(job, x, count, padded, block_keys, value_stride, key == begin);
     }
-    Product<T> pv;
+    Product<Operand, T> pv;
     pv.m = count, pv.n = p.value_dim, pv.k = keys;
-    pv.a = scores, pv.a_row = block_keys;
-    pv.b = packed.values + key * panel<T>, pv.b_panel = p.keys * panel<T>;
-    pv.c = sums, pv.c_row = value_stride;
-    pv.k_end = seen.end;
-    multiply(pv);
+    pv.a = x.p, pv.a_row = block_keys;
+    pv.b = packed.values + key * E::panel, pv.b_panel = depth<E>(p.keys) * E::panel;
+    pv.c = x.sums, pv.c_row = value_stride;
+    pv.k_end = x.seen.end;
+    E::multiply(pv);
   }
 
+  T *sum = x.sum;
   if (job.source == Source::scores) {
     T* lse = static_cast<T*>(job.lse) + row_number;
     for (std::int64_t r = 0; r < count; ++r) {
@@ -143,29 +170,24 @@ void rows(const ForwardJob& job, std::int64_t task) {
       const bool sees = range.end > range.begin;
       // Scores that are all -inf have no softmax: NaN, as 0 / 0 would give.
       if (sees && sum[r] == 0) sum[r] = static_cast<T>(__builtin_nan(""));
-      lse[r] = sees ? static_cast<T>((maximum[r] + std::log2(sum[r])) * ln_2) : -infinity<T>;
+      lse[r] = sees ? static_cast<T>((x.maximum[r] + std::log2(sum[r])) * ln_2) : -infinity<T>;
       sum[r] = sees ? 1 / sum[r] : T(0);
     }
-    if (keep) keep_probs<Storage>(p, job.probs, b * p.heads + h, first, count, begin, end, scores, block_keys, sum);
+    if (keep) keep_probs<Storage>(p, job.probs, head_number, first, count, begin, end, x.scores, block_keys, sum);
   } else {
     fill(sum, count, T(1));
   }
   for (std::int64_t r = 0; r < count; ++r)
-    store_row(const_cast<Storage*>(row_of<Storage>(job.out, b, h, first + r)), sums + r * value_stride, p.value_dim, sum[r]);
+    store_row(const_cast<Storage*>(row_of<Storage>(job.out, b, h, first + r)), x.sums + r * value_stride, p.value_dim, sum[r]);
 }
 
 template <class E>
-constexpr ForwardKernels kernels = {E::row_block, packed_bytes<E>, pack<E>, rows<E>};
+struct Family {
+  static constexpr ForwardKernels kernels = {E::row_block, packed_bytes<E>, pack<E>, rows<E>};
+};
 
 }  // namespace
 
-const ForwardKernels& forward_kernels(DType dtype) {
-  switch (dtype) {
-    case DType::float64: return kernels<Simd<double, double>>;
-    case DType::bfloat16: return kernels<Simd<bfloat16, float>>;
-    case DType::float16: return kernels<Simd<float16, float>>;
-    default: return kernels<Simd<float, float>>;
-  }
-}
+const ForwardKernels& forward_kernels(DType dtype) { return choose<Family>(dtype); }
 
 }  // namespace effcore::attention::EFFCORE_ISA

@@ -6,15 +6,50 @@
 namespace effcore::attention::EFFCORE_ISA {
 namespace {
 
+// Right operands are packed in panels of `panel` columns, their steps padded with zeros to a multiple of `steps`; left operands
+// are row-major with rows padded likewise, except that Simd reads transposed ones where they lie.
 template <class S, class T>
 struct Simd {
   using Storage = S;      // of the tensors
   using Accumulator = T;  // of scores, sums and statistics
   using Operand = T;      // of the products
-  static constexpr std::int64_t row_block = 128;    // query rows of a task; a multiple of probs_tile
+  static constexpr std::int64_t panel = attention::EFFCORE_ISA::panel<T>, steps = 1;
+  static constexpr std::int64_t row_block = 128;      // query rows of a task; a multiple of probs_tile
   static constexpr std::int64_t forward_keys = 512;   // keys between two updates of the running maximum
   static constexpr std::int64_t backward_keys = 128;  // keys of a block of dS
+
+  struct Session {};  // held while a task multiplies
+
+  static void multiply(const Product<T>& p) { multiply_blocks(p); }
+
+  static void pack_rows(T* packed, std::int64_t depth, std::int64_t first, const Storage* from, std::int64_t row_stride,
+                        std::int64_t rows, std::int64_t n, std::int64_t valid_begin, std::int64_t valid_end) {
+    attention::EFFCORE_ISA::pack_rows(packed, depth, first, from, row_stride, rows, n, valid_begin, valid_end);
+  }
+  static void pack_transposed(T* packed, std::int64_t depth, std::int64_t first, const Storage* from, std::int64_t row_stride,
+                              std::int64_t rows, std::int64_t valid_begin, std::int64_t valid_end) {
+    attention::EFFCORE_ISA::pack_transposed(packed, depth, first, from, row_stride, rows, valid_begin, valid_end);
+  }
+
+  // Makes the transpose of [rows, columns] the left operand.
+  static void set_transposed(Product<T>& p, const T* matrix, std::int64_t row_stride, std::int64_t, std::int64_t, T*) {
+    p.a = matrix;
+    p.a_row = 1;
+    p.a_column = row_stride;
+  }
+  static constexpr std::int64_t transposed_elements = 0;
 };
+
+// Steps of a product over n, as operands have them.
+template <class E>
+constexpr std::int64_t depth(std::int64_t n) {
+  return round_up(n, E::steps);
+}
+// Elements of a packed right operand with n columns and k steps.
+template <class E>
+constexpr std::int64_t packed_elements(std::int64_t k, std::int64_t n) {
+  return round_up(n, E::panel) * depth<E>(k);
+}
 
 template <class Storage>
 inline const Storage* row_of(const TensorView& t, std::int64_t b, std::int64_t h, std::int64_t i) {

@@ -20,12 +20,12 @@ constexpr int tile_rows = 6, tile_vectors = 2;  // 16 registers: 12 sums, 2 of B
 template <class T>
 constexpr std::int64_t panel = tile_vectors * width<T>;
 
-template <class T>
+template <class Operand, class T = Operand>
 struct Product {
   std::int64_t m = 0, n = 0, k = 0;
-  const T* a = nullptr;
+  const Operand* a = nullptr;
   std::int64_t a_row = 0, a_column = 1;
-  const T* b = nullptr;
+  const Operand* b = nullptr;
   std::int64_t b_panel = 0;  // elements from one panel to the next
   T* c = nullptr;
   std::int64_t c_row = 0;
@@ -75,7 +75,7 @@ struct MakeTiles<T, 0, index...> : Tiles<T, index...> {};
 constexpr std::int64_t product_steps = 128;
 
 template <class T>
-void multiply(const Product<T>& p) {
+void multiply_blocks(const Product<T>& p) {
   constexpr auto& tiles = MakeTiles<T, tile_rows * tile_vectors>::table;
   // The first step of k initialises C even where nothing is added after it.
   for (std::int64_t k0 = 0; k0 == 0 || k0 < p.k; k0 += product_steps) {
@@ -95,12 +95,6 @@ void multiply(const Product<T>& p) {
       }
     }
   }
-}
-
-// Elements of a packed B with n columns and k steps.
-template <class T>
-constexpr std::int64_t packed_elements(std::int64_t k, std::int64_t n) {
-  return round_up(n, panel<T>) * k;
 }
 
 // B = the rows [0, rows) of a matrix with n columns; steps [first, first + rows) of the packed [k, n]. Rows out of

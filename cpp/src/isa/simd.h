@@ -198,9 +198,18 @@ inline void store_row(Storage* to, const T* from, std::int64_t n, T factor) {
   for (; i < n; ++i) to[i] = from_float<Storage, T>(from[i] * factor);
 }
 
+inline void load_row(bfloat16* to, const bfloat16* from, std::int64_t n, std::int64_t padded) {
+  std::memcpy(to, from, n * sizeof *to);
+  std::memset(to + n, 0, (padded - n) * sizeof *to);
+}
+
 template <class T>
 inline void fill(T* p, std::int64_t n, T x) {
   for (std::int64_t i = 0; i < n; ++i) p[i] = x;
+}
+template <class T>
+inline void zero(T* p, std::int64_t n) {
+  if (n > 0) std::memset(static_cast<void*>(p), 0, n * sizeof(T));
 }
 
 [[gnu::always_inline]] inline Vector<float> larger(Vector<float> a, Vector<float> b) {

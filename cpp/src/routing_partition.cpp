@@ -1,0 +1,131 @@
+// Which tokens stay, on the CPU: the class token's scores, and an exact selection in linear time.
+//
+// A score becomes an unsigned integer of the same order (NaN 0, protected tokens the greatest), std::nth_element finds the key of the
+// last one that stays, and one pass writes both lists: those above it, and of those equal to it the first few.
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+#include "routing_kernels.h"
+#include "scratch.h"
+
+namespace effcore::routing {
+namespace {
+
+template <class Key, class T>
+Key key_of(T x) {
+  Key bits;
+  x += T{0};  // -0 and 0 are equal
+  std::memcpy(&bits, &x, sizeof x);
+  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
+  return x != x ? 0 : bits & sign ? ~bits : bits | sign;
+}
+
+std::int64_t round_up(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// `scores` [tokens] of T. Memory: keys [2 * tokens].
+template <class T>
+void select(const T* scores, std::int64_t tokens, std::int64_t keep, std::int64_t protect, void* memory, std::int32_t* kept,
+            std::int32_t* rest) {
+  using Key = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t>;
+  auto* const keys = static_cast<Key*>(memory);
+  auto* const order = keys + tokens;
+  for (std::int64_t n = 0; n < tokens; ++n) keys[n] = n < protect ? ~Key{0} : key_of<Key>(scores[n]);
+  Key last = ~Key{0};
+  std::int64_t equal = 0;  // tokens with the last key that stay
+  if (keep > 0 && keep < tokens) {
+    std::copy(keys, keys + tokens, order);
+    std::nth_element(order, order + keep - 1, order + tokens, std::greater<Key>());
+    last = order[keep - 1];
+    equal = keep - std::count_if(order, order + keep, [&](Key key) { return key > last; });
+  } else if (keep == tokens) {
+    last = 0, equal = tokens;
+  }
+  for (std::int64_t n = 0; n < tokens; ++n) {
+    const bool tie = keys[n] == last && equal > 0;
+    const bool stays = keys[n] > last || tie;
+    equal -= tie;
+    *(stays ? kept : rest) = static_cast<std::int32_t>(n);
+    kept += stays;
+    rest += !stays;
+  }
+}
+
+struct Scratch {
+  std::int64_t probs, scores, q, keys, total;
+  Scratch(std::int64_t tokens, std::int64_t dim, DType dtype) {
+    const std::int64_t size = sum_size(dtype);
+    probs = 0;
+    scores = probs + round_up(tokens * size);
+    q = scores + round_up(tokens * size);
+    keys = q + round_up(dim * size);
+    total = keys + round_up(2 * tokens * size);
+  }
+};
+
+// A row's scores as T, and the partition of them.
+void select_row(const Partition& args, std::int64_t b, const void* scores, void* memory) {
+  const std::int64_t tokens = args.scores.size[1];
+  std::int32_t *kept = args.kept + b * args.keep, *rest = args.rest + b * (tokens - args.keep);
+  if (args.scores.dtype == DType::float64)
+    select(static_cast<const double*>(scores), tokens, args.keep, args.protect, memory, kept, rest);
+  else select(static_cast<const float*>(scores), tokens, args.keep, args.protect, memory, kept, rest);
+}
+
+void score_row(const ClassScores& args, std::int64_t b, char* memory, const Scratch& at, void* probs) {
+  const RowKernels& kernels = row_kernels(args.q.dtype);
+  const std::int64_t heads = args.q.size[1], group = heads / args.k.size[1], tokens = args.k.size[2], dim = args.k.size[3];
+  const std::int64_t size = element_size(args.q.dtype);
+  std::memset(probs, 0, tokens * sum_size(args.q.dtype));
+  for (std::int64_t h = 0; h < heads; ++h) {
+    const char* q = static_cast<const char*>(args.q.data) + (b * args.q.stride[0] + h * args.q.stride[1]) * size;
+    const char* k = static_cast<const char*>(args.k.data) + (b * args.k.stride[0] + h / group * args.k.stride[1]) * size;
+    kernels.load(memory + at.q, q, dim);
+    kernels.score(probs, memory + at.scores, memory + at.q, k, args.k.stride[2], tokens, dim, args.scale,
+                  1.0 / static_cast<double>(heads));
+  }
+}
+
+}  // namespace
+
+void partition(const Partition& args, const Threads& threads) {
+  const std::int64_t tokens = args.scores.size[1];
+  if (tokens == 0) return;
+  const Scratch at(tokens, 0, args.scores.dtype);
+  threads(args.scores.size[0], [&](std::int64_t begin, std::int64_t end) {
+    auto* const memory = static_cast<char*>(scratch::get(scratch::Slot::local, at.total));
+    for (std::int64_t b = begin; b < end; ++b) {
+      const char* row = static_cast<const char*>(args.scores.data) + b * args.scores.stride[0] * element_size(args.scores.dtype);
+      row_kernels(args.scores.dtype).load(memory + at.scores, row, tokens);
+      select_row(args, b, memory + at.scores, memory + at.keys);
+    }
+  });
+}
+
+void class_scores(const ClassScores& args, const Threads& threads) {
+  const std::int64_t tokens = args.k.size[2];
+  if (tokens == 0) return;
+  const Scratch at(tokens, args.k.size[3], args.q.dtype);
+  threads(args.k.size[0], [&](std::int64_t begin, std::int64_t end) {
+    auto* const memory = static_cast<char*>(scratch::get(scratch::Slot::local, at.total));
+    for (std::int64_t b = begin; b < end; ++b)
+      score_row(args, b, memory, at, static_cast<char*>(args.scores) + b * tokens * sum_size(args.q.dtype));
+  });
+}
+
+void score_partition(const ScorePartition& args, const Threads& threads) {
+  const ClassScores& score = args.score;
+  const std::int64_t tokens = score.k.size[2];
+  if (tokens == 0) return;
+  const Scratch at(tokens, score.k.size[3], score.q.dtype);
+  threads(score.k.size[0], [&](std::int64_t begin, std::int64_t end) {
+    auto* const memory = static_cast<char*>(scratch::get(scratch::Slot::local, at.total));
+    for (std::int64_t b = begin; b < end; ++b) {
+      score_row(score, b, memory, at, memory + at.probs);
+      select_row(args.partition, b, memory + at.probs, memory + at.keys);
+    }
+  });
+}
+
+}  // namespace effcore::routing
