@@ -51,7 +51,9 @@ std::int64_t run_length(const Lists& index, std::int64_t b, std::int64_t i, std:
   return n;
 }
 
-bool dense(const TensorView& t) { return t.stride[1] == t.size[2]; }
+bool dense(const TensorView& t) {
+  return t.stride[1] == t.size[2];
+}
 
 void gather_list(const TensorView& x, const List& list, const Threads& threads) {
   const Rows from(x), to(list.rows);
@@ -84,20 +86,21 @@ void merge(const Merge& args, const Threads& threads) {
     const TensorView* first_residual = l == 0 ? args.first_residual : nullptr;
     const bool plain = args.residual == nullptr && first_residual == nullptr;
     const bool together = plain && dense(args.out) && dense(list.rows);
-    for_rows(threads, list.rows.size[0], list.rows.size[1], out.bytes, [&](std::int64_t b, std::int64_t first, std::int64_t last) {
-      for (std::int64_t i = first; i < last;) {
-        const std::int64_t token = index(b, i), n = run_length(index, b, i, last, together);
-        if (plain) {
-          std::memcpy(out(b, token), from(b, i), n * out.bytes);
-        } else {
-          const void* own = first_residual != nullptr ? Rows(*first_residual)(b, i) : nullptr;
-          const void* all = args.residual != nullptr ? Rows(*args.residual)(b, token) : nullptr;
-          if (own == nullptr) std::swap(own, all);
-          kernels.sum(out(b, token), from(b, i), own, all, args.out.size[2]);
-        }
-        i += n;
-      }
-    });
+    for_rows(threads, list.rows.size[0], list.rows.size[1], out.bytes,
+             [&](std::int64_t b, std::int64_t first, std::int64_t last) {
+               for (std::int64_t i = first; i < last;) {
+                 const std::int64_t token = index(b, i), n = run_length(index, b, i, last, together);
+                 if (plain) {
+                   std::memcpy(out(b, token), from(b, i), n * out.bytes);
+                 } else {
+                   const void* own = first_residual != nullptr ? Rows(*first_residual)(b, i) : nullptr;
+                   const void* all = args.residual != nullptr ? Rows(*args.residual)(b, token) : nullptr;
+                   if (own == nullptr) std::swap(own, all);
+                   kernels.sum(out(b, token), from(b, i), own, all, args.out.size[2]);
+                 }
+                 i += n;
+               }
+             });
   }
 }
 

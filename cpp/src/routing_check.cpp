@@ -36,8 +36,8 @@ void check_supported(const char* function, const char* argument, const TensorVie
 
 void check_last(const char* function, const char* argument, const TensorView& t) {
   const int last = t.rank - 1;
-  check(t.size[last] <= 1 || t.stride[last] == 1, function, argument, " must be contiguous in its last dimension but has stride ",
-        t.stride[last], " there");
+  check(t.size[last] <= 1 || t.stride[last] == 1, function, argument,
+        " must be contiguous in its last dimension but has stride ", t.stride[last], " there");
 }
 
 std::int32_t at(const TensorView& index, std::int64_t b, std::int64_t i) {
@@ -57,16 +57,19 @@ void check_list_shape(const char* function, const char* argument, const TensorVi
 void check_partition(const char* function, const TensorView& scores, std::int64_t keep, std::int64_t protect) {
   check_supported(function, "scores", scores);
   check(scores.rank == 2, function, "scores must have 2 dimensions [batch, tokens] but has shape ", shape(scores));
-  check(scores.size[1] <= std::int64_t{1} << 30, function, "scores has ", scores.size[1], " tokens but at most 2^30 are supported");
+  check(scores.size[1] <= std::int64_t{1} << 30, function, "scores has ", scores.size[1],
+        " tokens but at most 2^30 are supported");
   check_last(function, "scores", scores);
-  check(keep >= 0 && keep <= scores.size[1], function, "keep must be from 0 to the ", scores.size[1], " tokens of a row, got ", keep);
+  check(keep >= 0 && keep <= scores.size[1], function, "keep must be from 0 to the ", scores.size[1], " tokens of a row, got ",
+        keep);
   check(protect >= 0 && protect <= keep, function, "protect must be from 0 to keep (", keep, "), got ", protect);
 }
 
 void check_scores(const char* function, const TensorView& q, const TensorView& k, double scale) {
   check_supported(function, "q", q);
   for (const auto& [argument, t] : {std::pair{"q", &q}, std::pair{"k", &k}}) {
-    check(t->rank == 4, function, argument, " must have 4 dimensions [batch, heads, tokens, head_dim] but has shape ", shape(*t));
+    check(t->rank == 4, function, argument, " must have 4 dimensions [batch, heads, tokens, head_dim] but has shape ",
+          shape(*t));
     check(t->dtype == q.dtype, function, argument, " is ", name(t->dtype), " but q is ", name(q.dtype));
     check_device(function, argument, *t, q);
     check_last(function, argument, *t);
@@ -88,7 +91,8 @@ void check_rows(const char* function, const char* argument, const TensorView& ro
   check_device(function, argument, rows, *like);
 }
 
-void check_sizes(const char* function, const char* argument, const TensorView& tensor, std::initializer_list<std::int64_t> sizes) {
+void check_sizes(const char* function, const char* argument, const TensorView& tensor,
+                 std::initializer_list<std::int64_t> sizes) {
   bool same = tensor.rank == static_cast<int>(sizes.size());
   for (int d = 0; same && d < tensor.rank; ++d) same = tensor.size[d] == sizes.begin()[d];
   if (same) return;
@@ -97,21 +101,24 @@ void check_sizes(const char* function, const char* argument, const TensorView& t
   fail(function, argument, " must have shape [", wanted.str(), "] but has ", shape(tensor));
 }
 
-void check_list(const char* function, const char* argument, const TensorView& index, const TensorView& like, std::int64_t tokens) {
+void check_list(const char* function, const char* argument, const TensorView& index, const TensorView& like,
+                std::int64_t tokens) {
   check_list_shape(function, argument, index, like);
   if (like.device != DeviceKind::cpu) return;
   for (std::int64_t b = 0; b < index.size[0]; ++b)
     for (std::int64_t i = 0; i < index.size[1]; ++i) {
       const std::int32_t token = at(index, b, i);
-      check(token >= 0 && token < tokens, function, argument, '[', b, ", ", i, "] is ", token, " but there are ", tokens, " tokens");
+      check(token >= 0 && token < tokens, function, argument, '[', b, ", ", i, "] is ", token, " but there are ", tokens,
+            " tokens");
     }
 }
 
-void check_lists(const char* function, const TensorView& index_a, const TensorView& index_b, const TensorView& like, std::int64_t tokens) {
+void check_lists(const char* function, const TensorView& index_a, const TensorView& index_b, const TensorView& like,
+                 std::int64_t tokens) {
   check_list_shape(function, "index_a", index_a, like);
   check_list_shape(function, "index_b", index_b, like);
-  check(index_a.size[1] + index_b.size[1] == tokens, function, "index_a and index_b name ", index_a.size[1], " and ", index_b.size[1],
-        " tokens, which does not make the ", tokens, " tokens of a row");
+  check(index_a.size[1] + index_b.size[1] == tokens, function, "index_a and index_b name ", index_a.size[1], " and ",
+        index_b.size[1], " tokens, which does not make the ", tokens, " tokens of a row");
   if (like.device != DeviceKind::cpu) return;
   auto* const seen = static_cast<char*>(scratch::get(scratch::Slot::shared, tokens));
   for (std::int64_t b = 0; b < index_a.size[0]; ++b) {
@@ -119,7 +126,8 @@ void check_lists(const char* function, const TensorView& index_a, const TensorVi
     for (const auto& [argument, index] : {std::pair{"index_a", &index_a}, std::pair{"index_b", &index_b}})
       for (std::int64_t i = 0; i < index->size[1]; ++i) {
         const std::int32_t token = at(*index, b, i);
-        check(token >= 0 && token < tokens, function, argument, '[', b, ", ", i, "] is ", token, " but there are ", tokens, " tokens");
+        check(token >= 0 && token < tokens, function, argument, '[', b, ", ", i, "] is ", token, " but there are ", tokens,
+              " tokens");
         check(!seen[token], function, argument, '[', b, ", ", i, "] is ", token, ", which index_a or index_b has already");
         seen[token] = 1;
       }
@@ -127,11 +135,11 @@ void check_lists(const char* function, const TensorView& index_a, const TensorVi
 }
 
 void check_weight(const char* function, const char* argument, const TensorView& weight, const TensorView& like) {
-  check(weight.dtype == like.dtype || (weight.dtype == DType::float32 && like.dtype != DType::float64), function, argument, " is ",
-        name(weight.dtype), " but must be ", name(like.dtype), " or float32");
+  check(weight.dtype == like.dtype || (weight.dtype == DType::float32 && like.dtype != DType::float64), function, argument,
+        " is ", name(weight.dtype), " but must be ", name(like.dtype), " or float32");
   check_device(function, argument, weight, like);
-  check(weight.rank == 1 && weight.size[0] == like.size[2], function, argument, " must have shape [", like.size[2], "] but has ",
-        shape(weight));
+  check(weight.rank == 1 && weight.size[0] == like.size[2], function, argument, " must have shape [", like.size[2],
+        "] but has ", shape(weight));
   check_last(function, argument, weight);
 }
 

@@ -16,27 +16,30 @@ struct RowKernels {
   // out = a + b (+ c where not null), rounded once
   void (*sum)(void* out, const void* a, const void* b, const void* c, std::int64_t n);
   // probs[0, tokens) += softmax(scale * q . k[n]) / heads, with `scores` [tokens] of T as scratch memory
-  void (*score)(void* probs, void* scores, const void* q, const void* k, std::int64_t k_stride, std::int64_t tokens, std::int64_t dim,
-                double scale, double weight);
+  void (*score)(void* probs, void* scores, const void* q, const void* k, std::int64_t k_stride, std::int64_t tokens,
+                std::int64_t dim, double scale, double weight);
   // normed = xhat * weight + bias; statistics are written. x [n] of T.
-  void (*norm)(void* normed, const void* x, const void* weight, const void* bias, std::int64_t n, double eps, bool rms, void* mean,
-               void* rstd);
-  // sums += the gradient of `norm` at row x; dweight += dnormed * xhat; dbias += dnormed (or null). g [n], xhat [n] scratch of T.
-  void (*norm_backward)(void* sums, const void* x, const void* dnormed, const void* weight, std::int64_t n, bool rms, const void* mean,
-                        const void* rstd, void* dweight, void* dbias, void* g, void* xhat);
+  void (*norm)(void* normed, const void* x, const void* weight, const void* bias, std::int64_t n, double eps, bool rms,
+               void* mean, void* rstd);
+  // sums += the gradient of `norm` at row x; dweight += dnormed * xhat; dbias += dnormed (or null). g [n], xhat [n] scratch of
+  // T.
+  void (*norm_backward)(void* sums, const void* x, const void* dnormed, const void* weight, std::int64_t n, bool rms,
+                        const void* mean, const void* rstd, void* dweight, void* dbias, void* g, void* xhat);
 };
 
-namespace v2 { const RowKernels& row_kernels(DType dtype); }
-namespace v3 { const RowKernels& row_kernels(DType dtype); }
-namespace v4 { const RowKernels& row_kernels(DType dtype); }
-namespace amx { const RowKernels& row_kernels(DType dtype); }
+namespace v2 {
+const RowKernels& row_kernels(DType dtype);
+}
+namespace v3 {
+const RowKernels& row_kernels(DType dtype);
+}
+namespace v4 {
+const RowKernels& row_kernels(DType dtype);
+}
+namespace amx {
+const RowKernels& row_kernels(DType dtype);
+}
 
 // The ones for this machine.
 const RowKernels& row_kernels(DType dtype);
-
-inline std::int64_t element_size(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 || dtype == DType::int32 ? 4 : 2;
-}
-inline std::int64_t sum_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
-
 }  // namespace effcore::routing

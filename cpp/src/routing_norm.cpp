@@ -9,13 +9,13 @@
 namespace effcore::routing {
 namespace {
 
-// The backward's sums over rows are taken in this many pieces, whatever the number of threads: the same bits on each machine of one
-// instruction set.
+// The backward's sums over rows are taken in this many pieces, whatever the number of threads: the same bits on each machine of
+// one instruction set.
 constexpr std::int64_t pieces = 32;
 
-std::int64_t round_up(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-void load_weight(void* to, const TensorView& weight) { row_kernels(weight.dtype).load(to, weight.data, weight.size[0]); }
+void load_weight(void* to, const TensorView& weight) {
+  row_kernels(weight.dtype).load(to, weight.data, weight.size[0]);
+}
 
 }  // namespace
 
@@ -36,14 +36,16 @@ void gather_norm(const GatherNorm& args, const Threads& threads) {
       const void* from = x(b, index(b, i));
       kernels.load(row, from, channels);
       std::memcpy(tokens(b, i), from, x.bytes);
-      kernels.norm(normed(b, i), row, parameters, args.bias != nullptr ? parameters + row_bytes : nullptr, channels, args.eps, args.rms,
-                   args.mean != nullptr ? static_cast<char*>(args.mean) + r * sum : nullptr, static_cast<char*>(args.rstd) + r * sum);
+      kernels.norm(normed(b, i), row, parameters, args.bias != nullptr ? parameters + row_bytes : nullptr, channels, args.eps,
+                   args.rms, args.mean != nullptr ? static_cast<char*>(args.mean) + r * sum : nullptr,
+                   static_cast<char*>(args.rstd) + r * sum);
     }
   });
 }
 
 void gather_norm_backward(const GatherNormBackward& args, const Threads& threads) {
-  const std::int64_t batch = args.dx.size[0], total = args.dx.size[1], size = args.tokens.rows.size[1], channels = args.dx.size[2];
+  const std::int64_t batch = args.dx.size[0], total = args.dx.size[1], size = args.tokens.rows.size[1],
+                     channels = args.dx.size[2];
   const std::int64_t sum = sum_size(args.dx.dtype), row_bytes = round_up(channels * sum), rows = batch * total;
   if (args.dweight != nullptr && channels > 0) std::memset(args.dweight, 0, channels * sum);
   if (args.dbias != nullptr && channels > 0) std::memset(args.dbias, 0, channels * sum);

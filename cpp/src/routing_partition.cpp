@@ -1,13 +1,14 @@
 // Which tokens stay, on the CPU: the class token's scores, and an exact selection in linear time.
 //
-// A score becomes an unsigned integer of the same order (NaN 0, protected tokens the greatest), std::nth_element finds the key of the
-// last one that stays, and one pass writes both lists: those above it, and of those equal to it the first few.
+// A score becomes an unsigned integer of the same order (NaN 0, protected tokens the greatest), std::nth_element finds the key
+// of the last one that stays, and one pass writes both lists: those above it, and of those equal to it the first few.
 #include <algorithm>
 #include <cstring>
 #include <functional>
 #include <type_traits>
 
 #include "routing_kernels.h"
+#include "routing_rows.h"
 #include "scratch.h"
 
 namespace effcore::routing {
@@ -21,8 +22,6 @@ Key key_of(T x) {
   constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
   return x != x ? 0 : bits & sign ? ~bits : bits | sign;
 }
-
-std::int64_t round_up(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // `scores` [tokens] of T. Memory: keys [2 * tokens].
 template <class T>
@@ -70,7 +69,8 @@ void select_row(const Partition& args, std::int64_t b, const void* scores, void*
   std::int32_t *kept = args.kept + b * args.keep, *rest = args.rest + b * (tokens - args.keep);
   if (args.scores.dtype == DType::float64)
     select(static_cast<const double*>(scores), tokens, args.keep, args.protect, memory, kept, rest);
-  else select(static_cast<const float*>(scores), tokens, args.keep, args.protect, memory, kept, rest);
+  else
+    select(static_cast<const float*>(scores), tokens, args.keep, args.protect, memory, kept, rest);
 }
 
 void score_row(const ClassScores& args, std::int64_t b, char* memory, const Scratch& at, void* probs) {
@@ -96,7 +96,8 @@ void partition(const Partition& args, const Threads& threads) {
   threads(args.scores.size[0], [&](std::int64_t begin, std::int64_t end) {
     auto* const memory = static_cast<char*>(scratch::get(scratch::Slot::local, at.total));
     for (std::int64_t b = begin; b < end; ++b) {
-      const char* row = static_cast<const char*>(args.scores.data) + b * args.scores.stride[0] * element_size(args.scores.dtype);
+      const char* row =
+          static_cast<const char*>(args.scores.data) + b * args.scores.stride[0] * element_size(args.scores.dtype);
       row_kernels(args.scores.dtype).load(memory + at.scores, row, tokens);
       select_row(args, b, memory + at.scores, memory + at.keys);
     }

@@ -9,6 +9,18 @@
 
 namespace effcore::routing {
 
+inline std::int64_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 || dtype == DType::int32 ? 4 : 2;
+}
+inline std::int64_t sum_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : 4;
+}
+
+// A piece of scratch memory begins at a cache line.
+inline std::int64_t round_up(std::int64_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+
 struct Rows {
   char* data;
   std::int64_t stride[2];  // in bytes
@@ -29,13 +41,13 @@ struct Lists {
   std::int32_t operator()(std::int64_t b, std::int64_t i) const { return data[b * stride[0] + i * stride[1]]; }
 };
 
-// For each token the first place of the list that names it, and for each place the next one that names the same token; -1: none.
-// In the caller's shared scratch memory, followed by `extra` bytes for other use.
+// For each token the first place of the list that names it, and for each place the next one that names the same token; -1:
+// none. In the caller's shared scratch memory, followed by `extra` bytes for other use.
 class Inverse {
  public:
   Inverse(const TensorView& index, std::int64_t tokens, const Threads& threads, std::int64_t extra)
       : tokens_(tokens), size_(index.size[1]) {
-    const std::int64_t batch = index.size[0], bytes = batch * (tokens_ + size_) * 4, padded = (bytes + 63) / 64 * 64;
+    const std::int64_t batch = index.size[0], bytes = batch * (tokens_ + size_) * 4, padded = round_up(bytes);
     data_ = static_cast<std::int32_t*>(scratch::get(scratch::Slot::shared, padded + extra));
     extra_ = reinterpret_cast<char*>(data_) + padded;
     const Lists list(index);
@@ -51,8 +63,10 @@ class Inverse {
         }
       }
     };
-    if (bytes <= 64 << 10) invert(0, batch);
-    else threads(batch, invert);
+    if (bytes <= 64 << 10)
+      invert(0, batch);
+    else
+      threads(batch, invert);
   }
   std::int32_t first(std::int64_t b, std::int64_t token) const { return data_[b * (tokens_ + size_) + token]; }
   std::int32_t next(std::int64_t b, std::int64_t place) const { return data_[b * (tokens_ + size_) + tokens_ + place]; }

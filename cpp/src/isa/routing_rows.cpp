@@ -11,9 +11,13 @@ namespace simd = effcore::attention::EFFCORE_ISA;
 using simd::Vector, simd::width;
 
 template <class Storage>
-struct SumOf { using type = float; };
+struct SumOf {
+  using type = float;
+};
 template <>
-struct SumOf<double> { using type = double; };
+struct SumOf<double> {
+  using type = double;
+};
 
 template <class T>
 T total(const T* x, std::int64_t n) {
@@ -39,8 +43,10 @@ T dot(const T* x, const T* y, std::int64_t n, T shift) {
 
 template <class T>
 T square_root(T x) {
-  if constexpr (sizeof(T) == 8) return __builtin_sqrt(x);
-  else return __builtin_sqrtf(x);
+  if constexpr (sizeof(T) == 8)
+    return __builtin_sqrt(x);
+  else
+    return __builtin_sqrtf(x);
 }
 
 template <class Storage>
@@ -110,12 +116,16 @@ struct Rows {
     for (std::int64_t n = 0; n < tokens; n += width<T>) {
       Vector<T> x = simd::broadcast(T(-__builtin_inf()));
       const std::int64_t some = simd::least(width<T>, tokens - n);
-      if (some == width<T>) x = simd::load(scores + n);
-      else for (std::int64_t i = 0; i < some; ++i) x[i] = scores[n + i];
+      if (some == width<T>)
+        x = simd::load(scores + n);
+      else
+        for (std::int64_t i = 0; i < some; ++i) x[i] = scores[n + i];
       x = simd::exp2_nonpositive(x - simd::broadcast(top));
       sum += simd::horizontal_sum<T>(x);
-      if (some == width<T>) simd::store(scores + n, x);
-      else for (std::int64_t i = 0; i < some; ++i) scores[n + i] = x[i];
+      if (some == width<T>)
+        simd::store(scores + n, x);
+      else
+        for (std::int64_t i = 0; i < some; ++i) scores[n + i] = x[i];
     }
     const T share = static_cast<T>(weight) / sum;
     for (std::int64_t n = 0; n < tokens; ++n) probs[n] += scores[n] * share;
