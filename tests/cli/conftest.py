@@ -1,0 +1,3 @@
+from tests.training.tiny import text, tiny
+
+__all__ = ["text", "tiny"]
