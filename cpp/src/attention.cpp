@@ -14,34 +14,41 @@
 namespace effcore::attention {
 namespace {
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
 
-#define EFFCORE_DISPATCH(FAMILY)                                                                     \
-  {                                                                                                  \
-    switch (isa()) {                                                                                 \
-      case Isa::amx: return dtype == DType::bfloat16 ? amx::FAMILY(dtype) : v4::FAMILY(dtype);       \
-      case Isa::v4: return v4::FAMILY(dtype);                                                        \
-      case Isa::v3: return v3::FAMILY(dtype);                                                        \
-      default: return v2::FAMILY(dtype);                                                             \
-    }                                                                                                \
+#define EFFCORE_DISPATCH(FAMILY)                                                               \
+  {                                                                                            \
+    switch (isa()) {                                                                           \
+      case Isa::amx: return dtype == DType::bfloat16 ? amx::FAMILY(dtype) : v4::FAMILY(dtype); \
+      case Isa::v4: return v4::FAMILY(dtype);                                                  \
+      case Isa::v3: return v3::FAMILY(dtype);                                                  \
+      default: return v2::FAMILY(dtype);                                                       \
+    }                                                                                          \
   }
 #if !defined(__x86_64__)
 #undef EFFCORE_DISPATCH
-#define EFFCORE_DISPATCH(FAMILY) { return v2::FAMILY(dtype); }
+#define EFFCORE_DISPATCH(FAMILY) \
+  {                              \
+    return v2::FAMILY(dtype);    \
+  }
 #endif
-const ForwardKernels& forward_kernels(DType dtype) EFFCORE_DISPATCH(forward_kernels)
-const BackwardKernels& backward_kernels(DType dtype) EFFCORE_DISPATCH(backward_kernels)
-const DecodeKernels& decode_kernels(DType dtype) EFFCORE_DISPATCH(decode_kernels)
+const ForwardKernels& forward_kernels(DType dtype)
+    EFFCORE_DISPATCH(forward_kernels) const BackwardKernels& backward_kernels(DType dtype)
+        EFFCORE_DISPATCH(backward_kernels) const DecodeKernels& decode_kernels(DType dtype) EFFCORE_DISPATCH(decode_kernels)
 #undef EFFCORE_DISPATCH
 
-// Packed heads and partial sums of one wave stay below this, as long as one kv head does.
-constexpr std::int64_t wave_bytes = std::int64_t{128} << 20;
+    // Packed heads and partial sums of one wave stay below this, as long as one kv head does.
+    constexpr std::int64_t wave_bytes = std::int64_t{128} << 20;
 constexpr std::int64_t pack_segment = 256;
 // A backward with fewer kv heads than this splits each over several tasks. A constant of the shapes, not of the number of
 // threads: the order of summation, and so the result, is the same on any machine of one instruction set.
 constexpr std::int64_t backward_tasks = 32;
 
-std::int64_t accumulator_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+std::int64_t accumulator_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : 4;
+}
 
 void run_forward(ForwardJob& job, const Threads& threads) {
   const Problem& p = job.problem;
@@ -98,7 +105,8 @@ void run_decode(DecodeJob& job, const Threads& threads) {
   job.segments = std::max<std::int64_t>(1, ceil_div(chunks, job.segment_chunks));
   const std::int64_t size = accumulator_size(p.dtype), rows = p.batch * p.heads;
   const std::int64_t statistics = rows * std::max<std::int64_t>(chunks, 1) * size;
-  char* memory = static_cast<char*>(scratch::get(scratch::Slot::shared, 2 * statistics + rows * job.segments * p.value_dim * size));
+  char* memory =
+      static_cast<char*>(scratch::get(scratch::Slot::shared, 2 * statistics + rows * job.segments * p.value_dim * size));
   job.maxima = memory;
   job.sums = memory + statistics;
   job.partial = memory + 2 * statistics;
@@ -124,8 +132,15 @@ void forward(const Forward& args, const Threads& threads) {
 }
 
 void shared_forward(const SharedForward& args, const Threads& threads) {
-  ForwardJob job{args.problem, args.q, args.k, args.v, args.out, args.probs != nullptr ? Source::probs : Source::lse,
-                 const_cast<void*>(args.lse), const_cast<void*>(args.probs), {}};
+  ForwardJob job{args.problem,
+                 args.q,
+                 args.k,
+                 args.v,
+                 args.out,
+                 args.probs != nullptr ? Source::probs : Source::lse,
+                 const_cast<void*>(args.lse),
+                 const_cast<void*>(args.probs),
+                 {}};
   run_forward(job, threads);
 }
 

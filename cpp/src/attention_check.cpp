@@ -31,8 +31,8 @@ void check_input(const char* function, const char* argument, const TensorView& t
 }
 
 void check_head_dim(const char* function, const char* argument, std::int64_t head_dim) {
-  check(head_dim >= 1 && head_dim <= max_head_dim, function, argument, " has head dimension ", head_dim,
-        " but 1 to ", max_head_dim, " are supported");
+  check(head_dim >= 1 && head_dim <= max_head_dim, function, argument, " has head dimension ", head_dim, " but 1 to ",
+        max_head_dim, " are supported");
 }
 
 void check_integers(const char* function, const char* argument, const TensorView& t, const TensorView& q) {
@@ -68,7 +68,8 @@ void check_first_key(const char* function, const TensorView& first, const Tensor
     std::int32_t before = 0;
     for (std::int64_t i = 0; i < (per_query ? p.queries : 1); ++i) {
       const std::int32_t value = p.first_key[b * p.first_key_stride[0] + i * p.first_key_stride[1]];
-      check(value >= 0 && value <= p.keys, function, "first_key holds ", value, " in row ", b, " but k has ", p.keys, " tokens");
+      check(value >= 0 && value <= p.keys, function, "first_key holds ", value, " in row ", b, " but k has ", p.keys,
+            " tokens");
       check(value >= before, function, "first_key must not decrease along the queries but falls from ", before, " to ", value,
             " at query ", i, " of row ", b);
       before = value;

@@ -14,8 +14,8 @@ namespace effcore::attention {
 struct Wave {
   std::int64_t first = 0, count = 0;  // kv heads, numbered batch * kv_heads + head
   char* packed = nullptr;
-  std::int64_t packed_bytes = 0;   // of one kv head
-  std::int64_t pack_segment = 0;   // keys of one packing task
+  std::int64_t packed_bytes = 0;  // of one kv head
+  std::int64_t pack_segment = 0;  // keys of one packing task
 };
 
 enum class Source { scores, lse, probs };  // of P: its own softmax, a saved lse, or kept probabilities
@@ -43,7 +43,7 @@ struct BackwardJob {
   const void* lse = nullptr;
   const void* probs = nullptr;
   TensorView out;
-  int layers = 0;  // 0: a consumer, which needs its own dv and delta alone
+  int layers = 0;                    // 0: a consumer, which needs its own dv and delta alone
   const TensorView* dout = nullptr;  // [max(layers, 1)]
   const TensorView* v = nullptr;     // [layers]
   const void* consumers_delta = nullptr;
@@ -84,11 +84,11 @@ struct DecodeKernels {
   void (*combine)(const DecodeJob&, std::int64_t task);
 };
 
-#define EFFCORE_DECLARE_KERNELS(ISA)                \
-  namespace ISA {                                   \
-  const ForwardKernels& forward_kernels(DType);     \
-  const BackwardKernels& backward_kernels(DType);   \
-  const DecodeKernels& decode_kernels(DType);       \
+#define EFFCORE_DECLARE_KERNELS(ISA)              \
+  namespace ISA {                                 \
+  const ForwardKernels& forward_kernels(DType);   \
+  const BackwardKernels& backward_kernels(DType); \
+  const DecodeKernels& decode_kernels(DType);     \
   }
 EFFCORE_DECLARE_KERNELS(v2)
 EFFCORE_DECLARE_KERNELS(v3)

@@ -39,7 +39,9 @@ Isa best() {
   return __builtin_cpu_supports("avx512bf16") && has_amx_bf16() && request_amx() ? Isa::amx : Isa::v4;
 }
 #else
-Isa best() { return Isa::v2; }
+Isa best() {
+  return Isa::v2;
+}
 #endif
 
 Isa choose() {
@@ -55,7 +57,9 @@ const Isa chosen = choose();
 
 }  // namespace
 
-Isa isa() { return chosen; }
+Isa isa() {
+  return chosen;
+}
 
 const char* isa_name() {
 #if defined(__x86_64__)

@@ -70,13 +70,14 @@ void pack(const BackwardJob& job, std::int64_t task) {
   const BackwardPack<E> packed(job, job.wave.packed + s.head * job.wave.packed_bytes);
   if (job.source != Source::probs)
     E::pack_transposed(packed.keys_transposed, p.head_dim, s.begin, row_of<Storage>(job.k, s.batch, s.kv_head, s.begin),
-                    job.k.stride[2], rows, valid.begin, valid.end);
+                       job.k.stride[2], rows, valid.begin, valid.end);
   if (job.layers > 0)
-    E::pack_rows(packed.keys, depth<E>(p.keys), s.begin, row_of<Storage>(job.k, s.batch, s.kv_head, s.begin), job.k.stride[2], rows,
-              p.head_dim, valid.begin, valid.end);
+    E::pack_rows(packed.keys, depth<E>(p.keys), s.begin, row_of<Storage>(job.k, s.batch, s.kv_head, s.begin), job.k.stride[2],
+                 rows, p.head_dim, valid.begin, valid.end);
   for (int l = 0; l < job.layers; ++l)
     E::pack_transposed(packed.values + l * packed.values_elements, p.value_dim, s.begin,
-                    row_of<Storage>(job.v[l], s.batch, s.kv_head, s.begin), job.v[l].stride[2], rows, valid.begin, valid.end);
+                       row_of<Storage>(job.v[l], s.batch, s.kv_head, s.begin), job.v[l].stride[2], rows, valid.begin,
+                       valid.end);
 }
 
 // What a task needs for one block of rows. Where operands are of another type than sums, P and dS exist as both.
@@ -90,10 +91,10 @@ struct RowScratch {
   Operand* dout_packed;  // of layer 0
   T *p, *dp;             // [row_block, backward_keys]
   Operand *p_operand, *ds;
-  Operand* transposed;   // of P or dS, if the engine wants it
-  T* dq;                 // [row_block, padded D]
-  T* delta;              // [row_block]
-  T* shift;              // [row_block], log2(e) lse
+  Operand* transposed;  // of P or dS, if the engine wants it
+  T* dq;                // [row_block, padded D]
+  T* delta;             // [row_block]
+  T* shift;             // [row_block], log2(e) lse
   Visibility seen;
   std::int32_t* first_row;  // [backward_keys]: the first row that sees a key
   std::int64_t bytes;
@@ -302,6 +303,8 @@ struct Family {
 
 }  // namespace
 
-const BackwardKernels& backward_kernels(DType dtype) { return choose<Family>(dtype); }
+const BackwardKernels& backward_kernels(DType dtype) {
+  return choose<Family>(dtype);
+}
 
 }  // namespace effcore::attention::EFFCORE_ISA

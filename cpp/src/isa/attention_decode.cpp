@@ -13,12 +13,14 @@
 namespace effcore::attention::EFFCORE_ISA {
 namespace {
 
-constexpr std::int64_t chunks_of(std::int64_t keys) { return (keys + decode_chunk - 1) / decode_chunk; }
+constexpr std::int64_t chunks_of(std::int64_t keys) {
+  return (keys + decode_chunk - 1) / decode_chunk;
+}
 
 // scores[g][j] = q[g] . k[j]
 template <class T, class Storage>
-void dot_rows(const T* q, std::int64_t group, std::int64_t head_dim, const Storage* k, std::int64_t row_stride, std::int64_t keys,
-              T* scores) {
+void dot_rows(const T* q, std::int64_t group, std::int64_t head_dim, const Storage* k, std::int64_t row_stride,
+              std::int64_t keys, T* scores) {
   const std::int64_t whole = head_dim / width<T> * width<T>;
   for (std::int64_t j = 0; j < keys; ++j, k += row_stride)
     for (std::int64_t g = 0; g < group; ++g) {
@@ -112,8 +114,8 @@ void segment(const DecodeJob& job, std::int64_t task) {
       }
     }
     if (begin < end)
-      add_rows(scores + begin, group, row_of<Storage>(job.v, b, kv_head, key + begin), job.v.stride[2], end - begin, p.value_dim,
-               sums);
+      add_rows(scores + begin, group, row_of<Storage>(job.v, b, kv_head, key + begin), job.v.stride[2], end - begin,
+               p.value_dim, sums);
   }
   for (std::int64_t g = 0; g < group; ++g)
     std::memcpy(static_cast<T*>(static_cast<void*>(job.partial)) + ((head + g) * job.segments + segment) * p.value_dim,
@@ -168,6 +170,8 @@ struct Family {
 
 }  // namespace
 
-const DecodeKernels& decode_kernels(DType dtype) { return choose<Family>(dtype); }
+const DecodeKernels& decode_kernels(DType dtype) {
+  return choose<Family>(dtype);
+}
 
 }  // namespace effcore::attention::EFFCORE_ISA

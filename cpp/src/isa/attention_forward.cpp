@@ -45,9 +45,9 @@ void pack(const ForwardJob& job, std::int64_t task) {
   const ForwardPack<E> packed(job, job.wave.packed + s.head * job.wave.packed_bytes);
   if (job.source != Source::probs)
     E::pack_transposed(packed.keys, p.head_dim, s.begin, row_of<Storage>(job.k, s.batch, s.kv_head, s.begin), job.k.stride[2],
-                    s.end - s.begin, valid.begin, valid.end);
+                       s.end - s.begin, valid.begin, valid.end);
   E::pack_rows(packed.values, depth<E>(p.keys), s.begin, row_of<Storage>(job.v, s.batch, s.kv_head, s.begin), job.v.stride[2],
-            s.end - s.begin, p.value_dim, valid.begin, valid.end);
+               s.end - s.begin, p.value_dim, valid.begin, valid.end);
 }
 
 // What a task needs for its block of rows.
@@ -55,10 +55,10 @@ template <class E>
 struct ForwardScratch {
   using T = typename E::Accumulator;
   using Operand = typename E::Operand;
-  Operand* q;    // [row_block, depth(D)]
-  T* scores;     // [row_block, block_keys]
-  Operand* p;    // the same as a left operand (the scores themselves where that is of their type)
-  T* sums;       // [row_block, padded Dv]
+  Operand* q;  // [row_block, depth(D)]
+  T* scores;   // [row_block, block_keys]
+  Operand* p;  // the same as a left operand (the scores themselves where that is of their type)
+  T* sums;     // [row_block, padded Dv]
   T *maximum, *sum;
   Visibility seen;
   std::int64_t bytes;
@@ -134,7 +134,8 @@ void rows(const ForwardJob& job, std::int64_t task) {
       load_row(x.q + r * head_depth, row_of<Storage>(job.q, b, h, first + r), p.head_dim, head_depth);
   zero(x.sums, count * value_stride);
   for (std::int64_t r = 0; r < count; ++r) {
-    x.maximum[r] = job.source == Source::lse ? static_cast<const T*>(job.lse)[row_number + r] * static_cast<T>(log2_e) : -infinity<T>;
+    x.maximum[r] =
+        job.source == Source::lse ? static_cast<const T*>(job.lse)[row_number + r] * static_cast<T>(log2_e) : -infinity<T>;
     x.sum[r] = 0;
   }
 
@@ -162,7 +163,7 @@ void rows(const ForwardJob& job, std::int64_t task) {
     E::multiply(pv);
   }
 
-  T *sum = x.sum;
+  T* sum = x.sum;
   if (job.source == Source::scores) {
     T* lse = static_cast<T*>(job.lse) + row_number;
     for (std::int64_t r = 0; r < count; ++r) {
@@ -188,6 +189,8 @@ struct Family {
 
 }  // namespace
 
-const ForwardKernels& forward_kernels(DType dtype) { return choose<Family>(dtype); }
+const ForwardKernels& forward_kernels(DType dtype) {
+  return choose<Family>(dtype);
+}
 
 }  // namespace effcore::attention::EFFCORE_ISA

@@ -14,7 +14,9 @@ namespace {
 constexpr std::int64_t tile = 16, tile_steps = 32;
 
 // The intrinsics do not say that they touch memory: everything stored before must be there, and nothing may be read early.
-[[gnu::always_inline]] inline void memory_fence() { __asm__ volatile("" ::: "memory"); }
+[[gnu::always_inline]] inline void memory_fence() {
+  __asm__ volatile("" ::: "memory");
+}
 
 template <int rows, int columns>
 [[gnu::noinline]] void multiply_tiles(std::int64_t k, const bfloat16* a, std::int64_t a_row, const bfloat16* b,
@@ -141,8 +143,9 @@ struct Amx {
         Vector<float> x[tile];
         for (std::int64_t i = 0; i < tile; ++i) {
           const std::int64_t row = r + 2 * i;
-          x[i] = reinterpret_cast<Vector<float>>(interleave(row < rows ? matrix + row * row_stride + j : nullptr,
-                                                            row + 1 < rows ? matrix + (row + 1) * row_stride + j : nullptr, tile));
+          x[i] =
+              reinterpret_cast<Vector<float>>(interleave(row < rows ? matrix + row * row_stride + j : nullptr,
+                                                         row + 1 < rows ? matrix + (row + 1) * row_stride + j : nullptr, tile));
         }
         transpose<float>(x);
         for (std::int64_t i = 0; i < tile; ++i) std::memcpy(space + (j + i) * row_block + r, &x[i], sizeof x[i]);

@@ -14,10 +14,10 @@ inline const auto& choose(DType dtype) {
   return Family<Amx>::kernels;
 #else
   switch (dtype) {
-    case DType::float64: return Family<Simd<double, double>>::kernels;
-    case DType::bfloat16: return Family<Simd<bfloat16, float>>::kernels;
-    case DType::float16: return Family<Simd<float16, float>>::kernels;
-    default: return Family<Simd<float, float>>::kernels;
+    case DType::float64: return Family<Simd<double, double> >::kernels;
+    case DType::bfloat16: return Family<Simd<bfloat16, float> >::kernels;
+    case DType::float16: return Family<Simd<float16, float> >::kernels;
+    default: return Family<Simd<float, float> >::kernels;
   }
 #endif
 }

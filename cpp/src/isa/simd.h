@@ -62,8 +62,12 @@ struct float16 {
   std::uint16_t bits;
 };
 
-inline float to_float(float x) { return x; }
-inline double to_float(double x) { return x; }
+inline float to_float(float x) {
+  return x;
+}
+inline double to_float(double x) {
+  return x;
+}
 inline float to_float(bfloat16 x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
   float y;
@@ -95,9 +99,13 @@ inline float to_float(float16 x) {
 template <class Storage, class T>
 inline Storage from_float(T x);
 template <>
-inline float from_float<float, float>(float x) { return x; }
+inline float from_float<float, float>(float x) {
+  return x;
+}
 template <>
-inline double from_float<double, double>(double x) { return x; }
+inline double from_float<double, double>(double x) {
+  return x;
+}
 template <>
 inline bfloat16 from_float<bfloat16, float>(float x) {
   std::uint32_t bits;
@@ -129,8 +137,12 @@ inline float16 from_float<float16, float>(float x) {
 }
 
 // A vector of numbers in the dtype of a tensor, as floats.
-[[gnu::always_inline]] inline Vector<float> load_as(const float* p, float) { return load(p); }
-[[gnu::always_inline]] inline Vector<double> load_as(const double* p, double) { return load(p); }
+[[gnu::always_inline]] inline Vector<float> load_as(const float* p, float) {
+  return load(p);
+}
+[[gnu::always_inline]] inline Vector<double> load_as(const double* p, double) {
+  return load(p);
+}
 [[gnu::always_inline]] inline Vector<float> load_as(const bfloat16* p, float) {
 #if defined(__AVX512F__)
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -153,8 +165,12 @@ inline float16 from_float<float16, float>(float x) {
 #endif
 }
 
-[[gnu::always_inline]] inline void store_as(float* p, Vector<float> x) { store(p, x); }
-[[gnu::always_inline]] inline void store_as(double* p, Vector<double> x) { store(p, x); }
+[[gnu::always_inline]] inline void store_as(float* p, Vector<float> x) {
+  store(p, x);
+}
+[[gnu::always_inline]] inline void store_as(double* p, Vector<double> x) {
+  store(p, x);
+}
 [[gnu::always_inline]] inline void store_as(bfloat16* p, Vector<float> x) {
   typedef std::uint32_t Bits [[gnu::vector_size(vector_bytes)]];
   Bits bits = reinterpret_cast<Bits>(x);
@@ -177,9 +193,15 @@ inline float16 from_float<float16, float>(float x) {
 #endif
 }
 
-constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-constexpr std::int64_t most(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+constexpr std::int64_t least(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+constexpr std::int64_t most(std::int64_t a, std::int64_t b) {
+  return a > b ? a : b;
+}
 
 // to[0, n) = from, to[n, padded) = 0
 template <class T, class Storage>
@@ -219,7 +241,9 @@ inline void zero(T* p, std::int64_t n) {
   return a > b ? a : b;
 #endif
 }
-[[gnu::always_inline]] inline Vector<double> larger(Vector<double> a, Vector<double> b) { return a > b ? a : b; }
+[[gnu::always_inline]] inline Vector<double> larger(Vector<double> a, Vector<double> b) {
+  return a > b ? a : b;
+}
 
 template <class T>
 inline T horizontal_max(Vector<T> x) {
@@ -262,8 +286,9 @@ inline T horizontal_sum(Vector<T> x) {
   typedef std::int64_t Bits [[gnu::vector_size(vector_bytes)]];
   constexpr double magic = 0x1.8p52, ln2 = 0.693147180559945309417;
   const Vector<double> shifted = x + magic, r = (x - (shifted - magic)) * ln2;
-  constexpr double inverse_factorial[] = {1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
-                                          1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  constexpr double inverse_factorial[] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   Vector<double> p = broadcast(inverse_factorial[13]);
   for (int i = 12; i >= 0; --i) p = p * r + inverse_factorial[i];
   p = reinterpret_cast<Vector<double>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 52));
