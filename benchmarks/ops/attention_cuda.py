@@ -58,7 +58,7 @@ def sdpa(backend: SDPBackend, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def training(dim: int, length: int, layers: int, rounds: int, tokens: int = 16384, width: int = 2048) -> list[dict]:
+def training(dim: int, length: int, layers: int, rounds: int, only: list[str], tokens: int = 16384, width: int = 2048) -> list[dict]:
     """Causal attention of 16k tokens, heads * dim = 2048, bf16."""
     batch, heads = max(tokens // length, 1), width // dim
     q, k, v, dout = (torch.randn(batch, heads, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
@@ -68,6 +68,8 @@ def training(dim: int, length: int, layers: int, rounds: int, tokens: int = 1638
     rows = []
 
     def report(what: str, products: float, contenders: dict, ours: tuple[str, ...]) -> None:
+        if only and what not in only:
+            return
         times = time_all(contenders, rounds)
         row = {"what": what, "dim": dim, "length": length, "ms": times,
                "tflops": {n: products * product / t / 1e9 for n, t in times.items()},
@@ -139,13 +141,14 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 8192])
     parser.add_argument("--dims", type=int, nargs="*", default=[64, 128])
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--only", nargs="*", default=[], help="rows of the training table")
     parser.add_argument("--no-decode", action="store_true")
     args = parser.parse_args()
     copy = copy_bandwidth(args.rounds)
     rows = []
     for dim in args.dims:
         for length in args.lengths:
-            rows += training(dim, length, args.layers, args.rounds)
+            rows += training(dim, length, args.layers, args.rounds, args.only)
             torch.cuda.empty_cache()
     if not args.no_decode:
         for shape in ((32, 32, 8, 8192, 128), (8, 32, 8, 32768, 128), (64, 32, 4, 2048, 64), (1, 32, 8, 65536, 128)):

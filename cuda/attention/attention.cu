@@ -138,7 +138,7 @@ std::size_t workspace_bytes(const SharedForward&) { return 0; }
 std::size_t workspace_bytes(const SharedBackward&) { return 0; }
 std::size_t workspace_bytes(const Backward& args) {
   return dispatch(args.problem, backward_name,
-                  [&](auto kernels) { return BackwardWorkspace(args.problem, kernels.backward_plan(), nullptr).bytes; });
+                  [&](auto kernels) { return BackwardWorkspace(args.problem, kernels.backward_plan(args.probs != nullptr), nullptr).bytes; });
 }
 std::size_t workspace_bytes(const Decode& args) {
   return DecodeWorkspace(args.problem, splits_of(args.problem, decode_name), nullptr).bytes;
@@ -197,7 +197,7 @@ void backward(const Backward& args, const Launch& launch) {
                                 std::to_string(max_layers));
   const Shape shape = shape_of(p, backward_name);
   dispatch(p, backward_name, [&](auto kernels) {
-    const BackwardPlan plan = kernels.backward_plan();
+    const BackwardPlan plan = kernels.backward_plan(args.probs != nullptr);
     const BackwardWorkspace space(p, plan, launch.workspace);
     DeltaParams delta{};
     delta.shape = shape;

@@ -109,6 +109,11 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
     const int query0 = step.block * queries, last_query = min(query0 + queries, s.queries) - 1;
     const Wide q_tile(shared + Tiles::q_at + q_stage * Tiles::queries_bytes);
     const float* const lse = statistics + 2 * queries * q_stage;
+    const int head = kv_head * s.group + step.head;
+    const std::int64_t slot = (static_cast<std::int64_t>(batch) * s.heads + head) * query_blocks + step.block;
+    const KeyBlocks met(seen, s.queries, step.block, queries, keys);
+    const int turn = work.block - met.first;
+    int turns_in = 0;
 
     float probs[queries / 8][4], dprobs[wants_dq ? queries / 8 : 1][4];  // P^T and dP^T: [16 keys x queries] of this warp
     clear(probs), clear(dprobs);
@@ -120,10 +125,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
       const Wide dout_tile(shared + Tiles::dout_at + stage * Tiles::queries_bytes);
 
       if (layer == 0) {
-        if (wants_dq && signal != nullptr && threadIdx.x == 0) {
-          __threadfence();
-          store_release(signal, signal_turn);
-        }
+        // Asked for early, so that the answer is there when it is needed. The sums are touched in L2 alone: seeing the count is enough.
+        if (wants_dq && threadIdx.x == threads - 1 && turn > 0) turns_in = load_relaxed(p.turns + slot);
         if constexpr (from_probs) {
           const Tile<T, Tiles::probs_columns> p_tile(shared + Tiles::probs_at + q_stage * queries * Tiles::probs_columns * Tiles::size);
 #pragma unroll
@@ -196,11 +199,9 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
         for (int n = 0; n < D / 16; ++n) multiply_add(dk[2 * n], dk[2 * n + 1], a, q_tile.b_transposed(16 * j, 16 * n));
       }
 
-      const int head = kv_head * s.group + step.head;
-      const KeyBlocks met(seen, s.queries, step.block, queries, keys);
-      const std::int64_t slot = (static_cast<std::int64_t>(batch) * s.heads + head) * query_blocks + step.block;
-      const int turn = work.block - met.first;
-      if (threadIdx.x == 0 && turn > 0) wait_for_turn(p.turns + slot, turn);
+      // By now what the step before has added is in L2, and passing its turn on costs no wait. Two warps, since each would delay the barrier.
+      if (threadIdx.x == 0 && signal != nullptr) store_release(signal, signal_turn);
+      if (threadIdx.x == threads - 1 && turns_in < turn) wait_for_turn(p.turns + slot, turn);
       __syncthreads();  // dS has been written, and it is this block's turn
 
       constexpr int down = Tiles::dq_down, rows = Tiles::dq_rows, columns = Tiles::dq_columns;
@@ -248,10 +249,7 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
   }
   if (wants_dq && signal != nullptr) {
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      store_release(signal, signal_turn);
-    }
+    if (threadIdx.x == 0) store_release(signal, signal_turn);
   }
 
   if constexpr (wants_dv) store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0 + warp_key, s.keys, dv, 1.0f);

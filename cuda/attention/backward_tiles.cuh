@@ -14,7 +14,9 @@ struct BackwardTiles {
   // A warp owns 16 keys and all D columns of their dk and dv: 2 * D / 2 registers, so at D = 256 the two are separate launches. 128 keys
   // halve the traffic of Q, dO and dq against 64; where K and V would not fit beside the ring, fewer.
   static constexpr int keys = is_16bit<T> ? (D <= 128 ? 128 : 64) : (D == 64 ? 64 : 32);
-  static constexpr int queries = is_16bit<T> ? (D <= 128 ? 64 : 32) : (D <= 128 ? 32 : 16);
+  // 128 queries have half the barriers and turns of 64: 213 against 180 TFLOP/s on an H100 (D = 64, length 8192); kept P [queries x keys] would
+  // then fill shared memory, and gains nothing.
+  static constexpr int queries = is_16bit<T> ? (D == 64 && wants_dq && !from_probs ? 128 : D <= 128 ? 64 : 32) : (D <= 128 ? 32 : 16);
   static constexpr int warps = keys / 16, threads = 32 * warps;
   static constexpr int depth_unroll = is_16bit<T> ? D / 16 : 1;
 
@@ -33,7 +35,7 @@ struct BackwardTiles {
   static constexpr int shared_bytes(int layers) { return v_at + (wants_dq ? (layers > 1 ? 2 : 1) * keys_bytes : 0); }
 
   // dq [queries x D] of a step: warps stand in a grid of dq_down x (warps / dq_down), each with dq_rows x dq_columns blocks of 16 x 16.
-  static constexpr int dq_down = queries >= 32 ? 2 : 1;
+  static constexpr int dq_down = queries >= 128 ? 4 : queries >= 32 ? 2 : 1;
   static constexpr int dq_rows = queries / 16 / dq_down, dq_columns = D / 16 / (warps / dq_down);
   static constexpr int dq_elements = queries * D;
 };
@@ -54,28 +56,31 @@ struct KeyBlocks {
   }
 };
 
-// Enumerates, for one block of keys, head by head, the blocks of queries that meet it; a warp looks at 32 of them at a time. All threads of a
-// block enumerate the same steps.
+// Enumerates, for one block of keys, head by head, the blocks of queries that meet it, the last first; a warp looks at 32 of them at a time.
+// All threads of a block enumerate the same steps.
+//
+// Last first because of the turns (turns.cuh): blocks of keys that start together all begin at the same queries and follow each other one
+// step apart. First first, causal blocks of keys would begin at their diagonals, and each would wait for its predecessor to come there.
 template <int block_q, int block_k>
 class Steps {
  public:
   __device__ Steps(const Visibility& seen, int queries, int heads, int key_block)
-      : seen_(seen), queries_(queries), heads_(heads), key_block_(key_block), blocks_((queries + block_q - 1) / block_q) {
+      : seen_(seen), queries_(queries), heads_(heads), key_block_(key_block), last_((queries + block_q - 1) / block_q - 1) {
     // Causal: the first query whose end lies behind the block's first key.
-    start_ = seen.causal ? max(key_block * block_k - seen.offset, 0) / block_q : 0;
-    base_ = start_ - 32;
+    first_ = seen.causal ? max(key_block * block_k - seen.offset, 0) / block_q : 0;
+    base_ = last_ + 32;
   }
 
   __device__ Step next() {
     while (mask_ == 0) {
-      base_ += 32;
-      if (base_ >= blocks_) {
-        base_ = start_;
-        if (++head_ >= heads_ || start_ >= blocks_) return {0, -1};
+      base_ -= 32;
+      if (base_ < first_) {
+        base_ = last_;
+        if (++head_ >= heads_ || last_ < first_) return {0, -1};
       }
-      const int block = base_ + threadIdx.x % 32;
+      const int block = base_ - static_cast<int>(threadIdx.x % 32);
       bool meets = false;
-      if (block < blocks_) {
+      if (block >= first_) {
         const KeyBlocks keys(seen_, queries_, block, block_q, block_k);
         meets = keys.first <= key_block_ && key_block_ <= keys.last;
       }
@@ -83,12 +88,12 @@ class Steps {
     }
     const int bit = __ffs(mask_) - 1;
     mask_ &= mask_ - 1;
-    return {head_, base_ + bit};
+    return {head_, base_ - bit};
   }
 
  private:
   const Visibility& seen_;
-  int queries_, heads_, key_block_, blocks_, start_, base_, head_ = 0;
+  int queries_, heads_, key_block_, first_, last_, base_, head_ = 0;
   unsigned mask_ = 0;
 };
 

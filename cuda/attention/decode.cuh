@@ -15,28 +15,34 @@
 
 namespace effcore::cuda::attention {
 
-template <class T, int D>
+template <class T, int D, bool from_probs>
 struct DecodeTiles {
   static constexpr int warps = 4, threads = 32 * warps, heads = 16;
   static constexpr int size = static_cast<int>(sizeof(T));
-  static constexpr int keys = 32768 / (D * size) >= 64 ? 32768 / (D * size) : 64;  // 32 KiB: two blocks an SM keep 128 KiB on their way
-  static constexpr int stages = keys * D * size > 32768 ? 2 : 3;
+  // Tiles of 32 KiB, or of 16 beside weights: two blocks an SM, with 64 KiB and more on their way.
+  static constexpr int wanted = (from_probs ? 16384 : 32768) / (D * size);
+  static constexpr int keys = wanted >= 64 ? wanted : 64;
+  static constexpr int stages = keys * D * size > 32768 ? 2 : keys * D * size <= 16384 ? 4 : 3;
   static constexpr int tiles = decode_chunk / keys;  // of a chunk
   static constexpr int warp_keys = keys / warps;     // of a tile
   static constexpr int tile_bytes = keys * D * size, q_bytes = heads * D * size;
   static constexpr int output_bytes = warps * heads * D * 4;  // at the end, in the ring
-  static constexpr int maxima_at = q_bytes + stages * tile_bytes, sums_at = maxima_at + 2 * warps * heads * 4;
+  // Weights [16 x chunk] and their scales come with the first tile of V of their chunk: as many stages as chunks that the ring can touch.
+  static constexpr int weights_bytes = heads * decode_chunk * size, weights_stages = from_probs ? (stages - 1 + tiles - 1) / tiles + 1 : 0;
+  static constexpr int weights_at = (from_probs ? 0 : q_bytes) + stages * tile_bytes;
+  static constexpr int scales_at = weights_at + weights_stages * weights_bytes;
+  static constexpr int maxima_at = scales_at + weights_stages * heads * 4, sums_at = maxima_at + 2 * warps * heads * 4;
   static constexpr int shared_bytes = sums_at + warps * heads * 4;
   static_assert(output_bytes <= stages * tile_bytes);
 };
 
 template <class T, int D, bool from_probs>
-__global__ void __launch_bounds__(DecodeTiles<T, D>::threads) decode_kernel(const __grid_constant__ DecodeParams p) {
-  using Tiles = DecodeTiles<T, D>;
+__global__ void __launch_bounds__(DecodeTiles<T, D, from_probs>::threads) decode_kernel(const __grid_constant__ DecodeParams p) {
+  using Tiles = DecodeTiles<T, D, from_probs>;
   constexpr int threads = Tiles::threads, warp_keys = Tiles::warp_keys, tiles = Tiles::tiles;
   constexpr float infinity = INFINITY;
   extern __shared__ __align__(1024) char shared[];
-  char* const ring = shared + Tiles::q_bytes;
+  char* const ring = shared + (from_probs ? 0 : Tiles::q_bytes);
   auto* const maxima = reinterpret_cast<float (*)[Tiles::warps][Tiles::heads]>(shared + Tiles::maxima_at);  // two chunks'
   auto* const sums = reinterpret_cast<float (*)[Tiles::heads]>(shared + Tiles::sums_at);
 
@@ -77,6 +83,18 @@ __global__ void __launch_bounds__(DecodeTiles<T, D>::threads) decode_kernel(cons
       const int part = item % items_per_chunk, key0 = (chunk0 + item / items_per_chunk) * decode_chunk + part % tiles * Tiles::keys;
       const bool is_k = !from_probs && part < tiles;
       load_tile<Tiles::keys, threads>(Tile<T, D>(ring + item % Tiles::stages * Tiles::tile_bytes), is_k ? k : v, key0, begin, end);
+      if constexpr (from_probs) {
+        if (part == 0) {
+          const int chunk = chunk0 + item / tiles, stage = item / tiles % Tiles::weights_stages;
+          const T* from = weights + row0 * s.keys + key0;
+          const bool aligned = s.keys % Tile<T, D>::chunk == 0 && reinterpret_cast<std::uintptr_t>(weights) % 16 == 0;
+          load_tile<Tiles::heads, threads>(Tile<T, decode_chunk>(shared + Tiles::weights_at + stage * Tiles::weights_bytes),
+                                           Matrix<T>{from, s.keys, min(s.keys - key0, decode_chunk), aligned}, 0, 0, heads);
+          if (threadIdx.x < Tiles::heads)
+            async_copy_4(shared_address(shared + Tiles::scales_at + (stage * Tiles::heads + threadIdx.x) * 4),
+                         p.scales + (threadIdx.x < heads ? (row0 + threadIdx.x) * all_chunks + chunk : 0), threadIdx.x < heads);
+        }
+      }
     }
     async_commit();
   };
@@ -103,39 +121,12 @@ __global__ void __launch_bounds__(DecodeTiles<T, D>::threads) decode_kernel(cons
   const float scale_log2 = s.negative ? -s.scale_log2 : s.scale_log2;
   for (int chunk = chunk0; chunk < chunk1; ++chunk) {
     const int chunk_key = chunk * decode_chunk;
-    float score[decode_chunk / 32][4];  // tile by tile, this warp's keys; then the weights
+    float score[from_probs ? 2 : decode_chunk / 32][4];  // tile by tile, this warp's keys; then the weights
     float factor[2];                    // of this chunk's product with V
     const auto key_of = [&](int n, int e) {  // column 2 * (lane % 4) + e of accumulator n
       return chunk_key + n / (warp_keys / 8) * Tiles::keys + warp * warp_keys + n % (warp_keys / 8) * 8 + 2 * (lane % 4) + e;
     };
-    if constexpr (from_probs) {
-      const bool paired = s.keys % 2 == 0;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int head = lane / 4 + 8 * i;
-        const std::int64_t row = row0 + head;
-        factor[i] = head < heads ? p.scales[row * all_chunks + chunk] : 0.0f;
-#pragma unroll
-        for (int n = 0; n < decode_chunk / 32; ++n) {
-          const int key = key_of(n, 0);
-          float x[2] = {0.0f, 0.0f};
-          if (head < heads && key + 1 < s.keys && paired) {
-            if constexpr (is_16bit<T>) {
-              const float2 pair = unpack<T>(*reinterpret_cast<const std::uint32_t*>(weights + row * s.keys + key));
-              x[0] = pair.x, x[1] = pair.y;
-            } else {
-              const float2 pair = *reinterpret_cast<const float2*>(weights + row * s.keys + key);
-              x[0] = pair.x, x[1] = pair.y;
-            }
-          } else if (head < heads) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              if (key + e < s.keys) x[e] = to_float(weights[row * s.keys + key + e]);
-          }
-          score[n][2 * i] = x[0], score[n][2 * i + 1] = x[1];
-        }
-      }
-    } else {
+    if constexpr (!from_probs) {
       clear(score);
 #pragma unroll
       for (int t = 0; t < tiles; ++t) {
@@ -196,15 +187,26 @@ __global__ void __launch_bounds__(DecodeTiles<T, D>::threads) decode_kernel(cons
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
       const Tile<T, D> v_tile = next_tile();
+      const int stage = (chunk - chunk0) % (from_probs ? Tiles::weights_stages : 1);
+      const Tile<T, decode_chunk> w_tile(shared + Tiles::weights_at + stage * Tiles::weights_bytes);
+      if (from_probs && t == 0) {
+        const float* scales = reinterpret_cast<const float*>(shared + Tiles::scales_at) + stage * Tiles::heads;
+        factor[0] = scales[lane / 4], factor[1] = scales[lane / 4 + 8];
+      }
+      Operand<T> a[warp_keys / 16];
+#pragma unroll
+      for (int j = 0; j < warp_keys / 16; ++j) {
+        const int at = t * (warp_keys / 8) + 2 * j;
+        if constexpr (from_probs) a[j] = w_tile.a(0, t * Tiles::keys + warp * warp_keys + 16 * j);
+        else a[j] = as_operand<T>(score[at], score[at + 1]);
+      }
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
         float product[2][4];
         clear(product);
 #pragma unroll
-        for (int j = 0; j < warp_keys / 16; ++j) {
-          const int at = t * (warp_keys / 8) + 2 * j;
-          multiply_add(product[0], product[1], as_operand<T>(score[at], score[at + 1]), v_tile.b_transposed(warp * warp_keys + 16 * j, 16 * n));
-        }
+        for (int j = 0; j < warp_keys / 16; ++j)
+          multiply_add(product[0], product[1], a[j], v_tile.b_transposed(warp * warp_keys + 16 * j, 16 * n));
 #pragma unroll
         for (int side = 0; side < 2; ++side)
 #pragma unroll
@@ -252,28 +254,34 @@ constexpr int combine_threads = 128;
 template <class T, bool from_probs>
 __global__ void __launch_bounds__(combine_threads) combine_kernel(const __grid_constant__ DecodeParams p) {
   constexpr float infinity = INFINITY;
+  extern __shared__ float factors[];  // [splits]
   const Shape& s = p.shape;
   const std::int64_t row = blockIdx.x;
   const int batch = blockIdx.x / s.heads, head = blockIdx.x % s.heads;
   float maximum = -infinity, sum = 0.0f;
   if constexpr (!from_probs) {
-    for (int i = 0; i < p.splits; ++i) maximum = fmaxf(maximum, p.statistics[row * p.splits + i].x);
-    const float shift = maximum == -infinity ? 0.0f : maximum;
-    for (int i = 0; i < p.splits; ++i) {
-      const float2 statistics = p.statistics[row * p.splits + i];
-      sum += statistics.y * exp2_approx(statistics.x - shift);
+    const float2* statistics = p.statistics + row * p.splits;
+    for (int i = threadIdx.x % 32; i < p.splits; i += 32) maximum = fmaxf(maximum, statistics[i].x);
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, offset));
+    if (maximum == -infinity) maximum = 0.0f;
+    for (int i = threadIdx.x % 32; i < p.splits; i += 32) {
+      const float2 split = statistics[i];
+      const float factor = exp2_approx(split.x - maximum);
+      sum = fmaf(split.y, factor, sum);
+      if (threadIdx.x < 32) factors[i] = factor;
     }
-    maximum = shift;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    __syncthreads();
   }
   const float inverse = from_probs ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum;
   if (p.splits > 1) {
     for (int column = threadIdx.x; column < s.value_dim; column += combine_threads) {
+      const float* partial = p.partial + row * p.splits * s.value_dim + column;
       float x = 0.0f;
-#pragma unroll 4
-      for (int i = 0; i < p.splits; ++i) {
-        const float factor = from_probs ? 1.0f : exp2_approx(p.statistics[row * p.splits + i].x - maximum);
-        x = fmaf(p.partial[(row * p.splits + i) * s.value_dim + column], factor, x);
-      }
+#pragma unroll 8
+      for (int i = 0; i < p.splits; ++i) x = fmaf(partial[static_cast<std::int64_t>(i) * s.value_dim], from_probs ? 1.0f : factors[i], x);
       row_of<T>(p.out, batch, head, 0)[column] = from_float<T>(x * inverse);
     }
   }

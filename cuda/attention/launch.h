@@ -21,7 +21,7 @@ struct Kernels {
   static void probs(const ProbsParams& p, const char* function, cudaStream_t stream);
   static void delta(const DeltaParams& p, const char* function, cudaStream_t stream);
   static void decode(const DecodeParams& p, bool from_probs, const char* function, cudaStream_t stream);
-  static BackwardPlan backward_plan();
+  static BackwardPlan backward_plan(bool from_probs);
   static void backward(const BackwardParams& p, const char* function, cudaStream_t stream);         // dq, dk, dv
   static void shared_backward(const BackwardParams& p, const char* function, cudaStream_t stream);  // dv
   static int decode_splits(const Shape& s, int processors);

@@ -1,5 +1,7 @@
 // Launchers of the backward kernels.
 #pragma once
+#include <algorithm>
+
 #include "attention/backward.cuh"
 #include "attention/delta.cuh"
 #include "attention/launch_forward.cuh"
@@ -14,6 +16,8 @@ void launch_backward(const BackwardParams& p, const char* function, cudaStream_t
   // What a block of keys streams past is q and dout of the group's heads.
   const double bytes = static_cast<double>(s.queries) * s.group * (s.head_dim + p.layers * s.value_dim) * sizeof(T);
   params.schedule = schedule_of(s.batch * s.kv_heads, ceil_div(s.keys, Tiles::keys), bytes, 1);
+  // Blocks of keys of one head wait for each other's dq: as few of them at a time as there are multiprocessors to fill.
+  if (Tiles::wants_dq) params.schedule.section = std::min(params.schedule.heads, std::max(params.schedule.section, device_attribute(cudaDevAttrMultiProcessorCount, function)));
   const int shared_bytes = Tiles::shared_bytes(p.layers);
   if (shared_bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function))
     throw std::runtime_error(std::string("effcore.") + function + ": this GPU has too little shared memory for this head dimension and " +
@@ -22,9 +26,11 @@ void launch_backward(const BackwardParams& p, const char* function, cudaStream_t
 }
 
 template <class T, int D>
-BackwardPlan Kernels<T, D>::backward_plan() {
-  using Tiles = BackwardTiles<T, D, Gradients::all, false>;
-  return {Tiles::queries, Tiles::keys, Tiles::dq_elements};
+BackwardPlan Kernels<T, D>::backward_plan(bool from_probs) {
+  using Computed = BackwardTiles<T, D, Gradients::all, false>;
+  using Kept = BackwardTiles<T, D, Gradients::all, true>;
+  if (from_probs) return {Kept::queries, Kept::keys, Kept::dq_elements};
+  return {Computed::queries, Computed::keys, Computed::dq_elements};
 }
 
 template <class T, int D>

@@ -11,6 +11,11 @@
 #pragma once
 #include "common/element.cuh"
 
+#ifdef EFFCORE_MMA_PLAIN
+#define EFFCORE_MMA_ASM asm
+#else
+#define EFFCORE_MMA_ASM asm volatile
+#endif
 namespace effcore::cuda {
 
 template <class T>
@@ -25,12 +30,12 @@ struct Operand<float> {
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const Operand<T>& a, std::uint32_t b0, std::uint32_t b1) {
   if constexpr (std::is_same_v<T, bf16>)
-    asm volatile(
+    EFFCORE_MMA_ASM(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]), "r"(b0), "r"(b1));
   else
-    asm volatile(
+    EFFCORE_MMA_ASM(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]), "r"(b0), "r"(b1));

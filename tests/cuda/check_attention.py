@@ -114,6 +114,7 @@ def group(module, q: Tensor, k: Tensor, values: list[Tensor], grads: list[Tensor
 def sdpa_group(q: Tensor, k: Tensor, values: list[Tensor], grads: list[Tensor], mask: Tensor, scale: float | None) -> dict[str, Tensor]:
     """The same dtype's computation that the error rule compares with: a full attention for each layer."""
     heads = q.shape[1]
+    q, k, *values = (t.detach().contiguous().requires_grad_() for t in (q, k, *values))  # cuDNN fails on odd strides
     outs = [
         F.scaled_dot_product_attention(q, reference.repeat_kv(k, heads), reference.repeat_kv(v, heads), attn_mask=mask, scale=scale) for v in values
     ]
@@ -163,7 +164,7 @@ def check_decode(case: Case) -> dict:
     exact["out"], shared = reference.decode_attention(*(t.double() for t in (q, k, v)), lengths, scale=case.scale, first_key=first, return_probs=True)
     exact |= {"plain": exact["out"], "from_probs": reference.decode_from_probs(shared, v2.double(), lengths), "probs": shared.probs[:, :, 0]}
     mask = reference.visible(case.batch, 1, case.keys, lengths=lengths, first_key=first, device=q.device)[:, None]
-    kk, v1, v2 = (reference.repeat_kv(t, case.heads) for t in (k, v, v2))
+    q, kk, v1, v2 = (reference.repeat_kv(t, case.heads).contiguous() for t in (q, k, v, v2))
     peer_out, peer_from = (F.scaled_dot_product_attention(q, kk, x, attn_mask=mask, scale=case.scale).nan_to_num() for x in (v1, v2))
     eps = torch.finfo(DTYPES[case.dtype]).eps
     row = {"case": "decode " + case.name(), "keep": "", "identical": all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0]), "errors": {}}
@@ -283,7 +284,7 @@ def grid() -> tuple[list[Case], list[Case]]:
 
 
 def sanitize(tool: str) -> tuple[bool, str]:
-    arguments = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name-exclude=kernel_substring=at::", sys.executable, __file__, "--small"]
+    arguments = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=effcore", sys.executable, __file__, "--small"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=400)
     lines = [line for line in done.stdout.splitlines() if "ERROR" in line or "hazard" in line.lower() or "=========" in line]

@@ -7,7 +7,7 @@
   template void Kernels<T, D>::probs(const ProbsParams&, const char*, cudaStream_t);
 
 #define EFFCORE_BACKWARD(T, D)                                                                            \
-  template BackwardPlan Kernels<T, D>::backward_plan();                                                   \
+  template BackwardPlan Kernels<T, D>::backward_plan(bool);                                               \
   template void Kernels<T, D>::backward(const BackwardParams&, const char*, cudaStream_t);                \
   template void Kernels<T, D>::shared_backward(const BackwardParams&, const char*, cudaStream_t);         \
   template void Kernels<T, D>::delta(const DeltaParams&, const char*, cudaStream_t);
