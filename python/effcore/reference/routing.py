@@ -10,16 +10,20 @@ def partition_tokens(scores: Tensor, keep: int, *, protect: int = 0) -> tuple[Te
     """The ``keep`` tokens of each row with the greatest scores, and the others; both ascending."""
     kept, rest = [], []
     for row in scores.tolist():
-        # Protected tokens first, then by score with NaN last, then by index.
-        order = sorted(
-            range(len(row)),
-            key=lambda n, row=row: (n >= protect, math.isnan(row[n]), 0 if math.isnan(row[n]) else -row[n], n),
-        )
+
+        def rank(n: int, row: list[float] = row) -> tuple[bool, bool, float, int]:
+            """Protected tokens first, then by score with NaN last, then by index."""
+            return n >= protect, math.isnan(row[n]), 0.0 if math.isnan(row[n]) else -row[n], n
+
+        order = sorted(range(len(row)), key=rank)
         kept.append(sorted(order[:keep]))
         rest.append(sorted(order[keep:]))
     batch, tokens = scores.shape
-    as_list = {"dtype": torch.int32, "device": scores.device}
-    return torch.tensor(kept, **as_list).view(batch, keep), torch.tensor(rest, **as_list).view(batch, tokens - keep)
+
+    def as_tensor(lists: list[list[int]], size: int) -> Tensor:
+        return torch.tensor(lists, dtype=torch.int32, device=scores.device).view(batch, size)
+
+    return as_tensor(kept, keep), as_tensor(rest, tokens - keep)
 
 
 def class_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
