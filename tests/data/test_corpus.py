@@ -78,7 +78,9 @@ def test_single_text_file_holds_out_its_end(tokenizer, tmp_path):
     lines = [f"line {i:05d}\n" for i in range(2000)]
     (tmp_path / "a.txt").write_text("".join(lines))
     corpus = load_corpus(tmp_path / "a.txt", tokenizer, validation_fraction=0.1)
-    train, validation = (bytes(part[part < 256].astype(np.uint8)).decode() for part in (corpus.train, corpus.validation))
+    train, validation = (
+        bytes(part[part < 256].astype(np.uint8)).decode() for part in (corpus.train, corpus.validation)
+    )
     assert train + validation == "".join(lines)
     assert len(validation) / len(train + validation) == pytest.approx(0.1, abs=0.01)
     assert train.endswith("\n")
@@ -151,7 +153,10 @@ def test_other_tokenizers_are_used(tmp_path):
         (lambda p: p / "missing", "no such file or folder"),
         (lambda p: folder_of(p / "empty", {}), "holds no files with text"),
         (lambda p: folder_of(p, {"e.txt": ""}) / "e.txt", "the file is empty"),
-        (lambda p: folder_of(p, {"o.jsonl": '{"body": "x"}\n'}) / "o.jsonl", r"line 1: expected a string in field 'text', got only \['body'\]"),
+        (
+            lambda p: folder_of(p, {"o.jsonl": '{"body": "x"}\n'}) / "o.jsonl",
+            r"line 1: expected a string in field 'text', got only \['body'\]",
+        ),
         (lambda p: folder_of(p, {"l.jsonl": '"x"\n'}) / "l.jsonl", "line 1: expected an object"),
         (lambda p: folder_of(p, {"p.parquet": "nope, not parquet"}) / "p.parquet", "not a parquet file"),
         (lambda p: folder_of(p / "one", {"a.txt": "x", "b.bin": "y"}), "no text is left for"),

@@ -51,7 +51,9 @@ class InOrder(Trainer):
 
 @pytest.mark.parametrize("mode", ["qk", "kv"])
 def test_callback_equals_loop(mode, tmp_path):
-    schedules = [EPASSchedule(4, switch_every=2, max_shared=2) if mode == "qk" else ECHOSchedule(4, 2, 2) for _ in range(2)]
+    schedules = [
+        EPASSchedule(4, switch_every=2, max_shared=2) if mode == "qk" else ECHOSchedule(4, 2, 2) for _ in range(2)
+    ]
     data = windows(16)
     by_hand = loop(tiny(mode), schedules[0], data)
     model = tiny(mode)

@@ -141,7 +141,11 @@ def test_checkpoints_are_ordered_by_step_and_incomplete_ones_ignored(tmp_path):
     for step in (10, 9, 100):
         make_checkpoint(tmp_path, step, "")
     (tmp_path / "checkpoint-200").mkdir()
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-100",
+    ]
     checkpoint.keep_latest(tmp_path, 2)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
 
@@ -173,5 +177,8 @@ def test_table_compares_with_the_first_run():
 
 
 def test_titles():
-    assert title({"method": "epas", "mode": "qk", "layout": "0_1_1_1", "shared_layers": 2}) == "epas qk, 2 of 4 layers share"
+    assert (
+        title({"method": "epas", "mode": "qk", "layout": "0_1_1_1", "shared_layers": 2})
+        == "epas qk, 2 of 4 layers share"
+    )
     assert title({"method": "baseline", "mode": None, "layout": "0_1", "shared_layers": 0}) == "baseline"

@@ -67,7 +67,16 @@ def test_run_folder(tiny, text, tmp_path):
     train(config("baseline", tiny, text), base)
     summary = train(config("epas", tiny, text), out, against=base)
     names = {path.name for path in out.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "summary.json", "report.md", "plots", "model", "checkpoint-8", "checkpoint-12"}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "report.md",
+        "plots",
+        "model",
+        "checkpoint-8",
+        "checkpoint-12",
+    }
     assert {path.name for path in (out / "plots").iterdir()} == {"loss.png", "speed.png", "cache.png", "overview.png"}
     assert not [path for path in out.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     assert summary == json.loads((out / "summary.json").read_text())
@@ -75,7 +84,12 @@ def test_run_folder(tiny, text, tmp_path):
     assert summary["tokens"] == 12 * 2 * 32
     # 4 layers, one kv head of 16, float32: K and V in each, and the two consumers without K
     assert [RunFolder(folder).summary()["cache_bytes_per_token"] for folder in (base, out)] == [8 * 16 * 4, 6 * 16 * 4]
-    assert [row["layout"] for row in RunFolder(out).metrics() if row["kind"] == "train"][1:5] == ["0_1_2_3", "0_1_2_2", "0_1_2_2", "0_1_1_1"]
+    assert [row["layout"] for row in RunFolder(out).metrics() if row["kind"] == "train"][1:5] == [
+        "0_1_2_3",
+        "0_1_2_2",
+        "0_1_2_2",
+        "0_1_1_1",
+    ]
     report = (out / "report.md").read_text()
     assert "| baseline |" in report and "epas qk, 2 of 4 layers share" in report
     # The same first step: sharing begins later, and both begin with the same weights on the same text.
@@ -113,7 +127,10 @@ def test_full_disk_keeps_the_last_good_checkpoint(tiny, text, tmp_path):
 
 def test_divergence_is_an_error_and_not_a_checkpoint(tiny, text, tmp_path):
     with pytest.raises(RunError, match="training diverged: the loss is nan"):
-        train(config("baseline", tiny, text, "learning_rate=1e30", "clip_norm=1e30", "schedule=constant"), tmp_path / "run")
+        train(
+            config("baseline", tiny, text, "learning_rate=1e30", "clip_norm=1e30", "schedule=constant"),
+            tmp_path / "run",
+        )
     assert checkpoints(tmp_path / "run") == []
 
 
@@ -122,7 +139,7 @@ def test_documents_can_be_kept_apart(tiny, text, tmp_path):
     folder.mkdir()
     for i in range(60):
         (folder / f"{i}.txt").write_text(f"short document {i}\n")
-    settings = ["separate_documents=true", "steps=3"]
+    settings = ["separate_documents=true", "steps=2"]
     runs = [train(config(method, tiny, folder, *settings), tmp_path / method) for method in ("baseline", "epas")]
     assert losses(tmp_path / "epas")[0][2] == pytest.approx(losses(tmp_path / "baseline")[0][2], abs=1e-5)
     assert runs[0]["tokens"] == runs[1]["tokens"]
@@ -131,7 +148,9 @@ def test_documents_can_be_kept_apart(tiny, text, tmp_path):
 @pytest.mark.parametrize("method", ["baseline", "epas"])
 def test_bfloat16_and_gradient_checkpointing(method, tiny, text, tmp_path):
     plain = train(config(method, tiny, text, "steps=4"), tmp_path / "plain")
-    checkpointed = train(config(method, tiny, text, "steps=4", "gradient_checkpointing=true"), tmp_path / "checkpointed")
+    checkpointed = train(
+        config(method, tiny, text, "steps=4", "gradient_checkpointing=true"), tmp_path / "checkpointed"
+    )
     assert checkpointed["validation_loss"] == pytest.approx(plain["validation_loss"], rel=1e-4)
     half = train(config(method, tiny, text, "steps=4", "precision=bfloat16"), tmp_path / "half")
     assert half["validation_loss"] == pytest.approx(plain["validation_loss"], rel=2e-2)
@@ -150,7 +169,9 @@ def test_bfloat16_and_gradient_checkpointing(method, tiny, text, tmp_path):
         ("baseline", ["model.max_length=16"], "data.length is 32, but the model has positions for 16 tokens"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_before_anything_is_written(method, overrides, words, tiny, text, tmp_path):
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
+    method, overrides, words, tiny, text, tmp_path
+):
     with pytest.raises(InputError, match=words) as caught:
         train(config(method, tiny, text, *overrides), tmp_path / "run")
     assert "\n" not in str(caught.value)

@@ -10,7 +10,9 @@ import typer
 def bench(
     family: Annotated[str, typer.Argument(help="The family of ops to measure.")] = "attention",
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda.")] = None,
-    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the results to this file.")] = None,
+    json_: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the results to this file.")
+    ] = None,
 ) -> None:
     """Speed of the ops against the best peers on this machine (runs benchmarks/ of a source checkout)."""
     import importlib.util

@@ -11,8 +11,12 @@ _RUNS = (("baseline", "baseline", None), ("epas", "epas-qk", "epas.mode=qk"), ("
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where the run folders, the report and the plots go.")] = Path("runs/demo"),
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the run folders, the report and the plots go.")] = Path(
+        "runs/demo"
+    ),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
 ) -> None:
     """Trains a byte-level LLaMA on the Python standard library three times (as it is, and with EPAS in modes qk and kv); about five
@@ -21,11 +25,15 @@ def demo(
     from effcore.cli.train import run_training
     from effcore.training.recipe import load_recipe
 
-    recipes = [load_recipe("demo", [*(settings or []), *([mode] if mode else [])], method=method) for method, _, mode in _RUNS]
+    recipes = [
+        load_recipe("demo", [*(settings or []), *([mode] if mode else [])], method=method) for method, _, mode in _RUNS
+    ]
     for recipe, (method, name, _) in zip(recipes, _RUNS, strict=True):
         run_training(method, recipe, out=out / name, overwrite=True, quiet=quiet, label=name)
     from effcore.training.compare import compare_runs
 
     summaries = compare_runs([out / name for _, name, _ in _RUNS], out=out)
     print_table(summaries)
-    print(f"Report: {out / 'report.md'}   plots: {out / 'plots'}   try: effcore generate {out / 'epas-qk'} --prompt 'def '")
+    print(
+        f"Report: {out / 'report.md'}   plots: {out / 'plots'}   try: effcore generate {out / 'epas-qk'} --prompt 'def '"
+    )

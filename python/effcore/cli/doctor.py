@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-_PACKAGES = ("torch", "numpy", "transformers", "accelerate", "safetensors", "datasets", "peft", "gguf", "typer", "rich", "matplotlib")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "datasets",
+    "peft",
+    "gguf",
+    "typer",
+    "rich",
+    "matplotlib",
+)
 
 
 def doctor(json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
@@ -57,7 +69,9 @@ def _build(problems: list[str]) -> dict[str, Any]:
     try:
         from effcore import _core  # type: ignore[attr-defined]
     except ImportError as error:
-        problems.append(f"the native module cannot be imported ({error}): reinstall with pip install --no-build-isolation .")
+        problems.append(
+            f"the native module cannot be imported ({error}): reinstall with pip install --no-build-isolation ."
+        )
         return {}
     information = getattr(_core, "build_info", dict)()
     return {name: list(value) if isinstance(value, tuple) else value for name, value in information.items()}
@@ -79,7 +93,9 @@ def _cpu() -> dict[str, Any]:
         pass
     found: dict[str, Any] = {
         "name": name,
-        "extensions": [flag for flag in ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16") if flag in flags],
+        "extensions": [
+            flag for flag in ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16") if flag in flags
+        ],
         "amx_permission": _amx_permission() if "amx_tile" in flags else None,
     }
     try:
@@ -118,7 +134,11 @@ def _cuda(problems: list[str]) -> dict[str, Any]:
     if torch.version.cuda is None:
         return {"available": False, "reason": f"torch {torch.__version__} is built without CUDA"}
     if not torch.cuda.is_available():
-        return {"available": False, "reason": "torch has CUDA, but there is no usable GPU or driver", "toolkit": torch.version.cuda}
+        return {
+            "available": False,
+            "reason": "torch has CUDA, but there is no usable GPU or driver",
+            "toolkit": torch.version.cuda,
+        }
     found: dict[str, Any] = {"available": True, "toolkit": torch.version.cuda, "devices": []}
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
@@ -176,13 +196,19 @@ def _show(findings: dict[str, Any]) -> None:
     console = Console(highlight=False)
     build, cpu, cuda = findings["build"], findings["cpu"], findings["cuda"]
     console.print(f"[bold]effcore {findings['effcore']}[/] on Python {findings['python']}, {findings['system']}")
-    console.print("packages: " + ", ".join(f"{name} {version or 'missing'}" for name, version in findings["packages"].items()))
+    console.print(
+        "packages: " + ", ".join(f"{name} {version or 'missing'}" for name, version in findings["packages"].items())
+    )
     console.print("build:    " + ", ".join(f"{name} {value}" for name, value in build.items() if name != "dtypes"))
     amx = {True: ", AMX permitted", False: ", AMX not permitted", None: ""}[cpu["amx_permission"]]
-    console.print(f"cpu:      {cpu['name']}, {cpu.get('threads', '?')} threads, {' '.join(cpu['extensions']) or 'no vector extensions'}{amx}")
+    console.print(
+        f"cpu:      {cpu['name']}, {cpu.get('threads', '?')} threads, {' '.join(cpu['extensions']) or 'no vector extensions'}{amx}"
+    )
     if cuda["available"]:
         for device in cuda["devices"]:
-            console.print(f"cuda:     {device['name']}, sm {device['compute_capability']}, {device['memory_gib']} GiB, CUDA {cuda['toolkit']}")
+            console.print(
+                f"cuda:     {device['name']}, sm {device['compute_capability']}, {device['memory_gib']} GiB, CUDA {cuda['toolkit']}"
+            )
     else:
         console.print(f"cuda:     none ({cuda['reason']})")
     table = Table("family", "device", "dtypes", "path", "why")

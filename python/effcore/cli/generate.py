@@ -10,13 +10,19 @@ import typer
 
 def generate(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, a run folder of effcore train, or a GGUF file.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from standard input.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from standard input.")
+    ],
     region: Annotated[
         int | None, typer.Option("--region", min=0, help="How many of the last layers share (up to what was trained).")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this much of the probability.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this much of the probability.")
+    ] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from so many tokens; 0 means all.")] = 0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print prompt, text and speed as JSON.")] = False,

@@ -10,27 +10,38 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Train a LLaMA: as it is, or while its layers begin to share attention activations.")
+app = typer.Typer(
+    no_args_is_help=True, help="Train a LLaMA: as it is, or while its layers begin to share attention activations."
+)
 
 Recipe = Annotated[
     str | None,
-    typer.Option("--recipe", help="A recipe's name (fresh, continued, demo) or YAML file. Default: fresh, or continued with --model."),
+    typer.Option(
+        "--recipe",
+        help="A recipe's name (fresh, continued, demo) or YAML file. Default: fresh, or continued with --model.",
+    ),
 ]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe: --set training.steps=100")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe: --set training.steps=100"),
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", help="Start from this checkpoint: a Hugging Face folder, a run folder or a GGUF file.")
+    str | None,
+    typer.Option("--model", help="Start from this checkpoint: a Hugging Face folder, a run folder or a GGUF file."),
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", help="A text file, a folder, a .jsonl or .parquet file. Default: the Python standard library's sources."),
+    typer.Option(
+        "--data",
+        help="A text file, a folder, a .jsonl or .parquet file. Default: the Python standard library's sources.",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder. Default: runs/METHOD.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
 Against = Annotated[
-    Path | None, typer.Option("--against", help="A finished run (the baseline) to compare with in the report and plots.")
+    Path | None,
+    typer.Option("--against", help="A finished run (the baseline) to compare with in the report and plots."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
@@ -104,14 +115,28 @@ def _train(
 
     out = Path("runs", method) if out is None else out
     if resume:
-        fixed = {"--recipe": recipe, "--set": settings, "--model": model, "--data": data, "--overwrite": overwrite or None}
+        fixed = {
+            "--recipe": recipe,
+            "--set": settings,
+            "--model": model,
+            "--data": data,
+            "--overwrite": overwrite or None,
+        }
         given = [name for name, value in fixed.items() if value]
         if given:
             raise InputError(f"--resume continues a run with its own settings; leave out {', '.join(given)}")
     name = recipe or ("continued" if model is not None else "fresh")
     loaded = load_recipe(name, settings, method=method)
     summary = run_training(
-        method, loaded, model=model, data=data, out=out, resume=resume, overwrite=overwrite, against=against, quiet=quiet
+        method,
+        loaded,
+        model=model,
+        data=data,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        against=against,
+        quiet=quiet,
     )
     if not is_main_process():
         return

@@ -103,7 +103,9 @@ def _fingerprint(files: list[SourceFile], tokenizer: PreTrainedTokenizerBase, fr
     digest = hashlib.sha256(f"{_FORMAT} {fraction} {text_field} {tokenizer.eos_token_id}".encode())
     digest.update(_vocabulary(tokenizer).encode())
     for file in files:
-        digest.update(f"{file.path.resolve()}\0{file.name}\0{file.size}\0{file.modified}\n".encode(errors="surrogateescape"))
+        digest.update(
+            f"{file.path.resolve()}\0{file.name}\0{file.size}\0{file.modified}\n".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()[:24]
 
 
@@ -165,7 +167,10 @@ def _build(
     readable = files if len(files) == 1 else [file for file in files if sources.is_text(file)]
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        with (partial / "train.bin").open("wb") as train_file, (partial / "validation.bin").open("wb") as validation_file:
+        with (
+            (partial / "train.bin").open("wb") as train_file,
+            (partial / "validation.bin").open("wb") as validation_file,
+        ):
             train, validation = (_Writer(file, tokenizer, dtype) for file in (train_file, validation_file))
             for file in readable:
                 for piece in _pieces(file, text_field, alone=len(readable) == 1, fraction=fraction):
@@ -229,7 +234,9 @@ def _open(folder: Path) -> Corpus:
                 raise ValueError(f"{part}.bin has {len(array)} tokens, expected {tokens}")
             arrays.append(array)
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"the tokenised corpus in {folder} is damaged ({error}): remove the folder and start again") from error
+        raise InputError(
+            f"the tokenised corpus in {folder} is damaged ({error}): remove the folder and start again"
+        ) from error
     return Corpus(
         summary.name,
         folder.name,

@@ -40,7 +40,9 @@ class PackedTokens(Dataset):
     ):
         self.windows = len(tokens) // length
         if self.windows == 0:
-            raise InputError(f"the text has {len(tokens)} tokens, fewer than one window of {length}: add text or lower data.length")
+            raise InputError(
+                f"the text has {len(tokens)} tokens, fewer than one window of {length}: add text or lower data.length"
+            )
         self.tokens, self.length, self.seed, self.end_of_document = tokens, length, seed, end_of_document
         self.samples = self.windows if samples is None else samples
         self._epoch = -1

@@ -92,7 +92,9 @@ def read_file(file: SourceFile, text_field: str) -> Iterator[Piece]:
             yield from _read_text(file)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise InputError(f"{file.path}: not UTF-8 text (byte 0x{byte:02x} at offset {error.start} of a piece)") from error
+        raise InputError(
+            f"{file.path}: not UTF-8 text (byte 0x{byte:02x} at offset {error.start} of a piece)"
+        ) from error
     except PermissionError as error:
         raise InputError(f"{file.path}: permission denied") from error
 

@@ -16,8 +16,12 @@ class ScheduleCallback(TrainerCallback):
     def __init__(self, schedule: SharingSchedule):
         self.schedule = schedule
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.schedule.apply(kwargs["model"], kwargs.get("optimizer"), state.global_step)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.schedule.apply(kwargs["model"], kwargs.get("optimizer"), state.global_step)

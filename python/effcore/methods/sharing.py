@@ -109,7 +109,9 @@ class SharingSchedule(ABC):
         ours, theirs = self._settings(), state["settings"]
         differing = [name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)]
         if differing:
-            what = ", ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in sorted(differing))
+            what = ", ".join(
+                f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in sorted(differing)
+            )
             raise ValueError(f"effcore.{type(self).__name__}: the state belongs to other settings ({what})")
         self._next_step = state["next_step"]
         self._current = None
@@ -143,7 +145,9 @@ def unwrap(model: nn.Module) -> Any:
 
 def leave_alone(parameters: Iterable[nn.Parameter], optimizer: Optimizer | None) -> None:
     """No gradient and no optimizer state for ``parameters``: optimizers skip a parameter whose ``grad`` is None."""
-    state = None if optimizer is None else getattr(optimizer, "optimizer", optimizer).state  # Accelerate wraps optimizers
+    state = (
+        None if optimizer is None else getattr(optimizer, "optimizer", optimizer).state
+    )  # Accelerate wraps optimizers
     for parameter in parameters:
         parameter.grad = None
         if state is not None:

@@ -84,7 +84,11 @@ def _unpack(value: Any, tensor: Any) -> Any:
 
 def random_state() -> dict[str, Any]:
     """States of the generators of Python, NumPy and torch (all devices) of this process."""
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state

@@ -81,7 +81,9 @@ class RunFolder:
             if not self.config_file.is_file():
                 raise InputError(f"--out {self.path}: the folder is not empty and holds no run; choose another")
             if not overwrite:
-                raise InputError(f"--out {self.path}: a run is here; continue it with --resume or replace it with --overwrite")
+                raise InputError(
+                    f"--out {self.path}: a run is here; continue it with --resume or replace it with --overwrite"
+                )
             shutil.rmtree(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -94,11 +94,15 @@ def choose_region(model: Any, region: int) -> None:
     """
     trained = model.layout.shared if isinstance(model, SharedLlamaForCausalLM) else 0
     if region > trained:
-        raise InputError(f"--region {region}: the model was trained with {trained} shared layers, and takes from 0 to that")
+        raise InputError(
+            f"--region {region}: the model was trained with {trained} shared layers, and takes from 0 to that"
+        )
     if trained == 0:
         return
     if region != trained and model.layout.top_owner is None:
-        raise InputError(f"--region {region}: the model's layout {model.layout} is not one region; only {trained} fits it")
+        raise InputError(
+            f"--region {region}: the model's layout {model.layout} is not one region; only {trained} fits it"
+        )
     try:
         model.set_layout(Layout.from_shared(model.config.num_hidden_layers, region))
     except ValueError as error:

@@ -40,7 +40,9 @@ class MetricsCallback(TrainerCallback):
         self._window_steps = 0
         self._began = 0.0
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -52,7 +54,12 @@ class MetricsCallback(TrainerCallback):
         self._window_steps += 1
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Row | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Row | None = None,
+        **kwargs: Any,
     ) -> None:
         if not logs or "loss" not in logs or not self._window_steps:
             return
@@ -73,7 +80,12 @@ class MetricsCallback(TrainerCallback):
             )
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Row | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Row | None = None,
+        **kwargs: Any,
     ) -> None:
         if metrics and "eval_loss" in metrics:
             self._write(state, kind="validation", loss=metrics["eval_loss"])

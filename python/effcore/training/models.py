@@ -70,7 +70,9 @@ def load_tokenizer(path: str | Path | None) -> Any:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
-        raise InputError(f"{path}: no usable tokenizer ({' '.join(str(error).split())[:300]})") from error
+        raise InputError(
+            f"{path}: cannot be loaded as a language model: no usable tokenizer ({' '.join(str(error).split())[:300]})"
+        ) from error
 
 
 def _resolve(path: Path) -> tuple[Path, dict[str, Any]]:

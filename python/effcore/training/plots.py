@@ -27,7 +27,13 @@ def draw(runs: Sequence[Run], folder: Path) -> list[str]:
 
     folder.mkdir(parents=True, exist_ok=True)
     panels: dict[str, Callable[[Axes, Sequence[Run]], None]] = {"loss": _loss, "speed": _speed, "cache": _cache}
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    style = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
     with plt.rc_context(style):
         for name, panel in panels.items():
             figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
@@ -83,7 +89,9 @@ def _speed(axes: Axes, runs: Sequence[Run]) -> None:
 def _cache(axes: Axes, runs: Sequence[Run]) -> None:
     for number, (title, rows) in enumerate(runs):
         tokens, sizes = _series(rows, "train", "cache_bytes_per_token")
-        axes.step(tokens, [size / 1024 for size in sizes], where="post", color=_COLORS[number % len(_COLORS)], label=title)
+        axes.step(
+            tokens, [size / 1024 for size in sizes], where="post", color=_COLORS[number % len(_COLORS)], label=title
+        )
     axes.set_ylim(bottom=0)
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("KV cache (KiB per token)")

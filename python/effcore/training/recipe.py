@@ -63,9 +63,18 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         _positive("model", self, "layers", "hidden_size", "heads", "kv_heads", "mlp_size", "max_length")
-        _require(self.hidden_size % self.heads == 0, "model.hidden_size", f"a multiple of heads ({self.heads})", self.hidden_size)
-        _require(self.heads % self.kv_heads == 0, "model.heads", f"a multiple of kv_heads ({self.kv_heads})", self.heads)
-        _require(self.hidden_size // self.heads % 2 == 0, "model.hidden_size / heads", "even", self.hidden_size // self.heads)
+        _require(
+            self.hidden_size % self.heads == 0,
+            "model.hidden_size",
+            f"a multiple of heads ({self.heads})",
+            self.hidden_size,
+        )
+        _require(
+            self.heads % self.kv_heads == 0, "model.heads", f"a multiple of kv_heads ({self.kv_heads})", self.heads
+        )
+        _require(
+            self.hidden_size // self.heads % 2 == 0, "model.hidden_size / heads", "even", self.hidden_size // self.heads
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,9 @@ class DataSettings:
     def __post_init__(self) -> None:
         _positive("data", self, "validation_windows")
         _require(self.length > 1, "data.length", "at least 2", self.length)
-        _require(0 < self.validation_fraction < 1, "data.validation_fraction", "between 0 and 1", self.validation_fraction)
+        _require(
+            0 < self.validation_fraction < 1, "data.validation_fraction", "between 0 and 1", self.validation_fraction
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,12 @@ class TrainingSettings:
         _require(self.weight_decay >= 0, "training.weight_decay", "at least 0", self.weight_decay)
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"training.{name}", "at least 0 and below 1", getattr(self, name))
-        _require(self.schedule in ("cosine", "linear", "constant"), "training.schedule", "cosine, linear or constant", self.schedule)
+        _require(
+            self.schedule in ("cosine", "linear", "constant"),
+            "training.schedule",
+            "cosine, linear or constant",
+            self.schedule,
+        )
         _require(self.precision in ("float32", "bfloat16"), "training.precision", "float32 or bfloat16", self.precision)
 
 
@@ -163,7 +179,9 @@ class Recipe:
 
 def built_in_recipes() -> list[str]:
     """Names that ``--recipe`` takes besides a path."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _recipe_folder().iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in _recipe_folder().iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def load_recipe(source: str | Path, overrides: list[str] | None = None, *, method: str | None = None) -> Recipe:
@@ -178,9 +196,14 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None, *, metho
     """
     values = _read(source)
     recipe = recipe_from_dict(values, str(source))
+    changes: dict[str, dict[str, Any]] = {}
     for override in overrides or []:
-        recipe = _override(recipe, override, method)
-    return recipe
+        section, name, value = _override(override, method)
+        changes.setdefault(section, {})[name] = value
+    # All at once: heads=2 and kv_heads=2 are fine together where one after the other is not.
+    return replace(
+        recipe, **{section: replace(getattr(recipe, section), **values) for section, values in changes.items()}
+    )
 
 
 def recipe_from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -211,11 +234,15 @@ def _read(source: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"--recipe {source}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
+        raise InputError(
+            f"--recipe {source}{where}: not valid YAML ({getattr(error, 'problem', None) or error})"
+        ) from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise InputError(f"--recipe {source}: expected sections ({', '.join(_names(Recipe))}), got {type(values).__name__}")
+        raise InputError(
+            f"--recipe {source}: expected sections ({', '.join(_names(Recipe))}), got {type(values).__name__}"
+        )
     return values
 
 
@@ -262,7 +289,8 @@ def _paths() -> Iterator[tuple[str, str]]:
             yield section, name
 
 
-def _override(recipe: Recipe, override: str, method: str | None) -> Recipe:
+def _override(override: str, method: str | None) -> tuple[str, str, Any]:
+    """Section, name and checked value of one ``key=value``."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InputError(f"--set {override}: expected key=value, for example training.steps=100")
@@ -272,8 +300,7 @@ def _override(recipe: Recipe, override: str, method: str | None) -> Recipe:
     except yaml.YAMLError as error:
         raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
     kind = typing.get_type_hints(typing.get_type_hints(Recipe)[section])[name]
-    settings = replace(getattr(recipe, section), **{name: _checked(value, kind, f"{section}.{name}")})
-    return replace(recipe, **{section: settings})
+    return section, name, _checked(value, kind, f"{section}.{name}")
 
 
 def _find(key: str, method: str | None) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import Subset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, default_data_collator
 
 import effcore
 from effcore.data import Corpus, PackedTokens, load_corpus
@@ -84,7 +84,10 @@ def train(
     arguments = training_arguments(settings, out)
     with _explained(folder), arguments.main_process_first():
         corpus = load_corpus(
-            config.data, tokenizer, validation_fraction=recipe.data.validation_fraction, text_field=recipe.data.text_field
+            config.data,
+            tokenizer,
+            validation_fraction=recipe.data.validation_fraction,
+            text_field=recipe.data.text_field,
         )
     if resume and corpus.fingerprint != config.corpus:
         raise InputError(f"--resume {out}: the text in {corpus.name} has changed since the run began")
@@ -108,6 +111,7 @@ def train(
             train_dataset=training,
             eval_dataset=validation,
             processing_class=tokenizer,
+            data_collator=default_data_collator,  # the tokenizer's own would add a mask of ones, and lose the documents
             callbacks=[metrics, interruption, *([schedule.callback()] if schedule is not None else [])],
             extra_loss=schedule.extra_loss if isinstance(schedule, ECHOSchedule) else None,
         )
@@ -120,7 +124,10 @@ def train(
             raise Interrupted(interruption.stopped_at)
         if isinstance(schedule, ECHOSchedule) and recipe.echo.drop_unused and not trainer.is_fsdp_enabled:
             schedule.finish(model)
-        with staged(out, is_main=arguments.should_save, barrier=trainer.accelerator.wait_for_everyone) as staging, models.quiet_transformers():
+        with (
+            staged(out, is_main=arguments.should_save, barrier=trainer.accelerator.wait_for_everyone) as staging,
+            models.quiet_transformers(),
+        ):
             trainer.save_model(str(staging / "model"))
         if not arguments.should_save:
             return {}
@@ -231,7 +238,9 @@ def _summary(config: RunConfig, folder: RunFolder, corpus: Corpus, model: Any, d
         "model": str(folder.model),
         "version": effcore.__version__,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
     }
     return {"title": title(summary), **summary}
 
@@ -267,5 +276,9 @@ def _explained(folder: RunFolder) -> Iterator[None]:
         if not full and not any(text in str(error) for text in ("No space left", "File too large", "Disk quota")):
             raise
         found = checkpoints(folder.path)
-        kept = f"the last good checkpoint is {found[-1]}; free space and continue with --resume" if found else "nothing was saved"
+        kept = (
+            f"the last good checkpoint is {found[-1]}; free space and continue with --resume"
+            if found
+            else "nothing was saved"
+        )
         raise RunError(f"the disk is full ({folder.path}): {kept}") from error

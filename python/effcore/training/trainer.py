@@ -31,7 +31,11 @@ class SharingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._extra_loss = extra_loss
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        # A cache is of no use here, costs memory, and makes transformers' own classes attend across packed documents.
+        inputs = {**inputs, "use_cache": False}
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         extra = self._extra_loss() if self._extra_loss is not None and model.training else None
         if extra is None:

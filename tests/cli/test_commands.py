@@ -1,0 +1,225 @@
+"""The command line as a user meets it: exit codes, one line an error, JSON that parses, help that comes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from effcore.cli import main
+from tests.training.tiny import TINY
+
+EFFCORE = [sys.executable, "-m", "effcore"]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Runs a command in an empty folder; gives exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return ended.value.code, output.out, output.err
+
+    return call
+
+
+def overrides(*more):
+    return [part for setting in [*TINY, *more] for part in ("--set", setting)]
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys, time; began = time.perf_counter()\n"
+        "from effcore.cli.app import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'effcore._core'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy), time.perf_counter() - began)"
+    )
+    seconds = []
+    for _ in range(3):  # the best of three: other programs run too
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        last = result.stdout.splitlines()[-1].split()
+        assert last[:2] == ["HEAVY", "[]"]
+        seconds.append(float(last[2]))
+    assert min(seconds) < 0.5
+    assert "train" in result.stdout and "generate" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["train", "epas"], ["generate"], ["doctor"], ["bench"], ["compare"], ["demo"]]
+)
+def test_every_command_explains_itself(run, command):
+    code, out, err = run(*command, "--help")
+    assert code == 0 and "Usage" in out and err == ""
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert code == 0 and out.startswith("effcore 0.")
+
+
+def test_train_generate_compare(run, text, tmp_path):
+    code, out, err = run("train", "baseline", "--data", text, *overrides(), "--json", "--quiet")
+    assert (code, err) == (0, "")
+    baseline = json.loads(out)
+    code, out, _ = run("train", "epas", "--data", text, *overrides("mode=kv"), "--against", "runs/baseline")
+    assert code == 0 and "epas kv, 2 of 4 layers share: validation loss" in out
+    assert (tmp_path / "runs/epas/report.md").is_file()
+
+    code, out, _ = run("compare", "runs/baseline", "runs/epas", "--rounds", 1, "--json", "--out", "both")
+    summaries = json.loads(out)
+    assert code == 0 and [s["method"] for s in summaries] == ["baseline", "epas"]
+    assert summaries[0]["validation_loss"] == baseline["validation_loss"]
+    assert (tmp_path / "both/plots/overview.png").is_file()
+    code, out, _ = run("compare", "runs/baseline", "runs/epas", "--rounds", 1)
+    assert code == 0 and "KV cache" in out and "×)" in out
+
+    texts = {}
+    for region in (0, 1, 2, None):
+        option = [] if region is None else ["--region", region]
+        code, out, _ = run("generate", "runs/epas", "--prompt", "def f", "-n", 8, "--json", *option)
+        result = json.loads(out)
+        assert code == 0 and result["tokens"] <= 8
+        texts[result["layout"]] = result["text"]
+    assert set(texts) == {"0_1_2_3", "0_1_2_2", "0_1_1_1"}
+    code, out, _ = run("generate", "runs/epas", "--prompt", "def f", "-n", 8)
+    assert code == 0 and out == texts["0_1_1_1"] + "\n"
+    sampled = [
+        run("generate", "runs/epas", "-p", "def f", "-n", 8, "--temperature", 1.0, "--seed", 3)[1] for _ in range(2)
+    ]
+    assert sampled[0] == sampled[1]
+
+    code, _, err = run("generate", "runs/epas", "--prompt", "x", "--region", 3)
+    assert (
+        code == 2
+        and err == "effcore: --region 3: the model was trained with 2 shared layers, and takes from 0 to that\n"
+    )
+    code, _, err = run("generate", "runs/epas", "--prompt", "x", "-n", 5000)
+    assert code == 2 and "positions" in err
+    code, _, err = run("train", "epas", "--data", text, *overrides())
+    assert code == 2 and "continue it with --resume or replace it with --overwrite" in err
+    code, _, err = run("train", "epas", "--resume", "--set", "steps=99")
+    assert code == 2 and "leave out --set" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "epas", "--set", "modee=kv"], "unknown setting; did you mean 'mode'"),
+        (["train", "epas", "--set", "epas.layout=0_2_2_3", "--set", "layers=4"], "points forward"),
+        (["train", "baseline", "--recipe", "frsh"], "did you mean 'fresh'"),
+        (["train", "baseline", "--recipe", "none.yaml"], "no such file"),
+        (["train", "baseline", "--data", "missing.txt"], "--data missing.txt: no such file or folder"),
+        (["train", "echo", "--model", "missing"], "missing: no such model"),
+        (["train", "echo", "--model", "broken"], "broken: cannot be loaded as a language model"),
+        (["train", "echo", "--model", "broken.gguf"], "broken.gguf: "),
+        (["train", "baseline", "--resume"], "runs/baseline: no run here"),
+        (["train", "epas", "--against", "nowhere"], "--against nowhere: no finished run here"),
+        (["generate", "missing", "--prompt", "x"], "missing: no such model"),
+        (["generate", "broken", "--prompt", ""], "the text to continue is empty"),
+        (["compare", "nowhere"], "nowhere: no finished run here"),
+        (["bench", "atention"], "did you mean 'attention'|part of the source checkout"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, words):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{broken")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    code, out, err = run(*arguments)
+    import re
+
+    assert code == (1 if "source checkout" in err else 2) and out == ""
+    assert err.count("\n") == 1 and err.startswith("effcore: ") and re.search(words, err)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["trane"], ["train", "nothing"], ["generate"], ["train", "epas", "--layers", "3"]]
+)
+def test_wrong_usage_is_exit_code_2(run, arguments):
+    code, _, err = run(*arguments)
+    assert code == 2 and "Usage" in err
+
+
+def test_doctor(run):
+    code, out, _ = run("doctor", "--json")
+    findings = json.loads(out)
+    assert code == 0 and findings["problems"] == []
+    assert {row["device"] for row in findings["ops"]} == {"cpu", "cuda"}
+    assert all(row["path"] and row["reason"] for row in findings["ops"])
+    assert findings["packages"]["torch"]
+    code, out, _ = run("doctor")
+    assert code == 0 and "attention" in out
+
+
+def test_ctrl_c_saves_and_resume_repeats_the_uninterrupted_run(text, tmp_path):
+    """The real thing: a process, a signal, exit code 130, one line, and then the same losses to the last bit."""
+    settings = overrides("steps=40", "checkpoint_every=100", "echo.steps_per_stage=10")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(out, *more):
+        command = [*EFFCORE, "train", "echo", "--out", out, *more]
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    whole = start("whole", "--data", str(text), *settings, "--quiet")
+    assert whole.communicate()[1] == "" and whole.returncode == 0
+
+    process = start("parts", "--data", str(text), *settings, "--quiet")
+    metrics = tmp_path / "parts" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while (not metrics.is_file() or metrics.read_text().count("\n") < 12) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("effcore: interrupted after step ") and err.endswith(
+        "effcore train echo --out parts --resume\n"
+    )
+
+    resumed = start("parts", "--resume", "--json", "--quiet")
+    out, err = resumed.communicate(timeout=120)
+    assert (resumed.returncode, err) == (0, "")
+    assert json.loads(out)["steps"] == 40
+    losses = [
+        [(row["step"], row["kind"], row["loss"]) for row in map(json.loads, (tmp_path / name / "metrics.jsonl").open())]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 50
+
+
+def test_full_disk_is_one_line(text, tmp_path):
+    code = (
+        "import resource, sys\n"
+        "from effcore.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+        "main(sys.argv[1:])"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "train",
+        "baseline",
+        "--data",
+        str(text),
+        *overrides("log_every=4"),
+        "--quiet",
+    ]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 1
+    assert (
+        result.stderr.count("\n") == 1 and "the disk is full" in result.stderr and "nothing was saved" in result.stderr
+    )
