@@ -17,34 +17,91 @@ constexpr std::int64_t chunks_of(std::int64_t keys) {
   return (keys + decode_chunk - 1) / decode_chunk;
 }
 
-// scores[g][j] = q[g] . k[j]
+// The last n < width numbers of a row.
 template <class T, class Storage>
-void dot_rows(const T* q, std::int64_t group, std::int64_t head_dim, const Storage* k, std::int64_t row_stride,
-              std::int64_t keys, T* scores) {
-  const std::int64_t whole = head_dim / width<T> * width<T>;
-  for (std::int64_t j = 0; j < keys; ++j, k += row_stride)
-    for (std::int64_t g = 0; g < group; ++g) {
-      const T* row = q + g * head_dim;
-      Vector<T> sum{};
-      for (std::int64_t d = 0; d < whole; d += width<T>) sum += load(row + d) * load_as(k + d, T{});
-      T s = horizontal_sum<T>(sum);
-      for (std::int64_t d = whole; d < head_dim; ++d) s += row[d] * to_float(k[d]);
-      scores[g * decode_chunk + j] = s;
-    }
+inline Vector<T> load_tail(const Storage* from, std::int64_t n) {
+  Vector<T> x{};
+  for (std::int64_t i = 0; i < n; ++i) x[i] = to_float(from[i]);
+  return x;
 }
 
-// sums[g] += sum over j of weights[g][j] v[j]
-template <class T, class Storage>
-void add_rows(const T* weights, std::int64_t group, const Storage* v, std::int64_t row_stride, std::int64_t keys,
-              std::int64_t value_dim, T* sums) {
-  const std::int64_t whole = value_dim / width<T> * width<T>;
-  for (std::int64_t j = 0; j < keys; ++j, v += row_stride)
-    for (std::int64_t g = 0; g < group; ++g) {
-      const T w = weights[g * decode_chunk + j];
-      T* sum = sums + g * value_dim;
-      for (std::int64_t d = 0; d < whole; d += width<T>) store(sum + d, load(sum + d) + w * load_as(v + d, T{}));
-      for (std::int64_t d = whole; d < value_dim; ++d) sum[d] += w * to_float(v[d]);
+// scores[g][j] = q[g] . k[j] for `heads` rows of q, in padded rows of q_stride. A vector of results at a time, width / heads
+// keys of each head: a key is converted once for all heads, and the sums across vectors end in one.
+template <int heads, class T, class Storage>
+void dot_rows(const T* q, std::int64_t q_stride, std::int64_t head_dim, const Storage* k, std::int64_t row_stride,
+              std::int64_t keys, T* scores) {
+  constexpr std::int64_t batch = width<T> / heads;
+  const std::int64_t whole = head_dim / width<T> * width<T>, rest = head_dim - whole;
+  for (std::int64_t j = 0; j < keys; j += batch) {
+    const std::int64_t count = least(batch, keys - j);
+    Vector<T> sums[width<T>];
+    for (std::int64_t i = 0; i < batch; ++i) {
+      const Storage* row = k + (j + least(i, count - 1)) * row_stride;
+      Vector<T> sum[heads] = {};
+      const auto add = [&](std::int64_t d, Vector<T> key) {
+#pragma GCC unroll 16
+        for (int g = 0; g < heads; ++g) sum[g] += load(q + g * q_stride + d) * key;
+      };
+      for (std::int64_t d = 0; d < whole; d += width<T>) add(d, load_as(row + d, T{}));
+      if (rest > 0) add(whole, load_tail<T>(row + whole, rest));
+#pragma GCC unroll 16
+      for (int g = 0; g < heads; ++g) sums[g * batch + i] = sum[g];
     }
+    const Vector<T> dots = sum_across<T>(sums);
+    for (int g = 0; g < heads; ++g)
+      for (std::int64_t i = 0; i < count; ++i) scores[g * decode_chunk + j + i] = dots[g * batch + i];
+  }
+}
+
+// sums[g] += sum over j of weights[g][j] v[j], a panel of vectors of the row at a time in registers
+template <int heads, int vectors, class T, class Storage, class Load>
+[[gnu::always_inline]] inline void add_panel(const T* weights, const Storage* v, std::int64_t row_stride, std::int64_t keys,
+                                             T* sums, std::int64_t sums_stride, const Load& load_value) {
+  Vector<T> sum[heads][vectors];
+#pragma GCC unroll 16
+  for (int g = 0; g < heads; ++g)
+#pragma GCC unroll 16
+    for (int i = 0; i < vectors; ++i) sum[g][i] = load(sums + g * sums_stride + i * width<T>);
+  for (std::int64_t j = 0; j < keys; ++j, v += row_stride) {
+    Vector<T> value[vectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < vectors; ++i) value[i] = load_value(v + i * width<T>);
+#pragma GCC unroll 16
+    for (int g = 0; g < heads; ++g) {
+      const Vector<T> w = broadcast(weights[g * decode_chunk + j]);
+#pragma GCC unroll 16
+      for (int i = 0; i < vectors; ++i) sum[g][i] += w * value[i];
+    }
+  }
+#pragma GCC unroll 16
+  for (int g = 0; g < heads; ++g)
+#pragma GCC unroll 16
+    for (int i = 0; i < vectors; ++i) store(sums + g * sums_stride + i * width<T>, sum[g][i]);
+}
+
+template <int heads, class T, class Storage>
+void add_rows(const T* weights, const Storage* v, std::int64_t row_stride, std::int64_t keys, std::int64_t value_dim, T* sums,
+              std::int64_t sums_stride) {
+  const auto plain = [](const Storage* p) { return load_as(p, T{}); };
+  constexpr int vectors = tile_vectors;
+  std::int64_t d = 0;
+  for (; d + vectors * width<T> <= value_dim; d += vectors * width<T>)
+    add_panel<heads, vectors>(weights, v + d, row_stride, keys, sums + d, sums_stride, plain);
+  for (; d + width<T> <= value_dim; d += width<T>)
+    add_panel<heads, 1>(weights, v + d, row_stride, keys, sums + d, sums_stride, plain);
+  if (d < value_dim)
+    add_panel<heads, 1>(weights, v + d, row_stride, keys, sums + d, sums_stride,
+                        [&](const Storage* p) { return load_tail<T>(p, value_dim - d); });
+}
+
+// Calls visit(first head, number of heads as a constant) for a group cut in fours, twos and ones.
+template <class T, class Visit>
+inline void for_heads(std::int64_t group, const Visit& visit) {
+  std::int64_t g = 0;
+  if constexpr (width<T> >= 4)
+    for (; g + 4 <= group; g += 4) visit(g, std::integral_constant<int, 4>{});
+  for (; g + 2 <= group; g += 2) visit(g, std::integral_constant<int, 2>{});
+  for (; g < group; ++g) visit(g, std::integral_constant<int, 1>{});
 }
 
 template <class E>
@@ -58,10 +115,11 @@ void segment(const DecodeJob& job, std::int64_t task) {
   const KeyRange seen = visible_keys(p, b, 0);
   const T factor = static_cast<T>(p.scale * log2_e);
 
+  const std::int64_t q_stride = round_up(p.head_dim, width<T>), sums_stride = round_up(p.value_dim, width<T>);
   const auto lay_out = [&](Pieces& pieces, T*& q, T*& scores, T*& sums, T*& maxima) {
-    q = pieces.take<T>(group * p.head_dim);
+    q = pieces.take<T>(group * q_stride);
     scores = pieces.take<T>(group * decode_chunk);
-    sums = pieces.take<T>(group * p.value_dim);
+    sums = pieces.take<T>(group * sums_stride);
     maxima = pieces.take<T>(group);
   };
   T *q, *scores, *sums, *maxima;
@@ -72,8 +130,8 @@ void segment(const DecodeJob& job, std::int64_t task) {
 
   if (!job.from_probs)
     for (std::int64_t g = 0; g < group; ++g)
-      load_row(q + g * p.head_dim, row_of<Storage>(job.q, b, kv_head * group + g, 0), p.head_dim, p.head_dim);
-  fill(sums, group * p.value_dim, T(0));
+      load_row(q + g * q_stride, row_of<Storage>(job.q, b, kv_head * group + g, 0), p.head_dim, q_stride);
+  zero(sums, group * sums_stride);
   fill(maxima, group, -infinity<T>);
 
   const std::int64_t last_chunk = least(chunks, (segment + 1) * job.segment_chunks);
@@ -89,8 +147,11 @@ void segment(const DecodeJob& job, std::int64_t task) {
       }
     } else {
       if (begin < end) {
-        dot_rows(q, group, p.head_dim, row_of<Storage>(job.k, b, kv_head, key + begin), job.k.stride[2], end - begin,
-                 scores + begin);
+        const Storage* keys_here = row_of<Storage>(job.k, b, kv_head, key + begin);
+        for_heads<T>(group, [&](std::int64_t g, auto heads) {
+          dot_rows<heads.value>(q + g * q_stride, q_stride, p.head_dim, keys_here, job.k.stride[2], end - begin,
+                                scores + g * decode_chunk + begin);
+        });
       }
       for (std::int64_t g = 0; g < group; ++g) {
         T* row = scores + g * decode_chunk;
@@ -105,7 +166,7 @@ void segment(const DecodeJob& job, std::int64_t task) {
         // The running sum of the segment is in units of 2^(its maximum).
         if (maximum > maxima[g]) {
           const T correction = static_cast<T>(std::exp2(maxima[g] - maximum));
-          for (std::int64_t d = 0; d < p.value_dim; ++d) sums[g * p.value_dim + d] *= correction;
+          for (std::int64_t d = 0; d < p.value_dim; ++d) sums[g * sums_stride + d] *= correction;
           maxima[g] = maximum;
         } else if (maximum < maxima[g]) {
           const T correction = static_cast<T>(std::exp2(maximum - maxima[g]));
@@ -113,13 +174,17 @@ void segment(const DecodeJob& job, std::int64_t task) {
         }
       }
     }
-    if (begin < end)
-      add_rows(scores + begin, group, row_of<Storage>(job.v, b, kv_head, key + begin), job.v.stride[2], end - begin,
-               p.value_dim, sums);
+    if (begin < end) {
+      const Storage* values_here = row_of<Storage>(job.v, b, kv_head, key + begin);
+      for_heads<T>(group, [&](std::int64_t g, auto heads) {
+        add_rows<heads.value>(scores + g * decode_chunk + begin, values_here, job.v.stride[2], end - begin, p.value_dim,
+                              sums + g * sums_stride, sums_stride);
+      });
+    }
   }
   for (std::int64_t g = 0; g < group; ++g)
     std::memcpy(static_cast<T*>(static_cast<void*>(job.partial)) + ((head + g) * job.segments + segment) * p.value_dim,
-                sums + g * p.value_dim, p.value_dim * sizeof(T));
+                sums + g * sums_stride, p.value_dim * sizeof(T));
 }
 
 template <class E>

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #if defined(__x86_64__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12: its own _mm512_undefined_*
 #include <immintrin.h>
 #endif
 
@@ -206,18 +207,18 @@ constexpr std::int64_t most(std::int64_t a, std::int64_t b) {
 // to[0, n) = from, to[n, padded) = 0
 template <class T, class Storage>
 inline void load_row(T* to, const Storage* from, std::int64_t n, std::int64_t padded) {
-  std::int64_t i = 0;
-  for (; i + width<T> <= n; i += width<T>) store(to + i, load_as(from + i, T{}));
-  for (; i < n; ++i) to[i] = to_float(from[i]);
-  for (; i < padded; ++i) to[i] = 0;
+  const std::int64_t whole = n / width<T> * width<T>;
+  for (std::int64_t i = 0; i < whole; i += width<T>) store(to + i, load_as(from + i, T{}));
+  for (std::int64_t i = whole; i < n; ++i) to[i] = to_float(from[i]);
+  for (std::int64_t i = n; i < padded; ++i) to[i] = 0;
 }
 
 // to[0, n) = from * factor
 template <class T, class Storage>
 inline void store_row(Storage* to, const T* from, std::int64_t n, T factor) {
-  std::int64_t i = 0;
-  for (; i + width<T> <= n; i += width<T>) store_as(to + i, load(from + i) * factor);
-  for (; i < n; ++i) to[i] = from_float<Storage, T>(from[i] * factor);
+  const std::int64_t whole = n / width<T> * width<T>;
+  for (std::int64_t i = 0; i < whole; i += width<T>) store_as(to + i, load(from + i) * factor);
+  for (std::int64_t i = whole; i < n; ++i) to[i] = from_float<Storage, T>(from[i] * factor);
 }
 
 inline void load_row(bfloat16* to, const bfloat16* from, std::int64_t n, std::int64_t padded) {
@@ -227,7 +228,7 @@ inline void load_row(bfloat16* to, const bfloat16* from, std::int64_t n, std::in
 
 template <class T>
 inline void fill(T* p, std::int64_t n, T x) {
-  for (std::int64_t i = 0; i < n; ++i) p[i] = x;
+  for (const T* end = p + n; p < end; ++p) *p = x;
 }
 template <class T>
 inline void zero(T* p, std::int64_t n) {
@@ -295,28 +296,45 @@ inline T horizontal_sum(Vector<T> x) {
   return x < -1022.0 ? Vector<double>{} : x == x ? p : x;
 }
 
-// x[i][j] and x[j][i] change places: squares of half the width first, then of a quarter, down to single elements.
+// The two ways in which a pair of vectors change the squares of `half` x `half` numbers that are off the diagonal.
 template <class T, int half>
-[[gnu::always_inline]] inline void transpose_step(Vector<T>* x) {
+struct Exchange {
   using Index = typename VectorOf<std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>>::type;
-  Index upper{}, lower{};
-#pragma GCC unroll 16
-  for (int j = 0; j < width<T>; ++j) {
-    upper[j] = j & half ? width<T> + j - half : j;
-    lower[j] = j & half ? width<T> + j : j + half;
+  [[gnu::always_inline]] static Vector<T> upper(Vector<T> a, Vector<T> b) {
+    Index index{};
+    for (int j = 0; j < width<T>; ++j) index[j] = j & half ? width<T> + j - half : j;
+    return __builtin_shuffle(a, b, index);
   }
+  [[gnu::always_inline]] static Vector<T> lower(Vector<T> a, Vector<T> b) {
+    Index index{};
+    for (int j = 0; j < width<T>; ++j) index[j] = j & half ? width<T> + j : j + half;
+    return __builtin_shuffle(a, b, index);
+  }
+};
+
+// x[i][j] and x[j][i] change places: squares of half the width first, then of a quarter, down to single elements.
+template <class T, int half = width<T> / 2>
+[[gnu::always_inline]] inline void transpose(Vector<T>* x) {
 #pragma GCC unroll 16
   for (int i = 0; i < width<T>; ++i) {
     if (i & half) continue;
     const Vector<T> a = x[i], b = x[i + half];
-    x[i] = __builtin_shuffle(a, b, upper);
-    x[i + half] = __builtin_shuffle(a, b, lower);
+    x[i] = Exchange<T, half>::upper(a, b);
+    x[i + half] = Exchange<T, half>::lower(a, b);
   }
-  if constexpr (half > 1) transpose_step<T, half / 2>(x);
+  if constexpr (half > 1) transpose<T, half / 2>(x);
 }
-template <class T>
-inline void transpose(Vector<T>* x) {
-  transpose_step<T, width<T> / 2>(x);
+
+// Lane i is the sum of x[i]: the same exchange, adding instead of keeping both.
+template <class T, int half = width<T> / 2>
+[[gnu::always_inline]] inline Vector<T> sum_across(Vector<T>* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < half; ++i) {
+    const Vector<T> a = x[i], b = x[i + half];
+    x[i] = Exchange<T, half>::upper(a, b) + Exchange<T, half>::lower(a, b);
+  }
+  if constexpr (half > 1) return sum_across<T, half / 2>(x);
+  return x[0];
 }
 
 constexpr double log2_e = 1.44269504088896340736;
