@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _EXPORTS = {
     "share_activations": "effcore.models.convert",
+    "skip_tokens": "effcore.methods.skipvit",
     "attention": "effcore.ops.attention",
     "attention_with_scores": "effcore.ops.attention",
     "attention_from_scores": "effcore.ops.attention",
@@ -23,10 +24,16 @@ _EXPORTS = {
     "decode_from_probs": "effcore.ops.attention",
     "SharedScores": "effcore.ops.attention",
     "SharedKV": "effcore.ops.attention",
+    "partition_tokens": "effcore.ops.routing",
+    "gather_tokens": "effcore.ops.routing",
+    "separate_tokens": "effcore.ops.routing",
+    "merge_tokens": "effcore.ops.routing",
+    "class_scores": "effcore.ops.routing",
 }
 _SUBMODULES = ("array", "cli", "methods", "models", "nn", "ops", "reference")
 
 if TYPE_CHECKING:
+    from effcore.methods.skipvit import skip_tokens
     from effcore.models.convert import share_activations
     from effcore.ops.attention import (
         SharedKV,
@@ -39,9 +46,11 @@ if TYPE_CHECKING:
         decode_from_probs,
         share_kv,
     )
+    from effcore.ops.routing import class_scores, gather_tokens, merge_tokens, partition_tokens, separate_tokens
 
 __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "share_activations",
+    "skip_tokens",
     "attention",
     "attention_with_scores",
     "attention_from_scores",
@@ -51,6 +60,11 @@ __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "decode_from_probs",
     "SharedScores",
     "SharedKV",
+    "partition_tokens",
+    "gather_tokens",
+    "separate_tokens",
+    "merge_tokens",
+    "class_scores",
 ]
 
 

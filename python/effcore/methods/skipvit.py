@@ -1,0 +1,368 @@
+"""SkipViT: patches that matter little skip some blocks of a vision transformer (token-level skip connection).
+
+    model = effcore.skip_tokens(model, drop=0.55, leave=6, rejoin=10)
+
+After block ``leave - 1`` the patches to which the class token attended least leave; blocks ``leave`` to ``rejoin - 1`` run on
+the others; then all are together again, each at its place. No parameters are added and the state dict stays as it is.
+
+Blocks are counted from 0. The class token, distillation and register tokens never leave. How many patches stay,
+N - ⌊drop · N⌋, depends on shapes alone, so a model has two compiled graphs at most: with and without skipping.
+
+    warmup = SkipWarmup(steps=5000)                  # first train on all tokens
+    model = effcore.skip_tokens(model, warmup=warmup)
+    for step, batch in enumerate(batches):
+        warmup.apply(model, step=step)
+        ...
+    Trainer(..., callbacks=[warmup.callback()])      # the same
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from effcore.methods import vit_blocks
+from effcore.ops import routing
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+__all__ = ["Skip", "SkipWarmup", "Stage", "keep_all_tokens", "skip_tokens", "skipped_patches", "skipping"]
+
+SCORES: dict[str, Callable[[nn.Module, Tensor, int, int], tuple[Tensor, Tensor]]] = {
+    "class": vit_blocks.class_partition,
+    "mean": vit_blocks.mean_partition,
+    "random": vit_blocks.random_partition,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks ``leave`` to ``rejoin - 1`` run without the share ``drop`` of the patches that are there."""
+
+    leave: int
+    rejoin: int
+    drop: float
+
+    def kept_patches(self, patches: int) -> int:
+        return patches - int(self.drop * patches + 1e-9)  # 0.29 * 100 is 28.999...
+
+
+class Skip:
+    """What a model skips, and whether it does at present. Blocks refer to it, so a change reaches all of them.
+
+    Attributes:
+        active: False runs every block on all tokens (warm-up).
+        inference: whether patches skip in eval mode too.
+    """
+
+    def __init__(self, stages: tuple[Stage, ...], scores: str, prefix: int, inference: bool, warmup: SkipWarmup | None):
+        self.stages, self.scores, self.prefix, self.inference, self.warmup = stages, scores, prefix, inference, warmup
+        self.active = warmup is None or warmup.over(0, 0.0)
+        self.trace: list[tuple[Tensor, Tensor]] | None = None
+
+    def on(self, training: bool) -> bool:
+        return self.active and (training or self.inference)
+
+    def __repr__(self) -> str:
+        return f"Skip({', '.join(map(str, self.stages))}, scores={self.scores!r}, active={self.active})"
+
+
+def skip_tokens(
+    model: nn.Module,
+    drop: float = 0.55,
+    leave: int = 6,
+    rejoin: int = 10,
+    *,
+    stages: Sequence[tuple[int, float] | tuple[int, float, int]] | None = None,
+    warmup: SkipWarmup | int | None = None,
+    scores: str = "auto",
+    inference: bool = True,
+    inplace: bool = True,
+) -> nn.Module:
+    """Lets the patches that matter least skip blocks of a vision transformer (SkipViT).
+
+    Patch n is worth the head mean of softmax(q_cls Kᵀ / √d)ₙ in block ``leave - 1``, computed as one row beside the block's own
+    attention. Its rank carries no gradient; skipped tokens get theirs through the skip.
+
+    Args:
+        model: a Hugging Face ViT or DeiT model, or a timm VisionTransformer. Converted before: the settings change.
+        drop: share of the patches that leave; N - ⌊drop · N⌋ stay.
+        leave: the first block that runs without them, counted from 0; at least 1.
+        rejoin: the first block that runs on all again; the number of blocks: they rejoin at the end.
+        stages: instead of drop and leave, any list of ``(leave, drop)``, whose patches all come back at ``rejoin`` (a later
+            stage drops a share of those that are still there), or of ``(leave, drop, rejoin)``.
+        warmup: begin with all tokens: a :class:`SkipWarmup`, to be applied during training, or a number of steps.
+        scores: ``"class"``, ``"mean"`` (attention from all tokens, for models that pool), ``"random"`` (to compare with), or
+            ``"auto"``: class where a class token is read out, or else mean.
+        inference: whether patches also skip in eval mode.
+        inplace: False converts a copy.
+
+    Returns:
+        The model. :func:`keep_all_tokens` undoes it; :func:`skipping` gives the settings that can change.
+
+    Raises:
+        TypeError: another kind of model; says which are supported.
+        ValueError: an argument out of range, or stages that overlap; named.
+    """
+    architecture = vit_blocks.architecture(model)
+    blocks = list(architecture.blocks.children())
+    plan = _plan(drop, leave, rejoin, stages, len(blocks))
+    if scores != "auto" and scores not in SCORES:
+        raise ValueError(f"effcore.skip_tokens: scores must be one of auto, {', '.join(SCORES)}, got {scores!r}")
+    if scores == "class" and architecture.prefix == 0:
+        raise ValueError(
+            f"effcore.skip_tokens: scores='class' needs a class token, which this {type(model).__name__} has not"
+        )
+    if not inplace:
+        model = copy.deepcopy(model)
+        blocks = list(vit_blocks.architecture(model).blocks.children())
+    keep_all_tokens(model)
+    if isinstance(warmup, int):
+        warmup = SkipWarmup(steps=warmup)
+    scores = ("class" if architecture.class_token else "mean") if scores == "auto" else scores
+    skip = Skip(plan, scores, architecture.prefix, inference, warmup)
+    for number in range(plan[0].leave - 1, max(stage.rejoin for stage in plan)):
+        begins = next((stage for stage in plan if stage.leave - 1 == number), None)
+        inside = any(stage.leave - 1 <= number < stage.rejoin for stage in plan)
+        if inside:
+            _take_part(blocks[number], _Part(skip, begins, sum(stage.rejoin - 1 == number for stage in plan)))
+    return model
+
+
+def keep_all_tokens(model: nn.Module) -> nn.Module:
+    """Undoes :func:`skip_tokens`: the model is what it was, with the parameters that it has now."""
+    for block in model.modules():
+        if isinstance(block, _SkippingBlock):
+            if type(block) not in _plain:
+                raise TypeError(
+                    f"effcore.keep_all_tokens: {type(block).__name__} wraps a block; undo it before wrapping the model"
+                )
+            del block._skip
+            block.__class__ = _plain[type(block)]
+    return model
+
+
+def skipping(model: nn.Module) -> Skip:
+    """The settings of a converted model; ``skipping(model).inference = False`` keeps all tokens in eval mode.
+
+    Raises:
+        ValueError: nothing skips in this model.
+    """
+    for block in model.modules():
+        if isinstance(block, _SkippingBlock):
+            return block._skip.skip
+    raise ValueError(
+        f"effcore.skipping: no tokens skip in this {type(model).__name__}; call effcore.skip_tokens(model) first"
+    )
+
+
+@torch.no_grad()
+def skipped_patches(model: nn.Module, *inputs: Any, **named_inputs: Any) -> list[Tensor]:
+    """Which patches a forward skips, for each stage a mask [B, patches] (of the patches that the stage began with)."""
+    skip = skipping(model)
+    skip.trace, before = [], (skip.active, skip.inference)
+    skip.active = skip.inference = True
+    try:
+        model(*inputs, **named_inputs)
+        trace = skip.trace
+    finally:
+        skip.trace = None
+        skip.active, skip.inference = before
+    masks = []
+    for kept, rest in trace:
+        mask = torch.zeros(kept.shape[0], kept.shape[1] + rest.shape[1], dtype=torch.bool, device=kept.device)
+        masks.append(mask.scatter_(1, rest.long(), True)[:, skip.prefix :])
+    return masks
+
+
+# ---------------------------------------------------------------- stages
+
+
+def _plan(drop: float, leave: int, rejoin: int, stages: Iterable[tuple] | None, blocks: int) -> tuple[Stage, ...]:
+    function = "effcore.skip_tokens"
+    plan = []
+    for given in [(leave, drop)] if stages is None else stages:
+        if len(given) not in (2, 3):
+            raise ValueError(f"{function}: a stage is (leave, drop) or (leave, drop, rejoin), got {given!r}")
+        plan.append(Stage(given[0], given[2] if len(given) == 3 else rejoin, given[1]))
+    if not plan:
+        raise ValueError(f"{function}: stages must hold at least one stage")
+    for stage in plan:
+        if not 0 <= stage.drop < 1:
+            raise ValueError(f"{function}: drop must be at least 0 and below 1, got {stage.drop}")
+        if stage.leave < 1:
+            raise ValueError(
+                f"{function}: leave must be at least 1 (block leave - 1 gives the scores), got {stage.leave}"
+            )
+        if stage.rejoin > blocks:
+            raise ValueError(f"{function}: rejoin must be at most {blocks}, the number of blocks, got {stage.rejoin}")
+        if stage.leave >= stage.rejoin:
+            raise ValueError(f"{function}: leave must be below rejoin, got {stage.leave} and {stage.rejoin}")
+    plan.sort(key=lambda stage: (stage.leave, -stage.rejoin))
+    for i, outer in enumerate(plan):
+        for inner in plan[i + 1 :]:
+            if inner.leave == outer.leave or inner.leave < outer.rejoin < inner.rejoin:
+                raise ValueError(
+                    f"{function}: stages overlap: blocks {outer.leave} to {outer.rejoin} and {inner.leave} to {inner.rejoin}; "
+                    "one must lie inside the other, or begin after its end"
+                )
+            if inner.leave == outer.rejoin:
+                raise ValueError(
+                    f"{function}: a stage leaves at block {inner.leave}, where another rejoins: block {inner.leave - 1} has no "
+                    "scores of the tokens that are away"
+                )
+    return tuple(plan)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block's part: after it a stage may begin, and so many end."""
+
+    skip: Skip
+    begins: Stage | None
+    ends: int
+
+
+class _SkippingBlock(nn.Module):
+    """Mixed into the class of a block. From the block where tokens leave to the one where they rejoin, blocks pass on
+    ``(tokens, ((skipped, kept, rest), ...))`` instead of a tensor: what one forward needs travels with it, and is in no
+    attribute, so that checkpointing, compilation and several forwards at once see plain functions.
+    """
+
+    _skip: _Part
+
+    def forward(self, hidden_states, *args: Any, **kwargs: Any):
+        part = self._skip
+        carried = isinstance(hidden_states, tuple)
+        if not carried and (part.begins is None or not part.skip.on(self.training)):
+            return super().forward(hidden_states, *args, **kwargs)
+        _refuse_masks(args, kwargs)
+        _refuse_reentrant_checkpointing(self)
+        x: Tensor = hidden_states[0] if carried else hidden_states
+        away: tuple[tuple[Tensor, Tensor, Tensor], ...] = hidden_states[1] if carried else ()
+        kept = rest = None
+        if part.begins is not None:
+            prefix = part.skip.prefix
+            keep = prefix + part.begins.kept_patches(x.shape[1] - prefix)
+            with torch.no_grad():
+                kept, rest = SCORES[part.skip.scores](self, x, keep, prefix)
+            if part.skip.trace is not None:
+                part.skip.trace.append((kept, rest))
+        x = super().forward(x, *args, **kwargs)
+        for _ in range(part.ends):
+            skipped, was_kept, was_rest = away[-1]
+            away = away[:-1]
+            x = routing.merge_tokens(x, was_kept, skipped.to(x.dtype), was_rest)
+        if kept is not None and rest is not None:
+            x, skipped = routing.separate_tokens(x, kept, rest)
+            away = (*away, (skipped, kept, rest))
+        return (x, away) if away else x
+
+    def extra_repr(self) -> str:
+        begins = self._skip.begins
+        return super().extra_repr() + (
+            f"then {begins.drop:.0%} of the patches skip blocks {begins.leave} to {begins.rejoin - 1}" if begins else ""
+        )
+
+
+_classes: dict[type, type] = {}  # of plain blocks -> of skipping ones
+_plain: dict[type, type] = {}  # and back
+
+
+def _take_part(block: nn.Module, part: _Part) -> None:
+    """Gives the block a class of the same name: parameters, hooks and state dict stay, and wrapping by class name works."""
+    cls = type(block)
+    if cls not in _classes:
+        _classes[cls] = type(
+            cls.__name__, (_SkippingBlock, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        )
+        _plain[_classes[cls]] = cls
+    block.__class__ = _classes[cls]
+    block._skip = part  # type: ignore[assignment]
+
+
+def _refuse_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    masks = [*args, *(value for name, value in kwargs.items() if "mask" in name)]
+    if any(isinstance(mask, Tensor) for mask in masks):
+        raise ValueError("effcore.skip_tokens: blocks that run without some tokens take no attention mask")
+
+
+def _refuse_reentrant_checkpointing(block: nn.Module) -> None:
+    if not (block.training and getattr(block, "gradient_checkpointing", False)):
+        return
+    function = getattr(block, "_gradient_checkpointing_func", None)
+    if getattr(function, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            "effcore.skip_tokens: gradient checkpointing with use_reentrant=True loses the gradient of skipped tokens; "
+            "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+
+
+# ---------------------------------------------------------------- warm-up
+
+
+@dataclass
+class SkipWarmup:
+    """Training on all tokens at first: for so many steps and so many epochs, whichever ends later.
+
+    Raises:
+        ValueError: a negative setting.
+    """
+
+    steps: int = 0
+    epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"effcore.SkipWarmup: {name} must not be negative, got {getattr(self, name)}")
+        self._next_step = 0
+
+    def over(self, step: int, epoch: float) -> bool:
+        """Whether patches skip at this step (from 0) of this epoch (from 0, in fractions)."""
+        return step >= self.steps and epoch >= self.epochs
+
+    def apply(self, model: nn.Module, step: int | None = None, epoch: float | None = None) -> bool:
+        """Switches skipping on once the warm-up is over, to be called before each step's forward.
+
+        Args:
+            model: possibly inside DDP, torch.compile or other wrappers.
+            step: None counts calls, from where :meth:`load_state_dict` put the warm-up.
+            epoch: needed where the warm-up is in epochs.
+
+        Returns:
+            Whether it changed.
+        """
+        step = self._next_step if step is None else step
+        self._next_step = step + 1
+        if self.epochs and epoch is None:
+            raise ValueError(
+                "effcore.SkipWarmup: the warm-up is in epochs, so apply(model, epoch=...) must say which this is"
+            )
+        skip = skipping(model)
+        active = self.over(step, 0.0 if epoch is None else epoch)
+        changed = skip.active != active
+        if changed:
+            skip.active = active
+        return changed
+
+    def callback(self) -> TrainerCallback:
+        """This warm-up as a callback of the Hugging Face Trainer."""
+        from effcore.methods.skipvit_callback import WarmupCallback
+
+        return WarmupCallback(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next_step": self._next_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._next_step = state["next_step"]
