@@ -15,7 +15,7 @@ def compare(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often to time a step of each model.")] = 5,
     json_: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON on standard output.")] = False,
 ) -> None:
-    """One table of finished runs. Steps of the trained models are timed again, in turns, so that their ratios can be trusted."""
+    """One table of finished runs. Steps of the trained models are timed again, in turns: these ratios can be trusted."""
     from effcore.training.compare import compare_runs
 
     summaries = compare_runs(runs, rounds=rounds, out=out)

@@ -1,4 +1,4 @@
-"""``effcore demo``: a small LLaMA trained with and without shared activations, at equal tokens, and one table of what came out."""
+"""``effcore demo``: a small LLaMA trained with and without shared activations, at equal tokens, and a table of the outcome."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ def demo(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
 ) -> None:
-    """Trains a byte-level LLaMA on the Python standard library three times (as it is, and with EPAS in modes qk and kv); about five
-    minutes on two cores. The same by hand: effcore train baseline --recipe demo; effcore train epas --recipe demo; effcore compare."""
+    """Trains a small LLaMA three times, as it is and with EPAS in modes qk and kv; about five minutes on two cores.
+
+    The text is the Python standard library, byte by byte. The same by hand: effcore train baseline --recipe demo,
+    effcore train epas --recipe demo, effcore compare runs/baseline runs/epas.
+    """
     from effcore.cli.compare import print_table
     from effcore.cli.train import run_training
     from effcore.training.recipe import load_recipe

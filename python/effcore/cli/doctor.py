@@ -73,7 +73,7 @@ def _build(problems: list[str]) -> dict[str, Any]:
             f"the native module cannot be imported ({error}): reinstall with pip install --no-build-isolation ."
         )
         return {}
-    information = getattr(_core, "build_info", dict)()
+    information: dict[str, Any] = getattr(_core, "build_info", dict)()
     return {name: list(value) if isinstance(value, tuple) else value for name, value in information.items()}
 
 
@@ -201,14 +201,12 @@ def _show(findings: dict[str, Any]) -> None:
     )
     console.print("build:    " + ", ".join(f"{name} {value}" for name, value in build.items() if name != "dtypes"))
     amx = {True: ", AMX permitted", False: ", AMX not permitted", None: ""}[cpu["amx_permission"]]
-    console.print(
-        f"cpu:      {cpu['name']}, {cpu.get('threads', '?')} threads, {' '.join(cpu['extensions']) or 'no vector extensions'}{amx}"
-    )
+    extensions = " ".join(cpu["extensions"]) or "no vector extensions"
+    console.print(f"cpu:      {cpu['name']}, {cpu.get('threads', '?')} threads, {extensions}{amx}")
     if cuda["available"]:
         for device in cuda["devices"]:
-            console.print(
-                f"cuda:     {device['name']}, sm {device['compute_capability']}, {device['memory_gib']} GiB, CUDA {cuda['toolkit']}"
-            )
+            capability, memory = device["compute_capability"], device["memory_gib"]
+            console.print(f"cuda:     {device['name']}, sm {capability}, {memory} GiB, CUDA {cuda['toolkit']}")
     else:
         console.print(f"cuda:     none ({cuda['reason']})")
     table = Table("family", "device", "dtypes", "path", "why")

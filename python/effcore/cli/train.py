@@ -76,7 +76,7 @@ def epas(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Progressive activation sharing (EPAS): the region of layers that share Q,K (or K,V: --set mode=kv) grows from the deep end."""
+    """Progressive activation sharing (EPAS): more and more of the upper layers share Q,K (or K,V: --set mode=kv)."""
     _train("epas", recipe, settings, model, data, out, resume, overwrite, against, json_, quiet)
 
 
@@ -144,7 +144,8 @@ def _train(
         print(json.dumps(summary))
     elif not quiet:
         print(
-            f"{summary['title']}: validation loss {summary['validation_loss']:.4f}, {summary['tokens_per_second']:,.0f} tokens/s, "
+            f"{summary['title']}: validation loss {summary['validation_loss']:.4f}, "
+            f"{summary['tokens_per_second']:,.0f} tokens/s, "
             f"KV cache {summary['cache_bytes_per_token']:,} bytes/token; see {out / 'report.md'}"
         )
 

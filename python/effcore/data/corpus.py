@@ -1,7 +1,7 @@
 """Tokenises a corpus once and keeps it as two flat files, train and validation, that are read through memory maps.
 
-The cache is ``$EFFCORE_CACHE``, else ``$XDG_CACHE_HOME/effcore``, else ``~/.cache/effcore``. An entry is named after a hash of the files' names,
-sizes and times, the tokenizer and the split; it is written beside its final place and renamed when it is complete.
+The cache is ``$EFFCORE_CACHE``, else ``$XDG_CACHE_HOME/effcore``, else ``~/.cache/effcore``. An entry is named after a hash of
+the files' names, sizes and times, the tokenizer and the split; it is written beside its place and renamed when complete.
 """
 
 from __future__ import annotations
@@ -238,9 +238,10 @@ def _open(folder: Path) -> Corpus:
             f"the tokenised corpus in {folder} is damaged ({error}): remove the folder and start again"
         ) from error
     return Corpus(
-        summary.name,
-        folder.name,
-        *arrays,
+        name=summary.name,
+        fingerprint=folder.name,
+        train=arrays[0],
+        validation=arrays[1],
         files=summary.files,
         skipped=summary.skipped,
         bytes_per_token=summary.text_bytes / max(summary.train + summary.validation, 1),

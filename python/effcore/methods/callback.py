@@ -1,4 +1,4 @@
-"""A sharing schedule inside the Hugging Face Trainer. Apart from the schedules, because importing transformers takes seconds."""
+"""A sharing schedule inside the Hugging Face Trainer; a file of its own, because importing transformers takes seconds."""
 
 from __future__ import annotations
 

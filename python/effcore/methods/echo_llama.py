@@ -1,7 +1,8 @@
 r"""ECHO-LLaMA: a pretrained LLaMA becomes one whose upper layers share a KV cache (arXiv 2505.17331).
 
-Layers below ``start`` keep their own keys and values; layers from ``start`` on compute queries alone and attend to the keys and
-values of layer start−1. Conversion is gradual, so that pretrained weights carry over: ``start`` moves down by one layer a stage,
+Layers below ``start`` keep their own keys and values; layers from ``start`` on compute queries alone and attend to the keys
+and values of layer start−1. Conversion is gradual, so that pretrained weights carry over: ``start`` moves down by one layer a
+stage,
 
     start(t) = max(final_start, L − 1 − ⌊(t − t₀) / steps_per_stage⌋)   for t ≥ t₀,   L before,
 
@@ -39,7 +40,8 @@ class ECHOSchedule(SharingSchedule):
         final_start: where ``start`` ends; from 1 to L.
         steps_per_stage: steps between two conversions.
         first_stage: t₀, the step at which the last layer converts.
-        distillation: λ; 0 turns the term off. A plain loop adds :meth:`extra_loss` to its loss; effcore's trainer does so itself.
+        distillation: λ; 0 turns the term off. A plain loop adds :meth:`extra_loss` to its loss; effcore's trainer does it
+            itself.
 
     Raises:
         ValueError: a setting out of range.
@@ -54,7 +56,7 @@ class ECHOSchedule(SharingSchedule):
     def __post_init__(self) -> None:
         if not 1 <= self.final_start <= self.num_layers:
             raise ValueError(
-                f"effcore.ECHOSchedule: final_start must be from 1 to {self.num_layers}, the model's layers, got {self.final_start}"
+                f"effcore.ECHOSchedule: final_start must be from 1 to {self.num_layers} layers, got {self.final_start}"
             )
         if self.steps_per_stage < 1:
             raise ValueError(f"effcore.ECHOSchedule: steps_per_stage must be positive, got {self.steps_per_stage}")
@@ -75,8 +77,10 @@ class ECHOSchedule(SharingSchedule):
         first_stage: int = 0,
         distillation: float = 0.0,
     ) -> ECHOSchedule:
-        """The schedule of a run of ``total_steps``, with defaults for what is None: half the layers, 150 steps a stage, or as many
-        as let the conversion end two thirds into a shorter run."""
+        """The schedule of a run of ``total_steps``, with defaults for what is None.
+
+        Half the layers convert, in 150 steps a stage, or in as many as let a shorter run end the conversion two thirds in.
+        """
         if final_start is None:
             final_start = max(num_layers // 2, 1)
         if steps_per_stage is None:
@@ -112,8 +116,10 @@ class ECHOSchedule(SharingSchedule):
     apply.__doc__ = SharingSchedule.apply.__doc__
 
     def extra_loss(self) -> Tensor | None:
-        """The distillation term of the last forward, float32 [], to be added to the loss; None outside a stage. Each forward's term
-        can be taken once."""
+        """The distillation term of the last forward, float32 [], to be added to the loss; None outside a stage.
+
+        Each forward's term can be taken once.
+        """
         term = None if self._pull is None else self._pull.take()
         return None if term is None else self.distillation * term
 

@@ -102,7 +102,7 @@ class EPASSchedule(SharingSchedule):
         return tuple(self.first_switch + self.switch_every * number for number in range(1, count + 1))
 
     def learning_rate_factor(self, step: int) -> float:
-        """What a warm restart multiplies the learning rate of ``step`` by: 1 unless a switch is less than ``restart_steps`` ago."""
+        """What a warm restart multiplies the learning rate by: 1 unless a switch is less than ``restart_steps`` ago."""
         last = max((switch for switch in self.switches() if switch <= step), default=None)
         if not self.restart_steps or last is None:
             return 1.0

@@ -1,1 +1,2 @@
-"""Training runs: a recipe in, a run folder out (checkpoints, metrics.jsonl, report.md, plots). See :mod:`effcore.training.run`."""
+"""Training runs: a recipe in, a run folder out. :mod:`effcore.training.run` does it, :mod:`effcore.training.folder` says what
+the folder holds."""

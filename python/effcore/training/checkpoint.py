@@ -51,10 +51,11 @@ def load_tree(path: Path) -> Any:
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (Tensor, np.ndarray)):
         name = str(len(tensors))
-        is_array = isinstance(value, np.ndarray)
-        tensor = torch.from_numpy(value.astype(np.int64)) if is_array else value.detach()
-        tensors[name] = tensor.to("cpu", copy=True).contiguous()
-        return {"kind": "array" if is_array else "tensor", "name": name, "dtype": str(value.dtype)}
+        if isinstance(value, np.ndarray):
+            tensors[name] = torch.from_numpy(value.astype(np.int64))  # torch lacks most unsigned types
+            return {"kind": "array", "name": name, "dtype": str(value.dtype)}
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"kind": "tensor", "name": name}
     if isinstance(value, dict):
         return {"kind": "dict", "items": [[_pack(key, tensors), _pack(item, tensors)] for key, item in value.items()]}
     if isinstance(value, tuple):

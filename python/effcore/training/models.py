@@ -1,4 +1,4 @@
-"""The model and tokenizer of a run: a fresh LLaMA by the recipe, or a checkpoint (Hugging Face folder, run folder, GGUF file)."""
+"""Model and tokenizer of a run: a fresh LLaMA by the recipe, or a checkpoint (Hugging Face folder, run folder, GGUF file)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from effcore.training.recipe import ModelSettings
 def fresh_model(settings: ModelSettings, tokenizer: Any, seed: int) -> LlamaForCausalLM:
     """A LLaMA with random weights: the same ones for the same seed, whatever method trains it."""
     set_seed(seed)
+    options: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -35,13 +36,13 @@ def fresh_model(settings: ModelSettings, tokenizer: Any, seed: int) -> LlamaForC
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
+        **options,
     )
     return LlamaForCausalLM(config)
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint: a folder as ``save_pretrained`` writes it, a run folder of ``effcore train``, or a GGUF file.
+    """Model and tokenizer of a checkpoint: a folder of ``save_pretrained``, a run folder of ``effcore train``, or a GGUF file.
 
     Raises:
         InputError: there is nothing at ``path``, it is damaged, or not a causal language model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[str]:
-    """Writes ``loss.png``, ``speed.png``, ``cache.png`` and ``overview.png`` (all three) into ``folder``; returns their names."""
+    """Writes ``loss.png``, ``speed.png``, ``cache.png`` and ``overview.png`` (all three) into ``folder``; returns the names."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,7 +28,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[str]:
 
     folder.mkdir(parents=True, exist_ok=True)
     panels: dict[str, Callable[[Axes, Sequence[Run]], None]] = {"loss": _loss, "speed": _speed, "cache": _cache}
-    style = {
+    style: Any = {
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -101,7 +102,7 @@ def _cache(axes: Axes, runs: Sequence[Run]) -> None:
 def _switches(rows: Sequence[Row]) -> list[float]:
     """Where the layout of a run changed, in millions of tokens."""
     trained = [row for row in rows if row["kind"] == "train"]
-    return [b["tokens"] / 1e6 for a, b in zip(trained, trained[1:], strict=False) if a["layout"] != b["layout"]]
+    return [after["tokens"] / 1e6 for before, after in pairwise(trained) if before["layout"] != after["layout"]]
 
 
 def _running_median(values: Sequence[float], width: int = 5) -> list[float]:

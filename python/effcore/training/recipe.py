@@ -23,7 +23,7 @@ _Settings = TypeVar("_Settings")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are those of JSON: 2e-5 is one, and the layout 0_0_2_2 is none (YAML 1.1 has it the other way round)."""
+    """YAML whose numbers are those of JSON: 2e-5 is one, and the layout 0_0_2_2 is none. YAML 1.1 has that the wrong way."""
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 def table_rows(summaries: Sequence[Summary]) -> list[list[str]]:
-    """One row a run, in the order of :data:`COLUMNS`. From the second on, numbers carry their ratio to the first run's, the baseline."""
+    """One row a run, in the order of :data:`COLUMNS`. From the second on, numbers carry their ratio to the first run's."""
     base = summaries[0]
 
     def versus(summary: Summary, key: str, form: str) -> str:
@@ -77,8 +77,9 @@ def report(summaries: Sequence[Summary], plots: Sequence[str]) -> str:
     lines += ["", "## Runs", ""]
     for summary in summaries:
         lines.append(
-            f"- **{summary['title']}**: {summary['parameters']:,} parameters, {summary['steps']} steps, {summary['tokens']:,} tokens of "
-            f"{summary['corpus']}, {summary['seconds']:.0f} s; layout `{summary['layout']}`; effcore {summary['version']}, "
-            f"torch {summary['torch']} on {summary['device']}"
+            f"- **{summary['title']}**: {summary['parameters']:,} parameters, {summary['steps']} steps, "
+            f"{summary['tokens']:,} tokens of {summary['corpus']}, {summary['seconds']:.0f} s; "
+            f"layout `{summary['layout']}`; "
+            f"effcore {summary['version']}, torch {summary['torch']} on {summary['device']}"
         )
     return "\n".join(lines) + "\n"

@@ -81,7 +81,7 @@ def train(
             return finished
     recipe, settings = config.recipe, config.recipe.training
     tokenizer = models.load_tokenizer(config.model)
-    arguments = training_arguments(settings, out)
+    arguments = training_arguments(settings, out, shares=config.method != "baseline" or config.model is not None)
     with _explained(folder), arguments.main_process_first():
         corpus = load_corpus(
             config.data,

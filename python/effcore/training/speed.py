@@ -1,4 +1,7 @@
-"""What a training step of a model costs, forward and backward apart; several models are timed in turns, so that a busy machine is busy for all."""
+"""What a training step of a model costs, forward and backward apart.
+
+Several models are timed in turns, so that a machine that is busy is busy for all of them.
+"""
 
 from __future__ import annotations
 

@@ -32,11 +32,15 @@ class SharingTrainer(Trainer):
         self._extra_loss = extra_loss
 
     def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         # A cache is of no use here, costs memory, and makes transformers' own classes attend across packed documents.
         inputs = {**inputs, "use_cache": False}
-        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         extra = self._extra_loss() if self._extra_loss is not None and model.training else None
         if extra is None:
             return result
@@ -50,7 +54,7 @@ class SharingTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        run = Path(self.args.output_dir)
+        run = Path(str(self.args.output_dir))
         barrier = self.accelerator.wait_for_everyone
         with checkpoint.staged(run, is_main=self.args.should_save, barrier=barrier) as self._staging:
             try:
@@ -62,7 +66,7 @@ class SharingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The model and its tokenizer; unlike the base class no pickled ``training_args.bin`` (config.yaml says it all)."""
-        folder = output_dir or self.args.output_dir
+        folder = str(output_dir or self.args.output_dir)
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(folder, state_dict=state_dict)
@@ -78,6 +82,7 @@ class SharingTrainer(Trainer):
         if self._sharded:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
+            assert self.optimizer is not None and self.lr_scheduler is not None
             checkpoint.save_tree(Path(output_dir, OPTIMIZER_FILE), self.optimizer.state_dict())
             checkpoint.save_tree(Path(output_dir, SCHEDULER_FILE), self.lr_scheduler.state_dict())
 
@@ -85,6 +90,7 @@ class SharingTrainer(Trainer):
         if checkpoint_folder is None or self._sharded:
             super()._load_optimizer_and_scheduler(checkpoint_folder)
             return
+        assert self.optimizer is not None and self.lr_scheduler is not None
         self.optimizer.load_state_dict(checkpoint.load_tree(Path(checkpoint_folder, OPTIMIZER_FILE)))
         self.lr_scheduler.load_state_dict(checkpoint.load_tree(Path(checkpoint_folder, SCHEDULER_FILE)))
 
@@ -100,8 +106,8 @@ class SharingTrainer(Trainer):
         return Path(folder, f"random_{self.args.process_index}.safetensors")
 
 
-def training_arguments(settings: TrainingSettings, output: Path) -> TrainingArguments:
-    """The Trainer's arguments for a recipe's ``training`` section."""
+def training_arguments(settings: TrainingSettings, output: Path, *, shares: bool) -> TrainingArguments:
+    """The Trainer's arguments for a recipe's ``training`` section; ``shares`` says that layers (will) share activations."""
     return TrainingArguments(
         output_dir=str(output),
         max_steps=settings.steps,
@@ -126,8 +132,8 @@ def training_arguments(settings: TrainingSettings, output: Path) -> TrainingArgu
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
         save_total_limit=settings.keep_checkpoints,
-        # Projections that a layer shares get no gradient: without this, DDP waits for it.
-        ddp_find_unused_parameters=True,
+        # The projections of a layer that shares get no gradient: DDP must not wait for it.
+        ddp_find_unused_parameters=shares,
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=[],
