@@ -25,25 +25,61 @@ inline Vector<T> load_tail(const Storage* from, std::int64_t n) {
   return x;
 }
 
-// scores[g][j] = q[g] . k[j] for `heads` rows of q, in padded rows of q_stride. A vector of results at a time, width / heads
-// keys of each head: a key is converted once for all heads, and the sums across vectors end in one.
+// Rows of q as the products below want them.
+template <class E>
+struct QueryOf {
+  using type = typename E::Accumulator;
+  static constexpr std::int64_t pad = width<type>;
+};
+#if defined(__AMX_BF16__)
+template <>
+struct QueryOf<Amx> {
+  using type = bfloat16;
+  static constexpr std::int64_t pad = 2 * width<float>;
+};
+
+// Pairs of bfloat16 at a time: half the instructions of a conversion and a multiply-add, which bounded head_dim 64.
+template <int heads>
+[[gnu::always_inline]] inline void dot_pairs(const bfloat16* q, std::int64_t q_stride, const bfloat16* row,
+                                             std::int64_t head_dim, Vector<float>* sum) {
+  for (std::int64_t d = 0; d < head_dim; d += 32) {
+    const __mmask32 mask = static_cast<__mmask32>(head_dim - d >= 32 ? 0xffffffffu : (1u << (head_dim - d)) - 1);
+    const __m512bh key = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(mask, row + d));
+#pragma GCC unroll 16
+    for (int g = 0; g < heads; ++g)
+      sum[g] = reinterpret_cast<Vector<float>>(_mm512_dpbf16_ps(
+          reinterpret_cast<__m512>(sum[g]), reinterpret_cast<__m512bh>(_mm512_loadu_si512(q + g * q_stride + d)), key));
+  }
+}
+#endif
 template <int heads, class T, class Storage>
-void dot_rows(const T* q, std::int64_t q_stride, std::int64_t head_dim, const Storage* k, std::int64_t row_stride,
+[[gnu::always_inline]] inline void dot_row(const T* q, std::int64_t q_stride, const Storage* row, std::int64_t head_dim,
+                                           Vector<T>* sum) {
+  const std::int64_t whole = head_dim / width<T> * width<T>;
+  const auto add = [&](std::int64_t d, Vector<T> key) {
+#pragma GCC unroll 16
+    for (int g = 0; g < heads; ++g) sum[g] += load(q + g * q_stride + d) * key;
+  };
+  for (std::int64_t d = 0; d < whole; d += width<T>) add(d, load_as(row + d, T{}));
+  if (whole < head_dim) add(whole, load_tail<T>(row + whole, head_dim - whole));
+}
+
+// scores[g][j] = q[g] . k[j] for `heads` rows of q, padded to q_stride. A vector of results at a time, width / heads keys of
+// each head: a key is read once for all heads, and the sums across vectors end in one.
+template <int heads, class T, class Query, class Storage>
+void dot_rows(const Query* q, std::int64_t q_stride, std::int64_t head_dim, const Storage* k, std::int64_t row_stride,
               std::int64_t keys, T* scores) {
   constexpr std::int64_t batch = width<T> / heads;
-  const std::int64_t whole = head_dim / width<T> * width<T>, rest = head_dim - whole;
   for (std::int64_t j = 0; j < keys; j += batch) {
     const std::int64_t count = least(batch, keys - j);
     Vector<T> sums[width<T>];
     for (std::int64_t i = 0; i < batch; ++i) {
-      const Storage* row = k + (j + least(i, count - 1)) * row_stride;
       Vector<T> sum[heads] = {};
-      const auto add = [&](std::int64_t d, Vector<T> key) {
-#pragma GCC unroll 16
-        for (int g = 0; g < heads; ++g) sum[g] += load(q + g * q_stride + d) * key;
-      };
-      for (std::int64_t d = 0; d < whole; d += width<T>) add(d, load_as(row + d, T{}));
-      if (rest > 0) add(whole, load_tail<T>(row + whole, rest));
+      const Storage* row = k + (j + least(i, count - 1)) * row_stride;
+      if constexpr (std::is_same_v<Query, T>)
+        dot_row<heads>(q, q_stride, row, head_dim, sum);
+      else
+        dot_pairs<heads>(q, q_stride, row, head_dim, sum);
 #pragma GCC unroll 16
       for (int g = 0; g < heads; ++g) sums[g * batch + i] = sum[g];
     }
@@ -108,6 +144,7 @@ template <class E>
 void segment(const DecodeJob& job, std::int64_t task) {
   using Storage = typename E::Storage;
   using T = typename E::Accumulator;
+  using Query = typename QueryOf<E>::type;
   const Problem& p = job.problem;
   const std::int64_t number = task / job.segments, segment = task % job.segments;
   const std::int64_t b = number / p.kv_heads, kv_head = number % p.kv_heads, group = p.heads / p.kv_heads;
@@ -115,14 +152,15 @@ void segment(const DecodeJob& job, std::int64_t task) {
   const KeyRange seen = visible_keys(p, b, 0);
   const T factor = static_cast<T>(p.scale * log2_e);
 
-  const std::int64_t q_stride = round_up(p.head_dim, width<T>), sums_stride = round_up(p.value_dim, width<T>);
-  const auto lay_out = [&](Pieces& pieces, T*& q, T*& scores, T*& sums, T*& maxima) {
-    q = pieces.take<T>(group * q_stride);
+  const std::int64_t q_stride = round_up(p.head_dim, QueryOf<E>::pad), sums_stride = round_up(p.value_dim, width<T>);
+  const auto lay_out = [&](Pieces& pieces, Query*& q, T*& scores, T*& sums, T*& maxima) {
+    q = pieces.take<Query>(group * q_stride);
     scores = pieces.take<T>(group * decode_chunk);
     sums = pieces.take<T>(group * sums_stride);
     maxima = pieces.take<T>(group);
   };
-  T *q, *scores, *sums, *maxima;
+  Query* q;
+  T *scores, *sums, *maxima;
   Pieces measure(nullptr);
   lay_out(measure, q, scores, sums, maxima);
   Pieces pieces(static_cast<char*>(scratch::get(scratch::Slot::local, measure.bytes_from(nullptr))));
