@@ -111,7 +111,7 @@ def test_bad_arguments(options, message):
 
 def test_unsupported_models_are_refused_by_name():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    with pytest.raises(TypeError, match="LlamaForCausalLM, MistralForCausalLM.*got GPT2LMHeadModel"):
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM, MistralForCausalLM.*got GPT2LMHeadModel"):
         share_activations(gpt2, start=1)
     with pytest.raises(TypeError, match="got Linear"):
         share_activations(nn.Linear(2, 2), start=1)
@@ -124,7 +124,7 @@ def test_unsupported_models_are_refused_by_name():
             share_activations(hf_model(**{option: value}), start=1)
     model = hf_model()
     model.config.attn_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="attn_logit_softcapping=30.0"):
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping=30\.0"):
         share_activations(model, start=1)
     model = hf_model()
     model.model.layers[1].forward = model.model.layers[1].forward

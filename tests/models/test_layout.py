@@ -11,7 +11,7 @@ from effcore.models import Layout
 def layouts(draw):
     owners = []
     for i in range(draw(st.integers(1, 12))):
-        owners.append(draw(st.sampled_from([i, *{o for o in owners}])))
+        owners.append(draw(st.sampled_from([i, *set(owners)])))
     return Layout(tuple(owners))
 
 
