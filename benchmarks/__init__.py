@@ -6,6 +6,7 @@ themselves, ``calls(settings)``. The rest is shared:
     case.py      what a benchmark is: inputs, our call, the peers' calls, the exact result, the work, the floor
     gate.py      no time is reported for a result that is wrong
     timing.py    alternating runs, cold caches, medians and quartiles, ratios
+    quiet.py     whether other processes disturb us
     ceilings.py  what this machine reaches at best: matrix products and copies
     report.py    the table, the JSON, the plot
 """

@@ -15,7 +15,7 @@ import torch
 from benchmarks.case import CallCost, Case
 from benchmarks.ceilings import Ceilings
 from benchmarks.gate import Verdict
-from benchmarks.timing import Quartiles, quartiles, ratio
+from benchmarks.timing import Quartiles, Timings
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,25 @@ class Row:
 
     case: Case
     verdict: Verdict
-    times: dict[str, list[float]] = field(default_factory=dict)
+    timings: Timings = field(default_factory=lambda: Timings(()))
+    peers: tuple[str, ...] = ()
     absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def ours(self) -> Quartiles:
-        return quartiles(self.times[self.case.ours.name])
+        return self.timings.of(self.case.ours.name)
 
     def best_peer(self, prefix: str = "") -> str | None:
         """The peer with the smallest median among those whose name starts with ``prefix``."""
-        names = [n for n in self.times if n != self.case.ours.name and n.startswith(prefix)]
-        return min(names, key=lambda n: quartiles(self.times[n]).median, default=None)
+        names = [name for name in self.peers if name.startswith(prefix)]
+        return min(names, key=lambda name: self.timings.of(name).median, default=None)
 
     def ratio_to(self, peer: str) -> Quartiles:
-        return ratio(self.times[self.case.ours.name], self.times[peer])
+        return self.timings.ratio(self.case.ours.name, peer)
 
     def floor_ratio(self) -> float | None:
         """What the floor is held against; None without a floor or a peer that it speaks of."""
-        if self.case.floor is None or not self.times:
+        if self.case.floor is None or not self.verdict.green:
             return None
         peer = self.best_peer(self.case.floor.against)
         return self.ratio_to(peer).median if peer is not None else None
@@ -102,12 +103,12 @@ def cells(row: Row, ceilings: Ceilings) -> list[str]:
         return [row.case.name, "WRONG", *[""] * (len(HEADER) - 3), row.verdict.reason]
     peer = row.best_peer()
     ours = row.ours
-    line = [row.case.name, _ms(ours.median), f"{ours.spread:.0%}"]
+    line = [row.case.name, _ms(ours.median) + ("" if row.timings.quiet else "~"), f"{ours.spread:.0%}"]
     if peer is None:
         line += ["none", "", "", ""]
     else:
         r = row.ratio_to(peer)
-        line += [peer, _ms(quartiles(row.times[peer]).median), f"{r.median:.2f}", f"{r.q1:.2f}-{r.q3:.2f}"]
+        line += [peer, _ms(row.timings.of(peer).median), f"{r.median:.2f}", f"{r.q1:.2f}-{r.q3:.2f}"]
     share = ceilings.seconds(row.case.work) / ours.median
     line += [_rate(row), f"{share:.0%}"]
     floor, met = row.case.floor, row.met()
@@ -121,7 +122,10 @@ def cells(row: Row, ceilings: Ceilings) -> list[str]:
 
 
 def table(rows: Sequence[Row], ceilings: Ceilings) -> str:
-    return align(HEADER, [cells(row, ceilings) for row in rows])
+    text = align(HEADER, [cells(row, ceilings) for row in rows])
+    if any(row.verdict.green and not row.timings.quiet for row in rows):
+        text += "\n~ other processes were busy all the while: not to be quoted"
+    return text
 
 
 def call_table(rows: Sequence[CallRow]) -> str:
@@ -200,12 +204,12 @@ def as_json(facts: dict[str, Any], ceilings: Ceilings, rows: Sequence[Row], call
             "absent": row.absent,
         }
         if row.verdict.green:
-            peers = {n: _times(row.ratio_to(n)) for n in row.times if n != row.case.ours.name}
             entry |= {
-                "seconds": {n: _times(quartiles(t)) for n, t in row.times.items()},
+                "seconds": {name: _times(row.timings.of(name)) for name in (row.case.ours.name, *row.peers)},
+                "quiet": row.timings.quiet,
                 "ours": row.case.ours.name,
                 "best_peer": row.best_peer(),
-                "ratios": peers,
+                "ratios": {name: _times(row.ratio_to(name)) for name in row.peers},
                 "flops": row.case.work.flops,
                 "bytes": row.case.work.bytes,
                 "ceiling_share": ceilings.seconds(row.case.work) / row.ours.median,

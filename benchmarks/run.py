@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TextIO
 
 import torch
 
 import benchmarks.ops
 from benchmarks import ceilings, gate, report, timing
 from benchmarks.case import CallCost, Case, Settings
+from benchmarks.quiet import quiet_for
 from benchmarks.report import CallRow, Row
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,16 +36,21 @@ def families() -> list[str]:
     return sorted(m.name.removeprefix("bench_") for m in modules if m.name.startswith("bench_"))
 
 
-def measure(case: Case, settings: Settings, clock: timing.Clock, seconds: float) -> Row:
+def measure(case: Case, settings: Settings, clock: timing.Clock, seconds: float, patience: float = 0.0) -> Row:
     """The gate, and behind it the times."""
     inputs = case.inputs()
     verdict, peers, absent = gate.judge(case, inputs)
     if not verdict.green:
         return Row(case, verdict, absent=absent)
-    candidates = {c.name: c for c in (case.ours, *peers)}
-    sets = timing.input_sets(inputs, settings.device)
-    times = timing.interleave(candidates, sets, clock, seconds=seconds)
-    return Row(case, verdict, times, absent)
+    timings = timing.interleave(
+        {c.name: c for c in (case.ours, *peers)},
+        timing.input_sets(inputs, settings.device),
+        clock,
+        seconds=seconds,
+        patience=patience,
+        quiet=quiet_for(settings.device),
+    )
+    return Row(case, verdict, timings, tuple(peer.name for peer in peers), absent)
 
 
 def measure_calls(costs: Iterator[CallCost], settings: Settings) -> list[CallRow]:
@@ -60,8 +67,14 @@ def measure_calls(costs: Iterator[CallCost], settings: Settings) -> list[CallRow
 
 
 def run(
-    module: ModuleType, settings: Settings, *, only: str = "", seconds: float, log=sys.stderr
-) -> tuple[dict, str, bool]:
+    module: ModuleType,
+    settings: Settings,
+    *,
+    seconds: float,
+    patience: float = 0.0,
+    only: str = "",
+    log: TextIO = sys.stderr,
+) -> tuple[dict[str, Any], str, bool]:
     """The family's results, their table, and whether every gate was green."""
     cases = [c for c in module.cases(settings) if re.search(only, c.name)]
     limits = ceilings.measure(settings.device, module.DTYPES)
@@ -70,7 +83,7 @@ def run(
     rows = []
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {case.name}", file=log, flush=True)
-        rows.append(measure(case, settings, clock, seconds))
+        rows.append(measure(case, settings, clock, seconds, patience))
         torch.compiler.reset()
         if settings.cuda:
             torch.cuda.empty_cache()
@@ -100,6 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
     parser.add_argument("--seconds", type=float, metavar="S", help="time for each case (default 10; quick: 1)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=20.0,
+        metavar="S",
+        help="longest wait for a quiet machine, each case (default 20)",
+    )
     options = parser.parse_args(arguments)
 
     settings = Settings(device=options.device, quick=options.quick)
@@ -115,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     use_carried_libraries()
     module = importlib.import_module(f"benchmarks.ops.bench_{options.family}")
     seconds = options.seconds if options.seconds is not None else (1.0 if options.quick else 10.0)
-    results, text, green = run(module, settings, only=options.only, seconds=seconds)
+    results, text, green = run(module, settings, seconds=seconds, patience=options.patience, only=options.only)
     print(text)
     if options.save:
         folder = RESULTS / slug(results["machine"].get("gpu") or "cpu")

@@ -2,7 +2,8 @@
 
 All candidates of a case run in turn in one process. A round runs each of them once, on the next of many equal sets of
 inputs, together larger than the last-level cache; the order turns from round to round. A machine that slows down slows
-every candidate of the round, so the ratio of two candidates is the median of the rounds' ratios.
+every candidate of the round, so the ratio of two candidates is the median of the rounds' ratios. Rounds in which other
+processes were busy are thrown away where there are others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.case import Candidate, Inputs, bytes_of, copy_inputs
+from benchmarks.quiet import Quiet
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,20 @@ def quartiles(values: Sequence[float]) -> Quartiles:
     return Quartiles(at(0.25), at(0.5), at(0.75), len(ordered))
 
 
-def ratio(ours: Sequence[float], peer: Sequence[float]) -> Quartiles:
-    """How many times as fast we are: the peer's time over ours, round by round."""
-    return quartiles([p / o for o, p in zip(ours, peer, strict=False)])
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each candidate that ran, round by round; ``quiet`` is False where other processes disturbed too many rounds
+    to do without them."""
+
+    rounds: Sequence[Mapping[str, float]]
+    quiet: bool = True
+
+    def of(self, name: str) -> Quartiles:
+        return quartiles([r[name] for r in self.rounds if name in r])
+
+    def ratio(self, ours: str, peer: str) -> Quartiles:
+        """How many times as fast we are: the peer's time over ours, round by round."""
+        return quartiles([r[peer] / r[ours] for r in self.rounds if peer in r and ours in r])
 
 
 class Clock(Protocol):
@@ -116,17 +129,25 @@ def interleave(
     clock: Clock,
     *,
     seconds: float,
+    patience: float = 0.0,
     least: int = 5,
     most: int = 200,
     warm_up: int = 2,
     trial: int = 2,
     hopeless: float = 3.0,
+    quiet: Callable[[], bool] = lambda: True,
+    window: float = Quiet.window,
     now: Callable[[], float] = time.monotonic,
-) -> dict[str, list[float]]:
-    """Each candidate's seconds, round by round.
+    sleep: Callable[[float], Any] = time.sleep,
+) -> Timings:
+    """Runs the candidates in turn.
 
-    Rounds go on for ``seconds``, but at least ``least`` and at most ``most`` of them. A candidate that in each of the first
-    ``trial`` rounds took more than ``hopeless`` times as long as the fastest one ever did is not run again: its times stay.
+    Rounds go on for ``seconds``, but at least ``least`` and at most ``most`` of them. They are gathered in windows: one in
+    which others disturbed us, as ``quiet()`` says, is thrown away, and we sleep until one passes quietly, ``patience`` seconds
+    in all. When those are spent and there are fewer than ``least`` quiet rounds, the disturbed ones count as well.
+
+    A candidate that in each of the first ``trial`` rounds took more than ``hopeless`` times as long as the fastest one ever
+    did is not run again: its times stay.
     """
     taken = 0
 
@@ -140,19 +161,39 @@ def interleave(
     for candidate in candidates.values():
         for _ in range(warm_up):
             run(candidate)
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    running = list(candidates)
-    start = now()
-    for number in range(most):
-        if number >= least and now() - start >= seconds:
-            break
-        if number == trial:
-            best = min(max(times[name]) for name in running)
-            running = [name for name in running if min(times[name]) <= hopeless * best]
-        turn = number % len(running)
-        for name in running[turn:] + running[:turn]:
-            times[name].append(run(candidates[name]))
-    return times
+    running, number = list(candidates), 0
+    rounds: list[dict[str, float]] = []
+    disturbed: list[dict[str, float]] = []
+    spent = lost = 0.0
+    quiet()  # begins the first window
+    while len(rounds) < most and (len(rounds) < least or spent < seconds) and lost <= patience:
+        start = now()
+        gathered: list[dict[str, float]] = []
+        while not gathered or (now() - start < window and len(rounds) + len(gathered) < most):
+            turn = number % len(running)
+            gathered.append({name: run(candidates[name]) for name in running[turn:] + running[:turn]})
+            number += 1
+        elapsed = now() - start
+        if quiet():
+            rounds += gathered
+            spent += elapsed
+        else:
+            disturbed += gathered
+            lost += elapsed
+            while lost <= patience:
+                sleep(window)
+                lost += window
+                if quiet():
+                    break
+        if len(rounds) >= trial:
+            running = _hopeful(running, rounds[:trial], hopeless)
+    enough = len(rounds) >= min(least, most)
+    return Timings(rounds if enough else rounds + disturbed, enough)
+
+
+def _hopeful(names: Sequence[str], rounds: Sequence[Mapping[str, float]], hopeless: float) -> list[str]:
+    fastest = min(max(r[name] for r in rounds) for name in names)
+    return [name for name in names if min(r[name] for r in rounds) <= hopeless * fastest]
 
 
 def microseconds_a_call(

@@ -16,13 +16,12 @@ from benchmarks.ceilings import Ceilings, measure
 from benchmarks.gate import Verdict
 from benchmarks.ops import _attention, bench_attention
 from benchmarks.report import CallRow, Row
-from benchmarks.timing import quartiles
+from benchmarks.timing import Timings, quartiles
 from tests.benchmarks import toy
 
 
-def row(ours: float, floor: Floor | None = None, **peers: float) -> Row:
-    times = {"effcore": [ours] * 5} | {name: [seconds] * 5 for name, seconds in peers.items()}
-    return Row(toy.case(floor=floor), Verdict(True), times)
+def row(ours: float, floor: Floor | None = None, quiet: bool = True, **peers: float) -> Row:
+    return Row(toy.case(floor=floor), Verdict(True), Timings([{"effcore": ours} | peers] * 5, quiet), tuple(peers))
 
 
 def test_floors_look_at_the_peers_that_they_name():
@@ -41,6 +40,17 @@ def test_table_says_what_was_reached():
     header, _, line = text.splitlines()
     assert header.split()[:3] == ["case", "ours", "ms"]
     assert "50%" in line and "0.5 GB/s" in line and "1.2 met" in line
+
+
+def test_disturbed_rows_are_marked():
+    limits = Ceilings({"float32": 1e12}, 1e9)
+    assert "not to be quoted" not in report.table([row(1.0, torch=1.0)], limits)
+    text = report.table([row(1.0, torch=1.0), row(1.0, quiet=False, torch=1.0)], limits)
+    assert text.count("1000.0~") == 1 and "not to be quoted" in text
+    assert [c["quiet"] for c in report.as_json({}, limits, [row(1.0), row(1.0, quiet=False)], [])["cases"]] == [
+        True,
+        False,
+    ]
 
 
 def test_calls_are_held_against_their_limit():

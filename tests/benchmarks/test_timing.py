@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import timing
 from benchmarks.case import Candidate
-from benchmarks.timing import interleave, quartiles, ratio
+from benchmarks.quiet import Neighbours, Quiet, processor_seconds
+from benchmarks.timing import Timings, interleave, quartiles
 from tests.benchmarks.toy import ScriptedClock
 
 
@@ -28,22 +29,30 @@ def test_no_values_have_no_quartiles():
 def run(cost, names=("ours", "peer"), sets=3, **options):
     clock = ScriptedClock(cost)
     inputs = [{"x": torch.zeros(1)} for _ in range(sets)]
-    options = {"seconds": 1e9, "most": 10} | options
-    times = interleave({n: clock.candidate(n) for n in names}, inputs, clock, now=lambda: clock.total, **options)
-    return times, clock
+    options = {"seconds": 1e9, "most": 10, "window": 0.0, "now": lambda: clock.total} | options
+    return interleave({n: clock.candidate(n) for n in names}, inputs, clock, **options), clock
 
 
 def test_ratio_is_peer_over_ours():
-    times, _ = run(lambda name, _: {"ours": 2.0, "peer": 3.0}[name])
-    assert ratio(times["ours"], times["peer"]).median == pytest.approx(1.5)
+    timings, _ = run(lambda name, _: {"ours": 2.0, "peer": 3.0}[name])
+    assert timings.ratio("ours", "peer").median == pytest.approx(1.5)
+    assert timings.of("ours").median == 2.0 and timings.of("peer").median == 3.0
+
+
+def test_ratio_pairs_the_runs_of_a_round():
+    timings = Timings(
+        [{"ours": 1.0, "peer": 2.0, "slow": 9.0}, {"ours": 10.0, "peer": 20.0}, {"ours": 4.0, "peer": 8.0}]
+    )
+    assert timings.ratio("ours", "peer") == quartiles([2.0, 2.0, 2.0])
+    assert timings.ratio("ours", "slow") == quartiles([9.0])
 
 
 def test_a_machine_that_slows_down_does_not_change_the_ratio():
     """Ten times slower from the middle on: the median of the times moves, that of the rounds' ratios does not."""
-    times, _ = run(lambda name, n: {"ours": 1.0, "peer": 1.3}[name] * (10 if n > 7 else 1) * (1 + 0.01 * n))
-    r = ratio(times["ours"], times["peer"])
+    timings, _ = run(lambda name, n: {"ours": 1.0, "peer": 1.3}[name] * (10 if n > 7 else 1) * (1 + 0.01 * n))
+    r = timings.ratio("ours", "peer")
     assert (r.q1, r.median, r.q3) == pytest.approx((1.3, 1.3, 1.3))
-    assert quartiles(times["ours"]).spread > 1
+    assert timings.of("ours").spread > 1
 
 
 def test_candidates_alternate_and_the_order_turns():
@@ -52,27 +61,72 @@ def test_candidates_alternate_and_the_order_turns():
 
 
 def test_warm_up_is_not_timed():
-    times, _ = run(lambda name, n: 100.0 if n <= 2 else 1.0, most=5)
-    assert times["ours"] == [1.0] * 5
+    timings, _ = run(lambda name, n: 100.0 if n <= 2 else 1.0, most=5)
+    assert timings.rounds == [{"ours": 1.0, "peer": 1.0}] * 5
 
 
 def test_budget_ends_the_rounds():
-    times, _ = run(lambda *_: 1.0, seconds=20.0, least=3, most=1000)
-    assert len(times["ours"]) == 10  # two seconds a round
-    times, _ = run(lambda *_: 1.0, seconds=0.0, least=3, most=1000)
-    assert len(times["ours"]) == 3
+    timings, _ = run(lambda *_: 1.0, seconds=20.0, least=3, most=1000)
+    assert len(timings.rounds) == 10  # two seconds a round
+    timings, _ = run(lambda *_: 1.0, seconds=0.0, least=3, most=1000)
+    assert len(timings.rounds) == 3
+    timings, _ = run(lambda *_: 1.0, window=1e9, most=7)
+    assert len(timings.rounds) == 7
 
 
 def test_hopeless_candidates_are_dropped_but_stay_in_the_table():
     cost = {"ours": 1.0, "peer": 2.9, "slow": 3.1}
-    times, _ = run(lambda name, _: cost[name], names=tuple(cost), trial=2)
-    assert (len(times["ours"]), len(times["peer"]), len(times["slow"])) == (10, 10, 2)
-    assert ratio(times["ours"], times["slow"]).median == pytest.approx(3.1)
+    timings, _ = run(lambda name, _: cost[name], names=tuple(cost), trial=2)
+    assert [timings.of(n).count for n in cost] == [10, 10, 2]
+    assert timings.ratio("ours", "slow").median == pytest.approx(3.1)
 
 
 def test_we_are_not_dropped_for_being_slow_once():
-    times, _ = run(lambda name, n: 50.0 if name == "ours" and n == 3 else 1.0)
-    assert len(times["ours"]) == 10
+    timings, _ = run(lambda name, n: 50.0 if name == "ours" and n == 3 else 1.0)
+    assert timings.of("ours").count == 10
+
+
+def test_disturbed_rounds_are_thrown_away():
+    answers = iter([True, True, False, False, True] + [True] * 100)  # the first begins the first window
+    naps = []
+    quiet, nap = lambda: next(answers), naps.append
+    timings, _ = run(lambda _, n: float(n), warm_up=0, most=4, patience=100.0, quiet=quiet, sleep=nap)
+    assert [r["ours"] for r in timings.rounds] == [
+        1.0,
+        3.0,
+        4.0,
+        5.0,
+    ]  # the second was disturbed, and so was the nap after it
+    assert timings.quiet and len(naps) == 2
+
+
+def test_patience_ends():
+    timings, _ = run(
+        lambda *_: 1.0, warm_up=0, least=3, patience=9.0, window=1.0, quiet=lambda: False, sleep=lambda _: None
+    )
+    assert not timings.quiet and timings.rounds
+    timings, _ = run(lambda *_: 1.0, warm_up=0, least=3, patience=0.0, quiet=lambda: False, sleep=lambda _: None)
+    assert not timings.quiet and len(timings.rounds) == 1
+
+
+def test_neighbours_are_what_is_not_ours():
+    machine = iter([(100.0, 1000.0), (101.0, 1002.0), (101.5, 1004.0), (101.5, 1004.0)])
+    own = iter([7.0, 8.0, 8.0, 8.0])
+    neighbours = Neighbours(lambda: next(machine), lambda: next(own))
+    assert [neighbours.share() for _ in range(3)] == pytest.approx([0.0, 0.25, 0.0])
+
+
+def test_quiet_has_a_tolerance():
+    class Share:
+        def __init__(self, value):
+            self.share = lambda: value
+
+    assert Quiet(0.06, Share(0.05))() and not Quiet(0.06, Share(0.07))()
+
+
+def test_processor_seconds_go_forward():
+    before, after = processor_seconds(), processor_seconds()
+    assert 0 < before[0] <= after[0] and before[0] < before[1] <= after[1]
 
 
 def test_input_sets_go_round():
@@ -84,6 +138,7 @@ def test_input_sets_go_round():
         seconds=1e9,
         most=3,
         warm_up=0,
+        trial=4,
     )
     assert seen == [0, 1, 2, 0, 1, 2]  # no candidate finds its inputs in the cache that the one before it filled
 
