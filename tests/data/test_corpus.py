@@ -74,6 +74,12 @@ def test_split_does_not_move_files_when_others_arrive(tmp_path):
     assert all(held_out(name, 0.2) for name in names if held_out(name, 0.1))
 
 
+def test_one_of_a_few_files_is_held_out(tokenizer, tmp_path):
+    texts = {f"{name}.txt": f"file {name}" for name in "abc"}
+    corpus = load_corpus(folder_of(tmp_path / "few", texts), tokenizer, validation_fraction=1e-6)
+    assert (len(corpus.train), len(corpus.validation)) == (14, 7)
+
+
 def test_single_text_file_holds_out_its_end(tokenizer, tmp_path):
     lines = [f"line {i:05d}\n" for i in range(2000)]
     (tmp_path / "a.txt").write_text("".join(lines))
@@ -159,7 +165,7 @@ def test_other_tokenizers_are_used(tmp_path):
         ),
         (lambda p: folder_of(p, {"l.jsonl": '"x"\n'}) / "l.jsonl", "line 1: expected an object"),
         (lambda p: folder_of(p, {"p.parquet": "nope, not parquet"}) / "p.parquet", "not a parquet file"),
-        (lambda p: folder_of(p / "one", {"a.txt": "x", "b.bin": "y"}), "no text is left for"),
+        (lambda p: folder_of(p / "one", {"a.txt": "x"}), "no text is left for"),
     ],
 )
 def test_bad_data_is_named_in_one_line(tokenizer, tmp_path, make, words):

@@ -204,3 +204,13 @@ def test_resuming_on_changed_text_is_refused(tiny, text, tmp_path):
     text.write_text(text.read_text() + "more\n")
     with pytest.raises(InputError, match="has changed since the run began"):
         train(RunConfig("baseline", load_recipe("fresh")), tmp_path / "run", resume=True)
+
+
+def test_distillation_is_reported_apart_from_the_loss(tiny, text, tmp_path):
+    train(config("echo", tiny, text, "steps=2"), tmp_path / "with")
+    train(config("echo", tiny, text, "steps=2", "distillation=0"), tmp_path / "without")
+    rows = [
+        [row for row in RunFolder(tmp_path / name).metrics() if row["kind"] == "train"] for name in ("with", "without")
+    ]
+    assert rows[0][0]["distillation"] > 0 and "distillation" not in rows[1][0]
+    assert rows[0][0]["loss"] == pytest.approx(rows[1][0]["loss"], abs=1e-5)  # the first step: the same weights

@@ -65,8 +65,8 @@ def load_corpus(
 
     Args:
         data: a text file, a folder, a ``.jsonl`` or ``.parquet`` file; None means the Python standard library's sources.
-        validation_fraction: share of the documents that is held out. Which ones is decided by a hash of their names; a single
-            text file holds out its end instead.
+        validation_fraction: share of the documents that is held out. Which ones is decided by a hash of their names, at least
+            one of several files; a single text file holds out its end instead.
         text_field: field or column of ``.jsonl`` and ``.parquet`` that holds the text.
 
     Raises:
@@ -116,8 +116,19 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def held_out(document: str, fraction: float) -> bool:
     """Whether a document belongs to the validation set: a hash of its name, so that adding files moves no other file."""
-    number = int.from_bytes(hashlib.sha256(document.encode(errors="surrogateescape")).digest()[:8], "big")
-    return number < fraction * 2**64
+    return _number(document) < fraction * 2**64
+
+
+def _number(document: str) -> int:
+    return int.from_bytes(hashlib.sha256(document.encode(errors="surrogateescape")).digest()[:8], "big")
+
+
+def _only_held_out(files: list[SourceFile], fraction: float) -> str | None:
+    """Among a few text files, none of which the hash holds out, the name of the one that comes nearest to it."""
+    names = [file.name for file in files]
+    if len(files) < 2 or any(sources.is_table(file) or held_out(file.name, fraction) for file in files):
+        return None
+    return min(names, key=_number)
 
 
 class _Writer:
@@ -165,6 +176,7 @@ def _build(
 ) -> None:
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     readable = files if len(files) == 1 else [file for file in files if sources.is_text(file)]
+    alone, only = len(readable) == 1, _only_held_out(readable, fraction)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         with (
@@ -173,9 +185,11 @@ def _build(
         ):
             train, validation = (_Writer(file, tokenizer, dtype) for file in (train_file, validation_file))
             for file in readable:
-                for piece in _pieces(file, text_field, alone=len(readable) == 1, fraction=fraction):
-                    tail = piece.start is not None and len(readable) == 1
-                    hold = piece.start >= 1 - fraction if tail else held_out(piece.document, fraction)  # type: ignore[operator]
+                for piece in _pieces(file, text_field, alone=alone, fraction=fraction):
+                    if alone and piece.start is not None:
+                        hold = piece.start >= 1 - fraction
+                    else:
+                        hold = piece.document == only or held_out(piece.document, fraction)
                     (validation if hold else train).add(piece)
             train.flush()
             validation.flush()

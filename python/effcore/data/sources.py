@@ -86,7 +86,7 @@ def read_file(file: SourceFile, text_field: str) -> Iterator[Piece]:
     try:
         if file.path.suffix == ".parquet":
             yield from _read_parquet(file, text_field)
-        elif file.path.suffix in _TABLES:
+        elif is_table(file):
             yield from _read_jsonl(file, text_field)
         else:
             yield from _read_text(file)
@@ -99,9 +99,14 @@ def read_file(file: SourceFile, text_field: str) -> Iterator[Piece]:
         raise InputError(f"{file.path}: permission denied") from error
 
 
+def is_table(file: SourceFile) -> bool:
+    """Whether the file holds many documents."""
+    return file.path.suffix in _TABLES
+
+
 def is_text(file: SourceFile) -> bool:
     """Whether a file found in a folder is worth reading: a table, or bytes that look like UTF-8 text."""
-    if file.path.suffix in _TABLES:
+    if is_table(file):
         return True
     with file.path.open("rb") as stream:
         head = stream.read(8192)

@@ -68,6 +68,7 @@ class MetricsCallback(TrainerCallback):
             state,
             kind="train",
             loss=logs["loss"],
+            **({"distillation": logs["distillation"]} if logs.get("distillation") else {}),
             gradient_norm=logs.get("grad_norm"),
             learning_rate=logs["learning_rate"],
             tokens_per_second=self._window_steps * self.tokens_per_step / max(self._window_seconds, 1e-9),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,14 +52,17 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[A
     if dtype is not None:
         options["dtype"] = dtype
     try:
-        with quiet_transformers():
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # reading GGUF shows a bar of its own
             tokenizer = AutoTokenizer.from_pretrained(folder, **{k: v for k, v in options.items() if k != "dtype"})
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except MemoryError:
         raise
     except Exception as error:  # transformers, safetensors and gguf raise a dozen kinds for a bad file
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{path}: cannot be loaded as a language model ({type(error).__name__}: {reason})") from error
+    if "gguf_file" in options:  # its weights are ordinary tensors now, though transformers calls the model quantized
+        model.hf_quantizer, model.is_quantized = None, False
+        model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
 
 
@@ -68,7 +72,7 @@ def load_tokenizer(path: str | Path | None) -> Any:
         return byte_tokenizer()
     folder, options = _resolve(Path(path))
     try:
-        with quiet_transformers():
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
         raise InputError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from effcore.training.metrics_file import Row
@@ -52,60 +54,83 @@ def draw(runs: Sequence[Run], folder: Path) -> list[str]:
     return [f"{name}.png" for name in (*panels, "overview")]
 
 
-def _series(rows: Sequence[Row], kind: str, key: str) -> tuple[list[float], list[Any]]:
-    """Tokens in the unit of :func:`_token_axis`, and values."""
-    chosen = [row for row in rows if row["kind"] == kind and row.get(key) is not None]
-    return [row["tokens"] / 1e6 for row in chosen], [row[key] for row in chosen]
+@dataclass(frozen=True)
+class _Tokens:
+    """The unit of the token axis, so that short runs and long ones have readable numbers."""
+
+    divisor: float
+    name: str
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> _Tokens:
+        most = max((row["tokens"] for _, rows in runs for row in rows), default=0)
+        units = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+        return next((cls(divisor, name) for divisor, name in units if most >= divisor), cls(1.0, "tokens"))
+
+    def series(self, rows: Sequence[Row], kind: str, key: str) -> tuple[list[float], list[Any]]:
+        """Tokens in this unit, and the values of ``key``."""
+        chosen = [row for row in rows if row["kind"] == kind and row.get(key) is not None]
+        return [row["tokens"] / self.divisor for row in chosen], [row[key] for row in chosen]
+
+    def switches(self, rows: Sequence[Row]) -> list[float]:
+        """Where the layout changed."""
+        trained = [row for row in rows if row["kind"] == "train"]
+        return [
+            after["tokens"] / self.divisor for before, after in pairwise(trained) if before["layout"] != after["layout"]
+        ]
+
+    def label(self, axes: Axes) -> None:
+        axes.set_xlabel(f"training tokens ({self.name})")
 
 
 def _loss(axes: Axes, runs: Sequence[Run]) -> None:
-    lowest: list[float] = []
+    unit = _Tokens.of(runs)
+    validated: list[float] = []
     for number, (title, rows) in enumerate(runs):
         color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
-        tokens, losses = _series(rows, "train", "loss")
-        axes.plot(tokens, losses, color=color, alpha=0.3, linewidth=1)
-        tokens, losses = _series(rows, "validation", "loss")
+        tokens, losses = unit.series(rows, "train", "loss")
+        axes.plot(tokens, _running(fmean, losses, len(losses) // 12), color=color, alpha=0.35, linewidth=1)
+        tokens, losses = unit.series(rows, "validation", "loss")
         axes.plot(tokens, losses, color=color, marker=marker, markersize=4, label=title)
-        lowest += losses
-        for position in _switches(rows):
-            axes.axvline(position, color=color, alpha=0.25, linewidth=0.8, linestyle=":")
-    if lowest:  # the first steps' losses would flatten everything that matters
-        low, first = min(lowest), max(lowest)
-        axes.set_ylim(low - 0.08 * (first - low) - 0.02, first + 0.6 * (first - low) + 0.05)
-    axes.set_xlabel("training tokens (millions)")
+        validated += losses
+        for position in unit.switches(rows):
+            axes.axvline(position, color=color, alpha=0.3, linewidth=0.8, linestyle=":")
+    if validated:  # the first steps' losses would flatten everything that matters
+        low, high = min(validated), max(validated)
+        axes.set_ylim(low - 0.1 * (high - low) - 0.02, high + 0.3 * (high - low) + 0.02)
+    unit.label(axes)
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Loss: validation (markers), training (faint),\nswitches of the schedule (dotted)", fontsize=10)
+    axes.set_title(
+        "Loss: validation (markers), training (faint, running mean),\nswitches of the schedule (dotted)", fontsize=10
+    )
 
 
 def _speed(axes: Axes, runs: Sequence[Run]) -> None:
+    unit = _Tokens.of(runs)
     for number, (title, rows) in enumerate(runs):
-        tokens, speeds = _series(rows, "train", "tokens_per_second")
-        axes.plot(tokens, _running_median(speeds), color=_COLORS[number % len(_COLORS)], label=title)
+        tokens, speeds = unit.series(rows, "train", "tokens_per_second")
+        axes.plot(tokens, _running(median, speeds, 5), color=_COLORS[number % len(_COLORS)], label=title)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("training tokens (millions)")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    unit.label(axes)
     axes.set_ylabel("training speed (tokens per second)")
     axes.set_title("Training speed (running median)", fontsize=10)
 
 
 def _cache(axes: Axes, runs: Sequence[Run]) -> None:
+    unit = _Tokens.of(runs)
     for number, (title, rows) in enumerate(runs):
-        tokens, sizes = _series(rows, "train", "cache_bytes_per_token")
+        tokens, sizes = unit.series(rows, "train", "cache_bytes_per_token")
         axes.step(
             tokens, [size / 1024 for size in sizes], where="post", color=_COLORS[number % len(_COLORS)], label=title
         )
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("training tokens (millions)")
+    unit.label(axes)
     axes.set_ylabel("KV cache (KiB per token)")
     axes.set_title("KV cache that the model needs at inference", fontsize=10)
 
 
-def _switches(rows: Sequence[Row]) -> list[float]:
-    """Where the layout of a run changed, in millions of tokens."""
-    trained = [row for row in rows if row["kind"] == "train"]
-    return [after["tokens"] / 1e6 for before, after in pairwise(trained) if before["layout"] != after["layout"]]
-
-
-def _running_median(values: Sequence[float], width: int = 5) -> list[float]:
-    half = width // 2
-    windows = (sorted(values[max(0, i - half) : i + half + 1]) for i in range(len(values)))
-    return [window[len(window) // 2] for window in windows]
+def _running(statistic: Callable[[Sequence[float]], float], values: Sequence[float], width: int) -> list[float]:
+    """``statistic`` of the values around each one, ``width`` of them."""
+    half = max(width, 1) // 2
+    return [statistic(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]

@@ -30,6 +30,8 @@ class SharingTrainer(Trainer):
         """``extra_loss`` gives a term that is added to the loss of the forward before it (ECHO's distillation)."""
         super().__init__(*args, **kwargs)
         self._extra_loss = extra_loss
+        self._extra_sum = torch.zeros((), device=self.args.device)
+        self._extra_logged = 0
 
     def compute_loss(
         self,
@@ -45,7 +47,17 @@ class SharingTrainer(Trainer):
         if extra is None:
             return result
         extra = extra / self.args.gradient_accumulation_steps
+        self._extra_sum = self._extra_sum + extra.detach()
         return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Reports the extra term as ``distillation``, apart from ``loss``, which stays comparable between methods."""
+        if "loss" in logs and self._extra_loss is not None:
+            steps = max(self.state.global_step - max(self._extra_logged, self._initial_global_step), 1)
+            distillation = self.accelerator.gather(self._extra_sum).mean().item() / steps
+            logs = {**logs, "loss": logs["loss"] - distillation, "distillation": distillation}
+            self._extra_sum, self._extra_logged = torch.zeros_like(self._extra_sum), self.state.global_step
+        super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
