@@ -1,7 +1,8 @@
 """Speed of the attention family on a GPU against SDPA (flash and cuDNN), in one process on the same inputs.
 
-Contenders alternate, L2 is flushed before every call, medians of CUDA events are reported. FLOPs count the products that the plain formula
-needs (2 forward and 5 backward, half of them where causal), whatever a kernel recomputes. Writes $OUT/attention_cuda.json, if OUT is set.
+Contenders alternate, L2 is flushed before every call, medians of CUDA events are reported. FLOPs count the products that
+the plain formula needs (2 forward and 5 backward, half of them where causal), whatever a kernel recomputes. Writes
+$OUT/attention_cuda.json, if OUT is set.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ import effcore  # noqa: E402
 for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):
     effcore.__path__.append(folder)
 
-import effcore.ops.attention  # noqa: E402, F401  (registers the ops)
+import effcore.ops.attention  # noqa: E402  (registers the ops)
 
 native = torch.ops.effcore
 
 
 def time_all(contenders: dict, rounds: int) -> dict[str, float]:
     """Median milliseconds of each contender."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    flush = torch.zeros(
+        64 << 20, dtype=torch.int32, device="cuda"
+    )  # read, not written: dirty lines would be written back on our time
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for name in list(contenders):
         try:
@@ -42,7 +45,7 @@ def time_all(contenders: dict, rounds: int) -> dict[str, float]:
             del contenders[name], times[name]
     for _ in range(rounds):
         for name, run in contenders.items():
-            flush.zero_()
+            flush.amax()
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             result = run()
@@ -58,7 +61,9 @@ def sdpa(backend: SDPBackend, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def training(dim: int, length: int, layers: int, rounds: int, only: list[str], tokens: int = 16384, width: int = 2048) -> list[dict]:
+def training(
+    dim: int, length: int, layers: int, rounds: int, only: list[str], tokens: int = 16384, width: int = 2048
+) -> list[dict]:
     """Causal attention of 16k tokens, heads * dim = 2048, bf16."""
     batch, heads = max(tokens // length, 1), width // dim
     q, k, v, dout = (torch.randn(batch, heads, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
@@ -71,12 +76,25 @@ def training(dim: int, length: int, layers: int, rounds: int, only: list[str], t
         if only and what not in only:
             return
         times = time_all(contenders, rounds)
-        row = {"what": what, "dim": dim, "length": length, "ms": times,
-               "tflops": {n: products * product / t / 1e9 for n, t in times.items()},
-               "ratio": {f"{o}/{peer}": times[peer] / times[o] for o in ours for peer in backends if peer in times and o in times}}
+        row = {
+            "what": what,
+            "dim": dim,
+            "length": length,
+            "ms": times,
+            "tflops": {n: products * product / t / 1e9 for n, t in times.items()},
+            "ratio": {
+                f"{o}/{peer}": times[peer] / times[o] for o in ours for peer in backends if peer in times and o in times
+            },
+        }
         rows.append(row)
 
-    report("forward", 2, {"effcore": lambda: native.attention(q, k, v, *none)} | {n: (lambda b=b: sdpa(b, q, k, v)) for n, b in backends.items()}, ("effcore",))
+    report(
+        "forward",
+        2,
+        {"effcore": lambda: native.attention(q, k, v, *none)}
+        | {n: (lambda b=b: sdpa(b, q, k, v)) for n, b in backends.items()},
+        ("effcore",),
+    )
     out, lse = native.attention(q, k, v, *none)
     inputs = [t.detach().requires_grad_() for t in (q, k, v)]
     peers = {n: sdpa(b, *inputs) for n, b in backends.items()}
@@ -90,19 +108,44 @@ def training(dim: int, length: int, layers: int, rounds: int, only: list[str], t
     slots = (lse, torch.empty_like(q), torch.empty_like(v), torch.zeros((), device="cuda"))
     kept = {"lse": empty, "probs": probs}
     plain = {n: (lambda b=b: sdpa(b, q, k, v)) for n, b in backends.items()}
-    report("owner keeps probs", 2, {"probs": lambda: native.attention_with_scores(q, k, v, *none, 1, 1)} | plain, ("probs",))
-    report("consumer forward", 2, {n: (lambda p=p: native.attention_from_scores(q, k, v, lse, p, *slots, *none)) for n, p in kept.items()} | plain, ("lse", "probs"))
+    report(
+        "owner keeps probs",
+        2,
+        {"probs": lambda: native.attention_with_scores(q, k, v, *none, 1, 1)} | plain,
+        ("probs",),
+    )
+    report(
+        "consumer forward",
+        2,
+        {n: (lambda p=p: native.attention_from_scores(q, k, v, lse, p, *slots, *none)) for n, p in kept.items()}
+        | plain,
+        ("lse", "probs"),
+    )
     peers = {n: sdpa(b, *inputs) for n, b in backends.items()}
     plain = {n: (lambda o=o: torch.autograd.grad(o, inputs, dout, retain_graph=True)) for n, o in peers.items()}
-    report("consumer backward", 5, {n: (lambda p=p: native.attention_from_scores_bwd(dout, out, q, k, v, lse, p, *none)) for n, p in kept.items()} | plain, ("lse", "probs"))
-    plain = {n: (lambda o=o: [torch.autograd.grad(o, inputs, dout, retain_graph=True) for _ in range(layers)]) for n, o in peers.items()}
+    report(
+        "consumer backward",
+        5,
+        {n: (lambda p=p: native.attention_from_scores_bwd(dout, out, q, k, v, lse, p, *none)) for n, p in kept.items()}
+        | plain,
+        ("lse", "probs"),
+    )
+    plain = {
+        n: (lambda o=o: [torch.autograd.grad(o, inputs, dout, retain_graph=True) for _ in range(layers)])
+        for n, o in peers.items()
+    }
 
     def group(p):
         for _ in range(layers - 1):
             native.attention_from_scores_bwd(dout, out, q, k, v, lse, p, *none)
         return native.attention_with_scores_bwd(q, k, out, lse, p, lse, [dout] * layers, [v] * layers, [], *none)
 
-    report(f"group of {layers} backward", 5 * layers, {n: (lambda p=p: group(p)) for n, p in kept.items()} | plain, ("lse", "probs"))
+    report(
+        f"group of {layers} backward",
+        5 * layers,
+        {n: (lambda p=p: group(p)) for n, p in kept.items()} | plain,
+        ("lse", "probs"),
+    )
     return rows
 
 
@@ -110,23 +153,31 @@ def decoding(batch: int, heads: int, kv_heads: int, keys: int, dim: int, copy: f
     q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(batch, kv_heads, keys, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     lengths = torch.full((batch,), keys, device="cuda", dtype=torch.int32)
-    out, weights, scales = native.decode_attention(q, k, v, lengths, None, None, True)
+    _, weights, scales = native.decode_attention(q, k, v, lengths, None, None, True)
 
     def peer(backend):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads)
 
-    times = time_all({
-        "decode": lambda: native.decode_attention(q, k, v, lengths, None, None, False),
-        "with probs": lambda: native.decode_attention(q, k, v, lengths, None, None, True),
-        "from probs": lambda: native.decode_from_probs(weights, scales, v, lengths, None),
-        "flash": lambda: peer(SDPBackend.FLASH_ATTENTION),
-        "cudnn": lambda: peer(SDPBackend.CUDNN_ATTENTION),
-    }, rounds)
+    times = time_all(
+        {
+            "decode": lambda: native.decode_attention(q, k, v, lengths, None, None, False),
+            "with probs": lambda: native.decode_attention(q, k, v, lengths, None, None, True),
+            "from probs": lambda: native.decode_from_probs(weights, scales, v, lengths, None),
+            "flash": lambda: peer(SDPBackend.FLASH_ATTENTION),
+            "cudnn": lambda: peer(SDPBackend.CUDNN_ATTENTION),
+        },
+        rounds,
+    )
     cache, kept = k.nbytes + v.nbytes, weights.nbytes + scales.nbytes
     moved = {"decode": cache, "with probs": cache + kept, "from probs": v.nbytes + kept, "flash": cache, "cudnn": cache}
     speed = {n: moved[n] / t / 1e9 for n, t in times.items()}
-    return {"what": f"decode B{batch} H{heads}/{kv_heads} S{keys} D{dim}", "ms": times, "tb_per_s": speed, "of_copy": {n: s / copy for n, s in speed.items()}}
+    return {
+        "what": f"decode B{batch} H{heads}/{kv_heads} S{keys} D{dim}",
+        "ms": times,
+        "tb_per_s": speed,
+        "of_copy": {n: s / copy for n, s in speed.items()},
+    }
 
 
 def copy_bandwidth(rounds: int) -> float:
@@ -159,10 +210,18 @@ def main() -> int:
     print(f"{report['device']}, torch {report['torch']}, copy {copy:.2f} TB/s")
     for row in rows:
         if "tflops" in row:
-            print(f"D={row['dim']:<4}S={row['length']:<6}{row['what']:<20}", "  ".join(f"{n} {x:.0f}" for n, x in row["tflops"].items()), "TFLOP/s |",
-                  "  ".join(f"{n} {x:.2f}" for n, x in row["ratio"].items()))
+            print(
+                f"D={row['dim']:<4}S={row['length']:<6}{row['what']:<20}",
+                "  ".join(f"{n} {x:.0f}" for n, x in row["tflops"].items()),
+                "TFLOP/s |",
+                "  ".join(f"{n} {x:.2f}" for n, x in row["ratio"].items()),
+            )
         else:
-            print(f"{row['what']:<32}", "  ".join(f"{n} {1e3 * row['ms'][n]:.0f} us {x:.2f}" for n, x in row["of_copy"].items()), "of copy bandwidth")
+            print(
+                f"{row['what']:<32}",
+                "  ".join(f"{n} {1e3 * row['ms'][n]:.0f} us {x:.2f}" for n, x in row["of_copy"].items()),
+                "of copy bandwidth",
+            )
     return 0
 
 

@@ -26,15 +26,21 @@ struct Cuda {
     function(args, launch_for(args, on, workspace));
   }
 
-  static void run(const attention::Forward& args, const Tensor& on) { call<attention::Forward, cuda::attention::forward>(args, on); }
+  static void run(const attention::Forward& args, const Tensor& on) {
+    call<attention::Forward, cuda::attention::forward>(args, on);
+  }
   static void run(const attention::SharedForward& args, const Tensor& on) {
     call<attention::SharedForward, cuda::attention::shared_forward>(args, on);
   }
   static void run(const attention::SharedBackward& args, const Tensor& on) {
     call<attention::SharedBackward, cuda::attention::shared_backward>(args, on);
   }
-  static void run(const attention::Backward& args, const Tensor& on) { call<attention::Backward, cuda::attention::backward>(args, on); }
-  static void run(const attention::Decode& args, const Tensor& on) { call<attention::Decode, cuda::attention::decode>(args, on); }
+  static void run(const attention::Backward& args, const Tensor& on) {
+    call<attention::Backward, cuda::attention::backward>(args, on);
+  }
+  static void run(const attention::Decode& args, const Tensor& on) {
+    call<attention::Decode, cuda::attention::decode>(args, on);
+  }
   static void run(const attention::DecodeFromProbs& args, const Tensor& on) {
     call<attention::DecodeFromProbs, cuda::attention::decode_from_probs>(args, on);
   }
@@ -45,8 +51,9 @@ struct Cuda {
     if (uses.empty()) return;
     std::vector<const float*> counts;
     for (const Tensor& use : uses) {
-      check(use.scalar_type() == ScalarType::Float && use.is_cuda() && use.get_device_index() == dq.get_device_index() && use.numel() == 1, f,
-            "uses must be float32 scalars on the GPU of q");
+      check(use.scalar_type() == ScalarType::Float && use.is_cuda() && use.get_device_index() == dq.get_device_index() &&
+                use.numel() == 1,
+            f, "uses must be float32 scalars on the GPU of q");
       counts.push_back(use.const_data_ptr<float>());
     }
     const torch::stable::accelerator::DeviceGuard guard(dq.get_device_index());
@@ -60,4 +67,6 @@ struct Cuda {
 }  // namespace
 }  // namespace effcore::binding
 
-STABLE_TORCH_LIBRARY_IMPL(effcore, CUDA, m) { effcore::binding::AttentionOps<effcore::binding::Cuda>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(effcore, CUDA, m) {
+  effcore::binding::AttentionOps<effcore::binding::Cuda>::implement(m);
+}

@@ -9,11 +9,14 @@
 namespace effcore::cuda::attention {
 namespace {
 
-std::int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+std::int64_t element_size(DType dtype) {
+  return dtype == DType::float32 ? 4 : 2;
+}
 
 int to_int(std::int64_t x, const char* function, const char* what) {
   if (x > std::numeric_limits<int>::max() / 2)
-    throw std::invalid_argument(std::string("effcore.") + function + ": " + what + " is " + std::to_string(x) + ", more than CUDA kernels take");
+    throw std::invalid_argument(std::string("effcore.") + function + ": " + what + " is " + std::to_string(x) +
+                                ", more than CUDA kernels take");
   return static_cast<int>(x);
 }
 
@@ -56,7 +59,9 @@ Tensor4 tensor(const TensorView& view) {
   return t;
 }
 
-cudaStream_t stream_of(const Launch& launch) { return static_cast<cudaStream_t>(launch.stream); }
+cudaStream_t stream_of(const Launch& launch) {
+  return static_cast<cudaStream_t>(launch.stream);
+}
 
 // Hands out pieces of the workspace; with a null workspace it counts.
 class Workspace {
@@ -114,8 +119,8 @@ int splits_of(const Problem& p, const char* function) {
   });
 }
 
-void run_decode(const Problem& p, DecodeParams params, bool from_probs, const TensorView& v, const TensorView& out, const Launch& launch,
-                const char* function) {
+void run_decode(const Problem& p, DecodeParams params, bool from_probs, const TensorView& v, const TensorView& out,
+                const Launch& launch, const char* function) {
   if (p.batch * p.heads == 0) return;
   params.shape = shape_of(p, function);
   params.v = tensor(v), params.out = tensor(out);
@@ -133,12 +138,20 @@ constexpr const char* decode_probs_name = "decode_from_probs";
 
 }  // namespace
 
-std::size_t workspace_bytes(const Forward&) { return 0; }
-std::size_t workspace_bytes(const SharedForward&) { return 0; }
-std::size_t workspace_bytes(const SharedBackward&) { return 0; }
+std::size_t workspace_bytes(const Forward&) {
+  return 0;
+}
+std::size_t workspace_bytes(const SharedForward&) {
+  return 0;
+}
+std::size_t workspace_bytes(const SharedBackward&) {
+  return 0;
+}
 std::size_t workspace_bytes(const Backward& args) {
-  return dispatch(args.problem, backward_name,
-                  [&](auto kernels) { return BackwardWorkspace(args.problem, kernels.backward_plan(args.probs != nullptr), nullptr).bytes; });
+  return dispatch(args.problem, backward_name, [&](auto kernels) {
+    return BackwardWorkspace(args.problem, kernels.backward_plan(args.probs != nullptr, args.layers, backward_name), nullptr)
+        .bytes;
+  });
 }
 std::size_t workspace_bytes(const Decode& args) {
   return DecodeWorkspace(args.problem, splits_of(args.problem, decode_name), nullptr).bytes;
@@ -150,7 +163,8 @@ std::size_t workspace_bytes(const DecodeFromProbs& args) {
 void forward(const Forward& args, const Launch& launch) {
   const Problem& p = args.problem;
   const Shape shape = shape_of(p, forward_name);
-  const ForwardParams params{shape, {}, tensor(args.q), tensor(args.k), tensor(args.v), tensor(args.out), static_cast<float*>(args.lse), nullptr};
+  const ForwardParams params{
+      shape, {}, tensor(args.q), tensor(args.k), tensor(args.v), tensor(args.out), static_cast<float*>(args.lse), nullptr};
   const ProbsParams probs{shape, {}, params.q, params.k, params.lse, args.probs};
   dispatch(p, forward_name, [&](auto kernels) {
     kernels.forward(params, false, forward_name, stream_of(launch));
@@ -160,11 +174,19 @@ void forward(const Forward& args, const Launch& launch) {
 
 void shared_forward(const SharedForward& args, const Launch& launch) {
   const Problem& p = args.problem;
-  const ForwardParams params{shape_of(p, shared_name), {}, tensor(args.q), tensor(args.k), tensor(args.v), tensor(args.out),
-                             static_cast<float*>(const_cast<void*>(args.lse)), args.probs};
+  const ForwardParams params{shape_of(p, shared_name),
+                             {},
+                             tensor(args.q),
+                             tensor(args.k),
+                             tensor(args.v),
+                             tensor(args.out),
+                             static_cast<float*>(const_cast<void*>(args.lse)),
+                             args.probs};
   dispatch(p, shared_name, [&](auto kernels) {
-    if (args.probs != nullptr) kernels.forward_probs(params, shared_name, stream_of(launch));
-    else kernels.forward(params, true, shared_name, stream_of(launch));
+    if (args.probs != nullptr)
+      kernels.forward_probs(params, shared_name, stream_of(launch));
+    else
+      kernels.forward(params, true, shared_name, stream_of(launch));
   });
 }
 
@@ -193,11 +215,11 @@ void shared_backward(const SharedBackward& args, const Launch& launch) {
 void backward(const Backward& args, const Launch& launch) {
   const Problem& p = args.problem;
   if (args.layers > max_layers)
-    throw std::invalid_argument("effcore.attention_with_scores_bwd: " + std::to_string(args.layers) + " layers share these scores, but CUDA kernels take " +
-                                std::to_string(max_layers));
+    throw std::invalid_argument("effcore.attention_with_scores_bwd: " + std::to_string(args.layers) +
+                                " layers share these scores, but CUDA kernels take " + std::to_string(max_layers));
   const Shape shape = shape_of(p, backward_name);
   dispatch(p, backward_name, [&](auto kernels) {
-    const BackwardPlan plan = kernels.backward_plan(args.probs != nullptr);
+    const BackwardPlan plan = kernels.backward_plan(args.probs != nullptr, args.layers, backward_name);
     const BackwardWorkspace space(p, plan, launch.workspace);
     DeltaParams delta{};
     delta.shape = shape;
@@ -220,7 +242,7 @@ void backward(const Backward& args, const Launch& launch) {
     params.turns = space.turns;
     params.ticket = space.turns + space.turn_count - 1;
     kernels.delta(delta, backward_name, stream_of(launch));
-    kernels.backward(params, backward_name, stream_of(launch));
+    kernels.backward(params, plan.compact, backward_name, stream_of(launch));
   });
 }
 
@@ -239,7 +261,8 @@ void decode_from_probs(const DecodeFromProbs& args, const Launch& launch) {
 }
 
 const char* path(const Problem& p) {
-  if (p.dtype != DType::bfloat16 && p.dtype != DType::float16 && p.dtype != DType::float32) return "none: not float32, bfloat16 or float16";
+  if (p.dtype != DType::bfloat16 && p.dtype != DType::float16 && p.dtype != DType::float32)
+    return "none: not float32, bfloat16 or float16";
   if (p.head_dim > 256 || p.value_dim > 256) return "none: head dimension above 256";
 #ifdef EFFCORE_CUDA_SET_CI
   if (p.dtype != DType::bfloat16 || padded_dim(p.head_dim, p.value_dim) != 64) return "none: built with EFFCORE_CUDA_SET=ci";

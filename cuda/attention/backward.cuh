@@ -3,15 +3,16 @@
 //   P = exp(S - lse), or read;   dv = P^T dout_0;   dP = sum_l dout_l v_l^T;   dS = P * (dP - delta)
 //   dk = scale dS^T q;   dq = scale dS k
 //
-// Bound: 4 + layers products of 2 * queries * keys * dim FLOPs for an owner, 2 for a consumer, one less with P kept (half causal).
-// A block owns `keys` keys of a kv head and walks over the queries that see them, head by head of the group, so dk and dv stay in registers
-// and need no sum over heads. Scores are computed transposed, S^T = K Q^T: a warp owns 16 keys, and P^T and dS^T are already in the layout of
-// the operand A of the products that give dv and dk. Only dq, which sums over the warps' keys, needs dS in shared memory. dq is added up
-// over the blocks of keys in turns (turns.cuh); the last one scales, rounds and writes it.
+// Bound: 4 + layers products of 2 * queries * keys * dim FLOPs for an owner, 2 for a consumer, one less with P kept (half
+// causal). A block owns `keys` keys of a kv head and walks over the queries that see them, head by head of the group, so dk and
+// dv stay in registers and need no sum over heads. Scores are computed transposed, S^T = K Q^T: a warp owns 16 keys, and P^T
+// and dS^T are already in the layout of the operand A of the products that give dv and dk. Only dq, which sums over the warps'
+// keys, needs dS in shared memory. dq is added up over the blocks of keys in turns (turns.cuh); the last one scales, rounds and
+// writes it.
 //
-// Shared memory (BackwardTiles): K [keys x D]; two stages each of dout [queries x D], Q [queries x D] and kept P [queries x keys]; dS^T [keys x
-// queries]; V [keys x D], in two stages if there are several layers, whose dout_l and v_l then stream through: a ring of items
-// (step, layer) of which one is being multiplied and the next is on its way.
+// Shared memory (BackwardTiles): K [keys x D]; two stages each of dout [queries x D], Q [queries x D] and kept P [queries x
+// keys]; dS^T [keys x queries]; V [keys x D], in two stages if there are several layers, whose dout_l and v_l then stream
+// through: a ring of items (step, layer) of which one is being multiplied and the next is on its way.
 #pragma once
 #include "attention/backward_tiles.cuh"
 #include "attention/turns.cuh"
@@ -20,8 +21,8 @@ namespace effcore::cuda::attention {
 
 // dk or dv of a warp's 16 keys, in the inputs' dtype or in float32.
 template <class T, int D>
-__device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, int batch, int head, int key0, int keys, const float (&x)[D / 8][4],
-                                           float scale) {
+__device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, int batch, int head, int key0, int keys,
+                                           const float (&x)[D / 8][4], float scale) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -31,16 +32,19 @@ __device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, int
     for (int n = 0; n < D / 8; ++n) {
       const int column = 8 * n + 2 * (lane % 4);
       const float low = x[n][2 * i] * scale, high = x[n][2 * i + 1] * scale;
-      if (in_float) store_pair(row_of<float>(to, batch, head, key), column, to.columns, to.paired, low, high);
-      else store_pair(row_of<T>(to, batch, head, key), column, to.columns, to.paired, low, high);
+      if (in_float)
+        store_pair(row_of<float>(to, batch, head, key), column, to.columns, to.paired, low, high);
+      else
+        store_pair(row_of<T>(to, batch, head, key), column, to.columns, to.paired, low, high);
     }
   }
 }
 
-template <class T, int D, Gradients gradients, bool from_probs>
-__global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::threads, gradients == Gradients::dv && D == 64 ? 2 : 1)
+template <class T, int D, Gradients gradients, bool from_probs, bool compact>
+__global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs, compact>::threads,
+                                  gradients == Gradients::dv && D == 64 ? 2 : 1)
     backward_kernel(const __grid_constant__ BackwardParams p) {
-  using Tiles = BackwardTiles<T, D, gradients, from_probs>;
+  using Tiles = BackwardTiles<T, D, gradients, from_probs, compact>;
   constexpr int queries = Tiles::queries, keys = Tiles::keys, threads = Tiles::threads;
   constexpr bool wants_dv = Tiles::wants_dv, wants_dq = Tiles::wants_dq;
   constexpr float log2e = 1.4426950408889634f;
@@ -68,8 +72,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
 
   const auto load = [&](const Step& step, int layer, int stage, int q_stage, bool first) {
     const int head = kv_head * s.group + step.head, query0 = step.block * queries;
-    load_tile<queries, threads>(Wide(shared + Tiles::dout_at + stage * Tiles::queries_bytes), matrix<T>(p.dout[layer], batch, head), query0, 0,
-                                s.queries);
+    load_tile<queries, threads>(Wide(shared + Tiles::dout_at + stage * Tiles::queries_bytes),
+                                matrix<T>(p.dout[layer], batch, head), query0, 0, s.queries);
     if constexpr (wants_dq) {
       if (first || p.layers > 1)
         load_tile<keys, threads>(Wide(shared + Tiles::v_at + (p.layers > 1 ? stage : 0) * Tiles::keys_bytes),
@@ -77,18 +81,20 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
     }
     if (layer == 0) {
       if constexpr (Tiles::reads_q)
-        load_tile<queries, threads>(Wide(shared + Tiles::q_at + q_stage * Tiles::queries_bytes), matrix<T>(p.q, batch, head), query0, 0,
-                                    s.queries);
+        load_tile<queries, threads>(Wide(shared + Tiles::q_at + q_stage * Tiles::queries_bytes), matrix<T>(p.q, batch, head),
+                                    query0, 0, s.queries);
       if constexpr (from_probs)
-        load_probs<queries, threads>(Tile<T, Tiles::probs_columns>(shared + Tiles::probs_at + q_stage * queries * Tiles::probs_columns * Tiles::size),
-                                     static_cast<const T*>(p.probs) + (static_cast<std::int64_t>(batch) * s.heads + head) * probs_elements_of(s), s,
-                                     query0, key0);
+        load_probs<queries, threads>(
+            Tile<T, Tiles::probs_columns>(shared + Tiles::probs_at + q_stage * queries * Tiles::probs_columns * Tiles::size),
+            static_cast<const T*>(p.probs) + (static_cast<std::int64_t>(batch) * s.heads + head) * probs_elements_of(s), s,
+            query0, key0);
       if (threadIdx.x < 2 * queries) {
         const int i = threadIdx.x % queries;
         const float* from = threadIdx.x < queries ? p.lse : p.delta;
         const bool valid = query0 + i < s.queries && from != nullptr;
         if (valid) from += (static_cast<std::int64_t>(batch) * s.heads + head) * s.queries + query0 + i;
-        async_copy_4(shared_address(statistics + 2 * queries * q_stage + threadIdx.x), valid ? from : static_cast<const void*>(p.k.data), valid);
+        async_copy_4(shared_address(statistics + 2 * queries * q_stage + threadIdx.x),
+                     valid ? from : static_cast<const void*>(p.k.data), valid);
       }
     }
     async_commit();
@@ -99,7 +105,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
   Steps<queries, keys> steps(seen, s.queries, s.group, work.block);
   Step step = steps.next();
   if (step.exists()) {
-    if constexpr (Tiles::reads_k) load_tile<keys, threads>(k_tile, matrix<T>(p.k, batch, kv_head), key0, first_seen, seen.length);
+    if constexpr (Tiles::reads_k)
+      load_tile<keys, threads>(k_tile, matrix<T>(p.k, batch, kv_head), key0, first_seen, seen.length);
     load(step, 0, 0, 0, true);
   }
   int* signal = nullptr;  // the turn that the previous step has still to pass on, and its number
@@ -120,30 +127,32 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
     for (int layer = 0; layer < p.layers; ++layer) {
       async_wait<0>();
       __syncthreads();  // this item has arrived, everyone has left the one before, and its part of dq has been added
-      if (layer + 1 < p.layers) load(step, layer + 1, stage ^ 1, q_stage, false);
-      else if (following.exists()) load(following, 0, stage ^ 1, q_stage ^ 1, false);
+      if (layer + 1 < p.layers)
+        load(step, layer + 1, stage ^ 1, q_stage, false);
+      else if (following.exists())
+        load(following, 0, stage ^ 1, q_stage ^ 1, false);
       const Wide dout_tile(shared + Tiles::dout_at + stage * Tiles::queries_bytes);
 
       if (layer == 0) {
-        // Asked for early, so that the answer is there when it is needed. The sums are touched in L2 alone: seeing the count is enough.
+        // Asked for early, so that the answer is there when it is needed. The sums are touched in L2 alone: seeing the count is
+        // enough.
         if (wants_dq && threadIdx.x == threads - 1 && turn > 0) turns_in = load_relaxed(p.turns + slot);
         if constexpr (from_probs) {
-          const Tile<T, Tiles::probs_columns> p_tile(shared + Tiles::probs_at + q_stage * queries * Tiles::probs_columns * Tiles::size);
+          const Tile<T, Tiles::probs_columns> p_tile(shared + Tiles::probs_at +
+                                                     q_stage * queries * Tiles::probs_columns * Tiles::size);
 #pragma unroll
           for (int j = 0; j < queries / 16; ++j)
             as_accumulators(p_tile.a_transposed(16 * j, warp_key), probs[2 * j], probs[2 * j + 1]);
         } else {
-#pragma unroll Tiles::depth_unroll
-          for (int d = 0; d < D; d += 16) {
-            const Operand<T> a = k_tile.a(warp_key, d);
-#pragma unroll
-            for (int n = 0; n < queries / 16; ++n) multiply_add(probs[2 * n], probs[2 * n + 1], a, q_tile.b(16 * n, d));
-          }
+          product<T, 1, D / 16, queries / 16>(
+              &probs, [&](int, int d) { return k_tile.a(warp_key, 16 * d); },
+              [&](int d, int n) { return q_tile.b(16 * n, 16 * d); });
 #pragma unroll
           for (int n = 0; n < queries / 8; ++n) {
             const float2 shift = *reinterpret_cast<const float2*>(lse + 8 * n + 2 * (lane % 4));
 #pragma unroll
-            for (int i = 0; i < 4; ++i) probs[n][i] = exp2_approx(fmaf(probs[n][i], scale_log2, -(i % 2 == 0 ? shift.x : shift.y) * log2e));
+            for (int i = 0; i < 4; ++i)
+              probs[n][i] = exp2_approx(fmaf(probs[n][i], scale_log2, -(i % 2 == 0 ? shift.x : shift.y) * log2e));
           }
           // Queries behind the last one have lse = 0, q = 0 and dout = 0: P = 1 there, times nothing.
           if (key0 + keys > seen.end(query0) || key0 < seen.begin(last_query)) {
@@ -151,7 +160,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
             for (int n = 0; n < queries / 8; ++n)
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
-                const int query = min(query0 + 8 * n + 2 * (lane % 4) + e, last_query), begin = seen.begin(query), end = seen.end(query);
+                const int query = min(query0 + 8 * n + 2 * (lane % 4) + e, last_query), begin = seen.begin(query),
+                          end = seen.end(query);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                   const int key = key0 + warp_key + lane / 4 + 8 * i;
@@ -160,23 +170,16 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
               }
           }
         }
-        if constexpr (wants_dv) {
-#pragma unroll
-          for (int j = 0; j < queries / 16; ++j) {
-            const Operand<T> a = as_operand<T>(probs[2 * j], probs[2 * j + 1]);
-#pragma unroll
-            for (int n = 0; n < D / 16; ++n) multiply_add(dv[2 * n], dv[2 * n + 1], a, dout_tile.b_transposed(16 * j, 16 * n));
-          }
-        }
+        if constexpr (wants_dv)
+          product<T, 1, queries / 16, D / 16, true>(
+              &dv, [&](int, int j) { return as_operand<T>(probs[2 * j], probs[2 * j + 1]); },
+              [&](int j, int n) { return dout_tile.b_transposed(16 * j, 16 * n); });
       }
       if constexpr (wants_dq) {
         const Wide v_tile(shared + Tiles::v_at + (p.layers > 1 ? stage : 0) * Tiles::keys_bytes);
-#pragma unroll Tiles::depth_unroll
-        for (int d = 0; d < D; d += 16) {
-          const Operand<T> a = v_tile.a(warp_key, d);
-#pragma unroll
-          for (int n = 0; n < queries / 16; ++n) multiply_add(dprobs[2 * n], dprobs[2 * n + 1], a, dout_tile.b(16 * n, d));
-        }
+        product<T, 1, D / 16, queries / 16>(
+            &dprobs, [&](int, int d) { return v_tile.a(warp_key, 16 * d); },
+            [&](int d, int n) { return dout_tile.b(16 * n, 16 * d); });
       }
       stage ^= 1;
     }
@@ -190,16 +193,15 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
         for (int i = 0; i < 4; ++i) dprobs[n][i] = probs[n][i] * (dprobs[n][i] - (i % 2 == 0 ? delta.x : delta.y));
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          store_pair(ds_tile.at(warp_key + lane / 4 + 8 * i, 8 * n + 2 * (lane % 4)), 0, 2, true, dprobs[n][2 * i], dprobs[n][2 * i + 1]);
+          store_pair(ds_tile.at(warp_key + lane / 4 + 8 * i, 8 * n + 2 * (lane % 4)), 0, 2, true, dprobs[n][2 * i],
+                     dprobs[n][2 * i + 1]);
       }
-#pragma unroll
-      for (int j = 0; j < queries / 16; ++j) {
-        const Operand<T> a = as_operand<T>(dprobs[2 * j], dprobs[2 * j + 1]);
-#pragma unroll
-        for (int n = 0; n < D / 16; ++n) multiply_add(dk[2 * n], dk[2 * n + 1], a, q_tile.b_transposed(16 * j, 16 * n));
-      }
+      product<T, 1, queries / 16, D / 16, true>(
+          &dk, [&](int, int j) { return as_operand<T>(dprobs[2 * j], dprobs[2 * j + 1]); },
+          [&](int j, int n) { return q_tile.b_transposed(16 * j, 16 * n); });
 
-      // By now what the step before has added is in L2, and passing its turn on costs no wait. Two warps, since each would delay the barrier.
+      // By now what the step before has added is in L2, and passing its turn on costs no wait. Two warps, since each would
+      // delay the barrier.
       if (threadIdx.x == 0 && signal != nullptr) store_release(signal, signal_turn);
       if (threadIdx.x == threads - 1 && turns_in < turn) wait_for_turn(p.turns + slot, turn);
       __syncthreads();  // dS has been written, and it is this block's turn
@@ -209,19 +211,11 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
       float dq[rows][2 * columns][4];
 #pragma unroll
       for (int m = 0; m < rows; ++m) clear(dq[m]);
-#pragma unroll Tiles::depth_unroll
-      for (int j = 0; j < keys; j += 16) {
-        Operand<T> a[rows];
-#pragma unroll
-        for (int m = 0; m < rows; ++m) a[m] = ds_tile.a_transposed(j, row0 + 16 * m);
-#pragma unroll
-        for (int n = 0; n < columns; ++n) {
-          const Operand<T> b = k_tile.b_transposed(j, column0 + 16 * n);
-#pragma unroll
-          for (int m = 0; m < rows; ++m) multiply_add(dq[m][2 * n], dq[m][2 * n + 1], a[m], b);
-        }
-      }
-      float4* const sums = reinterpret_cast<float4*>(p.dq_sums + slot * Tiles::dq_elements) + warp * (rows * columns * 2 * 32) + lane;
+      product<T, rows, keys / 16, columns>(
+          dq, [&](int m, int j) { return ds_tile.a_transposed(16 * j, row0 + 16 * m); },
+          [&](int j, int n) { return k_tile.b_transposed(16 * j, column0 + 16 * n); });
+      float4* const sums =
+          reinterpret_cast<float4*>(p.dq_sums + slot * Tiles::dq_elements) + warp * (rows * columns * 2 * 32) + lane;
       const bool last = work.block == met.last;
 #pragma unroll
       for (int m = 0; m < rows; ++m)
@@ -229,8 +223,10 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs>::th
         for (int n = 0; n < 2 * columns; ++n) {
           float4* const sum = sums + (m * 2 * columns + n) * 32;
           if (!last) {
-            if (turn == 0) __stcg(sum, make_float4(dq[m][n][0], dq[m][n][1], dq[m][n][2], dq[m][n][3]));
-            else add_in_turn(sum, dq[m][n]);
+            if (turn == 0)
+              __stcg(sum, make_float4(dq[m][n][0], dq[m][n][1], dq[m][n][2], dq[m][n][3]));
+            else
+              add_in_turn(sum, dq[m][n]);
             continue;
           }
           const float4 before = turn > 0 ? __ldcg(sum) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);

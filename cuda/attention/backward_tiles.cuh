@@ -7,18 +7,20 @@ namespace effcore::cuda::attention {
 // Which gradients a kernel computes: those of a consumer (dv), of an owner, or of an owner whose dv another launch computes.
 enum class Gradients { dv, all, dq_dk };
 
-template <class T, int D, Gradients gradients, bool from_probs>
+template <class T, int D, Gradients gradients, bool from_probs, bool compact>
 struct BackwardTiles {
   static constexpr bool wants_dv = gradients != Gradients::dq_dk, wants_dq = gradients != Gradients::dv;
   static constexpr int size = static_cast<int>(sizeof(T));
-  // A warp owns 16 keys and all D columns of their dk and dv: 2 * D / 2 registers, so at D = 256 the two are separate launches. 128 keys
-  // halve the traffic of Q, dO and dq against 64; where K and V would not fit beside the ring, fewer.
-  static constexpr int keys = is_16bit<T> ? (D <= 128 ? 128 : 64) : (D == 64 ? 64 : 32);
-  // 128 queries have half the barriers and turns of 64: 213 against 180 TFLOP/s on an H100 (D = 64, length 8192); kept P [queries x keys] would
-  // then fill shared memory, and gains nothing.
-  static constexpr int queries = is_16bit<T> ? (D == 64 && wants_dq && !from_probs ? 128 : D <= 128 ? 64 : 32) : (D <= 128 ? 32 : 16);
+  // A warp owns 16 keys and all D columns of their dk and dv: 2 * D / 2 registers, so at D = 256 the two are separate launches.
+  // 128 keys halve the traffic of Q, dO and dq against 64; where K and V would not fit beside the ring, fewer. `compact` is for
+  // GPUs with 99 KiB of shared memory a block (sm_86, sm_89, sm_120), and for several layers at D = 128 on an A100.
+  static constexpr int keys = is_16bit<T> ? (D <= 128 ? 128 : 64) / (compact ? 2 : 1) : (D == 64 ? 64 : 32);
+  // 128 queries have half the barriers and turns of 64: 213 against 180 TFLOP/s on an H100 (D = 64, length 8192); kept P
+  // [queries x keys] would then fill shared memory, and gains nothing.
+  static constexpr bool wide = D == 64 && wants_dq && !from_probs && !compact;
+  static constexpr int queries =
+      is_16bit<T> ? (wide ? 128 : (D <= 128 ? 64 : 32) / (compact && D > 64 ? 2 : 1)) : (D <= 128 && !compact ? 32 : 16);
   static constexpr int warps = keys / 16, threads = 32 * warps;
-  static constexpr int depth_unroll = is_16bit<T> ? D / 16 : 1;
 
   static constexpr bool reads_q = wants_dq || !from_probs, reads_k = reads_q;
   static constexpr int ds_columns = queries * size < 128 ? 128 / size : queries;  // the swizzle wants 128 bytes a row
@@ -34,7 +36,8 @@ struct BackwardTiles {
   static constexpr int v_at = (statistics_at + 4 * queries * 4 + 1023) / 1024 * 1024;
   static constexpr int shared_bytes(int layers) { return v_at + (wants_dq ? (layers > 1 ? 2 : 1) * keys_bytes : 0); }
 
-  // dq [queries x D] of a step: warps stand in a grid of dq_down x (warps / dq_down), each with dq_rows x dq_columns blocks of 16 x 16.
+  // dq [queries x D] of a step: warps stand in a grid of dq_down x (warps / dq_down), each with dq_rows x dq_columns blocks of
+  // 16 x 16.
   static constexpr int dq_down = queries >= 128 ? 4 : queries >= 32 ? 2 : 1;
   static constexpr int dq_rows = queries / 16 / dq_down, dq_columns = D / 16 / (warps / dq_down);
   static constexpr int dq_elements = queries * D;
@@ -56,11 +59,12 @@ struct KeyBlocks {
   }
 };
 
-// Enumerates, for one block of keys, head by head, the blocks of queries that meet it, the last first; a warp looks at 32 of them at a time.
-// All threads of a block enumerate the same steps.
+// Enumerates, for one block of keys, head by head, the blocks of queries that meet it, the last first; a warp looks at 32 of
+// them at a time. All threads of a block enumerate the same steps.
 //
-// Last first because of the turns (turns.cuh): blocks of keys that start together all begin at the same queries and follow each other one
-// step apart. First first, causal blocks of keys would begin at their diagonals, and each would wait for its predecessor to come there.
+// Last first because of the turns (turns.cuh): blocks of keys that start together all begin at the same queries and follow each
+// other one step apart. First first, causal blocks of keys would begin at their diagonals, and each would wait for its
+// predecessor to come there.
 template <int block_q, int block_k>
 class Steps {
  public:

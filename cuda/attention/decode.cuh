@@ -1,34 +1,40 @@
 // Decoding: one new token a row against a padded cache, O = softmax(scale q K^T) V, or O = P V from another layer's weights.
 //
-// Bound: K and V of the visible keys are read once from device memory (V alone, and the weights, from probabilities). The query heads of a kv
-// head are packed as the rows of one 16-row operand, so the cache is read once for all of them. The visible chunks of decode_chunk keys
-// are dealt out evenly over `splits` blocks, by the lengths found on the device; combine_kernel puts the splits together.
+// Bound: K and V of the visible keys are read once from device memory (V alone, and the weights, from probabilities). The query
+// heads of a kv head are packed as the rows of one 16-row operand, so the cache is read once for all of them. The visible
+// chunks of decode_chunk keys are dealt out evenly over `splits` blocks, by the lengths found on the device; combine_kernel
+// puts the splits together.
 //
-// Shared memory: Q [16 x D]; a ring of `stages` tiles [keys x D], through which K and V of a chunk pass one after the other; all but one
-// of them are on their way. Of each tile a warp owns keys / 4: its scores stay in registers, are rounded and multiply the same warp's
-// keys of V; the warps' outputs are added up once, at the end.
+// Shared memory: Q [16 x D]; a ring of `stages` tiles [keys x D], through which K and V of a chunk pass one after the other;
+// all but one of them are on their way. Of each tile a warp owns keys / 4: its scores stay in registers, are rounded and
+// multiply the same warp's keys of V; the warps' outputs are added up once, at the end.
 //
-// The weights of a chunk are exp(score - maximum of the chunk and head), and the products with V are of these rounded weights, scaled in
-// float32: a consumer that reads the weights gets the same product.
+// The weights of a chunk are exp(score - maximum of the chunk and head), and the products with V are of these rounded weights,
+// scaled in float32: a consumer that reads the weights gets the same product.
 #pragma once
 #include "attention/visibility.cuh"
 
 namespace effcore::cuda::attention {
 
-template <class T, int D, bool from_probs>
+constexpr int decode_heads = 16;  // query heads that one block serves: the rows of an operand
+
+template <class T, int D, bool from_probs, bool compact>
 struct DecodeTiles {
-  static constexpr int warps = 4, threads = 32 * warps, heads = 16;
+  static constexpr int warps = 4, threads = 32 * warps, heads = decode_heads;
   static constexpr int size = static_cast<int>(sizeof(T));
-  // Tiles of 32 KiB, or of 16 beside weights: two blocks an SM, with 64 KiB and more on their way.
-  static constexpr int wanted = (from_probs ? 16384 : 32768) / (D * size);
+  // Three tiles of 32 KiB, or four of 16 beside weights: two blocks an SM, with 48 KiB and more each on their way. `compact` is
+  // for GPUs with 99 KiB of shared memory a block.
+  static constexpr int wanted = (from_probs || compact ? 16384 : 32768) / (D * size);
   static constexpr int keys = wanted >= 64 ? wanted : 64;
-  static constexpr int stages = keys * D * size > 32768 ? 2 : keys * D * size <= 16384 ? 4 : 3;
+  static constexpr int stages = keys * D * size <= 16384 ? 4 : keys * D * size <= 32768 && !compact ? 3 : 2;
   static constexpr int tiles = decode_chunk / keys;  // of a chunk
   static constexpr int warp_keys = keys / warps;     // of a tile
   static constexpr int tile_bytes = keys * D * size, q_bytes = heads * D * size;
   static constexpr int output_bytes = warps * heads * D * 4;  // at the end, in the ring
-  // Weights [16 x chunk] and their scales come with the first tile of V of their chunk: as many stages as chunks that the ring can touch.
-  static constexpr int weights_bytes = heads * decode_chunk * size, weights_stages = from_probs ? (stages - 1 + tiles - 1) / tiles + 1 : 0;
+  // Weights [16 x chunk] and their scales come with the first tile of V of their chunk: as many stages as chunks that the ring
+  // can touch.
+  static constexpr int weights_bytes = heads * decode_chunk * size,
+                       weights_stages = from_probs ? (stages - 1 + tiles - 1) / tiles + 1 : 0;
   static constexpr int weights_at = (from_probs ? 0 : q_bytes) + stages * tile_bytes;
   static constexpr int scales_at = weights_at + weights_stages * weights_bytes;
   static constexpr int maxima_at = scales_at + weights_stages * heads * 4, sums_at = maxima_at + 2 * warps * heads * 4;
@@ -36,9 +42,10 @@ struct DecodeTiles {
   static_assert(output_bytes <= stages * tile_bytes);
 };
 
-template <class T, int D, bool from_probs>
-__global__ void __launch_bounds__(DecodeTiles<T, D, from_probs>::threads) decode_kernel(const __grid_constant__ DecodeParams p) {
-  using Tiles = DecodeTiles<T, D, from_probs>;
+template <class T, int D, bool from_probs, bool compact>
+__global__ void __launch_bounds__(DecodeTiles<T, D, from_probs, compact>::threads)
+    decode_kernel(const __grid_constant__ DecodeParams p) {
+  using Tiles = DecodeTiles<T, D, from_probs, compact>;
   constexpr int threads = Tiles::threads, warp_keys = Tiles::warp_keys, tiles = Tiles::tiles;
   constexpr float infinity = INFINITY;
   extern __shared__ __align__(1024) char shared[];
@@ -70,7 +77,8 @@ __global__ void __launch_bounds__(DecodeTiles<T, D, from_probs>::threads) decode
     for (int chunk = split; chunk < all_chunks; chunk += p.splits) {
       if (chunk >= first_chunk && chunk < first_chunk + chunks) continue;
       const int key0 = chunk * decode_chunk, width = min(decode_chunk, s.keys - key0);
-      for (int i = threadIdx.x; i < heads * width; i += threads) weights[(row0 + i / width) * s.keys + key0 + i % width] = from_float<T>(0.0f);
+      for (int i = threadIdx.x; i < heads * width; i += threads)
+        weights[(row0 + i / width) * s.keys + key0 + i % width] = from_float<T>(0.0f);
       if (threadIdx.x < heads) p.scales[(row0 + threadIdx.x) * all_chunks + chunk] = -infinity;
     }
   }
@@ -80,9 +88,11 @@ __global__ void __launch_bounds__(DecodeTiles<T, D, from_probs>::threads) decode
   const int items = (chunk1 - chunk0) * items_per_chunk;
   const auto load = [&](int item) {
     if (item < items) {
-      const int part = item % items_per_chunk, key0 = (chunk0 + item / items_per_chunk) * decode_chunk + part % tiles * Tiles::keys;
+      const int part = item % items_per_chunk,
+                key0 = (chunk0 + item / items_per_chunk) * decode_chunk + part % tiles * Tiles::keys;
       const bool is_k = !from_probs && part < tiles;
-      load_tile<Tiles::keys, threads>(Tile<T, D>(ring + item % Tiles::stages * Tiles::tile_bytes), is_k ? k : v, key0, begin, end);
+      load_tile<Tiles::keys, threads>(Tile<T, D>(ring + item % Tiles::stages * Tiles::tile_bytes), is_k ? k : v, key0, begin,
+                                      end);
       if constexpr (from_probs) {
         if (part == 0) {
           const int chunk = chunk0 + item / tiles, stage = item / tiles % Tiles::weights_stages;
@@ -122,8 +132,8 @@ __global__ void __launch_bounds__(DecodeTiles<T, D, from_probs>::threads) decode
   for (int chunk = chunk0; chunk < chunk1; ++chunk) {
     const int chunk_key = chunk * decode_chunk;
     float score[from_probs ? 2 : decode_chunk / 32][4];  // tile by tile, this warp's keys; then the weights
-    float factor[2];                    // of this chunk's product with V
-    const auto key_of = [&](int n, int e) {  // column 2 * (lane % 4) + e of accumulator n
+    float factor[2];                                     // of this chunk's product with V
+    const auto key_of = [&](int n, int e) {              // column 2 * (lane % 4) + e of accumulator n
       return chunk_key + n / (warp_keys / 8) * Tiles::keys + warp * warp_keys + n % (warp_keys / 8) * 8 + 2 * (lane % 4) + e;
     };
     if constexpr (!from_probs) {
@@ -180,7 +190,8 @@ __global__ void __launch_bounds__(DecodeTiles<T, D, from_probs>::threads) decode
           if (warp == 0 && lane % 4 == 0) p.scales[(row0 + head) * all_chunks + chunk] = highest;
 #pragma unroll
           for (int n = 0; n < decode_chunk / 32; ++n)
-            store_pair(weights + (row0 + head) * s.keys, key_of(n, 0), s.keys, s.keys % 2 == 0, score[n][2 * i], score[n][2 * i + 1]);
+            store_pair(weights + (row0 + head) * s.keys, key_of(n, 0), s.keys, s.keys % 2 == 0, score[n][2 * i],
+                       score[n][2 * i + 1]);
         }
       }
     }
@@ -197,8 +208,10 @@ __global__ void __launch_bounds__(DecodeTiles<T, D, from_probs>::threads) decode
 #pragma unroll
       for (int j = 0; j < warp_keys / 16; ++j) {
         const int at = t * (warp_keys / 8) + 2 * j;
-        if constexpr (from_probs) a[j] = w_tile.a(0, t * Tiles::keys + warp * warp_keys + 16 * j);
-        else a[j] = as_operand<T>(score[at], score[at + 1]);
+        if constexpr (from_probs)
+          a[j] = w_tile.a(0, t * Tiles::keys + warp * warp_keys + 16 * j);
+        else
+          a[j] = as_operand<T>(score[at], score[at + 1]);
       }
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
@@ -235,8 +248,10 @@ __global__ void __launch_bounds__(DecodeTiles<T, D, from_probs>::threads) decode
     float x = 0.0f, total = 0.0f;
 #pragma unroll
     for (int w = 0; w < Tiles::warps; ++w) x += outputs[(w * Tiles::heads + head) * D + column], total += sums[w][head];
-    if (p.splits > 1) p.partial[((row0 + head) * p.splits + split) * s.value_dim + column] = x;
-    else row_of<T>(p.out, batch, head0 + head, 0)[column] = from_float<T>(from_probs ? x : total == 0.0f ? 0.0f : x / total);
+    if (p.splits > 1)
+      p.partial[((row0 + head) * p.splits + split) * s.value_dim + column] = x;
+    else
+      row_of<T>(p.out, batch, head0 + head, 0)[column] = from_float<T>(from_probs ? x : total == 0.0f ? 0.0f : x / total);
   }
   if (!from_probs && p.statistics != nullptr && threadIdx.x < heads) {
     const int head = threadIdx.x;
@@ -280,8 +295,9 @@ __global__ void __launch_bounds__(combine_threads) combine_kernel(const __grid_c
     for (int column = threadIdx.x; column < s.value_dim; column += combine_threads) {
       const float* partial = p.partial + row * p.splits * s.value_dim + column;
       float x = 0.0f;
-#pragma unroll 8
-      for (int i = 0; i < p.splits; ++i) x = fmaf(partial[static_cast<std::int64_t>(i) * s.value_dim], from_probs ? 1.0f : factors[i], x);
+#pragma unroll 16
+      for (int i = 0; i < p.splits; ++i)
+        x = fmaf(partial[static_cast<std::int64_t>(i) * s.value_dim], from_probs ? 1.0f : factors[i], x);
       row_of<T>(p.out, batch, head, 0)[column] = from_float<T>(x * inverse);
     }
   }

@@ -32,7 +32,8 @@ decltype(auto) dispatch(const Problem& p, const char* function, Body&& body) {
     case DType::float16: return with_dim(fp16{});
     case DType::float32: return with_dim(float{});
     default:
-      throw std::invalid_argument(std::string("effcore.") + function + ": float64 runs on the CPU alone; on a GPU use float32, bfloat16 or float16");
+      throw std::invalid_argument(std::string("effcore.") + function +
+                                  ": float64 runs on the CPU alone; on a GPU use float32, bfloat16 or float16");
   }
 #endif
 }

@@ -4,8 +4,8 @@
 //   consumer  P = exp(S - lse),  O = P V: no maxima, no sums, no rescaling
 //
 // Bound: 2 products of 2 * queries * keys * dim FLOPs (half of it causal) on the tensor cores; K and V are read once a block of
-// rows, from L2. FlashAttention-2's plan: a block owns `rows` queries and walks over the keys it sees, `keys` at a time; S and P stay
-// in registers. While S is multiplied V arrives, while P V is multiplied the next K does.
+// rows, from L2. FlashAttention-2's plan: a block owns `rows` queries and walks over the keys it sees, `keys` at a time; S and
+// P stay in registers. While S is multiplied V arrives, while P V is multiplied the next K does.
 //
 // Shared memory: Q [rows x D], K [keys x D], V [keys x D], each swizzled (tile.cuh). A warp owns 16 * row_tiles whole rows.
 #pragma once
@@ -15,16 +15,15 @@ namespace effcore::cuda::attention {
 
 template <class T, int D>
 struct ForwardTiles {
-  // 32 rows a warp reuse each operand out of shared memory twice, which the tensor cores need: 16 rows would ask for 2 cycles of shared
-  // memory for each 1.4-cycle mma. At D = 256 the output alone would then be 256 registers, and float32 is bound by FMAs: 16.
+  // 32 rows a warp reuse each operand out of shared memory twice, which the tensor cores need: 16 rows would ask for 2 cycles
+  // of shared memory for each 1.4-cycle mma. At D = 256 the output alone would then be 256 registers, and float32 is bound by
+  // FMAs: 16.
   static constexpr int row_tiles = is_16bit<T> && D <= 128 ? 2 : 1;
   static constexpr int warps = !is_16bit<T> && D == 256 ? 2 : 4;  // 96 KiB: sm_86 and sm_89 have 99
   static constexpr int rows = 16 * row_tiles * warps;
   static constexpr int keys = is_16bit<T> ? 64 : 32;  // 128 keys would spill S at D = 128
   static constexpr int threads = 32 * warps;
   static constexpr int shared_bytes = (rows + 2 * keys) * D * static_cast<int>(sizeof(T));
-  // float32 keeps its loops over the depth rolled: one 16 x 16 product is 100 shuffles and 128 FMAs.
-  static constexpr int depth_unroll = is_16bit<T> ? D / 16 : 1;
 };
 
 template <class T, int D, bool known_lse>
@@ -76,18 +75,9 @@ __global__ void __launch_bounds__(ForwardTiles<T, D>::threads) forward_kernel(co
     float score[row_tiles][keys / 8][4];
 #pragma unroll
     for (int m = 0; m < row_tiles; ++m) clear(score[m]);
-#pragma unroll Tiles::depth_unroll
-    for (int d = 0; d < D; d += 16) {
-      Operand<T> a[row_tiles];
-#pragma unroll
-      for (int m = 0; m < row_tiles; ++m) a[m] = q_tile.a(warp_row + 16 * m, d);
-#pragma unroll
-      for (int n = 0; n < keys / 16; ++n) {
-        const Operand<T> b = k_tile.b(16 * n, d);
-#pragma unroll
-        for (int m = 0; m < row_tiles; ++m) multiply_add(score[m][2 * n], score[m][2 * n + 1], a[m], b);
-      }
-    }
+    product<T, row_tiles, D / 16, keys / 16>(
+        score, [&](int m, int d) { return q_tile.a(warp_row + 16 * m, 16 * d); },
+        [&](int d, int n) { return k_tile.b(16 * n, 16 * d); });
     async_wait<0>();
     __syncthreads();  // V has arrived, and everyone is done with K
     if (block + 1 < end_block) load_tile<keys, threads>(k_tile, k, key0 + keys, range.begin, range.end);
@@ -144,18 +134,9 @@ __global__ void __launch_bounds__(ForwardTiles<T, D>::threads) forward_kernel(co
             if constexpr (!known_lse) sum[m][i] += x;
           }
       }
-#pragma unroll
-    for (int j = 0; j < keys / 16; ++j) {
-      Operand<T> a[row_tiles];
-#pragma unroll
-      for (int m = 0; m < row_tiles; ++m) a[m] = as_operand<T>(score[m][2 * j], score[m][2 * j + 1]);
-#pragma unroll
-      for (int n = 0; n < D / 16; ++n) {
-        const Operand<T> b = v_tile.b_transposed(16 * j, 16 * n);
-#pragma unroll
-        for (int m = 0; m < row_tiles; ++m) multiply_add(out[m][2 * n], out[m][2 * n + 1], a[m], b);
-      }
-    }
+    product<T, row_tiles, keys / 16, D / 16, true>(
+        out, [&](int m, int j) { return as_operand<T>(score[m][2 * j], score[m][2 * j + 1]); },
+        [&](int j, int n) { return v_tile.b_transposed(16 * j, 16 * n); });
   }
 
 #pragma unroll
@@ -174,7 +155,8 @@ __global__ void __launch_bounds__(ForwardTiles<T, D>::threads) forward_kernel(co
       T* to = row_of<T>(p.out, batch, head, row);
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
-        store_pair(to, 8 * n + 2 * (lane % 4), s.value_dim, p.out.paired, out[m][n][2 * i] * inverse, out[m][n][2 * i + 1] * inverse);
+        store_pair(to, 8 * n + 2 * (lane % 4), s.value_dim, p.out.paired, out[m][n][2 * i] * inverse,
+                   out[m][n][2 * i + 1] * inverse);
     }
 }
 

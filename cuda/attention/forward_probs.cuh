@@ -1,8 +1,8 @@
 // Forward of a consumer layer from kept probabilities: O = P V, a block matrix product.
 //
-// Bound: P is read once from device memory, queries * keys elements (half of them causal) of 2 bytes; with 2 * D FLOPs an element it is
-// bound by bandwidth up to D = 64 and by the tensor cores' mma.sync rate at D = 256. So the loads matter: a ring of `stages`
-// tiles of P and V, all but one of them on their way.
+// Bound: P is read once from device memory, queries * keys elements (half of them causal) of 2 bytes; with 2 * D FLOPs an
+// element it is bound by bandwidth up to D = 64 and by the tensor cores' mma.sync rate at D = 256. So the loads matter: a ring
+// of `stages` tiles of P and V, all but one of them on their way.
 //
 // Shared memory, a stage: P [rows x keys], V [keys x D]. A warp owns 16 * row_tiles whole rows.
 #pragma once
@@ -24,7 +24,8 @@ struct ForwardProbsTiles {
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(ForwardProbsTiles<T, D>::threads) forward_probs_kernel(const __grid_constant__ ForwardParams p) {
+__global__ void __launch_bounds__(ForwardProbsTiles<T, D>::threads)
+    forward_probs_kernel(const __grid_constant__ ForwardParams p) {
   using Tiles = ForwardProbsTiles<T, D>;
   constexpr int row_tiles = Tiles::row_tiles, keys = Tiles::keys, threads = Tiles::threads;
   extern __shared__ __align__(1024) char shared[];
@@ -60,18 +61,9 @@ __global__ void __launch_bounds__(ForwardProbsTiles<T, D>::threads) forward_prob
     char* stage = shared + (block - first_block) % Tiles::stages * Tiles::stage_bytes;
     const Tile<T, keys> p_tile(stage);
     const Tile<T, D> v_tile(stage + Tiles::probs_bytes);
-#pragma unroll
-    for (int j = 0; j < keys; j += 16) {
-      Operand<T> a[row_tiles];
-#pragma unroll
-      for (int m = 0; m < row_tiles; ++m) a[m] = p_tile.a(warp_row + 16 * m, j);
-#pragma unroll
-      for (int n = 0; n < D / 16; ++n) {
-        const Operand<T> b = v_tile.b_transposed(j, 16 * n);
-#pragma unroll
-        for (int m = 0; m < row_tiles; ++m) multiply_add(out[m][2 * n], out[m][2 * n + 1], a[m], b);
-      }
-    }
+    product<T, row_tiles, keys / 16, D / 16>(
+        out, [&](int m, int j) { return p_tile.a(warp_row + 16 * m, 16 * j); },
+        [&](int j, int n) { return v_tile.b_transposed(16 * j, 16 * n); });
   }
 #pragma unroll
   for (int m = 0; m < row_tiles; ++m)

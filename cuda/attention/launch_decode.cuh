@@ -8,26 +8,35 @@
 
 namespace effcore::cuda::attention {
 
-// Splits of the cache: four blocks for each place that the GPU has for one, so that rows of different length do not leave it idle, of at least
-// four chunks each, so that the ring fills; but where the cache is short, one block a place.
+// Splits of the cache: four blocks for each place that the GPU has for one, so that rows of different length do not leave it
+// idle (one, where there is one row), of at least four chunks each, so that the ring fills; but where the cache is short, one
+// block a place.
 template <class T, int D>
 int Kernels<T, D>::decode_splits(const Shape& s, int processors) {
-  const std::int64_t head_tiles = (s.group + DecodeTiles<T, D, false>::heads - 1) / DecodeTiles<T, D, false>::heads;
+  const std::int64_t head_tiles = (s.group + decode_heads - 1) / decode_heads;
   const std::int64_t rows = std::max<std::int64_t>(1, static_cast<std::int64_t>(s.batch) * s.kv_heads * head_tiles);
   const std::int64_t chunks = std::max(1, (s.keys + decode_chunk - 1) / decode_chunk), places = 2 * processors;
-  const std::int64_t splits = std::max(places / rows, std::min(4 * places / rows, chunks / 4));
+  const std::int64_t splits = std::max(places / rows, std::min((s.batch > 1 ? 4 : 1) * places / rows, chunks / 4));
   return static_cast<int>(std::clamp<std::int64_t>(splits, 1, chunks));
+}
+
+template <class T, int D, bool from_probs>
+void launch_decode(const DecodeParams& p, const char* function, cudaStream_t stream) {
+  using Tiles = DecodeTiles<T, D, from_probs, false>;
+  using Compact = DecodeTiles<T, D, from_probs, true>;
+  const unsigned blocks = static_cast<unsigned>(p.shape.batch) * p.shape.kv_heads * p.head_tiles * p.splits;
+  if (Tiles::shared_bytes == Compact::shared_bytes || Tiles::shared_bytes <= shared_memory_limit(function))
+    launch(function, decode_kernel<T, D, from_probs, false>, blocks, Tiles::threads, Tiles::shared_bytes, stream, p);
+  else if constexpr (Tiles::shared_bytes != Compact::shared_bytes)
+    launch(function, decode_kernel<T, D, from_probs, true>, blocks, Compact::threads, Compact::shared_bytes, stream, p);
 }
 
 template <class T, int D>
 void Kernels<T, D>::decode(const DecodeParams& p, bool from_probs, const char* function, cudaStream_t stream) {
-  using Tiles = DecodeTiles<T, D, false>;
   const Shape& s = p.shape;
   DecodeParams params = p;
-  params.head_tiles = (s.group + Tiles::heads - 1) / Tiles::heads;
-  const unsigned blocks = static_cast<unsigned>(s.batch) * s.kv_heads * params.head_tiles * p.splits;
-  launch(function, from_probs ? decode_kernel<T, D, true> : decode_kernel<T, D, false>, blocks, Tiles::threads,
-         from_probs ? DecodeTiles<T, D, true>::shared_bytes : Tiles::shared_bytes, stream, params);
+  params.head_tiles = (s.group + decode_heads - 1) / decode_heads;
+  from_probs ? launch_decode<T, D, true>(params, function, stream) : launch_decode<T, D, false>(params, function, stream);
   if (p.splits > 1 || (p.weights != nullptr && !from_probs))
     launch(function, from_probs ? combine_kernel<T, true> : combine_kernel<T, false>, static_cast<unsigned>(s.batch) * s.heads,
            combine_threads, p.splits * sizeof(float), stream, params);

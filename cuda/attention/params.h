@@ -87,8 +87,8 @@ struct DecodeParams {
   Tensor4 q, k, v, out;
   void* weights;
   float* scales;
-  float* partial;     // [batch, heads, splits, value_dim]
-  float2* statistics; // [batch, heads, splits]: maximum (in units of log2) and sum
+  float* partial;      // [batch, heads, splits, value_dim]
+  float2* statistics;  // [batch, heads, splits]: maximum (in units of log2) and sum
 };
 
 // Tiles of blocks of rows that come before `block`, and tiles of that block (see effcore/attention.h).

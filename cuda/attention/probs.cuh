@@ -1,11 +1,13 @@
 // The probabilities that a layer group keeps: P = exp(scale Q K^T - lse), normalised, in the inputs' dtype, packed by tiles.
 //
-// A pass of its own behind the forward, rather than a part of it: the forward knows the maximum and the sum of a row only at its end, so
-// it would have to write unnormalised values and read, rescale and round all of them again (three times the bytes, two roundings), or to
-// walk over the keys twice anyway. Bound: one write of P; the product costs 2 * D FLOPs an element, less than the write up to D = 64.
+// A pass of its own behind the forward, rather than a part of it: the forward knows the maximum and the sum of a row only at
+// its end, so it would have to write unnormalised values and read, rescale and round all of them again (three times the bytes,
+// two roundings), or to walk over the keys twice anyway. Bound: one write of P; the product costs 2 * D FLOPs an element, less
+// than the write up to D = 64.
 //
 // Shared memory: Q [rows x D], two K tiles [64 x D], P [rows x 64] on its way from registers to rows of 16 bytes a lane.
-// A block owns one or two rows of tiles, a warp 16 * row_tiles rows of one of them. All tiles that are stored are written, zeros where nothing is seen.
+// A block owns one or two rows of tiles, a warp 16 * row_tiles rows of one of them. All tiles that are stored are written,
+// zeros where nothing is seen.
 #pragma once
 #include "attention/visibility.cuh"
 
@@ -18,7 +20,6 @@ struct ProbsTiles {
   static constexpr int keys = is_16bit<T> || D < 256 ? 64 : 32;
   static constexpr int stages = is_16bit<T> && D <= 128 ? 2 : 1;
   static constexpr int shared_bytes = ((rows + stages * keys) * D + rows * keys) * static_cast<int>(sizeof(T));
-  static constexpr int depth_unroll = is_16bit<T> ? D / 16 : 1;
 };
 
 template <class T, int D>
@@ -75,18 +76,9 @@ __global__ void __launch_bounds__(ProbsTiles<T, D>::threads) probs_kernel(const 
 #pragma unroll
     for (int m = 0; m < row_tiles; ++m) clear(score[m]);
     if (key0 < range.end && key0 + keys > range.begin) {
-#pragma unroll Tiles::depth_unroll
-      for (int d = 0; d < D; d += 16) {
-        Operand<T> a[row_tiles];
-#pragma unroll
-        for (int m = 0; m < row_tiles; ++m) a[m] = q_tile.a(warp_row + 16 * m, d);
-#pragma unroll
-        for (int n = 0; n < keys / 16; ++n) {
-          const Operand<T> b = k_tile.b(16 * n, d);
-#pragma unroll
-          for (int m = 0; m < row_tiles; ++m) multiply_add(score[m][2 * n], score[m][2 * n + 1], a[m], b);
-        }
-      }
+      product<T, row_tiles, D / 16, keys / 16>(
+          score, [&](int m, int d) { return q_tile.a(warp_row + 16 * m, 16 * d); },
+          [&](int d, int n) { return k_tile.b(16 * n, 16 * d); });
     }
     if (Tiles::stages == 1) {
       __syncthreads();
@@ -105,7 +97,8 @@ __global__ void __launch_bounds__(ProbsTiles<T, D>::threads) probs_kernel(const 
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int key = key0 + column + e;
-            x[e] = key >= begin[m][i] && key < end[m][i] ? exp2_approx(fmaf(score[m][n][2 * i + e], scale, -shift[m][i])) : 0.0f;
+            x[e] =
+                key >= begin[m][i] && key < end[m][i] ? exp2_approx(fmaf(score[m][n][2 * i + e], scale, -shift[m][i])) : 0.0f;
           }
           store_pair(p_tile.at(warp_row + 16 * m + lane / 4 + 8 * i, column), 0, 2, true, x[0], x[1]);
         }
@@ -116,7 +109,8 @@ __global__ void __launch_bounds__(ProbsTiles<T, D>::threads) probs_kernel(const 
 #pragma unroll
     for (int i = lane; i < 16 * row_tiles * chunks; i += 32) {
       const int row = i / chunks, column = i % chunks * chunk;
-      *reinterpret_cast<uint4*>(to + row * probs_tile + column) = *reinterpret_cast<const uint4*>(p_tile.at(warp_row + row, column));
+      *reinterpret_cast<uint4*>(to + row * probs_tile + column) =
+          *reinterpret_cast<const uint4*>(p_tile.at(warp_row + row, column));
     }
     __syncwarp();
   }

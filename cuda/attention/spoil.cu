@@ -1,5 +1,5 @@
-// A SharedScores that two layers used gave a gradient that is the sum of two: plausible and wrong. The host may not wait to see the
-// counters, so the gradients themselves say it: NaN.
+// A SharedScores that two layers used gave a gradient that is the sum of two: plausible and wrong. The host may not wait to see
+// the counters, so the gradients themselves say it: NaN.
 #include <cstdint>
 
 #include "common/element.cuh"
@@ -30,8 +30,10 @@ __global__ void __launch_bounds__(threads) spoil_kernel(const __grid_constant__ 
       offset += rest % t.size[d] * t.stride[d];
       rest /= t.size[d];
     }
-    if (t.dtype == DType::float32) static_cast<float*>(t.data)[offset] = NAN;
-    else static_cast<std::uint16_t*>(t.data)[offset] = 0x7fff;  // NaN in bfloat16 and in float16
+    if (t.dtype == DType::float32)
+      static_cast<float*>(t.data)[offset] = NAN;
+    else
+      static_cast<std::uint16_t*>(t.data)[offset] = 0x7fff;  // NaN in bfloat16 and in float16
   }
 }
 

@@ -1,7 +1,8 @@
-// Adding up dq in a fixed order. Every block of keys contributes to the dq of the blocks of queries that see it; float additions in any
-// order would give other bits each run, and partial sums of every block of keys would be as large as the scores. So the blocks of keys take
-// turns: contribution n of a block of queries waits until n of them are in. Nobody waits for a block that has not started: blocks
-// are numbered by a ticket in the order in which they start, and wait only for smaller numbers.
+// Adding up dq in a fixed order. Every block of keys contributes to the dq of the blocks of queries that see it; float
+// additions in any order would give other bits each run, and partial sums of every block of keys would be as large as the
+// scores. So the blocks of keys take turns: contribution n of a block of queries waits until n of them are in. Nobody waits for
+// a block that has not started: blocks are numbered by a ticket in the order in which they start, and wait only for smaller
+// numbers.
 //
 // Sums are kept in float32 in the order of the accumulators' fragments: 16 bytes a lane, 512 a warp.
 #pragma once

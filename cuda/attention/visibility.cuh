@@ -5,7 +5,9 @@
 
 namespace effcore::cuda::attention {
 
-__device__ __forceinline__ int clamp_to(int x, int low, int high) { return min(max(x, low), high); }
+__device__ __forceinline__ int clamp_to(int x, int low, int high) {
+  return min(max(x, low), high);
+}
 
 // One row of the batch.
 struct Visibility {
@@ -60,7 +62,8 @@ __device__ __forceinline__ T* row_of(const Tensor4& t, int batch, int head, int 
 // Starts copying keys [key0, key0 + Columns) of the kept probabilities of queries [query0, query0 + Rows) of one head.
 // Tiles that are not stored become zeros.
 template <int Rows, int Threads, class T, int Columns>
-__device__ __forceinline__ void load_probs(const Tile<T, Columns>& tile, const T* head_probs, const Shape& s, int query0, int key0) {
+__device__ __forceinline__ void load_probs(const Tile<T, Columns>& tile, const T* head_probs, const Shape& s, int query0,
+                                           int key0) {
   constexpr int chunk = Tile<T, Columns>::chunk, chunks = Columns / chunk, step = Threads / chunks;
   static_assert(Threads % chunks == 0 && (Rows % step == 0 || Rows < step) && Columns % chunk == 0);
   const int column = threadIdx.x % chunks * chunk, first = threadIdx.x / chunks;

@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -12,7 +13,9 @@ inline void check(cudaError_t error, const char* function) {
     throw std::runtime_error(std::string("effcore.") + function + ": CUDA error: " + cudaGetErrorString(error));
 }
 
-inline void check_launch(const char* function) { check(cudaGetLastError(), function); }
+inline void check_launch(const char* function) {
+  check(cudaGetLastError(), function);
+}
 
 // Launches a kernel that may need more than the default 48 KiB of dynamic shared memory.
 template <class Params>
@@ -30,6 +33,16 @@ inline int device_attribute(cudaDeviceAttr attribute, const char* function) {
   check(cudaGetDevice(&device), function);
   check(cudaDeviceGetAttribute(&value, attribute, device), function);
   return value;
+}
+
+// Shared memory that a block may have. EFFCORE_CUDA_SHARED_KIB lowers it, so that tests reach the kernels of smaller GPUs.
+inline int shared_memory_limit(const char* function) {
+  static const int forced = [] {
+    const char* text = std::getenv("EFFCORE_CUDA_SHARED_KIB");
+    return text != nullptr ? std::atoi(text) * 1024 : 0;
+  }();
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
+  return forced > 0 && forced < limit ? forced : limit;
 }
 
 }  // namespace effcore::cuda

@@ -11,11 +11,6 @@
 #pragma once
 #include "common/element.cuh"
 
-#ifdef EFFCORE_MMA_PLAIN
-#define EFFCORE_MMA_ASM asm
-#else
-#define EFFCORE_MMA_ASM asm volatile
-#endif
 namespace effcore::cuda {
 
 template <class T>
@@ -30,13 +25,11 @@ struct Operand<float> {
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const Operand<T>& a, std::uint32_t b0, std::uint32_t b1) {
   if constexpr (std::is_same_v<T, bf16>)
-    EFFCORE_MMA_ASM(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]), "r"(b0), "r"(b1));
   else
-    EFFCORE_MMA_ASM(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]), "r"(b0), "r"(b1));
 }
@@ -56,12 +49,33 @@ __device__ __forceinline__ void multiply_add(float (&left)[4], float (&right)[4]
       const int column = 8 * (lane & 3) + holder;  // of the lane that holds B's column c; column c + 1 is four lanes on
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        float(&c)[4] = side == 0 ? left : right;
+        float (&c)[4] = side == 0 ? left : right;
         const float b0 = __shfl_sync(~0u, b.reg[4 * side + 2 * half + element], column);
         const float b1 = __shfl_sync(~0u, b.reg[4 * side + 2 * half + element], column + 4);
         c[0] = fmaf(a0, b0, c[0]), c[1] = fmaf(a0, b1, c[1]);
         c[2] = fmaf(a1, b0, c[2]), c[3] = fmaf(a1, b1, c[3]);
       }
+    }
+  }
+}
+
+// accumulators[m] += A B over `depth` blocks of 16, with operands that a(m, k) and b(k, n) give: `rows` blocks of 16 rows share
+// every operand B. float32 keeps the loop over the depth rolled where A comes from memory (one block is 100 shuffles and 128
+// FMAs). Asking for the next operands ahead of these products was tried: ptxas orders them alike, and D = 128 loses 5 % to
+// spills.
+template <class T, int rows, int depth, int columns, bool a_in_registers = false, class A, class B>
+__device__ __forceinline__ void product(float (*accumulators)[2 * columns][4], const A& a, const B& b) {
+  constexpr int unroll = is_16bit<T> || a_in_registers ? depth : 1;
+#pragma unroll unroll
+  for (int k = 0; k < depth; ++k) {
+    Operand<T> a_operands[rows];
+#pragma unroll
+    for (int m = 0; m < rows; ++m) a_operands[m] = a(m, k);
+#pragma unroll
+    for (int n = 0; n < columns; ++n) {
+      const Operand<T> b_operand = b(k, n);
+#pragma unroll
+      for (int m = 0; m < rows; ++m) multiply_add(accumulators[m][2 * n], accumulators[m][2 * n + 1], a_operands[m], b_operand);
     }
   }
 }

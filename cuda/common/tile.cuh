@@ -1,5 +1,5 @@
-// Tiles of a matrix in shared memory: rows of `Columns` elements whose 16-byte chunks are swizzled by the row (chunk ^ row % 8), so
-// that the eight rows that an ldmatrix reads stand in different banks. A tile starts at a multiple of 1024 bytes.
+// Tiles of a matrix in shared memory: rows of `Columns` elements whose 16-byte chunks are swizzled by the row (chunk ^ row %
+// 8), so that the eight rows that an ldmatrix reads stand in different banks. A tile starts at a multiple of 1024 bytes.
 #pragma once
 #include "common/fragment.cuh"
 
@@ -27,7 +27,9 @@ __device__ __forceinline__ void async_copy_4(std::uint32_t to, const void* from,
   const int bytes = valid ? 4 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int Pending>
 __device__ __forceinline__ void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
@@ -48,8 +50,8 @@ struct Tile {
   }
   __device__ T* at(int row, int column) const { return reinterpret_cast<T*>(data + offset(row, column)); }
 
-  // Operands out of the tile; row and column are multiples of 16 (of 8 for rows). "Transposed": the tile holds A^T (depth x rows) or
-  // B as depth x columns; otherwise A as rows x depth and B^T as columns x depth.
+  // Operands out of the tile; row and column are multiples of 16 (of 8 for rows). "Transposed": the tile holds A^T (depth x
+  // rows) or B as depth x columns; otherwise A as rows x depth and B^T as columns x depth.
   __device__ Operand<T> a(int row, int depth) const { return load<false, false>(row, depth); }
   __device__ Operand<T> a_transposed(int depth, int row) const { return load<true, true>(depth, row); }
   __device__ Operand<T> b(int column, int depth) const { return load<true, false>(column, depth); }
@@ -64,8 +66,7 @@ struct Tile {
     if constexpr (is_16bit<T>) {
       const int down = AcrossFirst ? (lane & 16) / 2 : lane & 8, across = AcrossFirst ? (lane & 8) / 8 : (lane & 16) / 16;
       // The lane's own place is computed once; a column moves it by XOR (tiles are aligned to their rows), a row by addition.
-      const std::uint32_t place =
-          shared_address(data) + ((lane & 7) + down) * row_bytes + ((across ^ (lane & 7)) * 16);
+      const std::uint32_t place = shared_address(data) + ((lane & 7) + down) * row_bytes + ((across ^ (lane & 7)) * 16);
       const std::uint32_t address = (place ^ (column * 2)) + row * row_bytes;
       if constexpr (Transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -84,15 +85,17 @@ struct Tile {
         const int down = AcrossFirst ? i / 2 * 8 : i % 2 * 8, across = AcrossFirst ? i % 2 * 8 : i / 2 * 8;
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          out.reg[2 * i + e] = Transposed ? *at(row + down + c + e, column + across + r) : *at(row + down + r, column + across + c + e);
+          out.reg[2 * i + e] =
+              Transposed ? *at(row + down + c + e, column + across + r) : *at(row + down + r, column + across + c + e);
       }
     }
     return out;
   }
 };
 
-// Starts copying rows [row0, row0 + Rows) of `m` into the tile; rows outside [low, high) and columns beyond the matrix become zeros
-// (so that memory which no query may see, NaN or not, is never multiplied). Unaligned matrices are copied element by element.
+// Starts copying rows [row0, row0 + Rows) of `m` into the tile; rows outside [low, high) and columns beyond the matrix become
+// zeros (so that memory which no query may see, NaN or not, is never multiplied). Unaligned matrices are copied element by
+// element.
 template <int Rows, int Threads, class T, int Columns>
 __device__ __forceinline__ void load_tile(const Tile<T, Columns>& tile, const Matrix<T>& m, int row0, int low, int high) {
   constexpr int chunks = Columns / Tile<T, Columns>::chunk, step = Threads / chunks;

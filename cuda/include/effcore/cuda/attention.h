@@ -1,5 +1,5 @@
-// The attention family on NVIDIA GPUs (sm_80 and later): the functions of effcore/attention.h with the same arguments, which the
-// caller has checked. float64 is refused. Two runs give identical bits. A failing launch throws std::runtime_error.
+// The attention family on NVIDIA GPUs (sm_80 and later): the functions of effcore/attention.h with the same arguments, which
+// the caller has checked. float64 is refused. Two runs give identical bits. A failing launch throws std::runtime_error.
 #pragma once
 #include <cstddef>
 

@@ -1,0 +1,138 @@
+"""The problems that check_attention.py runs: shapes, layouts, masks and dtypes, and their random tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+# What is allowed where SDPA happens to be (nearly) exact: less than one rounding, or a few where exp2 itself has two
+# units of error.
+FLOOR = {"bf16": 0.75 * 2**-7, "fp16": 0.75 * 2**-10, "fp32": 6 * 2**-23}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    dtype: str = "bf16"
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    queries: int = 130
+    keys: int = 130
+    dim: int = 64
+    value_dim: int = 64
+    causal: bool = True
+    lengths: bool = False
+    first_key: str = ""  # "row": [B]; "query": a window of keys, [B, Sq]
+    layout: str = "head"  # head, token, sliced (odd offset and stride)
+    layers: int = 2
+    scale: float | None = None
+
+    def name(self) -> str:
+        marks = [
+            self.dtype,
+            f"B{self.batch} H{self.heads}/{self.kv_heads} {self.queries}x{self.keys}",
+            f"D{self.dim}/{self.value_dim} n{self.layers}",
+        ]
+        marks += [m for m, on in (("causal", self.causal), ("lengths", self.lengths)) if on]
+        marks += [f"first_key/{self.first_key}"] if self.first_key else []
+        marks += [self.layout] if self.layout != "head" else []
+        marks += [f"scale={self.scale}"] if self.scale is not None else []
+        return " ".join(marks)
+
+
+def tensor(case: Case, heads: int, tokens: int, dim: int, requires_grad: bool = True) -> Tensor:
+    dtype = DTYPES[case.dtype]
+    if case.layout == "token":
+        x = torch.randn(case.batch, tokens, heads, dim, device="cuda").to(dtype).transpose(1, 2)
+    elif case.layout == "sliced":
+        x = torch.randn(case.batch, heads, tokens, dim + 3, device="cuda").to(dtype)[..., 1 : dim + 1]
+    else:
+        x = torch.randn(case.batch, heads, tokens, dim, device="cuda").to(dtype)
+    return x.requires_grad_(requires_grad)
+
+
+def visibility(case: Case) -> dict[str, Tensor | None]:
+    lengths = torch.randint(0, case.keys + 1, (case.batch,), device="cuda", dtype=torch.int32) if case.lengths else None
+    if case.lengths and case.batch > 1:
+        lengths[0] = case.keys
+    first = None
+    if case.first_key == "row":
+        first = torch.randint(0, max(case.keys // 2, 1), (case.batch,), device="cuda", dtype=torch.int32)
+    elif case.first_key == "query":
+        end = torch.arange(case.queries, device="cuda") + case.keys - case.queries
+        first = (end - 40).clamp(0, case.keys).to(torch.int32)[None].expand(case.batch, -1)
+    return {"lengths": lengths, "first_key": first}
+
+
+def grid() -> tuple[list[Case], list[Case]]:
+    base = Case()
+    change = dataclasses.replace
+    cases = []
+    for dtype in DTYPES:
+        for dim, value_dim in ((64, 64), (128, 128), (256, 256), (1, 3), (40, 72), (80, 64), (96, 192), (33, 128)):
+            cases.append(change(base, dtype=dtype, dim=dim, value_dim=value_dim))
+        cases += [
+            change(base, dtype=dtype, causal=False, queries=1, keys=300),
+            change(base, dtype=dtype, queries=300, keys=77),  # rows that see nothing
+            change(base, dtype=dtype, queries=65, keys=500, heads=6, kv_heads=2, dim=128, value_dim=128),
+            change(base, dtype=dtype, heads=6, kv_heads=2, lengths=True, queries=257, keys=257),
+            change(
+                base,
+                dtype=dtype,
+                heads=8,
+                kv_heads=1,
+                lengths=True,
+                first_key="row",
+                causal=False,
+                queries=190,
+                keys=333,
+            ),
+            change(base, dtype=dtype, first_key="query", queries=500, keys=500, dim=128, value_dim=64),
+            change(base, dtype=dtype, first_key="query", lengths=True, queries=300, keys=350, heads=2, kv_heads=1),
+            change(base, dtype=dtype, layout="token", dim=128, value_dim=128, batch=3),
+            change(base, dtype=dtype, layout="sliced", queries=200, keys=200),
+            change(base, dtype=dtype, layout="sliced", dim=50, value_dim=129),
+            change(base, dtype=dtype, queries=1, keys=1),
+            change(base, dtype=dtype, layers=1, queries=1000, keys=1000),
+            change(base, dtype=dtype, layers=5, queries=300, keys=300),
+            change(base, dtype=dtype, layers=16, dim=128, value_dim=128),
+            change(base, dtype=dtype, scale=-0.3),
+            change(base, dtype=dtype, scale=0.0),
+        ]
+    cases += [
+        change(base, queries=2048, keys=2048, heads=16, kv_heads=16, layers=1),
+        change(base, queries=2048, keys=2048, heads=16, kv_heads=4, dim=128, value_dim=128, layers=4),
+        change(base, queries=1500, keys=4096, heads=8, kv_heads=8, batch=1, layers=3),
+    ]
+    decode = [
+        change(
+            base,
+            dtype=dtype,
+            queries=1,
+            causal=False,
+            layers=1,
+            heads=heads,
+            kv_heads=kv_heads,
+            keys=keys,
+            dim=dim,
+            value_dim=value_dim,
+            first_key=first_key,
+            layout=layout,
+            batch=batch,
+        )
+        for dtype in DTYPES
+        for heads, kv_heads, keys, dim, value_dim, first_key, layout, batch in (
+            (8, 2, 2000, 64, 64, "", "head", 3),
+            (8, 8, 1000, 128, 128, "", "token", 2),
+            (32, 1, 700, 128, 128, "row", "head", 2),
+            (6, 2, 513, 256, 256, "row", "head", 2),
+            (4, 2, 255, 40, 72, "", "sliced", 2),
+            (2, 1, 1, 64, 64, "", "head", 1),
+            (32, 8, 8192, 128, 128, "", "head", 1),
+            (5, 1, 3001, 80, 33, "row", "head", 2),
+        )
+    ]
+    return cases, decode
