@@ -82,6 +82,7 @@ class Settings:
 
     device: str = "cpu"
     quick: bool = False
+    compiled: bool = True  # peers through torch.compile as well
 
     @property
     def cuda(self) -> bool:

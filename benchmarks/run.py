@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--save", action="store_true", help="both, as benchmarks/results/<device>/<family>.json and .png"
     )
-    parser.add_argument("--quick", action="store_true", help="small cases, few peers: a minute or so")
+    parser.add_argument("--quick", action="store_true", help="small cases, no compiled peers: a minute or so")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the peers that go through torch.compile")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
     parser.add_argument("--seconds", type=float, metavar="S", help="time for each case (default 10; quick: 1)")
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    settings = Settings(device=options.device, quick=options.quick)
+    settings = Settings(options.device, options.quick, compiled=not (options.quick or options.no_compile))
     if settings.cuda and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch finds no CUDA device")
     if not settings.cuda and settings.device != "cpu":

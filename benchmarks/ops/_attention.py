@@ -71,7 +71,7 @@ def peers(
         Candidate(f"sdpa {name}", use(_sdpa(causal)), lambda backend=backend: sdpa_kernel(backend))
         for name, backend in backends.items()
     ]
-    if compiled and not settings.quick:
+    if compiled and settings.compiled:
         found += [
             Candidate("compiled sdpa", use(torch.compile(_sdpa(causal), dynamic=False))),
             Candidate("compiled eager", use(torch.compile(_eager(causal), dynamic=False))),

@@ -168,7 +168,7 @@ def _qk_group(settings: Settings, shape: Shape, dtype: torch.dtype, keep: str, f
         inputs=inputs,
         outputs=(*(f"out{i}" for i in layers), "dq", "dk", *(f"dv{i}" for i in layers)),
         ours=Candidate("effcore", ours),
-        peers=peers(settings, use, causal=True, compiled=False) + (() if settings.quick else (shared,)),
+        peers=peers(settings, use, causal=True, compiled=False) + ((shared,) if settings.compiled else ()),
         exact=exact,
         work=Work(flops=products * _product(shape), dtype=dtype_name(dtype)),
         floor=floor,

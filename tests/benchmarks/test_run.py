@@ -136,8 +136,8 @@ def test_exact_attention_is_the_references(kv_heads, causal):
         torch.testing.assert_close(got, expected)
 
 
-SMALL = Settings(quick=True), (1, 2, 40, 16), torch.float32
-SMALL_CACHE = Settings(quick=True), (2, 4, 2, 300, 16), torch.float32
+SMALL = Settings(compiled=False), (1, 2, 40, 16), torch.float32
+SMALL_CACHE = Settings(compiled=False), (2, 4, 2, 300, 16), torch.float32
 
 
 @pytest.mark.parametrize(
