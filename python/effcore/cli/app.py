@@ -56,11 +56,13 @@ def run(arguments: list[str] | None = None) -> NoReturn:
         _fail(error, 2)
     except RunError as error:
         _fail(error, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except BrokenPipeError:  # the reader of a pipe has gone: | head
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
     sys.exit(0)
 
 

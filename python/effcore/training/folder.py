@@ -69,13 +69,9 @@ class RunFolder:
     def name(self) -> str:
         return self.path.resolve().name
 
-    def create(self, config: RunConfig, *, overwrite: bool) -> None:
-        """Makes the folder with its config.yaml.
-
-        Raises:
-            InputError: it exists (and ``overwrite`` is off, or it is not a run folder, which is never deleted).
-        """
-        if self.path.is_file():
+    def check_free(self, *, overwrite: bool) -> None:
+        """Raises InputError where a new run would hit something: another run (unless ``overwrite``), or anything else."""
+        if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--out {self.path}: is a file")
         if self.path.is_dir() and any(self.path.iterdir()):
             if not self.config_file.is_file():
@@ -84,10 +80,19 @@ class RunFolder:
                 raise InputError(
                     f"--out {self.path}: a run is here; continue it with --resume or replace it with --overwrite"
                 )
+
+    def create(self, config: RunConfig, *, overwrite: bool) -> None:
+        """Makes the folder with its config.yaml. Only a run is ever overwritten.
+
+        Raises:
+            InputError: see :meth:`check_free`; or the folder cannot be made there.
+        """
+        self.check_free(overwrite=overwrite)
+        if self.path.is_dir():
             shutil.rmtree(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            self.path.mkdir(parents=True)
+        except OSError as error:
             raise InputError(f"--out {self.path}: cannot be created ({error.strerror})") from error
         write_atomically(self.config_file, yaml.safe_dump(asdict(config), sort_keys=False))
 

@@ -80,8 +80,10 @@ def train(
         if finished is not None:
             return finished
     recipe, settings = config.recipe, config.recipe.training
-    tokenizer = models.load_tokenizer(config.model)
     arguments = training_arguments(settings, out, shares=config.method != "baseline" or config.model is not None)
+    if not resume and arguments.should_save:
+        folder.check_free(overwrite=overwrite)
+    tokenizer = models.load_tokenizer(config.model)
     with _explained(folder), arguments.main_process_first():
         corpus = load_corpus(
             config.data,
@@ -268,9 +270,13 @@ def _step_of(checkpoint: Path | None) -> int:
 
 @contextmanager
 def _explained(folder: RunFolder) -> Iterator[None]:
-    """Turns a full disk, which comes as any of several exceptions, into one sentence."""
+    """Turns a full disk, which comes as any of several exceptions, and a full GPU into one sentence."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "out of GPU memory: lower training.batch_size or data.length, or --set gradient_checkpointing=true"
+        ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not full and not any(text in str(error) for text in ("No space left", "File too large", "Disk quota")):
