@@ -14,7 +14,10 @@ struct BackwardTiles {
   // A warp owns 16 keys and all D columns of their dk and dv: 2 * D / 2 registers, so at D = 256 the two are separate launches.
   // 128 keys halve the traffic of Q, dO and dq against 64; where K and V would not fit beside the ring, fewer. `compact` is for
   // GPUs with 99 KiB of shared memory a block (sm_86, sm_89, sm_120), and for several layers at D = 128 on an A100.
-  static constexpr int keys = is_16bit<T> ? (D <= 128 ? 128 : 64) / (compact ? 2 : 1) : (D == 64 ? 64 : 32);
+  // Where kept P takes shared memory anyway, two small blocks an SM do better than a large one: 296 against 273 TFLOP/s for a
+  // group of four layers (H100, D = 64, length 8192).
+  static constexpr bool narrow = compact || (D == 64 && from_probs && wants_dq);
+  static constexpr int keys = is_16bit<T> ? (D <= 128 ? 128 : 64) / (narrow ? 2 : 1) : (D == 64 ? 64 : 32);
   // 128 queries have half the barriers and turns of 64: 213 against 180 TFLOP/s on an H100 (D = 64, length 8192); kept P
   // [queries x keys] would then fill shared memory, and gains nothing.
   static constexpr bool wide = D == 64 && wants_dq && !from_probs && !compact;

@@ -43,7 +43,8 @@ def poison() -> None:
 def error(x: Tensor, exact: Tensor) -> float:
     if not torch.isfinite(x).all():
         return float("inf")
-    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item() if x.numel() else 0.0
+    # A result that cancels to nothing (the gradient of a softmax over one key) carries the rounding of terms of about one.
+    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-2 * x.numel() ** 0.5)).item() if x.numel() else 0.0
 
 
 def group(
