@@ -223,3 +223,12 @@ def test_full_disk_is_one_line(text, tmp_path):
     assert (
         result.stderr.count("\n") == 1 and "the disk is full" in result.stderr and "nothing was saved" in result.stderr
     )
+
+
+def test_demo_trains_three_models_and_compares_them(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFCORE_CACHE", str(tmp_path / "cache"))
+    code, out, err = run("demo", "--quiet", *overrides("steps=3"))
+    assert (code, err) == (0, "")
+    assert out.count("│ epas") == 2 and "baseline" in out and "report.md" in out
+    assert (tmp_path / "runs/demo/plots/overview.png").is_file()
+    assert "| epas kv, " in (tmp_path / "runs/demo/report.md").read_text()

@@ -180,8 +180,13 @@ def _ops(findings: dict[str, Any]) -> list[dict[str, str]]:
     for device in cuda["devices"]:
         recent = tuple(map(int, device["compute_capability"].split("."))) >= (8, 0)
         path = "mma kernels (sm_80)" if recent else "none"
-        why = "tensor cores through portable PTX" if recent else f"{device['name']} is older than sm_80"
+        why = (
+            "tensor cores; head dims are padded to 64, 128 or 256"
+            if recent
+            else f"{device['name']} is older than sm_80"
+        )
         rows.append(_row("cuda", "float32, bfloat16, float16", path, why))
+    rows.append(_row("cuda", "float64", "none", "float64 runs on the CPU alone"))
     return rows
 
 

@@ -131,10 +131,12 @@ def train(
             models.quiet_transformers(),
         ):
             trainer.save_model(str(staging / "model"))
+        batch = _batch(
+            training, settings.batch_size
+        )  # by all processes: a sharded model runs in all of them or not at all
+        cost = step_costs({"run": trainer.model}, batch, rounds=3, bfloat16=settings.precision == "bfloat16")["run"]
         if not arguments.should_save:
             return {}
-        batch = _batch(training, settings.batch_size)
-        cost = step_costs({"run": model}, batch, rounds=3, bfloat16=settings.precision == "bfloat16")["run"]
         summary = _summary(config, folder, corpus, model, models.describe(model, precision))
         summary |= {
             "forward_ms": 1e3 * cost.forward_seconds,
