@@ -80,15 +80,19 @@ def run(
     limits = ceilings.measure(settings.device, module.DTYPES)
     facts = report.machine(settings.device)
     clock = timing.clock_for(settings.device)
-    rows = []
-    for number, case in enumerate(cases, 1):
-        print(f"[{number}/{len(cases)}] {case.name}", file=log, flush=True)
-        rows.append(measure(case, settings, clock, seconds, patience))
-        torch.compiler.reset()
-        if settings.cuda:
-            torch.cuda.empty_cache()
-    costs = (c for c in getattr(module, "calls", lambda _: ())(settings) if re.search(only, c.name))
-    calls = measure_calls(costs, settings)
+    rows: list[Row] = []
+    calls: list[CallRow] = []
+    try:
+        for number, case in enumerate(cases, 1):
+            print(f"[{number}/{len(cases)}] {case.name}", file=log, flush=True)
+            rows.append(measure(case, settings, clock, seconds, patience))
+            torch.compiler.reset()
+            if settings.cuda:
+                torch.cuda.empty_cache()
+        costs = getattr(module, "calls", lambda _: ())(settings)
+        calls = measure_calls((c for c in costs if re.search(only, c.name)), settings)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured so far", file=log)
     text = "\n\n".join(
         [report.describe(facts, limits)]
         + ([report.table(rows, limits)] if rows else [])

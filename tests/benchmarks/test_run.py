@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -163,3 +164,14 @@ def test_runs_are_reported_as_they_go(toy_family):
     log = io.StringIO()
     run.run(toy, Settings(), seconds=0.01, log=log)
     assert log.getvalue() == "[1/1] double\n"
+
+
+def test_ctrl_c_reports_what_there_is():
+    def interrupt(x):
+        raise KeyboardInterrupt
+
+    family = types.SimpleNamespace(DTYPES=toy.DTYPES, cases=lambda _: [toy.case(), toy.case(interrupt, name="second")])
+    log = io.StringIO()
+    results, text, green = run.run(family, Settings(), seconds=0.01, log=log)
+    assert green and [c["name"] for c in results["cases"]] == ["double"] and "double" in text
+    assert log.getvalue().endswith("interrupted: what was measured so far\n")
