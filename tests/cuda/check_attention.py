@@ -110,7 +110,8 @@ def check(case: Case, keep: str) -> dict:
         "errors": {},
     }
     worst = 0.0
-    floor = FLOOR[case.dtype]
+    # P kept in 16 bits is rounded once more than SDPA's (which shows at D = 1, where little else is).
+    floor = FLOOR[case.dtype] * (4 / 3 if keep == "probs" else 1)
     for name, x in runs[0].items():
         ours, peer = error(x, exact[name]), error(theirs[name], exact[name])
         row["errors"][name] = (ours, peer)
