@@ -30,7 +30,7 @@ def print_table(summaries: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from effcore.training.report import COLUMNS, table_rows
+    from effcore.training.report import COLUMNS, NOTE, table_rows
 
     table = Table()
     for number, column in enumerate(COLUMNS):
@@ -41,3 +41,4 @@ def print_table(summaries: list[dict[str, Any]]) -> None:
     if not console.is_terminal:
         console = Console(width=160)
     console.print(table)
+    console.print(NOTE, style="dim", highlight=False)

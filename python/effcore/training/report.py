@@ -18,6 +18,13 @@ COLUMNS = (
 )
 
 
+NOTE = (
+    "Ratios and differences are to the first row. Training tokens/s is the mean of the whole run, the time before the layers share "
+    "included; runs follow each other, so a machine that was busy during one distorts it. Forward and backward are medians of "
+    "single steps in the final layout, measured in turns. The cache is counted at the precision of training."
+)
+
+
 def table_rows(summaries: Sequence[Summary]) -> list[list[str]]:
     """One row a run, in the order of :data:`COLUMNS`. From the second on, numbers carry their ratio to the first run's."""
     base = summaries[0]
@@ -68,9 +75,7 @@ def report(summaries: Sequence[Summary], plots: Sequence[str]) -> str:
         "",
         markdown_table(summaries),
         "",
-        "Ratios and differences are to the first row. Training tokens/s is the mean over the whole run, optimizer included, "
-        "validation and checkpoints excluded; forward and backward are medians of single steps in the final layout, measured "
-        "in turns. The cache is counted at the precision of training.",
+        NOTE,
         "",
     ]
     lines += [f"![{name.removesuffix('.png')}](plots/{name})" for name in plots]
