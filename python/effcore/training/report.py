@@ -19,9 +19,9 @@ COLUMNS = (
 
 
 NOTE = (
-    "Ratios and differences are to the first row. Training tokens/s is the mean of the whole run, the time before the layers share "
-    "included; runs follow each other, so a machine that was busy during one distorts it. Forward and backward are medians of "
-    "single steps in the final layout, measured in turns. The cache is counted at the precision of training."
+    "Ratios and differences are to the first row. Training tokens/s is the mean of the whole run, with the time before the "
+    "layers share; runs follow each other, so a machine that was busy during one distorts it. Forward and backward are medians "
+    "of single steps in the final layout, measured in turns. The cache is counted at the precision of training."
 )
 
 
