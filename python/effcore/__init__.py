@@ -30,7 +30,7 @@ _EXPORTS = {
     "merge_tokens": "effcore.ops.routing",
     "class_scores": "effcore.ops.routing",
 }
-_SUBMODULES = ("array", "cli", "methods", "models", "nn", "ops", "reference")
+_SUBMODULES = ("array", "cli", "data", "methods", "models", "ops", "reference", "training")
 
 if TYPE_CHECKING:
     from effcore.methods.skipvit import skip_tokens

@@ -381,6 +381,16 @@ def speed(copy: float) -> list[dict]:
             }
         )
 
+    def topk(scores, keep):
+        return scores.topk(keep, 1).indices.sort(1).values, scores.topk(
+            scores.shape[1] - keep, 1, largest=False
+        ).indices.sort(1).values
+
+    def topk_mask(scores, keep):
+        kept = scores.topk(keep, 1).indices.sort(1).values
+        mask = torch.ones_like(scores, dtype=torch.bool).scatter_(1, kept, False)
+        return kept, mask.nonzero()[:, 1].view(scores.shape[0], -1)
+
     for batch, tokens, channels, dtype in (
         (256, 1024, 384, torch.bfloat16),
         (64, 2048, 2048, torch.bfloat16),
@@ -473,17 +483,30 @@ def speed(copy: float) -> list[dict]:
                     "torch": lambda: torch.autograd.grad(theirs, leaves, [a.view(-1, channels)] * 2, retain_graph=True),
                 },
             )
+        scores = torch.rand(batch, tokens, device="cuda")
+
+        def there_and_back(scores=scores, x=x, keep=keep):
+            kept, rest = ops.partition_tokens(scores, keep)
+            a, b = ops.separate_tokens(x, kept, rest)
+            return ops.merge_tokens(a, kept, b, rest)
+
+        def composed_trip(pick, scores=scores, keep=keep, offsets=offsets, flat=flat):
+            lists = [(index + offsets).flatten() for index in pick(scores, keep)]
+            out = torch.empty_like(flat)
+            for index in lists:
+                out.index_copy_(0, index, flat.index_select(0, index))
+            return out
+
+        row(
+            f"partition + separate + merge {name}",
+            4 * n,
+            {
+                "effcore": there_and_back,
+                "topk, sort x2, index": lambda: composed_trip(topk),
+                "topk, sort, nonzero, index": lambda: composed_trip(topk_mask),
+            },
+        )
         torch.cuda.empty_cache()
-
-    def topk(scores, keep):
-        return scores.topk(keep, 1).indices.sort(1).values, scores.topk(
-            scores.shape[1] - keep, 1, largest=False
-        ).indices.sort(1).values
-
-    def topk_mask(scores, keep):
-        kept = scores.topk(keep, 1).indices.sort(1).values
-        mask = torch.ones_like(scores, dtype=torch.bool).scatter_(1, kept, False)
-        return kept, mask.nonzero()[:, 1].view(scores.shape[0], -1)
 
     for batch, heads, kv_heads, tokens, dim in (
         (256, 6, 6, 197, 64),
