@@ -226,38 +226,56 @@ __global__ void __launch_bounds__(threads) norm_backward_kernel(const __grid_con
 
 // ---- sums over rows: dweight = sum of dnormed * xhat, dbias = sum of dnormed
 
-constexpr int columns = 32, row_lanes = 8, most_pieces = 256;
+constexpr int column_lanes = 16, row_lanes = 16, most_pieces = 256;
 
 struct SumParams {
   Rows tokens, dnormed;
   const float *mean, *rstd;
   float *partial, *dweight, *dbias;  // partial [pieces][2][channels]
   std::int64_t items, piece_rows;
-  int size, channels, pieces;
+  int size, channels, pieces, tiles;
+  bool vectors;
 };
 
+// Elements [c, c + size) of a row, those behind its end as zeros.
 template <class T>
-__global__ void __launch_bounds__(columns* row_lanes) sum_rows_kernel(const __grid_constant__ SumParams p) {
+__device__ __forceinline__ Vector<T> load_columns(const void* row, int c, int channels, bool vectors) {
+  const T* const p = static_cast<const T*>(row) + c;
+  if (vectors) return Vector<T>::from(c < channels ? load_once(p) : uint4{});
+  Vector<T> x;
+#pragma unroll
+  for (int i = 0; i < Vector<T>::size; ++i) x.x[i] = c + i < channels ? to_float(p[i]) : 0.0f;
+  return x;
+}
+
+// A block takes 16 vectors of columns of the rows of a piece: half a warp a row.
+template <class T>
+__global__ void __launch_bounds__(column_lanes* row_lanes) sum_rows_kernel(const __grid_constant__ SumParams p) {
+  constexpr int size = Vector<T>::size, columns = column_lanes * size;
   __shared__ float sums[2][row_lanes][columns];
-  const int column = threadIdx.x % columns, lane = threadIdx.x / columns;
-  const int tiles = (p.channels + columns - 1) / columns, piece = blockIdx.x / tiles, c = blockIdx.x % tiles * columns + column;
-  float weight = 0.0f, bias = 0.0f;
+  const int column = threadIdx.x % column_lanes * size, lane = threadIdx.x / column_lanes;
+  const int piece = blockIdx.x / p.tiles, first = blockIdx.x % p.tiles * columns, c = first + column;
+  float weight[size] = {}, bias[size] = {};
   const std::int64_t end = min(p.items, (piece + 1) * p.piece_rows);
-  if (c < p.channels)
-    for (std::int64_t item = piece * p.piece_rows + lane; item < end; item += row_lanes) {
-      const std::int64_t b = item / p.size, i = item - b * p.size;
-      const float g = to_float(reinterpret_cast<const T*>(p.dnormed(b, i))[c]),
-                  x = to_float(reinterpret_cast<const T*>(p.tokens(b, i))[c]);
-      weight = fmaf(g, (x - (p.mean != nullptr ? p.mean[item] : 0.0f)) * p.rstd[item], weight);
-      bias += g;
-    }
-  sums[0][lane][column] = weight, sums[1][lane][column] = bias;
+#pragma unroll 4
+  for (std::int64_t item = piece * p.piece_rows + lane; item < end; item += row_lanes) {
+    const std::int64_t b = item / p.size, i = item - b * p.size;
+    const auto g = load_columns<T>(p.dnormed(b, i), c, p.channels, p.vectors),
+               x = load_columns<T>(p.tokens(b, i), c, p.channels, p.vectors);
+    const float mean = p.mean != nullptr ? p.mean[item] : 0.0f, rstd = p.rstd[item];
+#pragma unroll
+    for (int e = 0; e < size; ++e) weight[e] = fmaf(g.x[e], (x.x[e] - mean) * rstd, weight[e]), bias[e] += g.x[e];
+  }
+#pragma unroll
+  for (int e = 0; e < size; ++e) sums[0][lane][column + e] = weight[e], sums[1][lane][column + e] = bias[e];
   __syncthreads();
-  if (lane < 2 && c < p.channels) {
+  for (int i = threadIdx.x; i < 2 * columns; i += column_lanes * row_lanes) {
+    const int which = i / columns, at = i - which * columns;
+    if (first + at >= p.channels) continue;
     float sum = 0.0f;
 #pragma unroll
-    for (int r = 0; r < row_lanes; ++r) sum += sums[lane][r][column];
-    p.partial[(static_cast<std::int64_t>(piece) * 2 + lane) * p.channels + c] = sum;
+    for (int r = 0; r < row_lanes; ++r) sum += sums[which][r][at];
+    p.partial[(static_cast<std::int64_t>(piece) * 2 + which) * p.channels + first + at] = sum;
   }
 }
 
@@ -357,8 +375,10 @@ void gather_norm_backward(const GatherNormBackward& args, const Launch& to) {
       with_vectors<T>(vectors, channels, [&](auto count) {
         launch(f, norm_backward_kernel<T, count>, grid((p.items + warps - 1) / warps, f), threads, 0, stream, p);
       });
-      const std::int64_t tiles = (channels + columns - 1) / columns;
-      launch(f, sum_rows_kernel<T>, grid(tiles * sums.pieces, f), columns * row_lanes, 0, stream, sums);
+      constexpr int columns = column_lanes * Vector<T>::size;
+      sums.tiles = static_cast<int>((channels + columns - 1) / columns);
+      sums.vectors = aligned(args.tokens.rows) && aligned(args.dnormed);
+      launch(f, sum_rows_kernel<T>, grid(std::int64_t{sums.tiles} * sums.pieces, f), column_lanes * row_lanes, 0, stream, sums);
     });
   }
   if (batch * total == 0) sums.pieces = 0;
