@@ -18,6 +18,12 @@ class Ceilings:
     matmul: dict[str, float]
     copy: float
 
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The better of two measurements: a busy moment must not lower a ceiling."""
+        return Ceilings(
+            {name: max(rate, other.matmul[name]) for name, rate in self.matmul.items()}, max(self.copy, other.copy)
+        )
+
     def seconds(self, work: Work) -> float:
         """The least time for this work: the slower of arithmetic and memory."""
         flops = work.flops / self.matmul[work.dtype] if work.flops and work.dtype in self.matmul else 0.0

@@ -93,6 +93,7 @@ def run(
         calls = measure_calls((c for c in costs if re.search(only, c.name)), settings)
     except KeyboardInterrupt:
         print("interrupted: what was measured so far", file=log)
+    limits = limits.or_better(ceilings.measure(settings.device, module.DTYPES))
     text = "\n\n".join(
         [report.describe(facts, limits)]
         + ([report.table(rows, limits)] if rows else [])

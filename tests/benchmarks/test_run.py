@@ -118,6 +118,11 @@ def test_attention_is_a_family():
     assert len(set(names)) == len(names)
 
 
+def test_ceilings_take_the_better():
+    a, b = Ceilings({"x": 1.0, "y": 5.0}, 3.0), Ceilings({"x": 2.0, "y": 4.0}, 2.0)
+    assert a.or_better(b) == Ceilings({"x": 2.0, "y": 5.0}, 3.0)
+
+
 def test_ceilings_are_sane():
     limits = measure("cpu", (torch.float32,), rounds=1)
     assert 1e8 < limits.matmul["float32"] < 1e14 and 1e8 < limits.copy < 1e13
