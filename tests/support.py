@@ -18,7 +18,8 @@ def assert_accurate(
 
     Norms are over the whole tensor and in the maximum; a small floor of a few roundings stands in where PyTorch happens to
     be exact. ``terms`` is the size of the terms that the result is a sum or a difference of: a result that cancels to
-    nothing (the gradient of a softmax over one key) carries their rounding. NaN and infinities must be where ``exact`` has them.
+    nothing (the gradient of a softmax over one key) carries their rounding. NaN and infinities must be where ``exact`` has
+    them.
     """
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert ours.dtype == same_dtype.dtype, f"{what}: dtype {ours.dtype}, expected {same_dtype.dtype}"

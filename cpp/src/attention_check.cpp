@@ -13,14 +13,6 @@ namespace {
 
 constexpr std::int64_t max_head_dim = 256;
 
-std::string shape(const TensorView& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int d = 0; d < t.rank; ++d) text << (d ? ", " : "") << t.size[d];
-  text << ']';
-  return text.str();
-}
-
 void check_input(const char* function, const char* argument, const TensorView& t, const TensorView& q) {
   check(t.rank == 4, function, argument, " must have 4 dimensions [batch, heads, tokens, head_dim] but has shape ", shape(t));
   check(t.dtype == q.dtype, function, argument, " is ", name(t.dtype), " but q is ", name(q.dtype));
@@ -130,9 +122,7 @@ void check_tensor(const char* function, const char* argument, const TensorView& 
     ++dimension;
   }
   if (!same) {
-    std::ostringstream wanted;
-    for (const std::int64_t size : sizes) wanted << (wanted.tellp() > 0 ? ", " : "") << size;
-    fail(function, argument, " must have shape [", wanted.str(), "] but has ", shape(tensor));
+    fail(function, argument, " must have shape ", shape(sizes), " but has ", shape(tensor));
   }
   const int last = tensor.rank - 1;
   check(last < 0 || tensor.size[last] <= 1 || tensor.stride[last] == 1, function, argument,

@@ -1,5 +1,7 @@
 #include "effcore/error.h"
 
+#include <cstdio>
+
 namespace effcore {
 
 const char* name(DType dtype) {
@@ -21,6 +23,25 @@ const char* name(DeviceKind device) {
     case DeviceKind::other: break;
   }
   return "an unsupported device";
+}
+
+void append(std::string& text, const char* part) { text += part; }
+void append(std::string& text, char part) { text += part; }
+void append(std::string& text, std::int64_t part) { text += std::to_string(part); }
+
+void append(std::string& text, double part) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%g", part);
+  text += digits;
+}
+
+void append(std::string& text, Shape part) {
+  text += '[';
+  for (int d = 0; d < part.rank; ++d) {
+    if (d != 0) text += ", ";
+    append(text, part.sizes[d]);
+  }
+  text += ']';
 }
 
 }  // namespace effcore

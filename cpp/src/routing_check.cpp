@@ -1,7 +1,6 @@
 // Which arguments token movement takes. Everything is refused here, by name, before a kernel runs.
 #include <cmath>
 #include <cstring>
-#include <string>
 
 #include "effcore/error.h"
 #include "effcore/routing.h"
@@ -12,14 +11,6 @@ namespace effcore::routing {
 using effcore::check;
 
 namespace {
-
-std::string shape(const TensorView& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int d = 0; d < t.rank; ++d) text << (d ? ", " : "") << t.size[d];
-  text << ']';
-  return text.str();
-}
 
 void check_device(const char* function, const char* argument, const TensorView& t, const TensorView& like) {
   check(t.device == like.device && t.device_index == like.device_index, function, argument, " is on ", name(t.device), ':',
@@ -96,9 +87,7 @@ void check_sizes(const char* function, const char* argument, const TensorView& t
   bool same = tensor.rank == static_cast<int>(sizes.size());
   for (int d = 0; same && d < tensor.rank; ++d) same = tensor.size[d] == sizes.begin()[d];
   if (same) return;
-  std::ostringstream wanted;
-  for (const std::int64_t size : sizes) wanted << (wanted.tellp() > 0 ? ", " : "") << size;
-  fail(function, argument, " must have shape [", wanted.str(), "] but has ", shape(tensor));
+  fail(function, argument, " must have shape ", shape(sizes), " but has ", shape(tensor));
 }
 
 void check_list(const char* function, const char* argument, const TensorView& index, const TensorView& like,
