@@ -1,4 +1,4 @@
-"""``effcore train baseline | epas | echo``."""
+"""``effcore train baseline | epas | echo | skipvit``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from effcore.cli import train_skipvit
 
 app = typer.Typer(
     no_args_is_help=True, help="Train a LLaMA: as it is, or while its layers begin to share attention activations."
@@ -45,6 +47,9 @@ Against = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+
+
+app.command(name="skipvit")(train_skipvit.skipvit)
 
 
 @app.command()

@@ -149,8 +149,10 @@ def class_partition(block: nn.Module, x: Tensor, keep: int, protect: int) -> tup
         k = p.key(x) if p.key is not None else F.linear(x, key_weight, None if bias is None else bias[size : 2 * size])
         k = _normed(p.k_norm, _heads(k, p.heads))
         return routing.score_partition(q.to(k.dtype), k, keep, protect=protect, scale=p.scale)
+    # Under autocast q is of its dtype, and so are the rows that the block's own projections read.
     towards = (q.transpose(0, 1)[:, :, 0] @ key_weight.unflatten(0, (p.heads, -1)).to(q.dtype)).transpose(0, 1)
-    return routing.score_partition(towards[:, :, None].to(x.dtype), x[:, None], keep, protect=protect, scale=p.scale)
+    rows = x.to(towards.dtype)[:, None]
+    return routing.score_partition(towards[:, :, None], rows, keep, protect=protect, scale=p.scale)
 
 
 def mean_partition(block: nn.Module, x: Tensor, keep: int, protect: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""One script a paper: what it claims, measured here."""

@@ -1,0 +1,68 @@
+"""SkipViT's claims: `python -m benchmarks.claims.skipvit speed | accuracy`.
+
+speed: ViT-S/16 at 224² in bfloat16 (float32 on the CPU), images a second of training and of inference, against the same model
+compiled with its fused attention. The paper: 1.132x at (0.55, 6, 10) on an Ascend 910A; our goal 1.17x; the ceiling, by FLOPs,
+1.231x.
+
+accuracy: small ViTs on cluttered digits, equal steps, against no dropping, random dropping and merging of tokens (ToMe).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+import effcore  # noqa: E402
+
+for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
+    effcore.__path__.append(folder)
+
+from benchmarks.claims import _skipvit_speed  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.skipvit", description=__doc__)
+    parser.add_argument("claim", choices=("speed", "accuracy"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--source", default="timm", choices=("timm", "hf"), help="whose ViT-S/16 (speed)")
+    parser.add_argument("--batch", type=int, help="images a step (speed; default 256 on cuda, 8 on cpu)")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile (speed)")
+    parser.add_argument("--only", type=int, help="only so many of the settings (speed)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so long (speed)")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps (accuracy)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (accuracy)")
+    parser.add_argument("--picture", type=Path, help="draw which patches skipped, as PNG (accuracy)")
+    parser.add_argument("--json", type=Path, help="write the numbers")
+    options = parser.parse_args(arguments)
+    if options.claim == "speed":
+        rows = _skipvit_speed.measure(
+            options.source,
+            options.device,
+            batch=options.batch or (256 if options.device == "cuda" else 8),
+            compiled=not options.eager,
+            settings=_skipvit_speed.SETTINGS[: options.only],
+            deadline=time.monotonic() + options.seconds,
+            **({} if options.device == "cuda" else {"rounds": 5, "repeats": 1}),
+        )
+    else:
+        from benchmarks.claims import _skipvit_accuracy
+
+        rows = _skipvit_accuracy.measure(options.device, options.steps, options.seeds, options.picture)
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "rows": rows}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
