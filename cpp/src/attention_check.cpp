@@ -16,8 +16,8 @@ constexpr std::int64_t max_head_dim = 256;
 void check_input(const char* function, const char* argument, const TensorView& t, const TensorView& q) {
   check(t.rank == 4, function, argument, " must have 4 dimensions [batch, heads, tokens, head_dim] but has shape ", shape(t));
   check(t.dtype == q.dtype, function, argument, " is ", name(t.dtype), " but q is ", name(q.dtype));
-  check(t.device == q.device && t.device_index == q.device_index, function, argument, " is on ", name(t.device), ':',
-        t.device_index, " but q is on ", name(q.device), ':', q.device_index);
+  check(t.device == q.device && t.device_index == q.device_index, function, argument, " is on ", place(t), " but q is on ",
+        place(q));
   check(t.size[3] <= 1 || t.stride[3] == 1, function, argument, " must be contiguous in its last dimension but has stride ",
         t.stride[3], " there");
 }
@@ -29,8 +29,8 @@ void check_head_dim(const char* function, const char* argument, std::int64_t hea
 
 void check_integers(const char* function, const char* argument, const TensorView& t, const TensorView& q) {
   check(t.dtype == DType::int32, function, argument, " must be int32 but is ", name(t.dtype));
-  check(t.device == q.device && t.device_index == q.device_index, function, argument, " is on ", name(t.device), ':',
-        t.device_index, " but q is on ", name(q.device), ':', q.device_index);
+  check(t.device == q.device && t.device_index == q.device_index, function, argument, " is on ", place(t), " but q is on ",
+        place(q));
 }
 
 void check_lengths(const char* function, const TensorView& lengths, const TensorView& q, Problem& p) {

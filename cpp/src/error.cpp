@@ -25,14 +25,27 @@ const char* name(DeviceKind device) {
   return "an unsupported device";
 }
 
-void append(std::string& text, const char* part) { text += part; }
-void append(std::string& text, char part) { text += part; }
-void append(std::string& text, std::int64_t part) { text += std::to_string(part); }
+void append(std::string& text, const char* part) {
+  text += part;
+}
+void append(std::string& text, char part) {
+  text += part;
+}
+void append(std::string& text, std::int64_t part) {
+  text += std::to_string(part);
+}
 
 void append(std::string& text, double part) {
   char digits[32];
   std::snprintf(digits, sizeof digits, "%g", part);
   text += digits;
+}
+
+void append(std::string& text, Place part) {
+  text += name(part.device);
+  if (part.device == DeviceKind::cpu) return;
+  text += ':';
+  append(text, part.index);
 }
 
 void append(std::string& text, Shape part) {

@@ -13,8 +13,8 @@ using effcore::check;
 namespace {
 
 void check_device(const char* function, const char* argument, const TensorView& t, const TensorView& like) {
-  check(t.device == like.device && t.device_index == like.device_index, function, argument, " is on ", name(t.device), ':',
-        t.device_index, " but its tokens are on ", name(like.device), ':', like.device_index);
+  check(t.device == like.device && t.device_index == like.device_index, function, argument, " is on ", place(t),
+        " but its tokens are on ", place(like));
 }
 
 void check_supported(const char* function, const char* argument, const TensorView& t) {

@@ -34,7 +34,7 @@ def test_compiled_equals_eager(name):
         outs = function(*leaves)
         results.append([*outs, *torch.autograd.grad(weighted(outs), leaves)])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
 
 
 def test_a_training_step_can_be_captured_in_a_graph():

@@ -20,17 +20,37 @@ struct Shape {
   const std::int64_t* sizes;
   int rank;
 };
-inline Shape shape(const TensorView& t) { return {t.size, t.rank}; }
-inline Shape shape(std::initializer_list<std::int64_t> sizes) { return {sizes.begin(), static_cast<int>(sizes.size())}; }
+inline Shape shape(const TensorView& t) {
+  return {t.size, t.rank};
+}
+inline Shape shape(std::initializer_list<std::int64_t> sizes) {
+  return {sizes.begin(), static_cast<int>(sizes.size())};
+}
+
+// Printed as cpu or cuda:1.
+struct Place {
+  DeviceKind device;
+  int index;
+};
+inline Place place(const TensorView& t) {
+  return {t.device, t.device_index};
+}
 
 void append(std::string& text, const char* part);
 void append(std::string& text, char part);
 void append(std::string& text, std::int64_t part);
 void append(std::string& text, double part);
 void append(std::string& text, Shape part);
-inline void append(std::string& text, const std::string& part) { text += part; }
-inline void append(std::string& text, std::integral auto part) { append(text, static_cast<std::int64_t>(part)); }
-inline void append(std::string& text, float part) { append(text, static_cast<double>(part)); }
+void append(std::string& text, Place part);
+inline void append(std::string& text, const std::string& part) {
+  text += part;
+}
+inline void append(std::string& text, std::integral auto part) {
+  append(text, static_cast<std::int64_t>(part));
+}
+inline void append(std::string& text, float part) {
+  append(text, static_cast<double>(part));
+}
 
 // Whole arguments are formatted here, not before: shape(t), name(t.dtype) and numbers cost nothing to pass along.
 template <class... Parts>
@@ -44,7 +64,8 @@ template <class... Parts>
 
 template <class... Parts>
 void check(bool condition, const char* function, const Parts&... parts) {
-  if (!condition) [[unlikely]] fail(function, parts...);
+  if (!condition) [[unlikely]]
+    fail(function, parts...);
 }
 
 }  // namespace effcore

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from effcore.models.cache import SharedCache
@@ -115,7 +114,7 @@ class SharedLlamaForCausalLM(SharedLlamaPreTrainedModel, SharedGenerationMixin):
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, S, V] (or of the ``logits_to_keep`` last tokens), and the loss where ``labels`` are given.
+        """Logits [B, S, V] (or of the ``logits_to_keep`` last tokens, or of the positions in that tensor [N]), and the loss where ``labels`` are given.
 
         The arguments of transformers' causal models; see :meth:`SharedLlamaModel.forward` for what masks and positions mean.
 
@@ -129,6 +128,8 @@ class SharedLlamaForCausalLM(SharedLlamaPreTrainedModel, SharedGenerationMixin):
         unknown = set(kwargs) - _LOSS_ARGUMENTS - _IGNORED_ARGUMENTS
         if unknown:
             raise TypeError(f"effcore: {type(self).__name__}.forward got unexpected arguments {sorted(unknown)}")
+        # The last so many tokens (0: all), or the positions in a tensor.
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         last = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None else None
         outputs = self.model(
             input_ids=input_ids,
@@ -142,7 +143,7 @@ class SharedLlamaForCausalLM(SharedLlamaPreTrainedModel, SharedGenerationMixin):
             cu_seqlens=cu_seq_lens_q if cu_seqlens is None else cu_seqlens,
             last=last,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss_arguments = {k: v for k, v in kwargs.items() if k in _LOSS_ARGUMENTS}
