@@ -64,4 +64,6 @@ STABLE_TORCH_LIBRARY(effcore, m) {
   m.def("decode_from_probs(Tensor weights, Tensor scales, Tensor v, Tensor lengths, Tensor? first_key) -> Tensor out");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(effcore, CPU, m) { effcore::binding::AttentionOps<effcore::binding::Cpu>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(effcore, CPU, m) {
+  effcore::binding::AttentionOps<effcore::binding::Cpu>::implement(m);
+}

@@ -181,7 +181,8 @@ struct AttentionOps {
     const TensorView vq = view(q, f, "q"), vk = view(k, f, "k"), vv = view(v, f, "v");
     const Problem p = attention::check(f, vq, vk, &vv, seen.options);
     // The slots of the owner fix the shape of this layer's gradients: another value_dim would break the owner's backward.
-    attention::check_tensor(f, "v", vv, p, p.dtype, {value_slot.size(0), value_slot.size(1), value_slot.size(2), value_slot.size(3)});
+    attention::check_tensor(f, "v", vv, p, p.dtype,
+                            {value_slot.size(0), value_slot.size(1), value_slot.size(2), value_slot.size(3)});
     Tensor out = output(q, p);
     Backend::run(attention::SharedForward{p, vq, vk, vv, statistics_data(f, "lse", lse, p), probs_data(f, probs, p),
                                           view(out, f, "out")},
@@ -191,8 +192,8 @@ struct AttentionOps {
 
   static std::tuple<Tensor, Tensor> consumer_backward(const Tensor& dout, const Tensor& out, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& lse, const Tensor& probs,
-                                                      const OptionalTensor& lengths, const OptionalTensor& first_key, bool causal,
-                                                      std::optional<double> scale) {
+                                                      const OptionalTensor& lengths, const OptionalTensor& first_key,
+                                                      bool causal, std::optional<double> scale) {
     const char* f = "attention_from_scores_bwd";
     const VisibilityViews seen(f, lengths, first_key, causal, scale);
     const TensorView vq = view(q, f, "q"), vk = view(k, f, "k"), vv = view(v, f, "v");

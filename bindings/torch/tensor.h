@@ -99,12 +99,18 @@ inline Tensor slot(const Tensor& device_of, torch::headeronly::IntHeaderOnlyArra
 // torch checks only how many arguments an op has; a C++ double where the schema says int would be silent garbage.
 template <class T>
 struct is_schema_type : std::false_type {};
-template <> struct is_schema_type<Tensor> : std::true_type {};
-template <> struct is_schema_type<bool> : std::true_type {};
-template <> struct is_schema_type<std::int64_t> : std::true_type {};
-template <> struct is_schema_type<double> : std::true_type {};
-template <class T> struct is_schema_type<std::optional<T>> : is_schema_type<T> {};
-template <class T> struct is_schema_type<std::vector<T>> : is_schema_type<T> {};
+template <>
+struct is_schema_type<Tensor> : std::true_type {};
+template <>
+struct is_schema_type<bool> : std::true_type {};
+template <>
+struct is_schema_type<std::int64_t> : std::true_type {};
+template <>
+struct is_schema_type<double> : std::true_type {};
+template <class T>
+struct is_schema_type<std::optional<T>> : is_schema_type<T> {};
+template <class T>
+struct is_schema_type<std::vector<T>> : is_schema_type<T> {};
 
 template <class Result, class... Args>
 constexpr bool arguments_fit(Result (*)(Args...)) {
@@ -113,6 +119,6 @@ constexpr bool arguments_fit(Result (*)(Args...)) {
 
 }  // namespace effcore::binding
 
-#define EFFCORE_IMPL(library, name, function)                                                                      \
+#define EFFCORE_IMPL(library, name, function)                                                                       \
   static_assert(effcore::binding::arguments_fit(&function), "an argument's C++ type is not one that a schema has"); \
   library.impl(name, TORCH_BOX(&function))

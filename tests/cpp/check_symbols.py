@@ -12,7 +12,9 @@ HARMLESS = {"DW.ref.__gxx_personality_v0"}
 
 
 def merged_symbols(path: str) -> list[str]:
-    lines = subprocess.run(["nm", "--defined-only", path], check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["nm", "--defined-only", path], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     kinds = [line.split()[1:] for line in lines]
     return [name for kind, name in kinds if kind in "WwVvu" and name not in HARMLESS]
 

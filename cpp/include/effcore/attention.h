@@ -93,7 +93,7 @@ struct Backward {
   TensorView q, k;
   const void* lse = nullptr;
   const void* probs = nullptr;
-  TensorView out;                         // of the owner
+  TensorView out;  // of the owner
   int layers = 1;
   const TensorView* dout = nullptr;       // [layers], the owner's first
   const TensorView* v = nullptr;          // [layers]
@@ -102,7 +102,8 @@ struct Backward {
 };
 
 // One new token a row against a padded cache: queries == 1, not causal. weights [B, heads, keys] in the tensors' dtype (0 at
-// keys that are not seen) and scales [B, heads, ceil(keys / decode_chunk)] float32 (float64), with P = weights * scale of its chunk.
+// keys that are not seen) and scales [B, heads, ceil(keys / decode_chunk)] float32 (float64), with P = weights * scale of its
+// chunk.
 struct Decode {
   Problem problem;
   TensorView q, k, v, out;

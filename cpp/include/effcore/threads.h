@@ -18,8 +18,7 @@ struct Threads {
     if (items <= 0) return;
     if (parallel_for == nullptr || count == 1 || items == 1) return body(std::int64_t{0}, items);
     parallel_for(
-        items,
-        [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+        items, [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
         const_cast<void*>(static_cast<const void*>(&body)));
   }
 };

@@ -114,7 +114,9 @@ class SharedLlamaForCausalLM(SharedLlamaPreTrainedModel, SharedGenerationMixin):
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, S, V] (or of the ``logits_to_keep`` last tokens, or of the positions in that tensor [N]), and the loss where ``labels`` are given.
+        """Logits [B, S, V], or of ``logits_to_keep`` tokens alone; and the loss where ``labels`` are given.
+
+        ``logits_to_keep``: so many last tokens (0: all), or a tensor of positions [N].
 
         The arguments of transformers' causal models; see :meth:`SharedLlamaModel.forward` for what masks and positions mean.
 

@@ -1,9 +1,5 @@
 """Fake kernels, autograd formulas and FLOP counts of the attention ops.
 
-Forward and backward are separate native ops. The formulas sit on the Autograd key, so ``torch.ops.effcore.*`` is
-differentiable wherever it is called from; a lean ``autograd.Function`` there costs less than half of
-``torch.library.register_autograd``.
-
 How a group's gradient travels without a side channel: the owner op returns, for each consumer, slots (stride-0 tensors
 that hold nothing) with the shapes of the consumer's output and values, and one float32 slot for delta. A consumer takes
 them as inputs and returns dO, V and rowsum(dO * O) as their *cotangents*. Autograd adds the deltas and calls the owner's
@@ -12,24 +8,19 @@ backward once, after every consumer's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from effcore._load import load_torch_ops
-
-load_torch_ops()
+from effcore.ops._attach import attach, below_autograd, not_differentiable, refuse_double_backward
 
 KEEP_LSE, KEEP_PROBS = 0, 1
 PROBS_TILE = 64
 DECODE_CHUNK = 256
 
 _ops = torch.ops.effcore
-_library = torch.library.Library("effcore", "IMPL")
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def probs_elements(queries: int, keys: int, causal: bool) -> int:
@@ -58,6 +49,12 @@ def _heads(like: Tensor, batch: int, heads: int, tokens: int, dim: int, dtype: t
     return like.new_empty((batch, heads, tokens, dim), dtype=dtype)
 
 
+def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradient of ``t``."""
+    batch, heads, tokens, dim = t.shape
+    return _heads(t, batch, heads, tokens, dim, dtype)
+
+
 def _slot(device_of: Tensor, sizes: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(sizes, (0,) * len(sizes), dtype=dtype, device=device_of.device)
 
@@ -75,7 +72,7 @@ def _(q, k, v, lengths, first_key, causal, scale):
 @torch.library.register_fake("effcore::attention_bwd")
 def _(dout, q, k, v, out, lse, lengths, first_key, causal, scale, accumulate_kv):
     kv_dtype = _statistics_dtype(q.dtype) if accumulate_kv else q.dtype
-    return _heads(q, *q.shape), _heads(k, *k.shape, kv_dtype), _heads(v, *v.shape, kv_dtype)
+    return _like(q), _like(k, kv_dtype), _like(v, kv_dtype)
 
 
 @torch.library.register_fake("effcore::attention_with_scores")
@@ -98,17 +95,18 @@ def _(q, k, v, lengths, first_key, causal, scale, consumers, keep):
 
 @torch.library.register_fake("effcore::attention_with_scores_bwd")
 def _(q, k, out, lse, probs, delta, douts, values, uses, lengths, first_key, causal, scale):
-    return _heads(q, *q.shape), _heads(k, *k.shape), _heads(values[0], *values[0].shape)
+    return _like(q), _like(k), _like(values[0])
 
 
 @torch.library.register_fake("effcore::attention_from_scores")
 def _(q, k, v, lse, probs, delta, dout_slot, value_slot, use, lengths, first_key, causal, scale):
-    return _heads(q, *q.shape[:3], v.shape[3])
+    batch, heads, queries, _ = q.shape
+    return _heads(q, batch, heads, queries, v.shape[3])
 
 
 @torch.library.register_fake("effcore::attention_from_scores_bwd")
 def _(dout, out, q, k, v, lse, probs, lengths, first_key, causal, scale):
-    return _heads(v, *v.shape), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    return _like(v), torch.empty_like(lse, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("effcore::share_kv")
@@ -144,7 +142,7 @@ def _(weights, scales, v, lengths, first_key):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, lengths, first_key, causal, scale):
-        with _below_autograd():
+        with below_autograd():
             out, lse = _ops.attention.default(q, k, v, lengths, first_key, causal, scale)
         ctx.save_for_backward(q, k, v, out, lse, lengths, first_key)
         ctx.static = causal, scale
@@ -164,7 +162,7 @@ class _Attention(torch.autograd.Function):
 class _AttentionWithScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, lengths, first_key, causal, scale, consumers, keep):
-        with _below_autograd():
+        with below_autograd():
             out, lse, probs, delta, douts, values, uses = _ops.attention_with_scores.default(
                 q, k, v, lengths, first_key, causal, scale, consumers, keep
             )
@@ -193,7 +191,7 @@ class _AttentionWithScores(torch.autograd.Function):
 class _AttentionFromScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, lse, probs, delta, dout_slot, value_slot, use, lengths, first_key, causal, scale):
-        with _below_autograd():
+        with below_autograd():
             out = _ops.attention_from_scores.default(
                 q, k, v, lse, probs, delta, dout_slot, value_slot, use, lengths, first_key, causal, scale
             )
@@ -213,7 +211,7 @@ class _AttentionFromScores(torch.autograd.Function):
 class _ShareKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k, v):
-        with _below_autograd():
+        with below_autograd():
             slots = _ops.share_kv.default(k, v)
         ctx.dtype = k.dtype
         ctx.set_materialize_grads(False)
@@ -227,7 +225,7 @@ class _ShareKV(torch.autograd.Function):
 class _AttentionSharedKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, k_slot, v_slot, lengths, first_key, causal, scale):
-        with _below_autograd():
+        with below_autograd():
             out, lse = _ops.attention_shared_kv.default(q, k, v, k_slot, v_slot, lengths, first_key, causal, scale)
         ctx.save_for_backward(q, k, v, out, lse, lengths, first_key)
         ctx.static = causal, scale
@@ -244,88 +242,21 @@ class _AttentionSharedKV(torch.autograd.Function):
         return dq, None, None, dk, dv, None, None, None, None
 
 
-def _needs_grad(arguments: tuple[Any, ...]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    for a in arguments:
-        if isinstance(a, Tensor):
-            if a.requires_grad:
-                return True
-        elif isinstance(a, list) and any(t.requires_grad for t in a):
-            return True
-    return False
-
-
-def _attach(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
-    """Puts a formula on an op's Autograd key; without a gradient to record the call goes straight to the kernel.
-
-    Returns a function for the public API that takes the same decision without a round trip through the dispatcher (a
-    third of a small call's time) and leaves tracing to the op itself.
-    """
-    op = getattr(_ops, name).default
-
-    def autograd(*arguments):
-        if _needs_grad(arguments):
-            return apply(*arguments)
-        with _below_autograd():
-            return op(*arguments)
-
-    _library.impl(name, autograd, "Autograd")
-
-    def call(*arguments):
-        return op(*arguments) if torch.compiler.is_compiling() else autograd(*arguments)
-
-    return call
-
-
 def _apply_with_scores(*arguments):
     consumers = arguments[7]
     out, lse, probs, delta, *slots = _AttentionWithScores.apply(*arguments)
     return out, lse, probs, delta, slots[:consumers], slots[consumers : 2 * consumers], slots[2 * consumers :]
 
 
-def _refuse_double_backward(name: str) -> Callable[..., Any]:
-    """A backward op is not differentiable; without a formula that says so its second derivative would silently be zero."""
-    op = getattr(_ops, name).default
-
-    class Refuse(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, unflatten, *flat):
-            with _below_autograd():
-                return op(*unflatten(flat))
-
-        @staticmethod
-        def backward(ctx: Any, *_):
-            raise RuntimeError(f"effcore.{name.removesuffix('_bwd')}: second derivatives are not implemented")
-
-    def apply(*arguments):
-        lengths = [len(a) if isinstance(a, list) else None for a in arguments]
-
-        def unflatten(flat):
-            it = iter(flat)
-            return [next(it) if n is None else [next(it) for _ in range(n)] for n in lengths]
-
-        return Refuse.apply(unflatten, *(t for a in arguments for t in (a if isinstance(a, list) else [a])))
-
-    return apply
-
-
-def _not_differentiable(name: str) -> Callable[..., Any]:
-    def apply(*_):
-        raise RuntimeError(f"effcore.{name}: not differentiable; call it under torch.no_grad()")
-
-    return apply
-
-
-attention = _attach("attention", _Attention.apply)
-attention_with_scores = _attach("attention_with_scores", _apply_with_scores)
-attention_from_scores = _attach("attention_from_scores", _AttentionFromScores.apply)
-share_kv = _attach("share_kv", _ShareKV.apply)
-attention_shared_kv = _attach("attention_shared_kv", _AttentionSharedKV.apply)
+attention = attach("attention", _Attention.apply)
+attention_with_scores = attach("attention_with_scores", _apply_with_scores)
+attention_from_scores = attach("attention_from_scores", _AttentionFromScores.apply)
+share_kv = attach("share_kv", _ShareKV.apply)
+attention_shared_kv = attach("attention_shared_kv", _AttentionSharedKV.apply)
 for _name in ("attention_bwd", "attention_with_scores_bwd", "attention_from_scores_bwd"):
-    _attach(_name, _refuse_double_backward(_name))
-decode_attention = _attach("decode_attention", _not_differentiable("decode_attention"))
-decode_from_probs = _attach("decode_from_probs", _not_differentiable("decode_from_probs"))
+    attach(_name, refuse_double_backward(_name))
+decode_attention = attach("decode_attention", not_differentiable("decode_attention"))
+decode_from_probs = attach("decode_from_probs", not_differentiable("decode_from_probs"))
 
 
 # ---------------------------------------------------------------- FLOP counts
