@@ -67,9 +67,12 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run attention
+	$(BIN)/python -m benchmarks.run routing
 
-cuda-check:
-	$(PYTHON) tests/cuda/check_attention.py
+cuda-check: setup
+	$(BIN)/python -m pytest -q tests/cuda -m cuda
+	$(BIN)/python tests/cuda/check_attention.py
+	$(BIN)/python tests/cuda/check_routing.py --sanitize
 
 clean:
 	rm -rf build $(VENV)

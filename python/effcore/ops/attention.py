@@ -269,8 +269,8 @@ def plan_keep(q: Tensor, k: Tensor, *, causal: bool, consumers: int) -> str:
     """What ``keep="auto"`` means: ``"lse"`` or ``"probs"``.
 
     A function of shapes, dtype, device kind and the budget alone, so that fake tensors and checkpoint recomputation decide
-    alike. On the CPU reading P costs less than computing it wherever it fits the budget; the portable CUDA kernels gain
-    from it with head dims above 64.
+    alike. On the CPU reading P costs less than computing it wherever it fits the budget. The portable CUDA kernels write P
+    in a pass of its own, which head dims above 64 and two consumers or more win back (H100, docs/ops.md).
     """
     if consumers == 0:
         return "lse"
@@ -279,5 +279,5 @@ def plan_keep(q: Tensor, k: Tensor, *, causal: bool, consumers: int) -> str:
     if num_bytes > _budget_bytes:
         return "lse"
     if q.device.type == "cuda":
-        return "probs" if head_dim > 64 else "lse"
+        return "probs" if head_dim > 64 and consumers > 1 else "lse"
     return "probs"
