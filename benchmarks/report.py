@@ -254,13 +254,13 @@ def plot(path: Path, results: dict[str, Any], title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.32 * len(cases)))
     for y, case in enumerate(cases):
         r = case["ratios"][case["best_peer"]]
-        fast = r["median"] >= 1
-        axes.barh(y, r["median"], height=0.62, color="#2f7f79" if fast else "#c46a3f")
+        color = "#2f7f79" if r["median"] >= 1 else "#c46a3f"
+        axes.barh(y, r["median"], height=0.62, color=color, alpha=1.0 if case["quiet"] else 0.35)
         axes.plot([r["q1"], r["q3"]], [y, y], color="#222", linewidth=1.2)
         axes.text(
             max(r["q3"], case.get("floor", {}).get("reached") or 0) + 0.05,
             y,
-            f"{r['median']:.2f}× {case['best_peer']}",
+            f"{r['median']:.2f}× {case['best_peer']}{'' if case['quiet'] else ' (disturbed)'}",
             va="center",
             fontsize=7.5,
         )
@@ -269,6 +269,7 @@ def plot(path: Path, results: dict[str, Any], title: str) -> None:
             if case["floor"]["reached"] is not None:
                 axes.plot(case["floor"]["reached"], y, "D", color="#222", markersize=4)
     axes.axvline(1.0, color="#222", linewidth=0.8)
+    axes.set_ylim(-0.8, len(cases) - 0.2)
     axes.set_yticks(range(len(cases)), [c["name"] for c in cases], fontsize=8)
     axes.set_xlim(0, 1.45 * max(c["ratios"][c["best_peer"]]["q3"] for c in cases))
     axes.set_xlabel(
@@ -278,5 +279,5 @@ def plot(path: Path, results: dict[str, Any], title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
