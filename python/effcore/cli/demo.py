@@ -19,7 +19,7 @@ def demo(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
 ) -> None:
-    """Trains a small LLaMA three times, as it is and with EPAS in modes qk and kv; about five minutes on two cores.
+    """Trains a small LLaMA three times, as it is and with EPAS in modes qk and kv; about three minutes on two cores.
 
     The text is the Python standard library, byte by byte. The same by hand: effcore train baseline --recipe demo,
     effcore train epas --recipe demo, effcore compare runs/baseline runs/epas.
