@@ -1,8 +1,7 @@
 """Attaches autograd formulas to native ops: what the families' ``_<family>_autograd.py`` have in common.
 
 Forward and backward are separate native ops. A formula sits on the forward op's Autograd key, so ``torch.ops.effcore.*`` is
-differentiable wherever it is called from; a lean ``autograd.Function`` there costs less than half of
-``torch.library.register_autograd``.
+differentiable wherever it is called from.
 """
 
 from __future__ import annotations

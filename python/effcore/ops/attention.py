@@ -270,7 +270,7 @@ def plan_keep(q: Tensor, k: Tensor, *, causal: bool, consumers: int) -> str:
 
     A function of shapes, dtype, device kind and the budget alone, so that fake tensors and checkpoint recomputation decide
     alike. On the CPU reading P costs less than computing it wherever it fits the budget. The portable CUDA kernels write P
-    in a pass of its own, which head dims above 64 and two consumers or more win back (H100, docs/ops.md).
+    in a pass of its own, which by the times in docs/ops.md pays with head dims above 64 and two consumers or more.
     """
     if consumers == 0:
         return "lse"
