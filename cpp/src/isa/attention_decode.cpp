@@ -64,18 +64,33 @@ template <int heads, class T, class Storage>
   if (whole < head_dim) add(whole, load_tail<T>(row + whole, head_dim - whole));
 }
 
+// Rows are taken from this many places of a chunk in turn. One place after another reads at most a page at a time, and every
+// page costs the prefetchers a new start: with 4 KiB pages a thread that reads bfloat16 gets 9 GB/s from memory one row after
+// the other, 12 from four places, 14 when each also asks for what it needs `ahead` bytes later.
+constexpr std::int64_t places = 4, ahead = 1024;
+
+template <class Storage>
+[[gnu::always_inline]] inline void prefetch_row(const Storage* row, std::int64_t row_stride, std::int64_t length) {
+  const std::int64_t bytes = length * sizeof(Storage), rows = bytes < ahead ? ahead / bytes : 1;
+  const char* line = reinterpret_cast<const char*>(row + rows * row_stride);
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
+}
+
 // scores[g][j] = q[g] . k[j] for `heads` rows of q, padded to q_stride. A vector of results at a time, width / heads keys of
 // each head: a key is read once for all heads, and the sums across vectors end in one.
 template <int heads, class T, class Query, class Storage>
 void dot_rows(const Query* q, std::int64_t q_stride, std::int64_t head_dim, const Storage* k, std::int64_t row_stride,
               std::int64_t keys, T* scores) {
-  constexpr std::int64_t batch = width<T> / heads;
-  for (std::int64_t j = 0; j < keys; j += batch) {
-    const std::int64_t count = least(batch, keys - j);
-    Vector<T> sums[width<T>];
-    for (std::int64_t i = 0; i < batch; ++i) {
+  constexpr std::int64_t batch = width<T> / heads, from = least(places, batch), run = batch / from;
+  const std::int64_t part = keys / batch * run;  // keys of each place; what is left over comes after them
+  for (std::int64_t j = 0; j < keys; j += j < from * part ? batch : run) {
+    const bool whole = j < from * part;
+    const auto key_of = [&](std::int64_t i) { return whole ? i / run * part + j / from + i % run : least(j + i, keys - 1); };
+    Vector<T> sums[width<T>] = {};
+    for (std::int64_t i = 0; i < (whole ? batch : run); ++i) {
       Vector<T> sum[heads] = {};
-      const Storage* row = k + (j + least(i, count - 1)) * row_stride;
+      const Storage* row = k + key_of(i) * row_stride;
+      prefetch_row(row, row_stride, head_dim);
       if constexpr (std::is_same_v<Query, T>)
         dot_row<heads>(q, q_stride, row, head_dim, sum);
       else
@@ -85,7 +100,7 @@ void dot_rows(const Query* q, std::int64_t q_stride, std::int64_t head_dim, cons
     }
     const Vector<T> dots = sum_across<T>(sums);
     for (int g = 0; g < heads; ++g)
-      for (std::int64_t i = 0; i < count; ++i) scores[g * decode_chunk + j + i] = dots[g * batch + i];
+      for (std::int64_t i = 0; i < (whole ? batch : run); ++i) scores[g * decode_chunk + key_of(i)] = dots[g * batch + i];
   }
 }
 
@@ -98,17 +113,24 @@ template <int heads, int vectors, class T, class Storage, class Load>
   for (int g = 0; g < heads; ++g)
 #pragma GCC unroll 16
     for (int i = 0; i < vectors; ++i) sum[g][i] = load(sums + g * sums_stride + i * width<T>);
-  for (std::int64_t j = 0; j < keys; ++j, v += row_stride) {
+  const auto add = [&](std::int64_t j) {
+    const Storage* row = v + j * row_stride;
+    prefetch_row(row, row_stride, vectors * width<T>);
     Vector<T> value[vectors];
 #pragma GCC unroll 16
-    for (int i = 0; i < vectors; ++i) value[i] = load_value(v + i * width<T>);
+    for (int i = 0; i < vectors; ++i) value[i] = load_value(row + i * width<T>);
 #pragma GCC unroll 16
     for (int g = 0; g < heads; ++g) {
       const Vector<T> w = broadcast(weights[g * decode_chunk + j]);
 #pragma GCC unroll 16
       for (int i = 0; i < vectors; ++i) sum[g][i] += w * value[i];
     }
-  }
+  };
+  const std::int64_t part = keys / places;
+  for (std::int64_t j = 0; j < part; ++j)
+#pragma GCC unroll 4
+    for (std::int64_t place = 0; place < places; ++place) add(place * part + j);
+  for (std::int64_t j = places * part; j < keys; ++j) add(j);
 #pragma GCC unroll 16
   for (int g = 0; g < heads; ++g)
 #pragma GCC unroll 16
