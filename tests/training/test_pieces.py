@@ -13,8 +13,9 @@ import yaml
 from effcore.errors import InputError
 from effcore.training import checkpoint
 from effcore.training.metrics_file import read_metrics, truncate_metrics
-from effcore.training.recipe import Recipe, built_in_recipes, load_recipe, recipe_from_dict
+from effcore.training.recipe import Recipe, TrainingSettings, built_in_recipes, load_recipe, recipe_from_dict
 from effcore.training.report import markdown_table, title
+from effcore.training.trainer import training_arguments
 
 
 def test_built_in_recipes_load():
@@ -74,6 +75,13 @@ def test_bad_recipe_files(text, words, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(InputError, match=words):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_sharding_is_refused_where_it_would_replicate(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(InputError, match=r"training\.sharded.*torchrun"):
+        training_arguments(TrainingSettings(sharded=True), tmp_path, shares=True)
+    assert not training_arguments(TrainingSettings(), tmp_path, shares=True).fsdp
 
 
 def test_recipes_that_do_not_exist():

@@ -97,7 +97,8 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The optimization. ``batch_size`` counts windows a process and step; intervals are in steps."""
+    """The optimization. ``batch_size`` counts windows a process and step; intervals are in steps. ``sharded`` spreads parameters,
+    gradients and optimizer state over the processes of a ``torchrun`` (FSDP2); otherwise each holds them all (DDP)."""
 
     steps: int = 600
     batch_size: int = 8
@@ -112,6 +113,7 @@ class TrainingSettings:
     precision: str = "float32"
     gradient_checkpointing: bool = False
     compile: bool = False
+    sharded: bool = False
     seed: int = 0
     log_every: int = 10
     validate_every: int = 100

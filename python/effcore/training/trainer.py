@@ -6,6 +6,7 @@ Everything else (torchrun, DDP, FSDP2, mixed precision, accumulation, clipping) 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from effcore.errors import InputError
 from effcore.training import checkpoint
 from effcore.training.recipe import TrainingSettings
 
@@ -119,7 +121,13 @@ class SharingTrainer(Trainer):
 
 
 def training_arguments(settings: TrainingSettings, output: Path, *, shares: bool) -> TrainingArguments:
-    """The Trainer's arguments for a recipe's ``training`` section; ``shares`` says that layers (will) share activations."""
+    """The Trainer's arguments for a recipe's ``training`` section; ``shares`` says that layers (will) share activations.
+
+    Raises:
+        InputError: ``sharded`` where Accelerate would silently replicate instead.
+    """
+    if settings.sharded and not (torch.cuda.is_available() and "LOCAL_RANK" in os.environ):
+        raise InputError("training.sharded: Accelerate shards on GPUs, in processes that torchrun started")
     return TrainingArguments(
         output_dir=str(output),
         max_steps=settings.steps,
@@ -153,5 +161,7 @@ def training_arguments(settings: TrainingSettings, output: Path, *, shares: bool
         dataloader_pin_memory=torch.cuda.is_available(),
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        fsdp=settings.sharded or None,
+        fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if settings.sharded else None,
         log_level="error",
     )
