@@ -49,110 +49,63 @@ Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 
 
-app.command(name="skipvit")(train_skipvit.skipvit)
+METHODS = {
+    "baseline": "The model as it is, transformers' own class with PyTorch's attention: what the others are compared with.",
+    "epas": "Progressive activation sharing (EPAS): more and more of the upper layers share Q,K (or K,V: --set mode=kv).",
+    "echo": "Gradual conversion to shared keys and values (ECHO-LLaMA): one layer a stage; usually of a checkpoint (--model).",
+}
 
 
-@app.command()
-def baseline(
-    recipe: Recipe = None,
-    settings: Settings = None,
-    model: Model = None,
-    data: Data = None,
-    out: Out = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """The model as it is, transformers' own class with PyTorch's attention: what the others are compared with."""
-    _train("baseline", recipe, settings, model, data, out, resume, overwrite, None, json_, quiet)
+def _add_command(method: str, description: str) -> None:
+    @app.command(name=method, help=description)
+    def train(
+        recipe: Recipe = None,
+        settings: Settings = None,
+        model: Model = None,
+        data: Data = None,
+        out: Out = None,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        against: Against = None,
+        json_: Json = False,
+        quiet: Quiet = False,
+    ) -> None:
+        from effcore.errors import InputError
+        from effcore.training.recipe import load_recipe
 
-
-@app.command()
-def epas(
-    recipe: Recipe = None,
-    settings: Settings = None,
-    model: Model = None,
-    data: Data = None,
-    out: Out = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    against: Against = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Progressive activation sharing (EPAS): more and more of the upper layers share Q,K (or K,V: --set mode=kv)."""
-    _train("epas", recipe, settings, model, data, out, resume, overwrite, against, json_, quiet)
-
-
-@app.command()
-def echo(
-    recipe: Recipe = None,
-    settings: Settings = None,
-    model: Model = None,
-    data: Data = None,
-    out: Out = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    against: Against = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Gradual conversion to shared keys and values (ECHO-LLaMA): one layer a stage; usually of a checkpoint (--model)."""
-    _train("echo", recipe, settings, model, data, out, resume, overwrite, against, json_, quiet)
-
-
-def _train(
-    method: str,
-    recipe: str | None,
-    settings: list[str] | None,
-    model: str | None,
-    data: str | None,
-    out: Path | None,
-    resume: bool,
-    overwrite: bool,
-    against: Path | None,
-    json_: bool,
-    quiet: bool,
-) -> None:
-    from effcore.errors import InputError
-    from effcore.training.recipe import load_recipe
-
-    out = Path("runs", method) if out is None else out
-    if resume:
-        fixed = {
-            "--recipe": recipe,
-            "--set": settings,
-            "--model": model,
-            "--data": data,
-            "--overwrite": overwrite or None,
-        }
-        given = [name for name, value in fixed.items() if value]
-        if given:
-            raise InputError(f"--resume continues a run with its own settings; leave out {', '.join(given)}")
-    name = recipe or ("continued" if model is not None else "fresh")
-    loaded = load_recipe(name, settings, method=method)
-    summary = run_training(
-        method,
-        loaded,
-        model=model,
-        data=data,
-        out=out,
-        resume=resume,
-        overwrite=overwrite,
-        against=against,
-        quiet=quiet,
-    )
-    if not is_main_process():
-        return
-    if json_:
-        print(json.dumps(summary))
-    elif not quiet:
-        print(
-            f"{summary['title']}: validation loss {summary['validation_loss']:.4f}, "
-            f"{summary['tokens_per_second']:,.0f} tokens/s, "
-            f"KV cache {summary['cache_bytes_per_token']:,} bytes/token; see {out / 'report.md'}"
+        out = Path("runs", method) if out is None else out
+        if resume:
+            fixed = {"--recipe": recipe, "--set": settings, "--model": model, "--data": data, "--overwrite": overwrite}
+            given = [name for name, value in fixed.items() if value]
+            if given:
+                raise InputError(f"--resume continues a run with its own settings; leave out {', '.join(given)}")
+        loaded = load_recipe(recipe or ("continued" if model is not None else "fresh"), settings, method=method)
+        summary = run_training(
+            method,
+            loaded,
+            model=model,
+            data=data,
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            against=against,
+            quiet=quiet,
         )
+        if not is_main_process():
+            return
+        if json_:
+            print(json.dumps(summary))
+        elif not quiet:
+            print(
+                f"{summary['title']}: validation loss {summary['validation_loss']:.4f}, "
+                f"{summary['tokens_per_second']:,.0f} tokens/s, "
+                f"KV cache {summary['cache_bytes_per_token']:,} bytes/token; see {out / 'report.md'}"
+            )
+
+
+for _method, _description in METHODS.items():
+    _add_command(_method, _description)
+app.command(name="skipvit")(train_skipvit.skipvit)
 
 
 def is_main_process() -> bool:

@@ -97,8 +97,11 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The optimization. ``batch_size`` counts windows a process and step; intervals are in steps. ``sharded`` spreads parameters,
-    gradients and optimizer state over the processes of a ``torchrun`` (FSDP2); otherwise each holds them all (DDP)."""
+    """The optimization. ``batch_size`` counts windows a process and step; intervals are in steps.
+
+    ``sharded`` spreads parameters, gradients and optimizer state over the processes of a ``torchrun`` (FSDP2); otherwise each
+    holds them all (DDP).
+    """
 
     steps: int = 600
     batch_size: int = 8

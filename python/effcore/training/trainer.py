@@ -161,7 +161,7 @@ def training_arguments(settings: TrainingSettings, output: Path, *, shares: bool
         dataloader_pin_memory=torch.cuda.is_available(),
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        fsdp=settings.sharded or None,
+        fsdp=settings.sharded or None,  # type: ignore[arg-type]  # annotated for a deprecated string form
         fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if settings.sharded else None,
         log_level="error",
     )
