@@ -18,29 +18,31 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }
 
-#define EFFCORE_DISPATCH(FAMILY)                                                               \
-  {                                                                                            \
-    switch (isa()) {                                                                           \
-      case Isa::amx: return dtype == DType::bfloat16 ? amx::FAMILY(dtype) : v4::FAMILY(dtype); \
-      case Isa::v4: return v4::FAMILY(dtype);                                                  \
-      case Isa::v3: return v3::FAMILY(dtype);                                                  \
-      default: return v2::FAMILY(dtype);                                                       \
-    }                                                                                          \
+// The kernels of the widest instruction set that this machine has; AMX is for bfloat16.
+#if defined(__x86_64__)
+#define EFFCORE_CHOOSE(family)                                                               \
+  switch (isa()) {                                                                           \
+    case Isa::amx: return dtype == DType::bfloat16 ? amx::family(dtype) : v4::family(dtype); \
+    case Isa::v4: return v4::family(dtype);                                                  \
+    case Isa::v3: return v3::family(dtype);                                                  \
+    default: return v2::family(dtype);                                                       \
   }
-#if !defined(__x86_64__)
-#undef EFFCORE_DISPATCH
-#define EFFCORE_DISPATCH(FAMILY) \
-  {                              \
-    return v2::FAMILY(dtype);    \
-  }
+#else
+#define EFFCORE_CHOOSE(family) return v2::family(dtype);
 #endif
-const ForwardKernels& forward_kernels(DType dtype)
-    EFFCORE_DISPATCH(forward_kernels) const BackwardKernels& backward_kernels(DType dtype)
-        EFFCORE_DISPATCH(backward_kernels) const DecodeKernels& decode_kernels(DType dtype) EFFCORE_DISPATCH(decode_kernels)
-#undef EFFCORE_DISPATCH
+const ForwardKernels& forward_kernels(DType dtype) {
+  EFFCORE_CHOOSE(forward_kernels)
+}
+const BackwardKernels& backward_kernels(DType dtype) {
+  EFFCORE_CHOOSE(backward_kernels)
+}
+const DecodeKernels& decode_kernels(DType dtype) {
+  EFFCORE_CHOOSE(decode_kernels)
+}
+#undef EFFCORE_CHOOSE
 
-    // Packed heads and partial sums of one wave stay below this, as long as one kv head does.
-    constexpr std::int64_t wave_bytes = std::int64_t{128} << 20;
+// Packed heads and partial sums of one wave stay below this, as long as one kv head does.
+constexpr std::int64_t wave_bytes = std::int64_t{128} << 20;
 constexpr std::int64_t pack_segment = 256;
 // A backward with fewer kv heads than this splits each over several tasks. A constant of the shapes, not of the number of
 // threads: the order of summation, and so the result, is the same on any machine of one instruction set.
@@ -127,77 +129,79 @@ std::int64_t probs_elements(std::int64_t queries, std::int64_t keys, bool causal
 }
 
 void forward(const Forward& args, const Threads& threads) {
-  ForwardJob job{args.problem, args.q, args.k, args.v, args.out, Source::scores, args.lse, args.probs, {}};
+  ForwardJob job{.problem = args.problem,
+                 .q = args.q,
+                 .k = args.k,
+                 .v = args.v,
+                 .out = args.out,
+                 .source = Source::scores,
+                 .lse = args.lse,
+                 .probs = args.probs};
   run_forward(job, threads);
 }
 
 void shared_forward(const SharedForward& args, const Threads& threads) {
-  ForwardJob job{args.problem,
-                 args.q,
-                 args.k,
-                 args.v,
-                 args.out,
-                 args.probs != nullptr ? Source::probs : Source::lse,
-                 const_cast<void*>(args.lse),
-                 const_cast<void*>(args.probs),
-                 {}};
+  ForwardJob job{.problem = args.problem,
+                 .q = args.q,
+                 .k = args.k,
+                 .v = args.v,
+                 .out = args.out,
+                 .source = args.probs != nullptr ? Source::probs : Source::lse,
+                 .lse = const_cast<void*>(args.lse),
+                 .probs = const_cast<void*>(args.probs)};
   run_forward(job, threads);
 }
 
 void shared_backward(const SharedBackward& args, const Threads& threads) {
-  BackwardJob job;
-  job.problem = args.problem;
-  job.q = args.q;
-  job.k = args.k;
-  job.source = args.probs != nullptr ? Source::probs : Source::lse;
-  job.lse = args.lse;
-  job.probs = args.probs;
-  job.out = args.out;
-  job.dout = &args.dout;
-  job.delta = args.delta;
-  job.dv = args.dv;
+  BackwardJob job{.problem = args.problem,
+                  .q = args.q,
+                  .k = args.k,
+                  .source = args.probs != nullptr ? Source::probs : Source::lse,
+                  .lse = args.lse,
+                  .probs = args.probs,
+                  .out = args.out,
+                  .dout = &args.dout,
+                  .delta = args.delta,
+                  .dv = args.dv};
   run_backward(job, threads);
 }
 
 void backward(const Backward& args, const Threads& threads) {
-  BackwardJob job;
-  job.problem = args.problem;
-  job.q = args.q;
-  job.k = args.k;
-  job.source = args.probs != nullptr ? Source::probs : Source::lse;
-  job.lse = args.lse;
-  job.probs = args.probs;
-  job.out = args.out;
-  job.layers = args.layers;
-  job.dout = args.dout;
-  job.v = args.v;
-  job.consumers_delta = args.consumers_delta;
-  job.dq = args.dq;
-  job.dk = args.dk;
-  job.dv = args.dv;
+  BackwardJob job{.problem = args.problem,
+                  .q = args.q,
+                  .k = args.k,
+                  .source = args.probs != nullptr ? Source::probs : Source::lse,
+                  .lse = args.lse,
+                  .probs = args.probs,
+                  .out = args.out,
+                  .layers = args.layers,
+                  .dout = args.dout,
+                  .v = args.v,
+                  .consumers_delta = args.consumers_delta,
+                  .dq = args.dq,
+                  .dk = args.dk,
+                  .dv = args.dv};
   run_backward(job, threads);
 }
 
 void decode(const Decode& args, const Threads& threads) {
-  DecodeJob job;
-  job.problem = args.problem;
-  job.q = args.q;
-  job.k = args.k;
-  job.v = args.v;
-  job.out = args.out;
-  job.weights = args.weights;
-  job.scales = args.scales;
+  DecodeJob job{.problem = args.problem,
+                .q = args.q,
+                .k = args.k,
+                .v = args.v,
+                .out = args.out,
+                .weights = args.weights,
+                .scales = args.scales};
   run_decode(job, threads);
 }
 
 void decode_from_probs(const DecodeFromProbs& args, const Threads& threads) {
-  DecodeJob job;
-  job.problem = args.problem;
-  job.v = args.v;
-  job.out = args.out;
-  job.from_probs = true;
-  job.weights = const_cast<void*>(args.weights);
-  job.scales = const_cast<void*>(args.scales);
+  DecodeJob job{.problem = args.problem,
+                .v = args.v,
+                .out = args.out,
+                .from_probs = true,
+                .weights = const_cast<void*>(args.weights),
+                .scales = const_cast<void*>(args.scales)};
   run_decode(job, threads);
 }
 
