@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
+
+from benchmarks.gate import poisoned_memory  # noqa: F401  # the tests' too
 
 # What a refused argument raises: the core throws std::invalid_argument.
 REFUSED = (ValueError, RuntimeError)
@@ -53,16 +53,3 @@ def heads(batch: int, n: int, tokens: int, dim: int, dtype: torch.dtype, layout:
 
 
 LAYOUTS = ("head", "token", "sliced", "expanded")
-
-
-@contextlib.contextmanager
-def poisoned_memory():
-    """Fresh tensors are filled with NaN, so that an element that a kernel forgets to write is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
