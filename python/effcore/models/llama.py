@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -87,12 +88,15 @@ class SharedLlamaForCausalLM(SharedLlamaPreTrainedModel, SharedGenerationMixin):
         self.model.drop_unused_projections()
 
     def compile_pieces(self, **options: Any) -> SharedLlamaForCausalLM:
-        """Compiles what lies around attention; one set of graphs serves every layer and every layout. Returns the model.
+        """Compiles what lies around attention, and the loss; one set of graphs serves every layer and every layout.
+
+        Returns the model.
 
         Args:
             options: for :func:`torch.compile`; ``fullgraph=True`` unless given.
         """
         self.model.compile_pieces(**options)
+        self.loss_function = torch.compile(self.loss_function, **options)
         return self
 
     # ---------------------------------------------------------------- forward

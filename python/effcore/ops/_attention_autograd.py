@@ -33,7 +33,10 @@ def probs_elements(queries: int, keys: int, causal: bool) -> int:
     if not causal:
         return rows * columns * PROBS_TILE**2
     shift = -((queries - keys) // PROBS_TILE)
-    last, before = rows + shift, (shift + abs(shift)) // 2  # max(shift, 0), which Dynamo of 2.10 takes in this form alone
+    last, before = (
+        rows + shift,
+        (shift + abs(shift)) // 2,
+    )  # max(shift, 0), which Dynamo of 2.10 takes in this form alone
     return ((last * (last + 1) - before * (before + 1)) // 2 - (last - columns)) * PROBS_TILE**2
 
 
