@@ -1,0 +1,64 @@
+"""The command line on a GPU: training in bfloat16 with compiled pieces, generation, and FSDP2 in torchrun with --resume."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.training.tiny import TINY, text
+
+__all__ = ["text"]
+
+pytestmark = pytest.mark.cuda
+
+SETTINGS = [*TINY, "hidden_size=128", "precision=bfloat16"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", "29517"]
+
+
+def effcore(*arguments, folder, torchrun=False):
+    """Standard output of a command in ``folder``."""
+    command = [sys.executable, *(TORCHRUN if torchrun else []), "-m", "effcore", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def overrides(*more):
+    return [part for setting in [*SETTINGS, *more] for part in ("--set", setting)]
+
+
+@pytest.mark.parametrize("method", ["baseline", "epas", "echo"])
+def test_train_and_generate(method, text, tmp_path):
+    out = tmp_path / "run"
+    options = overrides("compile=true") if method == "epas" else overrides()
+    output = effcore("train", method, "--data", text, *options, "--out", out, "--json", "-q", folder=tmp_path)
+    summary = json.loads(output.splitlines()[-1])
+    assert summary["steps"] == 12 and summary["validation_loss"] < 6
+    assert effcore("generate", out, "--prompt", "def ", "-n", "8", folder=tmp_path)
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+
+
+@pytest.mark.parametrize("method", ["epas", "echo"])
+def test_sharded_training_resumes(method, text, tmp_path):
+    """FSDP2 through Accelerate: the losses of the unsharded run, before and after an interruption."""
+    plain, sharded = tmp_path / "plain", tmp_path / "sharded"
+    train = ["train", method, "--data", text, "-q"]
+    effcore(*train, *overrides(), "--out", plain, folder=tmp_path)
+    effcore(*train, *overrides("sharded=true"), "--out", sharded, folder=tmp_path, torchrun=True)
+    whole = losses(sharded)
+    assert whole == pytest.approx(
+        losses(plain), rel=5e-2
+    )  # FSDP casts parameters to bfloat16, autocast each product's operands
+
+    for name in ("summary.json", "model", "checkpoint-12"):
+        path = sharded / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    effcore("train", method, "--resume", "--out", sharded, "-q", folder=tmp_path, torchrun=True)
+    assert losses(sharded) == pytest.approx(whole, rel=1e-3)
+    assert effcore("generate", sharded, "--prompt", "def ", "-n", "8", folder=tmp_path)
