@@ -48,8 +48,10 @@ cpp-test: setup
 	$(BIN)/cmake --build build/cpp-test --target effcore_core_test > build/cpp-test.log || (cat build/cpp-test.log; exit 1)
 	$(BIN)/ctest --test-dir build/cpp-test --output-on-failure
 
-# Compiles one instantiation of each CUDA kernel; needs nvcc, no GPU and no CUDA torch.
+# Compiles one instantiation of each CUDA kernel; needs nvcc, no GPU and no CUDA torch. nvidia-cutlass is a folder of headers; its
+# dependencies are those of a code generator.
 cuda-compile: setup
+	$(BIN)/python -m pip install --quiet --no-deps "nvidia-cutlass>=4.2,<4.3"
 	$(BIN)/cmake -S . -B build/cuda-compile -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DEFFCORE_CUDA=COMPILE_ONLY -DEFFCORE_CUDA_SET=ci
 	$(BIN)/cmake --build build/cuda-compile --target effcore_cuda effcore_torch_cuda

@@ -1,0 +1,43 @@
+#include <cuda_runtime.h>
+
+#include "attention/hopper/tensor_map.h"
+#include "attention/hopper/wgmma.cuh"
+
+namespace effcore::cuda::hopper {
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// From the driver, so that the library needs no libcuda to load.
+Encode encoder() {
+  static const Encode function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
+      entry = nullptr;
+    return reinterpret_cast<Encode>(entry);
+  }();
+  return function;
+}
+
+}  // namespace
+
+bool make_tensor_map(CUtensorMap* map, const attention::Tensor4& t, DType dtype, int batch, int heads, int tokens, int rows) {
+  const Encode encode = encoder();
+  if (encode == nullptr || !t.aligned || tokens == 0 || heads == 0 || batch == 0) return false;
+  const cuuint64_t size[4] = {static_cast<cuuint64_t>(t.columns), static_cast<cuuint64_t>(tokens),
+                              static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
+  cuuint64_t stride[3];  // bytes, of tokens, heads, batch; a dimension of size 1 has none of its own
+  for (int d = 0; d < 3; ++d) {
+    const std::int64_t elements = t.stride[2 - d];
+    stride[d] = static_cast<cuuint64_t>(elements > 0 ? elements : t.columns) * 2;
+    if (elements < 0 || (elements == 0 && size[d + 1] > 1)) return false;
+  }
+  const cuuint32_t box[4] = {panel_columns, static_cast<cuuint32_t>(rows), 1, 1}, step[4] = {1, 1, 1, 1};
+  return encode(map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, t.data,
+                size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+}  // namespace effcore::cuda::hopper
