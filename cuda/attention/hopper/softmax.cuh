@@ -1,0 +1,164 @@
+// What a warpgroup does with a tile of scores in registers (layout: wgmma.cuh): mask, exponentials, row statistics; and how its
+// output leaves.
+#pragma once
+#include "attention/hopper/wgmma.cuh"
+#include "attention/visibility.cuh"
+
+namespace effcore::cuda::hopper {
+
+// Warpgroups issue their products in turn, so that while one multiplies the others take exponentials.
+template <int Warpgroups, bool ordered>
+struct Order {
+  std::uint32_t own;
+  __device__ explicit Order(int warpgroup) : own(warpgroup) {
+    if (own == Warpgroups - 1) pass_on();
+  }
+  __device__ __forceinline__ void wait() const {
+    if constexpr (ordered) cutlass::arch::NamedBarrier::sync(256, own);
+  }
+  __device__ __forceinline__ void pass_on() const {
+    if constexpr (ordered) cutlass::arch::NamedBarrier::arrive(256, own == Warpgroups - 1 ? 0 : own + 1);
+  }
+};
+
+// -inf where the key is not seen. `row` and `row + 8` are the thread's.
+template <int Count>
+__device__ __forceinline__ void mask(float (&score)[Count], const attention::Visibility& seen, int row, int queries, int key0) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int query = min(row + 8 * i, queries - 1), column = key0 + 2 * static_cast<int>(threadIdx.x % 4);
+    const int begin = seen.begin(query) - column, end = seen.end(query) - column;
+#pragma unroll
+    for (int n = 0; n < Count / 4; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (8 * n + e < begin || 8 * n + e >= end) score[4 * n + 2 * i + e] = -INFINITY;
+  }
+}
+
+// 2^x on the FMA units, relative error 1e-4, for x <= 0: x is rounded to an integer n by adding 1.5 * 2^23, 2^(x - n) is a
+// cubic, and n is added to the exponent. Values below 2^-126 become 2^-126 or less.
+__device__ __forceinline__ float exp2_cubic(float x) {
+  constexpr float rounder = 12582912.0f;
+  x = fmaxf(x, -126.0f);
+  const float n = x + rounder, f = x - (n - rounder);
+  const float y = fmaf(fmaf(fmaf(0.055801f, f, 0.240154f), f, 0.693147f), f, 1.0f);
+  return __int_as_float(__float_as_int(y) + (__float_as_int(n) << 23));
+}
+
+// Two rows of a thread. known_lse: P = 2^(scale_log2 S - lse log2e); otherwise online softmax.
+template <bool known_lse>
+struct Softmax {
+  float scale_log2;
+  float maximum[2], sum[2], correction[2];  // known_lse: maximum is lse in units of log2
+
+  __device__ explicit Softmax(float scale) : scale_log2(scale) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) maximum[i] = -INFINITY, sum[i] = 0.0f, correction[i] = 1.0f;
+  }
+
+  __device__ __forceinline__ void start(const float* lse, int row, int queries) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float x = row + 8 * i < queries ? lse[row + 8 * i] * 1.4426950408889634f : 0.0f;
+      maximum[i] = x == -INFINITY ? 0.0f : x;  // sees no key: 2^(-inf - 0) = 0
+    }
+  }
+
+  // Scores become probabilities (up to the sum). One exponential of `cubic_every` runs on the FMA units (0: none; they take no
+  // -inf).
+  template <int cubic_every, int Count>
+  __device__ __forceinline__ void probabilities(float (&score)[Count]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float shift = maximum[i];
+      if constexpr (!known_lse) {
+        float highest = fmaxf(score[2 * i], score[2 * i + 1]);
+#pragma unroll
+        for (int n = 1; n < Count / 4; ++n) highest = fmaxf(highest, fmaxf(score[4 * n + 2 * i], score[4 * n + 2 * i + 1]));
+        highest = fmaxf(maximum[i], row_max(highest));
+        shift = highest == -INFINITY ? 0.0f : highest * scale_log2;
+        correction[i] = exp2_approx(maximum[i] * scale_log2 - shift);
+        maximum[i] = highest;
+        sum[i] *= correction[i];
+      }
+#pragma unroll
+      for (int n = 0; n < Count / 4; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = score[4 * n + 2 * i + e];
+          x = fmaf(x, scale_log2, -shift);
+          const bool cubic = cubic_every > 0 && (2 * n + e) % (cubic_every > 0 ? cubic_every : 1) == 0;
+          x = cubic ? exp2_cubic(x) : exp2_approx(x);
+          if constexpr (!known_lse) sum[i] += x;
+        }
+    }
+  }
+
+  template <int Count>
+  __device__ __forceinline__ void rescale(float (&out)[Count]) const {
+    if constexpr (!known_lse) {
+#pragma unroll
+      for (int n = 0; n < Count / 4; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[4 * n + i] *= correction[i / 2];
+    }
+  }
+
+  // The factors 1 / sum, and the owner's lse.
+  __device__ __forceinline__ void finish(float (&factor)[2], float* lse, int row, int queries) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float total = row_sum(sum[i]);
+      factor[i] = total == 0.0f ? 0.0f : 1.0f / total;
+      if (row + 8 * i < queries && threadIdx.x % 4 == 0)
+        lse[row + 8 * i] = total == 0.0f ? -INFINITY : maximum[i] * scale_log2 * 0.6931471805599453f + logf(total);
+    }
+  }
+};
+
+// Probabilities as the A operand of the next product.
+template <class T, int Count>
+__device__ __forceinline__ void pack(std::uint32_t (&probs)[Count / 8][4], const float (&score)[Count]) {
+#pragma unroll
+  for (int j = 0; j < Count / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) probs[j][i] = cuda::pack<T>(score[8 * j + 2 * i], score[8 * j + 2 * i + 1]);
+}
+
+// The four threads of a row exchange pairs of columns: thread t gets the pairs of all four of x[t], eight neighbouring columns.
+__device__ __forceinline__ uint4 gather_columns(const std::uint32_t (&x)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  std::uint32_t y[4], z[4];
+  // Neighbours swap so that each has two pairs of two of the blocks, then the halves of the quad do.
+  const std::uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
+  y[0] = odd ? a : x[0], y[1] = odd ? x[1] : a;  // block odd
+  y[2] = odd ? b : x[2], y[3] = odd ? x[3] : b;  // block 2 + odd
+  const std::uint32_t c = __shfl_xor_sync(~0u, high ? y[0] : y[2], 2), d = __shfl_xor_sync(~0u, high ? y[1] : y[3], 2);
+  z[0] = high ? c : y[0], z[1] = high ? d : y[1];
+  z[2] = high ? y[2] : c, z[3] = high ? y[3] : d;
+  return make_uint4(z[0], z[1], z[2], z[3]);
+}
+
+// Rows `row` and `row + 8` of the thread, times their factors, to device memory: 16 bytes a thread.
+template <class T, int D>
+__device__ __forceinline__ void store_rows(const attention::Tensor4& to, int batch, int head, int row,
+                                           const attention::Shape& s, const float (&out)[D / 2], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int query = row + 8 * i;
+    T* const at = attention::row_of<T>(to, batch, head, min(query, s.queries - 1));
+#pragma unroll
+    for (int n = 0; n < D / 8; n += 4) {
+      std::uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        x[j] = cuda::pack<T>(out[4 * (n + j) + 2 * i] * factor[i], out[4 * (n + j) + 2 * i + 1] * factor[i]);
+      const uint4 eight = gather_columns(x);
+      const int column = 8 * (n + static_cast<int>(threadIdx.x % 4));
+      if (query < s.queries && column < s.value_dim) *reinterpret_cast<uint4*>(at + column) = eight;
+    }
+  }
+}
+
+}  // namespace effcore::cuda::hopper
