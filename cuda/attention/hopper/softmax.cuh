@@ -1,13 +1,14 @@
 // What a warpgroup does with a tile of scores in registers (layout: wgmma.cuh): mask, exponentials, row statistics; and how its
 // output leaves.
 #pragma once
+#include "attention/hopper/pipeline.cuh"
 #include "attention/hopper/wgmma.cuh"
 #include "attention/visibility.cuh"
 
 namespace effcore::cuda::hopper {
 
 // Warpgroups issue their products in turn, so that while one multiplies the others take exponentials.
-template <int Warpgroups, bool ordered>
+template <int Warpgroups, int ordered>
 struct Order {
   std::uint32_t own;
   __device__ explicit Order(int warpgroup) : own(warpgroup) {
@@ -59,10 +60,10 @@ struct Softmax {
 
   __device__ __forceinline__ void start(const float* lse, int row, int queries) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float x = row + 8 * i < queries ? lse[row + 8 * i] * 1.4426950408889634f : 0.0f;
-      maximum[i] = x == -INFINITY ? 0.0f : x;  // sees no key: 2^(-inf - 0) = 0
-    }
+    for (int i = 0; i < 2; ++i) set_lse(i, row + 8 * i < queries ? lse[row + 8 * i] : 0.0f);
+  }
+  __device__ __forceinline__ void set_lse(int i, float lse) {
+    maximum[i] = lse == -INFINITY ? 0.0f : lse * 1.4426950408889634f;  // sees no key: 2^(-inf - 0) = 0
   }
 
   // Scores become probabilities (up to the sum). One exponential of `cubic_every` runs on the FMA units (0: none; they take no
@@ -97,7 +98,8 @@ struct Softmax {
 
   template <int Count>
   __device__ __forceinline__ void rescale(float (&out)[Count]) const {
-    if constexpr (!known_lse) {
+    // Where no maximum of the warp's rows has grown, and soon none does, there is nothing to do.
+    if (!known_lse && __any_sync(~0u, correction[0] != 1.0f || correction[1] != 1.0f)) {
 #pragma unroll
       for (int n = 0; n < Count / 4; ++n)
 #pragma unroll
@@ -106,14 +108,23 @@ struct Softmax {
   }
 
   // The factors 1 / sum, and the owner's lse.
-  __device__ __forceinline__ void finish(float (&factor)[2], float* lse, int row, int queries) const {
+  __device__ __forceinline__ void finish(float (&factor)[2], float* lse, int row, int queries) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float total = row_sum(sum[i]);
       factor[i] = total == 0.0f ? 0.0f : 1.0f / total;
-      if (row + 8 * i < queries && threadIdx.x % 4 == 0)
-        lse[row + 8 * i] = total == 0.0f ? -INFINITY : maximum[i] * scale_log2 * 0.6931471805599453f + logf(total);
+      const float x = total == 0.0f ? -INFINITY : maximum[i] * scale_log2 * 0.6931471805599453f + logf(total);
+      if (row + 8 * i < queries && threadIdx.x % 4 == 0) lse[row + 8 * i] = x;
+      maximum[i] = row + 8 * i < queries ? x : INFINITY;
     }
+  }
+
+  // Behind `finish`: what gives the rows' own probabilities, and zeros below the last query.
+  __device__ __forceinline__ Softmax<true> normalised() const {
+    Softmax<true> known(scale_log2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) known.set_lse(i, maximum[i]);
+    return known;
   }
 };
 
@@ -138,6 +149,26 @@ __device__ __forceinline__ uint4 gather_columns(const std::uint32_t (&x)[4]) {
   z[0] = high ? c : y[0], z[1] = high ? d : y[1];
   z[2] = high ? y[2] : c, z[3] = high ? y[3] : d;
   return make_uint4(z[0], z[1], z[2], z[3]);
+}
+
+// Probabilities of keys key0 .. to kept tiles of 64 x 64 (params.h: probs_tiles), of which a row has `stored` keys. `to` is the
+// thread's first row in the first tile.
+template <class T, int Count>
+__device__ __forceinline__ void store_probs(T* to, const float (&score)[Count], int key0, int stored) {
+  using attention::probs_tile;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int n = 0; n < Count / 4; n += 4) {
+      std::uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[j] = cuda::pack<T>(score[4 * (n + j) + 2 * i], score[4 * (n + j) + 2 * i + 1]);
+      const uint4 eight = gather_columns(x);
+      const int tile0 = 8 * n / probs_tile * probs_tile, column = 8 * n % probs_tile + 8 * static_cast<int>(threadIdx.x % 4);
+      if (key0 + tile0 < stored)
+        *reinterpret_cast<uint4*>(to + static_cast<std::int64_t>(key0 + tile0) * probs_tile + 8 * i * probs_tile + column) =
+            eight;
+    }
 }
 
 // Rows `row` and `row + 8` of the thread, times their factors, to device memory: 16 bytes a thread.

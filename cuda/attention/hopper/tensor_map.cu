@@ -21,11 +21,24 @@ Encode encoder() {
   return function;
 }
 
+// Boxes of `rows` rows of one panel.
+template <int Rank>
+bool encode(CUtensorMap* map, const void* data, DType dtype, const cuuint64_t (&size)[Rank],
+            const cuuint64_t (&stride)[Rank - 1], int rows) {
+  const Encode function = encoder();
+  cuuint32_t box[Rank], step[Rank];
+  for (int d = 0; d < Rank; ++d) box[d] = 1, step[d] = 1;
+  box[0] = panel_columns, box[1] = static_cast<cuuint32_t>(rows);
+  return function != nullptr &&
+         function(map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Rank,
+                  const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 }  // namespace
 
 bool make_tensor_map(CUtensorMap* map, const attention::Tensor4& t, DType dtype, int batch, int heads, int tokens, int rows) {
-  const Encode encode = encoder();
-  if (encode == nullptr || !t.aligned || tokens == 0 || heads == 0 || batch == 0) return false;
+  if (!t.aligned || tokens == 0 || heads == 0 || batch == 0) return false;
   const cuuint64_t size[4] = {static_cast<cuuint64_t>(t.columns), static_cast<cuuint64_t>(tokens),
                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
   cuuint64_t stride[3];  // bytes, of tokens, heads, batch; a dimension of size 1 has none of its own
@@ -34,10 +47,16 @@ bool make_tensor_map(CUtensorMap* map, const attention::Tensor4& t, DType dtype,
     stride[d] = static_cast<cuuint64_t>(elements > 0 ? elements : t.columns) * 2;
     if (elements < 0 || (elements == 0 && size[d + 1] > 1)) return false;
   }
-  const cuuint32_t box[4] = {panel_columns, static_cast<cuuint32_t>(rows), 1, 1}, step[4] = {1, 1, 1, 1};
-  return encode(map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, t.data,
-                size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode(map, t.data, dtype, size, stride, rows);
+}
+
+bool make_probs_map(CUtensorMap* map, const void* probs, DType dtype, std::int64_t tiles) {
+  constexpr int tile = attention::probs_tile;
+  static_assert(tile == panel_columns);
+  const std::int64_t rows = tiles * tile;
+  if (rows == 0 || rows > 0x7fffffff || reinterpret_cast<std::uintptr_t>(probs) % 16 != 0) return false;
+  const cuuint64_t size[2] = {tile, static_cast<cuuint64_t>(rows)}, stride[1] = {panel_row_bytes};
+  return encode(map, probs, dtype, size, stride, tile);
 }
 
 }  // namespace effcore::cuda::hopper

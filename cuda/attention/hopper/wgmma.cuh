@@ -47,29 +47,25 @@ constexpr gmma::Major major(bool transposed) {
   return transposed ? gmma::Major::MN : gmma::Major::K;
 }
 
-// Where an operand of depth 16 begins. The address is that of a panel's row 0 (a multiple of 1024), moved by a descriptor step
-// for each 16 of depth.
-__device__ __forceinline__ std::uint64_t descriptor(std::uint32_t address, int panel_bytes) {
-  constexpr std::uint64_t swizzle_128 = 1ull << 62, next_8_rows = 1024 / 16;
-  return swizzle_128 | next_8_rows << 32 | static_cast<std::uint64_t>(panel_bytes / 16) << 16 | (address & 0x3ffff) >> 4;
-}
-
-// An operand in shared memory: `rows` rows of panels from `address` on.
+// An operand in shared memory: `rows` rows of panels from `address`, a multiple of 1024, on. The low half of a descriptor is
+// the address (all warps of a warpgroup give the same: said by a shuffle, so that the arithmetic runs on uniform registers).
 template <bool transposed>
 struct SharedOperand {
-  std::uint64_t first;
-  std::uint32_t panel_step;  // descriptor units between panels
+  std::uint32_t low;
+  std::uint32_t panel_step;  // in units of 16 bytes, as all of a descriptor
 
   __device__ __forceinline__ SharedOperand(std::uint32_t address, int rows)
-      : first(descriptor(address, rows * panel_row_bytes)),
-        panel_step(static_cast<std::uint32_t>(rows) * panel_row_bytes / 16) {}
+      : panel_step(static_cast<std::uint32_t>(rows * panel_row_bytes / 16)) {
+    low = __shfl_sync(~0u, panel_step << 16 | (address & 0x3ffff) >> 4, 0);
+  }
 
   // Block k of 16 along the depth.
   __device__ __forceinline__ std::uint64_t at(int k) const {
-    if constexpr (transposed)
-      return first + static_cast<std::uint64_t>(k * (16 * panel_row_bytes / 16));
-    else
-      return first + static_cast<std::uint64_t>(k / 4 * panel_step + k % 4 * (32 / 16));
+    constexpr std::uint64_t swizzle_128 = 1ull << 62, next_8_rows = 1024 / 16;
+    const std::uint32_t step = transposed
+                                   ? static_cast<std::uint32_t>(k * panel_row_bytes)
+                                   : static_cast<std::uint32_t>(k / 4) * panel_step + static_cast<std::uint32_t>(k % 4 * 2);
+    return swizzle_128 | next_8_rows << 32 | (low + step);
   }
 };
 

@@ -1,0 +1,137 @@
+// Forward of a consumer layer from kept probabilities on sm_90a: O = P V, a block matrix product.
+//
+// Bound: P is read once from device memory, 2 bytes an element (half of the elements causal); V, `keys` rows for each `rows` of
+// P, comes from L2. The product, 2 * D FLOPs an element, is a fifth of that time at D = 128.
+//
+// A producer warp fills a ring of stages by TMA, each a column of P tiles [strips][64 x 64] and a V tile [64 x D]; a warpgroup
+// owns a strip of 64 queries, that is a row of kept tiles, and multiplies out of shared memory.
+#pragma once
+#include "attention/hopper/softmax.cuh"
+#include "attention/hopper/tiles.cuh"
+
+namespace effcore::cuda::hopper {
+
+using attention::probs_tile;
+
+struct TiledForwardProbsParams {
+  attention::ForwardParams args;
+  CUtensorMap probs;  // rows of 64 elements, all tiles of all heads; boxes of 64 rows
+  CUtensorMap v;      // boxes of 64 keys
+};
+
+template <int D>
+struct ForwardProbsTiles {
+  static constexpr int strips = 4, rows = 64 * strips, keys = attention::probs_tile;
+  static constexpr int stages = D == 64 ? 5 : 4;
+  static constexpr int threads = 128 * (strips + 1);
+};
+
+template <class T, int D>
+struct ForwardProbsShared {
+  using Tiles = ForwardProbsTiles<D>;
+  T probs[Tiles::stages][Tiles::strips][64 * Tiles::keys];
+  T v[Tiles::stages][Tiles::keys * D];
+  Ring<Tiles::stages> ring;
+};
+
+// The kept tiles of strip w of a block that hold anything.
+struct StripTiles : TileRange {
+  __device__ StripTiles(const Shape& s, const Visibility& seen, int row0)
+      : TileRange(KeyRange(seen, min(row0, s.queries - 1), min(row0 + 64, s.queries) - 1), attention::probs_tile) {
+    if (row0 >= s.queries) end = first;
+  }
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(ForwardProbsTiles<D>::threads, 1)
+    forward_probs_kernel(const __grid_constant__ TiledForwardProbsParams p) {
+  using Tiles = ForwardProbsTiles<D>;
+  constexpr int keys = Tiles::keys, strips = Tiles::strips, strip_bytes = 64 * keys * static_cast<int>(sizeof(T));
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<ForwardProbsShared<T, D>*>(memory);
+  if (threadIdx.x == 0) {
+    shared.ring.init(4 * strips);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+
+  const Shape& s = p.args.shape;
+  const Work work(p.args.schedule, blockIdx.x, s.causal);
+  const int batch = work.head / s.heads, head = work.head % s.heads;
+  const int block0 = work.block * Tiles::rows;
+  const Visibility seen(s, batch);
+  const TileRange tiles(KeyRange(seen, block0, min(block0 + Tiles::rows, s.queries) - 1), keys);
+  const int warpgroup = static_cast<int>(threadIdx.x) / 128 - 1, lane = threadIdx.x % 32;
+  Turn<Tiles::stages> turn;
+
+  if (warpgroup < 0) {
+    if (threadIdx.x >= 32) return;
+    const ValueLoader<T, D, keys, Tiles::stages> values(p.v, p.args.v, seen, batch, head / s.group);
+    const std::int64_t head_tiles = work.head * (attention::probs_elements_of(s) / (probs_tile * probs_tile));
+    int first[strips], end[strips], tile0[strips];
+#pragma unroll
+    for (int w = 0; w < strips; ++w) {
+      const StripTiles own(s, seen, block0 + 64 * w);
+      first[w] = own.first, end[w] = own.end;
+      tile0[w] = static_cast<int>(head_tiles + attention::probs_tiles_before(s, block0 / probs_tile + w));
+    }
+    for (int tile = tiles.first; tile < tiles.end; ++tile, turn.next()) {
+      BarrierWord* const full = &shared.ring.full[turn.stage];
+      const bool by_hand = values.by_hand(tile);
+      if (lane == 0) {
+        shared.ring.wait_empty(turn);
+        int bytes = by_hand ? 0 : values.bytes;
+#pragma unroll
+        for (int w = 0; w < strips; ++w) bytes += tile >= first[w] && tile < end[w] ? strip_bytes : 0;
+        // By hand, the stage is announced when the values are there.
+        if (!by_hand)
+          shared.ring.expect(turn, bytes);
+        else
+          Barrier::expect_transaction(full, bytes);
+#pragma unroll
+        for (int w = 0; w < strips; ++w)
+          if (tile >= first[w] && tile < end[w])
+            cute::SM90_TMA_LOAD_2D::copy(&p.probs, full, static_cast<std::uint64_t>(Keep::first), shared.probs[turn.stage][w],
+                                         0, (tile0[w] + tile) * probs_tile);
+      }
+      __syncwarp();
+      values.load(shared.v[turn.stage], full, tile);
+      if (by_hand && lane == 0) Barrier::arrive(full);
+    }
+  } else {
+    const int row0 = block0 + 64 * warpgroup, row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const StripTiles own(s, seen, row0);
+    float out[D / 2];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
+    Turn<Tiles::stages> done;  // the stage whose product may still be under way
+    const auto release = [&] {
+      if (lane == 0) shared.ring.release(done);
+      done.next();
+    };
+    for (int tile = tiles.first; tile < tiles.end; ++tile, turn.next()) {
+      shared.ring.wait_full(turn);
+      const bool mine = tile >= own.first && tile < own.end;
+      if (mine) {
+        pin(out);
+        wgmma_begin();
+        multiply<T, D, keys / 16>(out, SharedOperand<false>(shared_address(shared.probs[turn.stage][warpgroup]), 64),
+                                  SharedOperand<true>(shared_address(shared.v[turn.stage]), keys), true);
+        wgmma_commit();
+      }
+      if (tile > tiles.first) {
+        if (mine)
+          wgmma_wait<1>();
+        else
+          wgmma_wait<0>();
+        release();
+      }
+    }
+    wgmma_wait<0>();
+    pin(out);
+    const float factor[2] = {1.0f, 1.0f};
+    store_rows<T, D>(p.args.out, batch, head, row, s, out, factor);
+  }
+}
+
+}  // namespace effcore::cuda::hopper
