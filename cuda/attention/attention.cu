@@ -167,6 +167,9 @@ void forward(const Forward& args, const Launch& launch) {
       shape, {}, tensor(args.q), tensor(args.k), tensor(args.v), tensor(args.out), static_cast<float*>(args.lse), nullptr};
   const ProbsParams probs{shape, {}, params.q, params.k, params.lse, args.probs};
   dispatch(p, forward_name, [&](auto kernels) {
+    if (try_hopper(kernels, forward_name,
+                   [&](auto hopper) { return hopper.forward(params, false, args.probs, forward_name, stream_of(launch)); }))
+      return;
     kernels.forward(params, false, forward_name, stream_of(launch));
     if (args.probs != nullptr) kernels.probs(probs, forward_name, stream_of(launch));
   });
@@ -183,6 +186,11 @@ void shared_forward(const SharedForward& args, const Launch& launch) {
                              static_cast<float*>(const_cast<void*>(args.lse)),
                              args.probs};
   dispatch(p, shared_name, [&](auto kernels) {
+    if (try_hopper(kernels, shared_name, [&](auto hopper) {
+          return args.probs != nullptr ? hopper.forward_probs(params, shared_name, stream_of(launch))
+                                       : hopper.forward(params, true, nullptr, shared_name, stream_of(launch));
+        }))
+      return;
     if (args.probs != nullptr)
       kernels.forward_probs(params, shared_name, stream_of(launch));
     else
@@ -268,7 +276,8 @@ const char* path(const Problem& p) {
   if (p.dtype != DType::bfloat16 || padded_dim(p.head_dim, p.value_dim) != 64) return "none: built with EFFCORE_CUDA_SET=ci";
 #endif
   if (device_attribute(cudaDevAttrComputeCapabilityMajor, "path") < 8) return "none: compute capability below 8.0";
-  return p.dtype == DType::float32 ? "fma sm_80" : "mma sm_80";
+  if (p.dtype == DType::float32) return "fma sm_80";
+  return on_hopper("path") ? "wgmma sm_90a" : "mma sm_80";
 }
 
 }  // namespace effcore::cuda::attention

@@ -1,10 +1,15 @@
 // From an argument's dtype and head dimensions to the kernels that serve it: the one place where a path is chosen.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "attention/launch.h"
+#ifdef EFFCORE_HOPPER
+#include "attention/hopper/launch.h"
+#endif
+#include "common/error.h"
 #include "effcore/error.h"
 
 namespace effcore::cuda::attention {
@@ -15,7 +20,32 @@ constexpr int padded_dim(std::int64_t head_dim, std::int64_t value_dim) {
   return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
 }
 
-// Calls body(Kernels<T, D>{}). A path of other kernels for some GPU is chosen here.
+// Whether the kernels for sm_90a (hopper/) serve 16-bit dtypes on the current GPU, as far as the arguments allow.
+// EFFCORE_CUDA_PORTABLE=1 leaves them out, for tests and comparisons.
+inline bool on_hopper(const char* function) {
+#ifdef EFFCORE_HOPPER
+  static const bool portable = [] {
+    const char* text = std::getenv("EFFCORE_CUDA_PORTABLE");
+    return text != nullptr && *text == '1';
+  }();
+  return !portable && device_attribute(cudaDevAttrComputeCapabilityMajor, function) == 9;
+#else
+  static_cast<void>(function);
+  return false;
+#endif
+}
+
+// Calls body(hopper::Kernels<T, D>{}), which says whether it launched; false where there are none for this GPU or dtype.
+template <class T, int D, class Body>
+bool try_hopper(Kernels<T, D>, const char* function, Body&& body) {
+#ifdef EFFCORE_HOPPER
+  if constexpr (sizeof(T) == 2)
+    if (on_hopper(function)) return body(hopper::Kernels<T, D>{});
+#endif
+  return false;
+}
+
+// Calls body(Kernels<T, D>{}), the portable kernels for the problem.
 template <class Body>
 decltype(auto) dispatch(const Problem& p, const char* function, Body&& body) {
   const int dim = padded_dim(p.head_dim, p.value_dim);

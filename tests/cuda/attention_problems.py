@@ -99,6 +99,10 @@ def grid() -> tuple[list[Case], list[Case]]:
             change(base, dtype=dtype, layers=1, queries=1000, keys=1000),
             change(base, dtype=dtype, layers=5, queries=300, keys=300),
             change(base, dtype=dtype, layers=16, dim=128, value_dim=128),
+            # Blocks of 192 and 256 queries, of which some see nothing of a tile of keys, at either end.
+            change(base, dtype=dtype, first_key="query", queries=577, keys=705, heads=4, kv_heads=2),
+            change(base, dtype=dtype, lengths=True, queries=449, keys=900, dim=128, value_dim=128),
+            change(base, dtype=dtype, lengths=True, first_key="row", causal=False, queries=390, keys=650, layers=3),
             change(base, dtype=dtype, scale=-0.3),
             change(base, dtype=dtype, scale=0.0),
         ]

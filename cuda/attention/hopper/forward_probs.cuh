@@ -21,7 +21,7 @@ struct TiledForwardProbsParams {
 
 template <int D>
 struct ForwardProbsTiles {
-  static constexpr int strips = 4, rows = 64 * strips, keys = attention::probs_tile;
+  static constexpr int strips = D == 256 ? 2 : 4, rows = 64 * strips, keys = probs_tile;  // D = 256: 128 registers for O
   static constexpr int stages = D == 64 ? 5 : 4;
   static constexpr int threads = 128 * (strips + 1);
 };

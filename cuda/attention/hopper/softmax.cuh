@@ -8,17 +8,15 @@
 namespace effcore::cuda::hopper {
 
 // Warpgroups issue their products in turn, so that while one multiplies the others take exponentials.
-template <int Warpgroups, int ordered>
+template <int Warpgroups>
 struct Order {
   std::uint32_t own;
   __device__ explicit Order(int warpgroup) : own(warpgroup) {
     if (own == Warpgroups - 1) pass_on();
   }
-  __device__ __forceinline__ void wait() const {
-    if constexpr (ordered) cutlass::arch::NamedBarrier::sync(256, own);
-  }
+  __device__ __forceinline__ void wait() const { cutlass::arch::NamedBarrier::sync(256, own); }
   __device__ __forceinline__ void pass_on() const {
-    if constexpr (ordered) cutlass::arch::NamedBarrier::arrive(256, own == Warpgroups - 1 ? 0 : own + 1);
+    cutlass::arch::NamedBarrier::arrive(256, own == Warpgroups - 1 ? 0 : own + 1);
   }
 };
 
@@ -35,16 +33,6 @@ __device__ __forceinline__ void mask(float (&score)[Count], const attention::Vis
       for (int e = 0; e < 2; ++e)
         if (8 * n + e < begin || 8 * n + e >= end) score[4 * n + 2 * i + e] = -INFINITY;
   }
-}
-
-// 2^x on the FMA units, relative error 1e-4, for x <= 0: x is rounded to an integer n by adding 1.5 * 2^23, 2^(x - n) is a
-// cubic, and n is added to the exponent. Values below 2^-126 become 2^-126 or less.
-__device__ __forceinline__ float exp2_cubic(float x) {
-  constexpr float rounder = 12582912.0f;
-  x = fmaxf(x, -126.0f);
-  const float n = x + rounder, f = x - (n - rounder);
-  const float y = fmaf(fmaf(fmaf(0.055801f, f, 0.240154f), f, 0.693147f), f, 1.0f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(n) << 23));
 }
 
 // Two rows of a thread. known_lse: P = 2^(scale_log2 S - lse log2e); otherwise online softmax.
@@ -66,9 +54,8 @@ struct Softmax {
     maximum[i] = lse == -INFINITY ? 0.0f : lse * 1.4426950408889634f;  // sees no key: 2^(-inf - 0) = 0
   }
 
-  // Scores become probabilities (up to the sum). One exponential of `cubic_every` runs on the FMA units (0: none; they take no
-  // -inf).
-  template <int cubic_every, int Count>
+  // Scores become probabilities (up to the sum).
+  template <int Count>
   __device__ __forceinline__ void probabilities(float (&score)[Count]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -88,9 +75,7 @@ struct Softmax {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = score[4 * n + 2 * i + e];
-          x = fmaf(x, scale_log2, -shift);
-          const bool cubic = cubic_every > 0 && (2 * n + e) % (cubic_every > 0 ? cubic_every : 1) == 0;
-          x = cubic ? exp2_cubic(x) : exp2_approx(x);
+          x = exp2_approx(fmaf(x, scale_log2, -shift));
           if constexpr (!known_lse) sum[i] += x;
         }
     }

@@ -177,16 +177,32 @@ def _ops(findings: dict[str, Any]) -> list[dict[str, str]]:
     if library("effcore_torch_cuda") is None:
         rows.append(_row("cuda", "all", "none", "effcore was built without CUDA (EFFCORE_CUDA=ON builds it)"))
         return rows
-    for device in cuda["devices"]:
-        recent = tuple(map(int, device["compute_capability"].split("."))) >= (8, 0)
-        path = "mma kernels (sm_80)" if recent else "none"
-        why = (
-            "tensor cores; head dims are padded to 64, 128 or 256"
-            if recent
-            else f"{device['name']} is older than sm_80"
-        )
-        rows.append(_row("cuda", "float32, bfloat16, float16", path, why))
+    rows += _cuda_rows(cuda["devices"])
     rows.append(_row("cuda", "float64", "none", "float64 runs on the CPU alone"))
+    return rows
+
+
+_CUDA_PATHS = {
+    "wgmma sm_90a": "Hopper's tensor cores and copy engine; rows that are no multiple of 16 bytes apart take mma sm_80",
+    "mma sm_80": "tensor cores; head dims are padded to 64, 128 or 256",
+    "fma sm_80": "no tensor cores: float32 is not rounded to TF32",
+}
+
+
+def _cuda_rows(devices: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What the library itself says, for each GPU and dtype at head dimension 64."""
+    import torch
+
+    try:
+        from effcore import _cuda
+    except ImportError as error:
+        return [_row("cuda", "all", "none", f"effcore._cuda cannot be imported: {error}")]
+    rows = []
+    for index, device in enumerate(devices):
+        with torch.cuda.device(index):
+            for dtype in ("bfloat16", "float16", "float32"):
+                path, _, why = _cuda.attention_path(dtype, 64, 64).partition(": ")
+                rows.append(_row("cuda", dtype, path, f"{device['name']}: {why or _CUDA_PATHS[path]}"))
     return rows
 
 

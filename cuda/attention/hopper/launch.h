@@ -1,0 +1,17 @@
+// Launchers of the kernels for sm_90a, one more set beside launch.h's; dispatch.h chooses.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "attention/params.h"
+
+namespace effcore::cuda::attention::hopper {
+
+template <class T, int D>
+struct Kernels {
+  // All return false, having launched nothing, where an argument has no TMA descriptor (rows that are not multiples of 16 bytes
+  // apart, expanded tensors): the portable kernels take it. `known_lse`: a consumer; `probs`: where an owner keeps P, or null.
+  static bool forward(const ForwardParams& p, bool known_lse, void* probs, const char* function, cudaStream_t stream);
+  static bool forward_probs(const ForwardParams& p, const char* function, cudaStream_t stream);
+};
+
+}  // namespace effcore::cuda::attention::hopper
