@@ -1,8 +1,9 @@
 """Speed of the attention family on a GPU against SDPA (flash and cuDNN), in one process on the same inputs.
 
 Contenders alternate, L2 is flushed before every call, medians of CUDA events are reported. FLOPs count the products that
-the plain formula needs (2 forward and 5 backward, half of them where causal), whatever a kernel recomputes. Writes
-$OUT/attention_cuda.json, if OUT is set.
+the plain formula needs (2 forward and 5 backward, half of them where causal), whatever a kernel recomputes. Beside a forward
+stands its limit: the products that this way of computing it does need at the rate of a large matrix product, or its bytes at
+the rate of a large copy, whichever takes longer; both rates are measured first. Writes $OUT/attention_cuda.json, if OUT is set.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "python"))
+sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 import effcore  # noqa: E402
+from benchmarks.case import Work  # noqa: E402
+from benchmarks.ceilings import Ceilings, measure  # noqa: E402
 
 for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):
     effcore.__path__.append(folder)
@@ -62,7 +65,14 @@ def sdpa(backend: SDPBackend, q, k, v):
 
 
 def training(
-    dim: int, length: int, layers: int, rounds: int, only: list[str], tokens: int = 16384, width: int = 2048
+    dim: int,
+    length: int,
+    layers: int,
+    rounds: int,
+    only: list[str],
+    ceilings: Ceilings,
+    tokens: int = 16384,
+    width: int = 2048,
 ) -> list[dict]:
     """Causal attention of 16k tokens, heads * dim = 2048, bf16."""
     batch, heads = max(tokens // length, 1), width // dim
@@ -72,21 +82,29 @@ def training(
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     rows = []
 
-    def report(what: str, products: float, contenders: dict, ours: tuple[str, ...]) -> None:
+    def report(
+        what: str, products: float, contenders: dict, ours: tuple[str, ...], limits: dict[str, Work] | None = None
+    ) -> None:
         if only and what not in only:
             return
         times = time_all(contenders, rounds)
+        least = {n: 1e3 * ceilings.seconds(work) for n, work in (limits or {}).items() if n in times}
         row = {
             "what": what,
             "dim": dim,
             "length": length,
             "ms": times,
             "tflops": {n: products * product / t / 1e9 for n, t in times.items()},
+            "of_limit": {n: t / times[n] for n, t in least.items()},
             "ratio": {
                 f"{o}/{peer}": times[peer] / times[o] for o in ours for peer in backends if peer in times and o in times
             },
         }
         rows.append(row)
+
+    def work(done: float, *tensors: torch.Tensor) -> Work:
+        """So many products, and each of these tensors read or written once."""
+        return Work(flops=done * product, bytes=sum(t.nbytes for t in tensors), dtype="bfloat16")
 
     report(
         "forward",
@@ -94,6 +112,7 @@ def training(
         {"effcore": lambda: native.attention(q, k, v, *none)}
         | {n: (lambda b=b: sdpa(b, q, k, v)) for n, b in backends.items()},
         ("effcore",),
+        dict.fromkeys(("effcore", *backends), work(2, q, k, v, q)),
     )
     out, lse = native.attention(q, k, v, *none)
     inputs = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -113,6 +132,7 @@ def training(
         2,
         {"probs": lambda: native.attention_with_scores(q, k, v, *none, 1, 1)} | plain,
         ("probs",),
+        {"probs": work(3, q, k, v, q, probs)},
     )
     report(
         "consumer forward",
@@ -120,6 +140,7 @@ def training(
         {n: (lambda p=p: native.attention_from_scores(q, k, v, lse, p, *slots, *none)) for n, p in kept.items()}
         | plain,
         ("lse", "probs"),
+        {"lse": work(2, q, k, v, q), "probs": work(1, v, q, probs)},
     )
     peers = {n: sdpa(b, *inputs) for n, b in backends.items()}
     plain = {n: (lambda o=o: torch.autograd.grad(o, inputs, dout, retain_graph=True)) for n, o in peers.items()}
@@ -180,41 +201,44 @@ def decoding(batch: int, heads: int, kv_heads: int, keys: int, dim: int, copy: f
     }
 
 
-def copy_bandwidth(rounds: int) -> float:
-    a = torch.randint(0, 255, (1 << 30,), device="cuda", dtype=torch.uint8)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / time_all({"copy": lambda: b.copy_(a)}, rounds)["copy"] / 1e9
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 8192])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 8192, 16384])
     parser.add_argument("--dims", type=int, nargs="*", default=[64, 128])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--only", nargs="*", default=[], help="rows of the training table")
     parser.add_argument("--no-decode", action="store_true")
     args = parser.parse_args()
-    copy = copy_bandwidth(args.rounds)
+    ceilings = measure("cuda", [torch.bfloat16])
+    copy, matmul = ceilings.copy / 1e12, ceilings.matmul["bfloat16"] / 1e12
     rows = []
     for dim in args.dims:
         for length in args.lengths:
-            rows += training(dim, length, args.layers, args.rounds, args.only)
+            rows += training(dim, length, args.layers, args.rounds, args.only, ceilings)
             torch.cuda.empty_cache()
     if not args.no_decode:
         for shape in ((32, 32, 8, 8192, 128), (8, 32, 8, 32768, 128), (64, 32, 4, 2048, 64), (1, 32, 8, 65536, 128)):
             rows.append(decoding(*shape, copy, args.rounds))
-    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_tb_per_s": copy, "rows": rows}
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_tb_per_s": copy,
+        "matmul_tflops": matmul,
+        "rows": rows,
+    }
     if out := os.environ.get("OUT"):
         Path(out, "attention_cuda.json").write_text(json.dumps(report, indent=1))
-    print(f"{report['device']}, torch {report['torch']}, copy {copy:.2f} TB/s")
+    print(f"{report['device']}, torch {report['torch']}, copy {copy:.2f} TB/s, matmul {matmul:.0f} TFLOP/s")
     for row in rows:
         if "tflops" in row:
+            limits = "  ".join(f"{n} {x:.2f}" for n, x in row["of_limit"].items())
             print(
                 f"D={row['dim']:<4}S={row['length']:<6}{row['what']:<20}",
                 "  ".join(f"{n} {x:.0f}" for n, x in row["tflops"].items()),
                 "TFLOP/s |",
                 "  ".join(f"{n} {x:.2f}" for n, x in row["ratio"].items()),
+                f"| of the limit: {limits}" if limits else "",
             )
         else:
             print(

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(ForwardProbsTiles<D>::threads, 1)
 
   if (warpgroup < 0) {
     if (threadIdx.x >= 32) return;
-    const ValueLoader<T, D, keys, Tiles::stages> values(p.v, p.args.v, seen, batch, head / s.group);
+    const ValueLoader<T, D, keys> values(p.v, p.args.v, seen, batch, head / s.group);
     const std::int64_t head_tiles = work.head * (attention::probs_elements_of(s) / (probs_tile * probs_tile));
     int first[strips], end[strips], tile0[strips];
 #pragma unroll

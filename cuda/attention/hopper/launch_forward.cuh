@@ -1,6 +1,6 @@
 // Launchers of the forward kernels for sm_90a.
 #pragma once
-#include "attention/hopper/forward.cuh"
+#include "attention/hopper/forward_consumer.cuh"
 #include "attention/hopper/forward_probs.cuh"
 #include "attention/hopper/launch.h"
 #include "attention/schedule.h"
@@ -13,33 +13,43 @@ namespace tiled = effcore::cuda::hopper;
 template <class T>
 constexpr DType dtype_of = std::is_same<T, bf16>::value ? DType::bfloat16 : DType::float16;
 
+// Kept tiles of all heads.
+inline std::int64_t probs_tiles_of(const Shape& s) {
+  return probs_elements_of(s) / (probs_tile * probs_tile) * s.batch * s.heads;
+}
+
 template <class T, int D>
 bool Kernels<T, D>::forward(const ForwardParams& p, bool known_lse, void* probs, const char* function, cudaStream_t stream) {
   using Tiles = tiled::ForwardTiles<D>;
   using tiled::Forward;
   const Shape& s = p.shape;
-  tiled::TiledForwardParams params{p, probs, {}, {}, {}};
+  tiled::TiledForwardParams params{p, {}, {}, {}, {}};
   if (!p.out.aligned || !tiled::make_tensor_map(&params.q, p.q, dtype_of<T>, s.batch, s.heads, s.queries, 64) ||
       !tiled::make_tensor_map(&params.k, p.k, dtype_of<T>, s.batch, s.kv_heads, s.keys, Tiles::keys) ||
       !tiled::make_tensor_map(&params.v, p.v, dtype_of<T>, s.batch, s.kv_heads, s.keys, Tiles::keys))
     return false;
   params.args.schedule = row_schedule<T>(s, Tiles::rows, true);
-  const auto kernel = known_lse          ? tiled::forward_kernel<T, D, Forward::from_lse>
-                      : probs != nullptr ? tiled::forward_kernel<T, D, Forward::owner_keeping_probs>
-                                         : tiled::forward_kernel<T, D, Forward::owner>;
-  launch(function, kernel, blocks_of(params.args.schedule), Tiles::threads, sizeof(tiled::ForwardShared<T, D>), stream, params);
-  return true;
+  const auto run = [&]<Forward forward>() {
+    static_assert(sizeof(tiled::ForwardShared<T, D, forward>) <= 227 * 1024);
+    launch(function, tiled::forward_kernel<T, D, forward>, blocks_of(params.args.schedule), Tiles::threads,
+           sizeof(tiled::ForwardShared<T, D, forward>), stream, params);
+    return true;
+  };
+  if (known_lse) return run.template operator()<Forward::from_lse>();
+  if (probs == nullptr) return run.template operator()<Forward::owner>();
+  return tiled::make_probs_map(&params.probs, probs, dtype_of<T>, probs_tiles_of(s), 16) &&
+         run.template operator()<Forward::owner_keeping_probs>();
 }
 
 template <class T, int D>
 bool Kernels<T, D>::forward_probs(const ForwardParams& p, const char* function, cudaStream_t stream) {
   using Tiles = tiled::ForwardProbsTiles<D>;
   const Shape& s = p.shape;
-  const std::int64_t tiles = probs_elements_of(s) / (probs_tile * probs_tile) * s.batch * s.heads;
   tiled::TiledForwardProbsParams params{p, {}, {}};
   if (!p.out.aligned || !tiled::make_tensor_map(&params.v, p.v, dtype_of<T>, s.batch, s.kv_heads, s.keys, Tiles::keys) ||
-      !tiled::make_probs_map(&params.probs, p.probs, dtype_of<T>, tiles))
+      !tiled::make_probs_map(&params.probs, p.probs, dtype_of<T>, probs_tiles_of(s), probs_tile))
     return false;
+  static_assert(sizeof(tiled::ForwardProbsShared<T, D>) <= 227 * 1024);
   params.args.schedule = row_schedule<T>(s, Tiles::rows, false);
   launch(function, tiled::forward_probs_kernel<T, D>, blocks_of(params.args.schedule), Tiles::threads,
          sizeof(tiled::ForwardProbsShared<T, D>), stream, params);

@@ -136,26 +136,6 @@ __device__ __forceinline__ uint4 gather_columns(const std::uint32_t (&x)[4]) {
   return make_uint4(z[0], z[1], z[2], z[3]);
 }
 
-// Probabilities of keys key0 .. to kept tiles of 64 x 64 (params.h: probs_tiles), of which a row has `stored` keys. `to` is the
-// thread's first row in the first tile.
-template <class T, int Count>
-__device__ __forceinline__ void store_probs(T* to, const float (&score)[Count], int key0, int stored) {
-  using attention::probs_tile;
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-#pragma unroll
-    for (int n = 0; n < Count / 4; n += 4) {
-      std::uint32_t x[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] = cuda::pack<T>(score[4 * (n + j) + 2 * i], score[4 * (n + j) + 2 * i + 1]);
-      const uint4 eight = gather_columns(x);
-      const int tile0 = 8 * n / probs_tile * probs_tile, column = 8 * n % probs_tile + 8 * static_cast<int>(threadIdx.x % 4);
-      if (key0 + tile0 < stored)
-        *reinterpret_cast<uint4*>(to + static_cast<std::int64_t>(key0 + tile0) * probs_tile + 8 * i * probs_tile + column) =
-            eight;
-    }
-}
-
 // Rows `row` and `row + 8` of the thread, times their factors, to device memory: 16 bytes a thread.
 template <class T, int D>
 __device__ __forceinline__ void store_rows(const attention::Tensor4& to, int batch, int head, int row,

@@ -50,13 +50,13 @@ bool make_tensor_map(CUtensorMap* map, const attention::Tensor4& t, DType dtype,
   return encode(map, t.data, dtype, size, stride, rows);
 }
 
-bool make_probs_map(CUtensorMap* map, const void* probs, DType dtype, std::int64_t tiles) {
+bool make_probs_map(CUtensorMap* map, const void* probs, DType dtype, std::int64_t tiles, int box_rows) {
   constexpr int tile = attention::probs_tile;
   static_assert(tile == panel_columns);
   const std::int64_t rows = tiles * tile;
   if (rows == 0 || rows > 0x7fffffff || reinterpret_cast<std::uintptr_t>(probs) % 16 != 0) return false;
   const cuuint64_t size[2] = {tile, static_cast<cuuint64_t>(rows)}, stride[1] = {panel_row_bytes};
-  return encode(map, probs, dtype, size, stride, tile);
+  return encode(map, probs, dtype, size, stride, box_rows);
 }
 
 }  // namespace effcore::cuda::hopper

@@ -12,7 +12,7 @@ namespace effcore::cuda::hopper {
 bool make_tensor_map(CUtensorMap* map, const attention::Tensor4& tensor, DType dtype, int batch, int heads, int tokens,
                      int rows);
 
-// Kept probabilities: `tiles` tiles of 64 x 64, one below the other; boxes of one tile.
-bool make_probs_map(CUtensorMap* map, const void* probs, DType dtype, std::int64_t tiles);
+// Kept probabilities: `tiles` tiles of 64 x 64, one below the other; boxes of `box_rows` rows.
+bool make_probs_map(CUtensorMap* map, const void* probs, DType dtype, std::int64_t tiles, int box_rows = attention::probs_tile);
 
 }  // namespace effcore::cuda::hopper

@@ -46,7 +46,7 @@ struct TileRange {
 };
 
 // The tiles of values and how to get one: by TMA, or by hand where it holds rows that must be zeroed.
-template <class T, int D, int keys, int Stages>
+template <class T, int D, int keys>
 struct ValueLoader {
   static constexpr int bytes = keys * D * static_cast<int>(sizeof(T));
   const CUtensorMap& map;

@@ -47,8 +47,14 @@ constexpr gmma::Major major(bool transposed) {
   return transposed ? gmma::Major::MN : gmma::Major::K;
 }
 
-// An operand in shared memory: `rows` rows of panels from `address`, a multiple of 1024, on. The low half of a descriptor is
-// the address (all warps of a warpgroup give the same: said by a shuffle, so that the arithmetic runs on uniform registers).
+// A value that all lanes have, said to the compiler by a shuffle: what follows from it stays in uniform registers, where wgmma
+// takes its descriptors from, rather than moving there before each product. The lane is added so that the shuffle is not
+// dropped as one that changes nothing.
+__device__ __forceinline__ int uniform(int x) {
+  return __shfl_sync(~0u, x + static_cast<int>(threadIdx.x % 32), 0);
+}
+
+// An operand in shared memory: `rows` rows of panels from `address`, a multiple of 1024, on.
 template <bool transposed>
 struct SharedOperand {
   std::uint32_t low;
@@ -56,7 +62,7 @@ struct SharedOperand {
 
   __device__ __forceinline__ SharedOperand(std::uint32_t address, int rows)
       : panel_step(static_cast<std::uint32_t>(rows * panel_row_bytes / 16)) {
-    low = __shfl_sync(~0u, panel_step << 16 | (address & 0x3ffff) >> 4, 0);
+    low = static_cast<std::uint32_t>(uniform(static_cast<int>(panel_step << 16 | (address & 0x3ffff) >> 4)));
   }
 
   // Block k of 16 along the depth.

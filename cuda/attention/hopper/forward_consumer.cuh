@@ -1,0 +1,192 @@
+// The warpgroups of the forward (forward.cuh), 64 queries each.
+#pragma once
+#include "attention/hopper/forward.cuh"
+
+namespace effcore::cuda::hopper {
+
+template <class T, int D, Forward forward>
+struct ForwardConsumer {
+  using Tiles = ForwardTiles<D>;
+  static constexpr int keys = Tiles::keys;
+  static constexpr bool keeps = forward == Forward::owner_keeping_probs, online = forward == Forward::owner;
+
+  ForwardShared<T, D, forward>& shared;
+  const TiledForwardParams& p;
+  const int warpgroup, lane = threadIdx.x % 32;
+  Order<Tiles::warpgroups> order;
+  Turn<Tiles::stages> k_turn, v_turn;
+
+  __device__ ForwardConsumer(ForwardShared<T, D, forward>& shared_, const TiledForwardParams& p_, int warpgroup_)
+      : shared(shared_), p(p_), warpgroup(warpgroup_), order(warpgroup_) {}
+
+  __device__ __forceinline__ void run(const Work& work) {
+    const Shape& s = p.args.shape;
+    const int batch = work.head / s.heads, head = work.head % s.heads;
+    const int block0 = work.block * Tiles::rows, row0 = block0 + 64 * warpgroup, last_row = min(row0 + 64, s.queries) - 1;
+    const int row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // the thread's: row and row + 8
+    const Visibility seen(s, batch);
+    const TileRange tiles(KeyRange(seen, block0, min(block0 + Tiles::rows, s.queries) - 1), keys);
+    int first = tiles.first, end = tiles.first;  // of those, this warpgroup's own
+    if (row0 < s.queries) {
+      const TileRange own(KeyRange(seen, row0, last_row), keys);
+      if (own.first < own.end) first = own.first, end = own.end;
+    }
+    float* const lse = p.args.lse + static_cast<std::int64_t>(work.head) * s.queries;
+
+    Barrier::wait(&shared.q_full[warpgroup], 0);
+    const SharedOperand<false> q(shared_address(shared.q[warpgroup]), 64);
+    float score[keys / 2];
+    const auto start_scores = [&] {
+      shared.k_ring.wait_full(k_turn);
+      order.wait();
+      pin(score);
+      wgmma_begin();
+      multiply<T, keys, D / 16>(score, q, SharedOperand<false>(shared_address(shared.k[k_turn.stage]), keys), false);
+      wgmma_commit();
+    };
+    const auto scores_done = [&](int tile) {
+      pin(score);
+      release_k();
+      if (s.negative) {
+#pragma unroll
+        for (int i = 0; i < keys / 2; ++i) score[i] = -score[i];
+      }
+      const int key0 = tile * keys;
+      if (key0 + keys > seen.end(row0) || key0 < seen.begin(last_row)) mask(score, seen, row, s.queries, key0);
+    };
+
+    Softmax<!online> softmax(s.scale_log2);
+    // The strip's kept tiles begin with row `tiles_before * 64` of all.
+    using attention::probs_tile;
+    const int strip = row0 / probs_tile;
+    const int stored = keeps && row0 < s.queries ? attention::probs_tiles(s, strip) * probs_tile : 0;
+    const std::int64_t tiles_before = keeps ? work.head * (attention::probs_elements_of(s) / (probs_tile * probs_tile)) +
+                                                  attention::probs_tiles_before(s, strip)
+                                            : 0;
+    const int warp = threadIdx.x / 32 - 4;
+    KeptProbs<T> kept(shared.kept[warp], p.probs, static_cast<int>(tiles_before) * probs_tile + warp % 4 * 16, stored);
+    if constexpr (forward == Forward::from_lse) softmax.start(lse, row, s.queries);
+    if constexpr (keeps) {
+      Softmax<false> statistics(s.scale_log2);
+      skip_k(tiles.end, end);
+      for (int tile = end - 1; tile >= first; --tile) {
+        start_scores();
+        order.pass_on();
+        wgmma_wait<0>();
+        scores_done(tile);
+        statistics.probabilities(score);
+      }
+      skip_k(first, tiles.first);
+      float factor[2];
+      statistics.finish(factor, lse, row, s.queries);
+      softmax = statistics.normalised();
+      constexpr std::uint32_t nothing[keys / 16][4] = {};
+      for (int tile = 0; tile * keys < stored; ++tile)
+        if (tile < first || tile >= end) kept.store(nothing, tile * keys);
+    }
+
+    float out[D / 2];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
+    std::uint32_t probs[keys / 16][4];
+    const auto start_values = [&] {
+      shared.v_ring.wait_full(v_turn);
+      pin(out);
+      wgmma_begin();
+      multiply<T, D, keys / 16>(out, probs, SharedOperand<true>(shared_address(shared.v[v_turn.stage]), keys), true);
+      wgmma_commit();
+    };
+    const auto values_done = [&] {
+      pin(out);
+      release_v();
+    };
+
+    skip(tiles.end, end);
+    if (first < end) {
+      start_scores();
+      order.pass_on();
+      wgmma_wait<0>();
+      scores_done(end - 1);
+      softmax.probabilities(score);
+      pack<T>(probs, score);
+      for (int tile = end - 2; tile >= first; --tile) {
+        start_scores();
+        start_values();
+        order.pass_on();
+        if constexpr (keeps) kept.store(probs, (tile + 1) * keys);
+        wgmma_wait<1>();
+        scores_done(tile);
+        softmax.probabilities(score);
+        wgmma_wait<0>();
+        values_done();
+        softmax.rescale(out);
+        pack<T>(probs, score);
+      }
+      start_values();
+      if constexpr (keeps) kept.store(probs, first * keys);
+      wgmma_wait<0>();
+      values_done();
+    }
+    skip(first, tiles.first);
+
+    float factor[2] = {1.0f, 1.0f};
+    if constexpr (online) softmax.finish(factor, lse, row, s.queries);
+    if constexpr (keeps) kept.finish();
+    store_rows<T, D>(p.args.out, batch, head, row, s, out, factor);
+  }
+
+ private:
+  __device__ __forceinline__ void release_k() {
+    if (lane == 0) shared.k_ring.release(k_turn);
+    k_turn.next();
+  }
+  __device__ __forceinline__ void release_v() {
+    if (lane == 0) shared.v_ring.release(v_turn);
+    v_turn.next();
+  }
+
+  // Tiles from - 1 .. to, which only other warpgroups of the block see.
+  __device__ __forceinline__ void skip_k(int from, int to) {
+    for (int tile = from; tile > to; --tile) {
+      order.wait();
+      order.pass_on();
+      shared.k_ring.wait_full(k_turn);
+      release_k();
+    }
+  }
+  __device__ __forceinline__ void skip(int from, int to) {
+    for (int tile = from; tile > to; --tile) {
+      skip_k(1, 0);
+      shared.v_ring.wait_full(v_turn);
+      release_v();
+    }
+  }
+};
+
+template <class T, int D, Forward forward>
+__global__ void __launch_bounds__(ForwardTiles<D>::threads, 1) forward_kernel(const __grid_constant__ TiledForwardParams p) {
+  using Tiles = ForwardTiles<D>;
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<ForwardShared<T, D, forward>*>(memory);
+  if (threadIdx.x == 0) {
+    for (auto& full : shared.q_full) Barrier::init(&full, 1);
+    shared.k_ring.init(4 * Tiles::warpgroups);
+    shared.v_ring.init(4 * Tiles::warpgroups);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  Work work(p.args.schedule, static_cast<int>(blockIdx.x), p.args.shape.causal && forward != Forward::owner_keeping_probs);
+  // Where P is kept, blocks of many and of few keys take turns, or all would multiply at one time and write at another (2-8 %).
+  if (p.args.shape.causal && forward == Forward::owner_keeping_probs)
+    work.block = work.block % 2 == 0 ? p.args.schedule.blocks - 1 - work.block / 2 : work.block / 2;
+  const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128) - 1;
+  if (warpgroup < 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Tiles::producer_registers>();
+    if (threadIdx.x < 32) ForwardProducer<T, D, forward>{shared, p}.run(work);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Tiles::consumer_registers>();
+    ForwardConsumer<T, D, forward>(shared, p, warpgroup).run(work);
+  }
+}
+
+}  // namespace effcore::cuda::hopper
