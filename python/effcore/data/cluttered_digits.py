@@ -18,6 +18,7 @@ class ClutteredDigits:
         split: ``"train"``: 1,437 scans, or ``"test"``: the other 360.
         size: of a picture's side in pixels, at least 16.
         clutter: pieces of other digits in a picture.
+        device: where pictures are made; the same seed gives other pictures on a GPU.
 
     Raises:
         ValueError: an argument out of range.
@@ -26,7 +27,7 @@ class ClutteredDigits:
 
     classes, channels = 10, 1
 
-    def __init__(self, split: str = "train", size: int = 64, clutter: int = 8):
+    def __init__(self, split: str = "train", size: int = 64, clutter: int = 8, device: str = "cpu"):
         if split not in ("train", "test"):
             raise ValueError(f"effcore.ClutteredDigits: split must be 'train' or 'test', got {split!r}")
         if size < 16:
@@ -42,18 +43,19 @@ class ClutteredDigits:
         scans = load_digits()
         part = slice(0, 1437) if split == "train" else slice(1437, None)
         images = torch.from_numpy(scans.images[part]).float()[:, None] / 16
-        self.digits = F.interpolate(images, scale_factor=2, mode="bilinear")[:, 0]  # [n, 16, 16]
-        self.labels = torch.from_numpy(scans.target[part]).long()
+        self.digits = F.interpolate(images, scale_factor=2, mode="bilinear")[:, 0].to(device)  # [n, 16, 16]
+        self.labels = torch.from_numpy(scans.target[part]).long().to(device)
         self.size, self.clutter = size, clutter
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """``(images [count, 1, size, size] from -1 to 1, labels [count])``."""
+        """``(images [count, 1, size, size] from -1 to 1, labels [count])``; the generator is on this object's device."""
+        device = self.digits.device
 
         def integers(below: int, *shape: int) -> Tensor:
-            return torch.randint(0, below, shape, generator=generator)
+            return torch.randint(0, below, shape, generator=generator, device=device)
 
         chosen = integers(len(self.digits), count)
-        canvas = 0.15 * torch.rand(count, self.size, self.size, generator=generator)
+        canvas = 0.15 * torch.rand(count, self.size, self.size, generator=generator, device=device)
         piece = 7
         for _ in range(self.clutter):
             others, rows, columns = (
@@ -72,14 +74,14 @@ class ClutteredDigits:
     def _paste(canvas: Tensor, pieces: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Each piece over its picture: the brighter of the two counts."""
         side = pieces.shape[-1]
-        batch = torch.arange(len(canvas))[:, None, None]
-        y = rows[:, None, None] + torch.arange(side)[None, :, None]
-        x = columns[:, None, None] + torch.arange(side)[None, None, :]
+        batch = torch.arange(len(canvas), device=canvas.device)[:, None, None]
+        y = rows[:, None, None] + torch.arange(side, device=rows.device)[None, :, None]
+        x = columns[:, None, None] + torch.arange(side, device=rows.device)[None, None, :]
         canvas[batch, y, x] = torch.maximum(canvas[batch, y, x], pieces)
 
 
 def _windows(images: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
-    batch = torch.arange(len(images))[:, None, None]
-    y = rows[:, None, None] + torch.arange(side)[None, :, None]
-    x = columns[:, None, None] + torch.arange(side)[None, None, :]
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    y = rows[:, None, None] + torch.arange(side, device=rows.device)[None, :, None]
+    x = columns[:, None, None] + torch.arange(side, device=rows.device)[None, None, :]
     return images[batch, y, x]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from effcore.methods import vit_blocks
-from effcore.ops import routing
+from effcore.ops import _routing_lookup, routing
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -232,9 +232,32 @@ class _Part:
     ends: int
 
 
+# What a rejoin needs: (skipped, kept, rest), or in a compiled model (all tokens, kept, place) for the lookups.
+_Apart = tuple[Tensor, Tensor, Tensor]
+
+
+def _lookups(x: Tensor) -> bool:
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+def _part_with(x: Tensor, kept: Tensor, rest: Tensor) -> tuple[Tensor, _Apart]:
+    if _lookups(x):
+        place = _routing_lookup.places(kept, rest)
+        return _routing_lookup.leave(x, kept, place), (x, kept, place)
+    x, skipped = routing.separate_tokens(x, kept, rest)
+    return x, (skipped, kept, rest)
+
+
+def _come_back(x: Tensor, *apart: Tensor) -> Tensor:
+    if _lookups(x):
+        return _routing_lookup.rejoin(x, *apart)
+    skipped, kept, rest = apart
+    return routing.merge_tokens(x, kept, skipped.to(x.dtype), rest)
+
+
 class _SkippingBlock(nn.Module):
     """Mixed into the class of a block. From the block where tokens leave to the one where they rejoin, blocks pass on
-    ``(tokens, ((skipped, kept, rest), ...))`` instead of a tensor: what one forward needs travels with it, and is in no
+    ``(tokens, (what is apart, ...))`` instead of a tensor: what one forward needs travels with it, and is in no
     attribute, so that checkpointing, compilation and several forwards at once see plain functions.
     """
 
@@ -248,7 +271,7 @@ class _SkippingBlock(nn.Module):
         _refuse_masks(args, kwargs)
         _refuse_reentrant_checkpointing(self)
         x: Tensor = hidden_states[0] if carried else hidden_states
-        away: tuple[tuple[Tensor, Tensor, Tensor], ...] = hidden_states[1] if carried else ()
+        away: tuple[_Apart, ...] = hidden_states[1] if carried else ()
         kept = rest = None
         if part.begins is not None:
             prefix = part.skip.prefix
@@ -259,13 +282,12 @@ class _SkippingBlock(nn.Module):
                 part.skip.trace.append((kept, rest))
         x = super().forward(x, *args, **kwargs)
         for _ in range(part.ends):
-            skipped, was_kept, was_rest = away[-1]
-            away = away[:-1]
-            x = routing.merge_tokens(x, was_kept, skipped.to(x.dtype), was_rest)
+            *away, apart = away
+            x = _come_back(x, *apart)
         if kept is not None and rest is not None:
-            x, skipped = routing.separate_tokens(x, kept, rest)
-            away = (*away, (skipped, kept, rest))
-        return (x, away) if away else x
+            x, apart = _part_with(x, kept, rest)
+            away = (*away, apart)
+        return (x, tuple(away)) if away else x
 
     def extra_repr(self) -> str:
         begins = self._skip.begins
