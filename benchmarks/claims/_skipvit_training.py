@@ -1,10 +1,15 @@
-"""Training of small classifiers, for claims of accuracy: on a GPU a whole step is one CUDA graph, which is ten times as fast as
-launching the kernels of so small a model one by one."""
+"""Many small classifiers trained side by side, for claims of accuracy.
+
+On a GPU each has a stream of its own and its whole step is one CUDA graph: a model as small as these fills a few percent of the
+GPU, and its kernels take less time than their launches.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +20,36 @@ from effcore.training.images import Images
 CHUNK = 16  # batches that are made at a time
 
 
+@dataclass
+class Run:
+    """A model to train, and the seed of its data. ``changes`` are done to the model before these steps."""
+
+    name: str
+    model: nn.Module
+    seed: int
+    changes: dict[int, Callable[[], Any]]
+
+
+def logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
 class Step:
     """A training step: AdamW, the gradient clipped at 1, the learning rate a tensor."""
 
-    def __init__(self, model: nn.Module, batch: int, data: Images, device: str):
-        self.model, self.device = model.to(device).train(), device
-        cuda = {"capturable": True, "fused": True} if device == "cuda" else {}
-        self.rate = torch.zeros((), device=device)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.rate, weight_decay=0.05, **cuda)
-        self.images = torch.zeros(batch, data.channels, data.size, data.size, device=device)
-        self.labels = torch.zeros(batch, dtype=torch.long, device=device)
-        self.loss = torch.zeros((), device=device)
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor):
+        self.model, self.cuda = model.to(images.device).train(), images.is_cuda
+        settings: dict[str, Any] = {"capturable": True, "fused": True} if self.cuda else {}
+        self.rate = torch.zeros((), device=images.device)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.rate, weight_decay=0.05, **settings)
+        self.images, self.labels = torch.zeros_like(images), torch.zeros_like(labels)
+        self.loss = torch.zeros((), device=images.device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream = torch.cuda.Stream() if self.cuda else None
 
-    def _run(self) -> None:
+    def run(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.model(self.images).logits, self.labels)
+        loss = F.cross_entropy(logits(self.model(self.images)), self.labels)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -38,66 +57,92 @@ class Step:
 
     def capture(self) -> None:
         """Makes a graph of the step as the model is now. Its trial steps have learning rate 0 and leave no trace."""
-        if self.device != "cuda":
+        if self.stream is None:
             return
-        self.graph = None
         before = {id(t): t.clone() for t in self._state()}
         self.rate.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
             for _ in range(3):
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
+                self.run()
+        torch.cuda.synchronize()
         for t in self._state():
-            t.copy_(before[id(t)]) if id(t) in before else t.zero_()
-        self.graph = torch.cuda.CUDAGraph()
+            if id(t) in before:
+                t.copy_(before[id(t)])
+            else:
+                t.zero_()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(self.graph):
-            self._run()
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.run()
+        torch.cuda.synchronize()
 
     def _state(self) -> list[Tensor]:
         return [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
 
     def __call__(self, images: Tensor, labels: Tensor, rate: float) -> None:
-        self.images.copy_(images)
-        self.labels.copy_(labels)
-        self.rate.fill_(rate)
-        if self.graph is None:
-            self._run()
-        else:
-            self.graph.replay()
+        with torch.cuda.stream(self.stream):  # None: where there are no streams
+            self.images.copy_(images)
+            self.labels.copy_(labels)
+            self.rate.fill_(rate)
+            if self.graph is None:
+                self.run()
+            else:
+                self.graph.replay()
 
 
-def train(
-    model: nn.Module,
+def _wait(streams: Iterable[Any], for_others: bool) -> None:
+    """The current stream for these streams, or these for it."""
+    for stream in filter(None, streams):
+        current = torch.cuda.current_stream()
+        (current.wait_stream(stream) if for_others else stream.wait_stream(current))
+
+
+def train_together(
+    runs: list[Run],
     data: Images,
     *,
     steps: int,
     batch: int,
     learning_rate: float,
-    seed: int,
     device: str,
-    changes: dict[int, Callable[[], None]] | None = None,
-    listener: Callable[[int, float], None] | None = None,
+    listener: Callable[[int, list[float]], None] | None = None,
 ) -> None:
-    """A linear warm-up over a tenth of the steps, then a cosine to zero.
-
-    Args:
-        changes: what to do to the model before these steps; the graph is made anew.
-    """
-    step = Step(model, batch, data, device)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    changes = {0: lambda: None} | (changes or {})
+    """Runs with the same seed see the same batches. The learning rate rises over a tenth of the steps and falls as a cosine."""
+    generators = {run.seed: torch.Generator(device=device).manual_seed(run.seed) for run in runs}
+    batches: dict[int, tuple[Tensor, Tensor]] = {}
+    trained: list[Step] = []
     for i in range(steps):
-        if i in changes:
-            changes[i]()
-            step.capture()
         if i % CHUNK == 0:
-            images, labels = data.sample(CHUNK * batch, generator)
-        part = slice(i % CHUNK * batch, (i % CHUNK + 1) * batch)
+            _wait((step.stream for step in trained), for_others=True)
+            batches = {seed: data.sample(CHUNK * batch, g) for seed, g in generators.items()}
+            if not trained:
+                part = {seed: [t[:batch] for t in made] for seed, made in batches.items()}
+                trained = [Step(run.model, *part[run.seed]) for run in runs]
+            _wait((step.stream for step in trained), for_others=False)
+        for run, step in zip(runs, trained, strict=True):
+            if i in run.changes or i == 0:
+                run.changes.get(i, lambda: None)()
+                step.capture()
+        at = slice(i % CHUNK * batch, (i % CHUNK + 1) * batch)
         progress = (i + 1) / steps
         rate = learning_rate * min(progress / 0.1, 0.5 + 0.5 * math.cos(math.pi * max(progress - 0.1, 0.0) / 0.9))
-        step(images[part], labels[part], rate)
+        for run, step in zip(runs, trained, strict=True):
+            images, labels = batches[run.seed]
+            step(images[at], labels[at], rate)
         if listener is not None and (i + 1) % max(steps // 10, 1) == 0:
-            listener(i + 1, step.loss.item())
+            _wait((step.stream for step in trained), for_others=True)
+            listener(i + 1, [step.loss.item() for step in trained])
+    _wait((step.stream for step in trained), for_others=True)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Images, *, count: int, device: str, batch: int = 500) -> float:
+    """The share of ``count`` images, the same in every call, whose class the model names."""
+    model.eval()
+    generator, right = torch.Generator(device=device).manual_seed(10_000), 0
+    for _ in range(0, count, batch):
+        images, labels = data.sample(batch, generator)
+        right += int((logits(model(images)).argmax(-1) == labels).sum())
+    return right / (-(-count // batch) * batch)

@@ -19,12 +19,20 @@ DTYPES = (torch.float32, torch.bfloat16)
 KEEP = 0.45
 
 Shape = tuple[int, int, int]  # batch, tokens, channels
+# batch, heads, kv_heads, tokens, dim; the second is SkipViT's own: the queries go through Wᵀ instead of the tokens through W
+SCORES = [
+    (256, 6, 6, 197, 64),
+    (256, 6, 1, 197, 384),
+    (256, 6, 6, 1024, 64),
+    (64, 16, 16, 2048, 64),
+    (64, 16, 16, 4096, 64),
+]
 
 
 def cases(settings: Settings) -> Iterator[Case]:
     # The floors are the project's.
     if settings.cuda:
-        shapes, dtypes = [(256, 1024, 384), (64, 2048, 2048), (256, 197, 384)], (torch.bfloat16,)
+        shapes, dtypes = [(256, 1024, 384), (64, 2048, 2048), (256, 197, 384), (256, 1024, 385)], (torch.bfloat16,)
     else:
         shapes, dtypes = [(8, 197, 384), (32, 197, 384), (1, 1024, 768)], DTYPES
     for shape in shapes[:1] if settings.quick else shapes:
@@ -32,10 +40,12 @@ def cases(settings: Settings) -> Iterator[Case]:
             yield _trip(settings, shape, dtype, Floor(2.0 if settings.cuda else 1.5))
             yield _separate(settings, shape, dtype)
             yield _merge(settings, shape, dtype)
+            yield _merge_residual(settings, shape, dtype)
             yield _trip_with_gradients(settings, shape, dtype)
             yield _norm(settings, shape, dtype)
-    for shape in [(256, 197, 384), (64, 1024, 1024)] if settings.cuda else [(32, 197, 384)]:
-        yield _scores(settings, shape, dtypes[0], Floor(3.0 if settings.cuda else 1.0))
+    for batch, heads, kv_heads, tokens, dim in SCORES if settings.cuda else SCORES[:1]:
+        batch = batch if settings.cuda else 32
+        yield _scores(settings, batch, heads, kv_heads, tokens, dim, dtypes[0], Floor(3.0 if settings.cuda else 1.0))
 
 
 def _name(what: str, shape: Shape, dtype: torch.dtype) -> str:
@@ -162,6 +172,31 @@ def _merge(settings: Settings, shape: Shape, dtype: torch.dtype) -> Case:
     )
 
 
+def _merge_residual(settings: Settings, shape: Shape, dtype: torch.dtype) -> Case:
+    """y = x + merge(a, b): the rows of three tensors read and of one written."""
+    merge = _merge(settings, shape, dtype)
+
+    def inputs() -> Inputs:
+        made = merge.inputs()
+        return made | {"residual": torch.randn(shape, device=settings.device).to(dtype)}
+
+    def ours(x: Inputs):
+        return [ops.merge_tokens(x["a"], x["kept"], x["b"], x["rest"], residual=x["residual"])]
+
+    def added(peer: Candidate) -> Candidate:
+        return Candidate(f"{peer.name}, add", lambda x: [peer.call(x)[0] + x["residual"]])
+
+    return Case(
+        name=_name("merge + residual", shape, dtype),
+        inputs=inputs,
+        outputs=("merged",),
+        ours=Candidate("effcore", ours),
+        peers=tuple(added(peer) for peer in merge.peers),
+        exact=lambda x: [x["x"].double() + x["residual"].double()],
+        work=Work(bytes=3 * _bytes(shape, dtype)),
+    )
+
+
 def _trip_with_gradients(settings: Settings, shape: Shape, dtype: torch.dtype) -> Case:
     """Separation and merge, and their gradient: four movements of all rows."""
     channels = shape[2]
@@ -234,32 +269,44 @@ def _norm(settings: Settings, shape: Shape, dtype: torch.dtype) -> Case:
     )
 
 
-def _scores(settings: Settings, shape: Shape, dtype: torch.dtype, floor: Floor) -> Case:
+def _scores(
+    settings: Settings, batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: torch.dtype, floor: Floor
+) -> Case:
     """The class token's scores and the partition by them; the gate compares the lists."""
-    batch, tokens, channels = shape
-    heads, keep = channels // 64, _keep(shape)
+    keep = int(KEEP * tokens)
 
     def inputs() -> Inputs:
         # Scores far apart, so that every dtype's rounding gives one order.
-        q = torch.randn(batch, heads, 1, 64, device=settings.device)
+        q = torch.randn(batch, kv_heads, 1, dim, device=settings.device)
         direction = F.normalize(q, dim=-1)
         spread = torch.rand(batch, tokens, device=settings.device).argsort(1).argsort(1)[:, None, :, None]
         k = direction * spread.float() / tokens * 40
-        return {"q": q.to(dtype), "k": k.to(dtype)}
+        return {"q": q.repeat_interleave(heads // kv_heads, 1).to(dtype), "k": k.to(dtype)}
 
-    def composed(x: Inputs):
-        scores = (x["q"] @ x["k"].mT * 64**-0.5).float().softmax(-1)[:, :, 0].mean(1)
+    def composed(x: Inputs, pick):
+        scores = (x["q"] @ x["k"].mT * dim**-0.5).float().softmax(-1)[:, :, 0].mean(1)
+        return [t.float() for t in pick(scores)]
+
+    def by_topk(scores: Tensor) -> list[Tensor]:
         pick = [scores.topk(keep, 1), scores.topk(tokens - keep, 1, largest=False)]
         return [p.indices.sort(1).values for p in pick]
 
+    def by_nonzero(scores: Tensor) -> list[Tensor]:
+        kept = scores.topk(keep, 1).indices.sort(1).values
+        left = torch.ones_like(scores, dtype=torch.bool).scatter_(1, kept, False)
+        return [kept, left.nonzero()[:, 1].view(batch, -1)]
+
     return Case(
-        name=f"score, partition {dtype_name(dtype)} B={batch} H={heads} N={tokens} D=64",
+        name=f"score, partition {dtype_name(dtype)} B={batch} H={heads}/{kv_heads} N={tokens} D={dim}",
         inputs=inputs,
         outputs=("kept", "rest"),
         ours=Candidate("effcore", lambda x: [t.float() for t in ops.score_partition(x["q"], x["k"], keep)]),
-        peers=(Candidate("softmax, topk, sort", lambda x: [t.float() for t in composed(x)]),),
-        exact=lambda x: composed({name: t.double() for name, t in x.items()}),
-        work=Work(bytes=_bytes(shape, dtype)),
+        peers=(
+            Candidate("softmax, topk, sort", lambda x: composed(x, by_topk)),
+            Candidate("softmax, topk, nonzero", lambda x: composed(x, by_nonzero)),
+        ),
+        exact=lambda x: composed({name: t.double() for name, t in x.items()}, by_topk),
+        work=Work(bytes=batch * kv_heads * tokens * dim * dtype.itemsize),
         floor=floor,
     )
 

@@ -62,12 +62,21 @@ __device__ __forceinline__ void score_tile(const ScoreParams& p, const T* k, int
   const T* const rows[2] = {k + min(n0 + r, p.tokens - 1) * p.k_stride[2], k + min(n0 + r + 8, p.tokens - 1) * p.k_stride[2]};
   const T* const query = queries + min(r, end - h - 1) * p.query_stride;
   float sums[4] = {};
-#pragma unroll 4
-  for (int column = 8 * c; column - 8 * c < p.dim; column += 32) {
-    const uint4 x = load_key(rows[0], column, p), y = load_key(rows[1], column, p);
-    const uint4 q = *reinterpret_cast<const uint4*>(query + column);
-    mma_16x8x16<T>(sums, {x.x, y.x, x.y, y.y}, q.x, q.y);
-    mma_16x8x16<T>(sums, {x.z, y.z, x.w, y.w}, q.z, q.w);
+  constexpr int ahead = 4;  // times 32 columns: all loads of 64 or of 128 are in flight before the first product
+  for (int first = 0; first < p.dim; first += 32 * ahead) {
+    uint4 x[ahead], y[ahead];
+#pragma unroll
+    for (int u = 0; u < ahead; ++u) {
+      const int column = first + 32 * u + 8 * c;
+      x[u] = load_key(rows[0], column, p), y[u] = load_key(rows[1], column, p);
+    }
+#pragma unroll
+    for (int u = 0; u < ahead; ++u) {
+      if (first + 32 * u >= p.dim) break;
+      const uint4 q = *reinterpret_cast<const uint4*>(query + first + 32 * u + 8 * c);
+      mma_16x8x16<T>(sums, {x[u].x, y[u].x, x[u].y, y[u].y}, q.x, q.y);
+      mma_16x8x16<T>(sums, {x[u].z, y[u].z, x[u].w, y[u].w}, q.z, q.w);
+    }
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -232,26 +232,26 @@ class _Part:
     ends: int
 
 
-# What a rejoin needs: (skipped, kept, rest), or in a compiled model (all tokens, kept, place) for the lookups.
+# What a rejoin needs: (skipped tokens, kept, rest), or (all tokens, kept, rest) where they were looked up.
 _Apart = tuple[Tensor, Tensor, Tensor]
 
 
 def _lookups(x: Tensor) -> bool:
-    return x.is_cuda and torch.compiler.is_compiling()
+    """Whether a compiler of GPU code sees this forward, and no gradient will want its way back."""
+    return x.is_cuda and torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
 
 def _part_with(x: Tensor, kept: Tensor, rest: Tensor) -> tuple[Tensor, _Apart]:
     if _lookups(x):
-        place = _routing_lookup.places(kept, rest)
-        return _routing_lookup.leave(x, kept, place), (x, kept, place)
+        return _routing_lookup.leave(x, kept), (x, kept, rest)
     x, skipped = routing.separate_tokens(x, kept, rest)
     return x, (skipped, kept, rest)
 
 
-def _come_back(x: Tensor, *apart: Tensor) -> Tensor:
-    if _lookups(x):
-        return _routing_lookup.rejoin(x, *apart)
+def _come_back(x: Tensor, apart: _Apart) -> Tensor:
     skipped, kept, rest = apart
+    if skipped.shape[1] != rest.shape[1]:
+        return _routing_lookup.rejoin(x, skipped, kept, rest)
     return routing.merge_tokens(x, kept, skipped.to(x.dtype), rest)
 
 
@@ -283,7 +283,7 @@ class _SkippingBlock(nn.Module):
         x = super().forward(x, *args, **kwargs)
         for _ in range(part.ends):
             *away, apart = away
-            x = _come_back(x, *apart)
+            x = _come_back(x, apart)
         if kept is not None and rest is not None:
             x, apart = _part_with(x, kept, rest)
             away = (*away, apart)
