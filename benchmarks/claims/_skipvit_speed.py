@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -119,6 +120,7 @@ def measure(
             connection.send((kind, 3))
         for connection in contenders.values():
             connection.recv()
+    print("all are compiled; now in turns", file=sys.stderr, flush=True)
     for kind in ("train", "infer"):
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
