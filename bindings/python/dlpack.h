@@ -149,7 +149,7 @@ class Array {
     view_.data = static_cast<char*>(tensor_->data) + tensor_->byte_offset;
     view_.dtype = dtype_of(tensor_->dtype);
     check(view_.dtype != DType::other || scratch, function, argument, " is ", std::string(py::str(object_.attr("dtype"))),
-          " but float32, float64, float16, bfloat16 and (for lengths and first_key) int32 are supported");
+          " but float32, float64, float16, bfloat16 and (for lengths, first_key and lists of tokens) int32 are supported");
     view_.device = device == kDLCPU                                ? DeviceKind::cpu
                    : device == kDLCUDA || device == kDLCUDAManaged ? DeviceKind::cuda
                                                                    : DeviceKind::other;

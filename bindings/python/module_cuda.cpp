@@ -34,4 +34,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("build_info", build_info);
   m.def("attention_path", attention_path, py::arg("dtype"), py::arg("head_dim"), py::arg("value_dim"));
   effcore::python::define_attention(m);
+  effcore::python::define_routing(m);
 }
