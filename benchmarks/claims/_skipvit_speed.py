@@ -59,6 +59,9 @@ class Contender:
         fused = {"fused": True} if self.cuda else {}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **fused)
         self.images = torch.randn(batch, 3, 224, 224, device=device)
+        if self.cuda:  # as cuDNN's kernels of the patch embedding want them
+            model.to(memory_format=torch.channels_last), served.to(memory_format=torch.channels_last)
+            self.images = self.images.to(memory_format=torch.channels_last)
         self.served_images = self.images.to(dtype)
         self.labels = torch.randint(0, 1000, (batch,), device=device)
 
@@ -99,6 +102,7 @@ def measure(
     batch: int,
     compiled: bool = True,
     settings: list[tuple] | None = None,
+    kinds: tuple[str, ...] = ("train", "infer"),
     rounds: int = 9,
     repeats: int = 5,
 ) -> list[dict]:
@@ -115,13 +119,13 @@ def measure(
         theirs.close()
         contenders[name] = ours
     rows = []
-    for kind in ("train", "infer"):
+    for kind in kinds:
         for connection in contenders.values():  # together: this compiles
             connection.send((kind, 3))
         for connection in contenders.values():
             connection.recv()
     print("all are compiled; now in turns", file=sys.stderr, flush=True)
-    for kind in ("train", "infer"):
+    for kind in kinds:
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, connection in contenders.items():

