@@ -1,6 +1,5 @@
 // The attention family on arrays in GPU memory.
 #include "bindings/python/attention.h"
-
 #include "bindings/python/backend_cuda.h"
 #include "bindings/python/module.h"
 #include "effcore/cuda/attention.h"

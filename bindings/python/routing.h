@@ -202,8 +202,8 @@ struct RoutingFunctions {
     const auto statistics = [&](const char* argument, const Array& t) {
       routing::check_sizes(f, argument, t.view(), {v.size[0], size});
       const DType wanted = v.dtype == DType::float64 ? DType::float64 : DType::float32;
-      check(t.view().dtype == wanted && t.view().device == v.device && t.contiguous(), f, argument,
-            " must be contiguous, ", name(wanted), " and where tokens are");
+      check(t.view().dtype == wanted && t.view().device == v.device && t.contiguous(), f, argument, " must be contiguous, ",
+            name(wanted), " and where tokens are");
       return t.data();
     };
     args.rms = mean_.is_none();

@@ -1,8 +1,7 @@
 // The routing family on arrays in GPU memory.
-#include "bindings/python/routing.h"
-
 #include "bindings/python/backend_cuda.h"
 #include "bindings/python/module.h"
+#include "bindings/python/routing.h"
 #include "effcore/cuda/routing.h"
 
 namespace effcore::python {

@@ -49,9 +49,9 @@ __global__ void __launch_bounds__(threads_of<T, batch>, 2) partition_kernel(cons
   // it is given
   T* const queries = reinterpret_cast<T*>(shared);
   auto* const statistics = reinterpret_cast<float2*>(queries + p.head_chunk * p.score.query_stride);
-  float* const totals =
-      p.workspace != nullptr ? p.workspace + blockIdx.x * p.workspace_stride
-                             : reinterpret_cast<float*>(statistics + (p.score.k != nullptr ? most_statistics(p.head_chunk) : 0));
+  float* const totals = p.workspace != nullptr
+                            ? p.workspace + blockIdx.x * p.workspace_stride
+                            : reinterpret_cast<float*>(statistics + (p.score.k != nullptr ? most_statistics(p.head_chunk) : 0));
   auto* const keys = reinterpret_cast<std::uint32_t*>(totals);
   if (p.score.k != nullptr) {
     float* const scores = totals + p.tokens;

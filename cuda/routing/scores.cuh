@@ -2,8 +2,8 @@
 //
 // Bound: each key is read once, for up to 8 heads that share it. 16-bit keys go to the tensor cores: a warp takes 16 tokens,
 // their keys are the rows of A and up to 8 queries the columns of B (one query: all columns alike, as the tensor cores have
-// nothing else to do). A dot product does not depend on the order of its terms, so a lane's 16 loaded bytes are its share of two
-// products as they come, and keys and queries need no rearrangement:
+// nothing else to do). A dot product does not depend on the order of its terms, so a lane's 16 loaded bytes are its share of
+// two products as they come, and keys and queries need no rearrangement:
 //
 //   lane (r, c) = (lane / 4, lane % 4) holds columns 8 c .. 8 c + 7 of every 32, of tokens r and r + 8 and of query r
 //
@@ -20,9 +20,9 @@ struct ScoreParams {
   const void *q, *k;
   std::int64_t q_stride[2], k_stride[3];  // batch, head (, token)
   int tokens, heads, group, dim;
-  int lanes;        // float32: that read a row
-  bool vectors;     // k's rows are aligned
-  float factor;     // scale · log2(e)
+  int lanes;         // float32: that read a row
+  bool vectors;      // k's rows are aligned
+  float factor;      // scale · log2(e)
   int query_stride;  // of the queries in shared memory
 };
 
@@ -153,8 +153,7 @@ __device__ __forceinline__ void score_rows(const ScoreParams& p, const float* k,
       if (!writes || n >= p.tokens) continue;
 #pragma unroll
       for (int j = 0; j < batch; ++j)
-        if (j < have && h + from + j < end)
-          scores[static_cast<std::int64_t>(from + j) * p.tokens + n] = sums[u][j] * p.factor;
+        if (j < have && h + from + j < end) scores[static_cast<std::int64_t>(from + j) * p.tokens + n] = sums[u][j] * p.factor;
     }
   }
 }

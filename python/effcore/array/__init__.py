@@ -12,9 +12,9 @@ same everywhere: query i of row b sees the keys j with ``first_key[b, i] <= j < 
 ``j <= i + lengths[b] - Sq`` (aligned to the end). ``lengths`` is int32 [B] (default Sk); ``first_key`` is int32 [B] or [B, Sq],
 non-decreasing along Sq. A query that sees no key gives zeros.
 
-Token movement: ``x`` [B, N, C]; a list of tokens is int32 [B, K]; a partition is two lists, both ascending, that name each token
-of a row once. Values of indices are checked on the CPU; on the GPU a bad index reads and writes no memory of others, but its
-rows are undefined.
+Token movement: ``x`` [B, N, C]; a list of tokens is int32 [B, K]; a partition is two lists, both ascending, that name each
+token of a row once. Values of indices are checked on the CPU; on the GPU a bad index reads and writes no memory of others, but
+its rows are undefined.
 
 On the GPU the kernels run on CuPy's current stream, their scratch memory comes from CuPy's allocator, and nothing
 synchronises. On the CPU they run on :func:`set_num_threads` threads and release the GIL.
