@@ -22,7 +22,7 @@ from effcore.data.cluttered_digits import ClutteredDigits
 from effcore.methods import skipvit, vit_blocks
 from effcore.training.images import small_vit
 
-CLUTTER, IMAGES = 4, 20_000
+IMAGES = 20_000  # of the test
 DROP, LEAVE, REJOIN = 0.55, 3, 5  # of 6 blocks: the same halves as 6 and 10 of 12
 
 
@@ -76,10 +76,10 @@ def vit(source: str, data: ClutteredDigits) -> nn.Module:
     )  # fmt: skip
 
 
-def measure(source: str, device: str, steps: int, seeds: int, picture: Path | None, batch: int = 128) -> list[dict]:
+def measure(source: str, device: str, steps: int, seeds: int, batch: int, picture: Path | None) -> list[dict]:
     """All methods begin after a tenth of the steps without (the paper's warm-up)."""
     torch.set_float32_matmul_precision("high")
-    training, test = (ClutteredDigits(split, clutter=CLUTTER, device=device) for split in ("train", "test"))
+    training, test = (ClutteredDigits(split, device=device) for split in ("train", "test"))
     runs = []
     for name, convert in METHODS.items():
         for seed in range(seeds):
@@ -92,9 +92,10 @@ def measure(source: str, device: str, steps: int, seeds: int, picture: Path | No
 
     train_together(runs, training, steps=steps, batch=batch, learning_rate=1e-3, device=device, listener=show)
     rows = []
+    exam = test.sample(IMAGES, torch.Generator(device=device).manual_seed(10_000))  # the same for all
     for name in METHODS:
         of_method = [run for run in runs if run.name == name]
-        found = [accuracy(run.model, test, count=IMAGES, device=device) for run in of_method]
+        found = [accuracy(run.model, *exam) for run in of_method]
         row = {"method": name, "accuracy": statistics.mean(found), "runs": found}
         row["spread"] = statistics.stdev(found) if len(found) > 1 else 0.0
         print(f"{name:<18} {row['accuracy']:7.2%} ± {row['spread']:.2%}", end="", flush=True)
@@ -103,7 +104,7 @@ def measure(source: str, device: str, steps: int, seeds: int, picture: Path | No
                 draw(picture, of_method[0].model, test, device)
             for run in of_method:
                 skipvit.keep_all_tokens(run.model)
-            whole = [accuracy(run.model, test, count=IMAGES, device=device) for run in of_method]
+            whole = [accuracy(run.model, *exam) for run in of_method]
             row["accuracy_on_all_patches"] = statistics.mean(whole)
             print(f"; on all patches {statistics.mean(whole):7.2%}", end="")
         print(flush=True)

@@ -32,11 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("claim", choices=("speed", "accuracy"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--source", default="timm", choices=("timm", "hf"), help="whose ViT")
-    parser.add_argument("--batch", type=int, help="images a step (speed; default 256 on cuda, 8 on cpu)")
+    parser.add_argument("--batch", type=int, help="images a step (default 256 on cuda, 8 on cpu; accuracy: 128)")
     parser.add_argument("--eager", action="store_true", help="without torch.compile (speed)")
     parser.add_argument("--kind", choices=("train", "infer"), help="only this (speed)")
     parser.add_argument("--only", type=int, help="only so many of the settings (speed)")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps (accuracy)")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps (accuracy)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (accuracy)")
     parser.add_argument("--picture", type=Path, help="draw which patches skipped, as PNG (accuracy)")
     parser.add_argument("--json", type=Path, help="write the numbers")
@@ -54,9 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         from benchmarks.claims import _skipvit_accuracy
 
-        rows = _skipvit_accuracy.measure(options.source, options.device, options.steps, options.seeds, options.picture)
+        rows = _skipvit_accuracy.measure(
+            options.source, options.device, options.steps, options.seeds, options.batch or 128, options.picture
+        )
     machine = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "rows": rows}
+    if options.claim == "accuracy":
+        report |= {"steps": options.steps, "batch": options.batch or 128, "source": options.source}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1))

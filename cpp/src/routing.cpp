@@ -8,6 +8,7 @@
 #include "routing_kernels.h"
 #include "routing_rows.h"
 #include "scratch.h"
+#include "stream.h"
 
 namespace effcore::routing {
 
@@ -55,53 +56,77 @@ bool dense(const TensorView& t) {
   return t.stride[1] == t.size[2];
 }
 
-void gather_list(const TensorView& x, const List& list, const Threads& threads) {
-  const Rows from(x), to(list.rows);
-  const Lists index(list.index);
-  const bool together = dense(x) && dense(list.rows);
-  for_rows(threads, x.size[0], list.rows.size[1], to.bytes, [&](std::int64_t b, std::int64_t first, std::int64_t last) {
-    for (std::int64_t i = first; i < last;) {
-      const std::int64_t n = run_length(index, b, i, last, together);
-      std::memcpy(to(b, i), from(b, index(b, i)), n * to.bytes);
-      i += n;
+// Runs body(l, b, first, last) over pieces of the lists, all of them in one parallel loop.
+template <class Body>
+void for_lists(const Threads& threads, const List* lists, int count, std::int64_t row_bytes, const Body& body) {
+  const std::int64_t batch = lists[0].rows.size[0], of_first = batch * lists[0].rows.size[1];
+  const std::int64_t items = of_first + (count > 1 ? batch * lists[1].rows.size[1] : 0);
+  const auto some = [&](std::int64_t begin, std::int64_t end) {
+    while (begin < end) {
+      const int l = begin >= of_first;
+      const std::int64_t size = lists[l].rows.size[1], item = begin - (l ? of_first : 0);
+      const std::int64_t first = item % size, last = std::min(size, first + end - begin);
+      body(l, item / size, first, last);
+      begin += last - first;
     }
-  });
+    stream_fence();
+  };
+  if (items * row_bytes <= serial_bytes) return some(0, items);
+  threads(items, some);
+}
+
+// How rows that make `bytes` in all are copied.
+auto copy_for(std::int64_t bytes) {
+  return bytes >= stream_bytes ? stream_copy : [](void* to, const void* from, std::int64_t n) {
+    std::memcpy(to, from, static_cast<std::size_t>(n));
+  };
 }
 
 }  // namespace
 
 void gather(const Gather& args, const Threads& threads) {
   if (args.x.size[2] == 0) return;
-  for (int l = 0; l < args.lists; ++l) gather_list(args.x, args.list[l], threads);
+  const Rows from(args.x);
+  std::int64_t items = 0;
+  for (int l = 0; l < args.lists; ++l) items += args.x.size[0] * args.list[l].rows.size[1];
+  const auto copy = copy_for(items * from.bytes);
+  for_lists(threads, args.list, args.lists, from.bytes, [&](int l, std::int64_t b, std::int64_t first, std::int64_t last) {
+    const Rows to(args.list[l].rows);
+    const Lists index(args.list[l].index);
+    const bool together = dense(args.x) && dense(args.list[l].rows);
+    for (std::int64_t i = first; i < last;) {
+      const std::int64_t n = run_length(index, b, i, last, together);
+      copy(to(b, i), from(b, index(b, i)), n * to.bytes);
+      i += n;
+    }
+  });
 }
 
 void merge(const Merge& args, const Threads& threads) {
   if (args.out.size[2] == 0) return;
   const Rows out(args.out);
   const RowKernels& kernels = row_kernels(args.out.dtype);
-  for (int l = 0; l < 2; ++l) {
+  const auto copy = copy_for(args.out.size[0] * args.out.size[1] * out.bytes);
+  for_lists(threads, args.list, 2, out.bytes, [&](int l, std::int64_t b, std::int64_t first, std::int64_t last) {
     const List& list = args.list[l];
     const Rows from(list.rows);
     const Lists index(list.index);
     const TensorView* first_residual = l == 0 ? args.first_residual : nullptr;
     const bool plain = args.residual == nullptr && first_residual == nullptr;
     const bool together = plain && dense(args.out) && dense(list.rows);
-    for_rows(threads, list.rows.size[0], list.rows.size[1], out.bytes,
-             [&](std::int64_t b, std::int64_t first, std::int64_t last) {
-               for (std::int64_t i = first; i < last;) {
-                 const std::int64_t token = index(b, i), n = run_length(index, b, i, last, together);
-                 if (plain) {
-                   std::memcpy(out(b, token), from(b, i), n * out.bytes);
-                 } else {
-                   const void* own = first_residual != nullptr ? Rows(*first_residual)(b, i) : nullptr;
-                   const void* all = args.residual != nullptr ? Rows(*args.residual)(b, token) : nullptr;
-                   if (own == nullptr) std::swap(own, all);
-                   kernels.sum(out(b, token), from(b, i), own, all, args.out.size[2]);
-                 }
-                 i += n;
-               }
-             });
-  }
+    for (std::int64_t i = first; i < last;) {
+      const std::int64_t token = index(b, i), n = run_length(index, b, i, last, together);
+      if (plain) {
+        copy(out(b, token), from(b, i), n * out.bytes);
+      } else {
+        const void* own = first_residual != nullptr ? Rows(*first_residual)(b, i) : nullptr;
+        const void* all = args.residual != nullptr ? Rows(*args.residual)(b, token) : nullptr;
+        if (own == nullptr) std::swap(own, all);
+        kernels.sum(out(b, token), from(b, i), own, all, args.out.size[2]);
+      }
+      i += n;
+    }
+  });
 }
 
 void scatter(const Scatter& args, const Threads& threads) {

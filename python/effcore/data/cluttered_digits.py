@@ -27,7 +27,7 @@ class ClutteredDigits:
 
     classes, channels = 10, 1
 
-    def __init__(self, split: str = "train", size: int = 64, clutter: int = 8, device: str = "cpu"):
+    def __init__(self, split: str = "train", size: int = 64, clutter: int = 4, device: str = "cpu"):
         if split not in ("train", "test"):
             raise ValueError(f"effcore.ClutteredDigits: split must be 'train' or 'test', got {split!r}")
         if size < 16:
