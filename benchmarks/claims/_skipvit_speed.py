@@ -1,7 +1,8 @@
 """SkipViT's speed: ViT-S/16 at 224², training steps and inference in images a second, against the compiled baseline.
 
 Training runs under bfloat16 autocast, inference with bfloat16 weights, both as fast as the baseline can be had: compiled, with
-fused attention and optimizer, and cuDNN free to choose how to embed the patches. Each model has a process of its own, so that all compile at once; then they run in turns.
+fused attention and optimizer, and cuDNN free to choose how to embed the patches. Each model has a process of its own, so that
+all compile at once; then they run in turns.
 """
 
 from __future__ import annotations

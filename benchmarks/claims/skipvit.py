@@ -1,8 +1,10 @@
-"""SkipViT's claims: `python -m benchmarks.claims.skipvit speed | accuracy`.
+"""SkipViT's claims: `python -m benchmarks.claims.skipvit speed | profile | accuracy`.
 
 speed: ViT-S/16 at 224² in bfloat16 (float32 on the CPU), images a second of training and of inference, against the same model
 compiled, with its fused attention. The paper: 1.132x at (0.55, 6, 10) on an Ascend 910A; our goal 1.17x; the ceiling, by FLOPs,
 1.231x.
+
+profile: where the time of a step goes, by kind of kernel (cuda).
 
 accuracy: small ViTs on cluttered digits, equal steps, against no dropping, random dropping and merging of tokens (ToMe).
 """
@@ -29,7 +31,7 @@ from benchmarks.claims import _skipvit_speed  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.skipvit", description=__doc__)
-    parser.add_argument("claim", choices=("speed", "accuracy"))
+    parser.add_argument("claim", choices=("speed", "profile", "accuracy"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--source", default="timm", choices=("timm", "hf"), help="whose ViT")
     parser.add_argument("--batch", type=int, help="images a step (default 256 on cuda, 8 on cpu; accuracy: 128)")
@@ -51,6 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
             kinds=(options.kind,) if options.kind else ("train", "infer"),
             **({} if options.device == "cuda" else {"rounds": 5, "repeats": 1}),
         )
+    elif options.claim == "profile":
+        from benchmarks.claims import _skipvit_profile
+
+        if options.device != "cuda":
+            parser.error("profile needs a GPU")
+        rows = _skipvit_profile.measure(options.source, options.batch or 256, _skipvit_speed.SETTINGS[0])
     else:
         from benchmarks.claims import _skipvit_accuracy
 

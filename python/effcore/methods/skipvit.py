@@ -282,12 +282,12 @@ class _SkippingBlock(nn.Module):
                 part.skip.trace.append((kept, rest))
         x = super().forward(x, *args, **kwargs)
         for _ in range(part.ends):
-            *away, apart = away
-            x = _come_back(x, apart)
+            x = _come_back(x, away[-1])
+            away = away[:-1]
         if kept is not None and rest is not None:
             x, apart = _part_with(x, kept, rest)
             away = (*away, apart)
-        return (x, tuple(away)) if away else x
+        return (x, away) if away else x
 
     def extra_repr(self) -> str:
         begins = self._skip.begins
