@@ -229,6 +229,17 @@ def test_two_compiled_graphs_at_most(name):
     assert graphs[1] == graphs[0] and graphs[5] == graphs[2] <= 2 * graphs[0]
 
 
+@pytest.mark.parametrize("stages", [[(2, 0.5, 4)], [(1, 0.4, 6), (3, 0.5, 5)], [(2, 0.0, 4)]], ids=str)
+def test_row_lookups_are_the_same_movement(model, stages, monkeypatch):
+    """What compiled inference on a GPU does instead of moving tokens."""
+    effcore.skip_tokens(model, stages=stages)
+    x = images()
+    with torch.no_grad():
+        moved = logits(model(x))
+        monkeypatch.setattr(skipvit, "_lookups", lambda x: True)
+        assert torch.equal(logits(model(x)), moved)
+
+
 def gradients_of(model, x):
     logits(model(x)).square().sum().backward()
     got = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
