@@ -8,7 +8,6 @@
 #include "routing_kernels.h"
 #include "routing_rows.h"
 #include "scratch.h"
-#include "stream.h"
 
 namespace effcore::routing {
 
@@ -69,17 +68,9 @@ void for_lists(const Threads& threads, const List* lists, int count, std::int64_
       body(l, item / size, first, last);
       begin += last - first;
     }
-    stream_fence();
   };
   if (items * row_bytes <= serial_bytes) return some(0, items);
   threads(items, some);
-}
-
-// How rows that make `bytes` in all are copied.
-auto copy_for(std::int64_t bytes) {
-  return bytes >= stream_bytes ? stream_copy : [](void* to, const void* from, std::int64_t n) {
-    std::memcpy(to, from, static_cast<std::size_t>(n));
-  };
 }
 
 }  // namespace
@@ -87,16 +78,13 @@ auto copy_for(std::int64_t bytes) {
 void gather(const Gather& args, const Threads& threads) {
   if (args.x.size[2] == 0) return;
   const Rows from(args.x);
-  std::int64_t items = 0;
-  for (int l = 0; l < args.lists; ++l) items += args.x.size[0] * args.list[l].rows.size[1];
-  const auto copy = copy_for(items * from.bytes);
   for_lists(threads, args.list, args.lists, from.bytes, [&](int l, std::int64_t b, std::int64_t first, std::int64_t last) {
     const Rows to(args.list[l].rows);
     const Lists index(args.list[l].index);
     const bool together = dense(args.x) && dense(args.list[l].rows);
     for (std::int64_t i = first; i < last;) {
       const std::int64_t n = run_length(index, b, i, last, together);
-      copy(to(b, i), from(b, index(b, i)), n * to.bytes);
+      std::memcpy(to(b, i), from(b, index(b, i)), n * to.bytes);
       i += n;
     }
   });
@@ -106,7 +94,6 @@ void merge(const Merge& args, const Threads& threads) {
   if (args.out.size[2] == 0) return;
   const Rows out(args.out);
   const RowKernels& kernels = row_kernels(args.out.dtype);
-  const auto copy = copy_for(args.out.size[0] * args.out.size[1] * out.bytes);
   for_lists(threads, args.list, 2, out.bytes, [&](int l, std::int64_t b, std::int64_t first, std::int64_t last) {
     const List& list = args.list[l];
     const Rows from(list.rows);
@@ -117,7 +104,7 @@ void merge(const Merge& args, const Threads& threads) {
     for (std::int64_t i = first; i < last;) {
       const std::int64_t token = index(b, i), n = run_length(index, b, i, last, together);
       if (plain) {
-        copy(out(b, token), from(b, i), n * out.bytes);
+        std::memcpy(out(b, token), from(b, i), n * out.bytes);
       } else {
         const void* own = first_residual != nullptr ? Rows(*first_residual)(b, i) : nullptr;
         const void* all = args.residual != nullptr ? Rows(*args.residual)(b, token) : nullptr;

@@ -239,7 +239,7 @@ void run() {
         test_partition(tokens, keep, std::min<std::int64_t>(keep, 3), levels);
   for (const std::int64_t channels : {1, 5, 64, 385})
     for (const std::int64_t keep : {0, 1, 20, 37}) test_movement(37, keep, channels);
-  test_movement(1200, 500, 384);  // large enough for streaming stores
+  test_movement(1200, 500, 384);  // large enough for several threads
   test_scores(6, 6, 50, 32), test_scores(6, 2, 17, 33), test_scores(4, 1, 130, 64);
   for (const bool rms : {false, true})
     for (const std::int64_t channels : {1, 7, 64, 384}) test_norm(rms, channels);
