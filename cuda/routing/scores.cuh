@@ -62,7 +62,9 @@ __device__ __forceinline__ void score_tile(const ScoreParams& p, const T* k, int
   const T* const rows[2] = {k + min(n0 + r, p.tokens - 1) * p.k_stride[2], k + min(n0 + r + 8, p.tokens - 1) * p.k_stride[2]};
   const T* const query = queries + min(r, end - h - 1) * p.query_stride;
   float sums[4] = {};
-  constexpr int ahead = 4;  // times 32 columns: all loads of 64 or of 128 are in flight before the first product
+  // All loads of 128 columns are in flight before the first product. (Two tiles at once lose 8 % on an H100, asking the L2 for
+  // 256 bytes gains 3.)
+  constexpr int ahead = 4;
   for (int first = 0; first < p.dim; first += 32 * ahead) {
     uint4 x[ahead], y[ahead];
 #pragma unroll
