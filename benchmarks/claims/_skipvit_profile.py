@@ -43,7 +43,7 @@ def measure(source: str, batch: int, setting: tuple, steps: int = 3) -> list[dic
             contender.seconds(kind, 5)
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 contender.seconds(kind, steps)
-            kernels = [(e.name, e.device_time) for e in profiler.events() if e.device_type.name == "CUDA"]
+            kernels = [(e.name, e.time_range.elapsed_us()) for e in profiler.events() if e.device_type.name == "CUDA"]
             rows.append({"what": kind, "model": name, "microseconds": summarise(kernels, steps)})
             print_row(rows[-1])
         del contender
