@@ -15,6 +15,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "share_activations": "effcore.models.convert",
     "skip_tokens": "effcore.methods.skipvit",
+    "SwiftLearnSampler": "effcore.methods.swiftlearn",
+    "TTCEarlyStopping": "effcore.methods.ttc",
+    "VerifierTTT": "effcore.methods.vds_ttt",
     "attention": "effcore.ops.attention",
     "attention_with_scores": "effcore.ops.attention",
     "attention_from_scores": "effcore.ops.attention",
@@ -34,6 +37,9 @@ _SUBMODULES = ("array", "cli", "data", "methods", "models", "ops", "reference", 
 
 if TYPE_CHECKING:
     from effcore.methods.skipvit import skip_tokens
+    from effcore.methods.swiftlearn import SwiftLearnSampler
+    from effcore.methods.ttc import TTCEarlyStopping
+    from effcore.methods.vds_ttt import VerifierTTT
     from effcore.models.convert import share_activations
     from effcore.ops.attention import (
         SharedKV,
@@ -51,6 +57,9 @@ if TYPE_CHECKING:
 __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "share_activations",
     "skip_tokens",
+    "SwiftLearnSampler",
+    "TTCEarlyStopping",
+    "VerifierTTT",
     "attention",
     "attention_with_scores",
     "attention_from_scores",

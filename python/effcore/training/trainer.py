@@ -1,5 +1,6 @@
-"""The Hugging Face Trainer with three changes: samples in the order of their numbers, checkpoints without pickle that appear
-whole or not at all, and no state but what a checkpoint holds, so that a resumed run repeats the uninterrupted one bit by bit.
+"""The Hugging Face Trainer with three changes: checkpoints without pickle that appear whole or not at all, no state but what a
+checkpoint holds, so that a resumed run repeats the uninterrupted one bit by bit, and (:class:`SharingTrainer`) samples in the
+order of their numbers.
 
 Everything else (torchrun, DDP, FSDP2, mixed precision, accumulation, clipping) is the Trainer's and Accelerate's.
 """
@@ -23,46 +24,10 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 SCHEDULER_FILE = "scheduler.safetensors"
 
 
-class SharingTrainer(Trainer):
-    """A Trainer for :class:`effcore.data.PackedTokens`, whose order is its own: it is read from front to back."""
+class CheckpointTrainer(Trainer):
+    """A Trainer whose checkpoints are :mod:`effcore.training.checkpoint`'s."""
 
     _staging: Path | None = None
-
-    def __init__(self, *args: Any, extra_loss: Callable[[], torch.Tensor | None] | None = None, **kwargs: Any):
-        """``extra_loss`` gives a term that is added to the loss of the forward before it (ECHO's distillation)."""
-        super().__init__(*args, **kwargs)
-        self._extra_loss = extra_loss
-        self._extra_sum = torch.zeros((), device=self.args.device)
-        self._extra_logged = 0
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        # A cache is of no use here, costs memory, and makes transformers' own classes attend across packed documents.
-        inputs = {**inputs, "use_cache": False}
-        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        extra = self._extra_loss() if self._extra_loss is not None and model.training else None
-        if extra is None:
-            return result
-        extra = extra / self.args.gradient_accumulation_steps
-        self._extra_sum = self._extra_sum + extra.detach()
-        return (result[0] + extra, result[1]) if return_outputs else result + extra
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Reports the extra term as ``distillation``, apart from ``loss``, which stays comparable between methods."""
-        if "loss" in logs and self._extra_loss is not None:
-            steps = max(self.state.global_step - max(self._extra_logged, self._initial_global_step), 1)
-            distillation = self.accelerator.gather(self._extra_sum).mean().item() / steps
-            logs = {**logs, "loss": logs["loss"] - distillation, "distillation": distillation}
-            self._extra_sum, self._extra_logged = torch.zeros_like(self._extra_sum), self.state.global_step
-        super().log(logs, start_time)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -118,6 +83,46 @@ class SharingTrainer(Trainer):
 
     def _random_file(self, folder: str) -> Path:
         return Path(folder, f"random_{self.args.process_index}.safetensors")
+
+
+class SharingTrainer(CheckpointTrainer):
+    """A Trainer for :class:`effcore.data.PackedTokens`, whose order is its own: it is read from front to back."""
+
+    def __init__(self, *args: Any, extra_loss: Callable[[], torch.Tensor | None] | None = None, **kwargs: Any):
+        """``extra_loss`` gives a term that is added to the loss of the forward before it (ECHO's distillation)."""
+        super().__init__(*args, **kwargs)
+        self._extra_loss = extra_loss
+        self._extra_sum = torch.zeros((), device=self.args.device)
+        self._extra_logged = 0
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        # A cache is of no use here, costs memory, and makes transformers' own classes attend across packed documents.
+        inputs = {**inputs, "use_cache": False}
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        extra = self._extra_loss() if self._extra_loss is not None and model.training else None
+        if extra is None:
+            return result
+        extra = extra / self.args.gradient_accumulation_steps
+        self._extra_sum = self._extra_sum + extra.detach()
+        return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Reports the extra term as ``distillation``, apart from ``loss``, which stays comparable between methods."""
+        if "loss" in logs and self._extra_loss is not None:
+            steps = max(self.state.global_step - max(self._extra_logged, self._initial_global_step), 1)
+            distillation = self.accelerator.gather(self._extra_sum).mean().item() / steps
+            logs = {**logs, "loss": logs["loss"] - distillation, "distillation": distillation}
+            self._extra_sum, self._extra_logged = torch.zeros_like(self._extra_sum), self.state.global_step
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
 
 
 def training_arguments(settings: TrainingSettings, output: Path, *, shares: bool) -> TrainingArguments:
