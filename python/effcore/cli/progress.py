@@ -65,7 +65,7 @@ class TrainingProgress:
         if self.validation is not None:
             numbers += f" · validation {self.validation:.3f}"
         numbers += f" · {row['tokens_per_second']:,.0f} tokens/s"
-        if row["shared_layers"]:
+        if row.get("shared_layers"):
             numbers += f" · {row['shared_layers']} layers share {row['mode']}"
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"], numbers=numbers)

@@ -1,4 +1,4 @@
-"""``effcore train baseline | epas | echo | skipvit``."""
+"""``effcore train baseline | epas | echo | skipvit | swiftlearn``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import typer
 from effcore.cli import train_skipvit
 
 app = typer.Typer(
-    no_args_is_help=True, help="Train a LLaMA: as it is, or while its layers begin to share attention activations."
+    no_args_is_help=True,
+    help="Train a LLaMA, as it is or while its layers begin to share attention activations; or a classifier, on fewer samples.",
 )
 
 Recipe = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="A recipe's name (fresh, continued, demo) or YAML file. Default: fresh, or continued with --model.",
+        help="A recipe's name or YAML file. Default: fresh, or continued with --model (swiftlearn: snippets, or finetune).",
     ),
 ]
 Settings = Annotated[
@@ -35,7 +36,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="A text file, a folder, a .jsonl or .parquet file. Default: the Python standard library's sources.",
+        help="A text file, a folder, a .jsonl or .parquet file. Default: the Python standard library's sources. swiftlearn: texts "
+        "with labels (.jsonl, .csv, .parquet with text and label; a folder a class). Default: snippets of installed packages.",
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder. Default: runs/METHOD.")]
@@ -53,7 +55,9 @@ METHODS = {
     "baseline": "The model as it is, transformers' own class with PyTorch's attention: what the others are compared with.",
     "epas": "Progressive activation sharing (EPAS): more and more of the upper layers share Q,K (or K,V: --set mode=kv).",
     "echo": "Gradual conversion to shared keys and values (ECHO-LLaMA): one layer a stage; usually of a checkpoint (--model).",
+    "swiftlearn": "A text classifier on the samples that still move (SwiftLearn); --set keep=1 is training on all of them.",
 }
+_RECIPES = {"swiftlearn": ("snippets", "finetune")}  # from scratch, and of a checkpoint; the others: fresh, continued
 
 
 def _add_command(method: str, description: str) -> None:
@@ -79,7 +83,8 @@ def _add_command(method: str, description: str) -> None:
             given = [name for name, value in fixed.items() if value]
             if given:
                 raise InputError(f"--resume continues a run with its own settings; leave out {', '.join(given)}")
-        loaded = load_recipe(recipe or ("continued" if model is not None else "fresh"), settings, method=method)
+        default = _RECIPES.get(method, ("fresh", "continued"))[model is not None]
+        loaded = load_recipe(recipe or default, settings, method=method)
         summary = run_training(
             method,
             loaded,
@@ -95,6 +100,11 @@ def _add_command(method: str, description: str) -> None:
             return
         if json_:
             print(json.dumps(summary))
+        elif not quiet and method == "swiftlearn":
+            print(
+                f"{summary['title']}: accuracy {summary['accuracy']:.2%}, {summary['samples_trained_on']:,} samples trained on, "
+                f"{summary['seconds']:.0f} s; see {out / 'report.md'}"
+            )
         elif not quiet:
             print(
                 f"{summary['title']}: validation loss {summary['validation_loss']:.4f}, "
@@ -132,6 +142,9 @@ def run_training(
     with TrainingProgress(label or method, quiet=quiet or not is_main_process()) as progress:
         from effcore.training.folder import RunConfig
         from effcore.training.run import Interrupted, train
+
+        if method == "swiftlearn":
+            from effcore.training.classifier import train_classifier as train  # type: ignore[assignment]
 
         try:
             return train(

@@ -89,7 +89,8 @@ class MetricsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if metrics and "eval_loss" in metrics:
-            self._write(state, kind="validation", loss=metrics["eval_loss"])
+            accuracy = {"accuracy": metrics["eval_accuracy"]} if "eval_accuracy" in metrics else {}
+            self._write(state, kind="validation", loss=metrics["eval_loss"], **accuracy)
 
     def _write(self, state: TrainerState, **values: Any) -> None:
         if not state.is_world_process_zero:

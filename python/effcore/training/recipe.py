@@ -85,6 +85,7 @@ class DataSettings:
     validation_fraction: float = 0.05
     validation_windows: int = 64
     text_field: str = "text"
+    label_field: str = "label"  # of labelled texts (swiftlearn)
     separate_documents: bool = False
 
     def __post_init__(self) -> None:
@@ -169,6 +170,24 @@ class ECHOSettings:
 
 
 @dataclass(frozen=True)
+class SwiftLearnSettings:
+    """Which samples a classifier trains on; see :class:`effcore.methods.swiftlearn.SwiftLearnSampler`, which checks them.
+
+    The run has ``epochs`` epochs; ``training.steps`` is not used.
+    """
+
+    keep: float = 0.1
+    epochs: int = 10
+    warmup_epochs: int = 2
+    select: str = "gumbel"
+    sigma: float = 1.0
+    refresh_every: int | None = None
+    refresh: str = "all"
+    recording: str = "training"
+    max_weight: float | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All settings of a run. Each command reads the sections that concern it."""
 
@@ -177,6 +196,7 @@ class Recipe:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     epas: EPASSettings = field(default_factory=EPASSettings)
     echo: ECHOSettings = field(default_factory=ECHOSettings)
+    swiftlearn: SwiftLearnSettings = field(default_factory=SwiftLearnSettings)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

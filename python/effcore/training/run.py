@@ -72,10 +72,10 @@ def train(
         Interrupted: Ctrl-C; a checkpoint was written.
     """
     folder = RunFolder(out)
-    baseline = _finished(against) if against is not None else None
+    baseline = finished_run(against) if against is not None else None
     last: Path | None = None
     if resume:
-        config, last = _resumed(folder, config.method)
+        config, last = resumed(folder, config.method)
         finished = folder.summary()
         if finished is not None:
             return finished
@@ -84,7 +84,7 @@ def train(
     if not resume and arguments.should_save:
         folder.check_free(overwrite=overwrite)
     tokenizer = models.load_tokenizer(config.model)
-    with _explained(folder), arguments.main_process_first():
+    with explained(folder), arguments.main_process_first():
         corpus = load_corpus(
             config.data,
             tokenizer,
@@ -96,14 +96,14 @@ def train(
     training, validation = _datasets(corpus, recipe, arguments.world_size, tokenizer)
     model, schedule = _model_and_schedule(config, tokenizer)
     if not resume and arguments.should_save:
-        with _explained(folder):
+        with explained(folder):
             folder.create(replace(config, corpus=corpus.fingerprint), overwrite=overwrite)
 
     precision = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     tokens_per_step = settings.batch_size * settings.accumulation * arguments.world_size * recipe.data.length
     interruption = Interruption()
-    with _explained(folder):
-        rows = truncate_metrics(folder.metrics_file, _step_of(last)) if arguments.should_save else []
+    with explained(folder):
+        rows = truncate_metrics(folder.metrics_file, step_of(last)) if arguments.should_save else []
         metrics = MetricsCallback(
             folder.metrics_file, tokens_per_step, lambda: models.describe(model, precision), rows, listener
         )
@@ -119,7 +119,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         if total is not None:
-            total(_step_of(last), settings.steps)
+            total(step_of(last), settings.steps)
         with interruption.listening(), models.quiet_transformers():
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if interruption.stopped_at is not None:
@@ -249,7 +249,8 @@ def _summary(config: RunConfig, folder: RunFolder, corpus: Corpus, model: Any, d
     return {"title": title(summary), **summary}
 
 
-def _resumed(folder: RunFolder, method: str) -> tuple[RunConfig, Path]:
+def resumed(folder: RunFolder, method: str) -> tuple[RunConfig, Path]:
+    """How a run was started, and its last checkpoint."""
     config = folder.config()
     if config.method != method:
         raise InputError(f"--resume {folder.path}: the run's method is {config.method}, not {method}")
@@ -259,19 +260,21 @@ def _resumed(folder: RunFolder, method: str) -> tuple[RunConfig, Path]:
     return config, found[-1]
 
 
-def _finished(path: Path) -> RunFolder:
+def finished_run(path: Path) -> RunFolder:
+    """The folder of a finished run, for ``--against``."""
     folder = RunFolder(path)
     if folder.summary() is None:
         raise InputError(f"--against {path}: no finished run here (no summary.json)")
     return folder
 
 
-def _step_of(checkpoint: Path | None) -> int:
+def step_of(checkpoint: Path | None) -> int:
+    """The step after which a checkpoint was written; 0 for none."""
     return 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
 
 
 @contextmanager
-def _explained(folder: RunFolder) -> Iterator[None]:
+def explained(folder: RunFolder) -> Iterator[None]:
     """Turns a full disk, which comes as any of several exceptions, and a full GPU into one sentence."""
     try:
         yield
