@@ -1,0 +1,134 @@
+"""Many samples of each prompt for one reading of it.
+
+``generate(num_return_sequences=N)`` repeats the prompts N times and reads all of them. Here the prompts are read once, the cache
+is repeated, and decoding goes on from there: with P prompt tokens at p seconds each and T new ones at t, N·P·p + T·t becomes
+P·p + T·t. The samples are those of ``generate`` for the same seed, up to rounding. Models of transformers and of effcore (their
+caches hold what layer groups share once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    seed: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """``num_samples`` continuations of each prompt.
+
+    Args:
+        model: a causal language model with ``generate``.
+        input_ids: int64 [B, S], padded on the left.
+        attention_mask: [B, S], 0 on padding; None: no padding.
+        seed: of this call alone; None uses torch's generators as they are.
+        options: for ``generate``; ``do_sample=True`` unless said otherwise.
+
+    Returns:
+        int64 [B, num_samples, T], T ≤ max_new_tokens: the new tokens, padded behind the end token.
+    """
+    if num_samples < 1:
+        raise ValueError(f"effcore.sample_tokens: num_samples must be positive, got {num_samples}")
+    batch, length = input_ids.shape
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if not bool(mask[:, -1].all()):
+        raise ValueError("effcore.sample_tokens: prompts must be padded on the left: the last column is masked")
+    options = {"do_sample": True, "max_new_tokens": max_new_tokens} | options
+    if options.get("pad_token_id") is None and getattr(model.generation_config, "pad_token_id", None) is None:
+        end = model.generation_config.eos_token_id
+        options["pad_token_id"] = end[0] if isinstance(end, list) else end if end is not None else 0
+    devices = [input_ids.device] if input_ids.device.type == "cuda" else []
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            # A prompt of one token has nothing to read ahead: its row would be padding alone.
+            if num_samples > 1 and int(mask.sum(1).min()) > 1:
+                options["past_key_values"] = _read_once(model, input_ids[:, :-1], mask[:, :-1], num_samples, options)
+            full = model.generate(
+                input_ids.repeat_interleave(num_samples, 0),
+                attention_mask=mask.repeat_interleave(num_samples, 0),
+                **options,
+            )
+    finally:
+        model.train(training)
+    return full[:, length:].view(batch, num_samples, -1)
+
+
+def _read_once(model: Any, input_ids: Tensor, mask: Tensor, num_samples: int, options: dict[str, Any]) -> Any:
+    """The cache of the prompts without their last tokens, each row ``num_samples`` times."""
+    quiet = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    read = model.generate(
+        input_ids,
+        attention_mask=mask,
+        max_new_tokens=1,
+        min_new_tokens=0,
+        return_dict_in_generate=True,
+        pad_token_id=options.get("pad_token_id"),
+        **quiet,
+    )
+    cache = read.past_key_values
+    cache.batch_repeat_interleave(num_samples)
+    return cache
+
+
+def sample_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    seed: int = 0,
+    **options: Any,
+) -> list[list[str]]:
+    """``num_samples`` texts for each prompt; prompts of like length share a batch of ``batch_size``.
+
+    Each batch has a seed of its own, so the samples do not depend on what was drawn before.
+    """
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ValueError("effcore.sample_texts: the tokenizer has neither a padding nor an end token")
+    tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if not ids:
+            raise ValueError(f"effcore.sample_texts: the prompt {prompt!r} has no tokens")
+    order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
+    found: list[list[str]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = len(tokens[chosen[-1]])
+        ids = torch.tensor([[pad] * (longest - len(tokens[i])) + tokens[i] for i in chosen], device=device)
+        mask = torch.tensor([[0] * (longest - len(tokens[i])) + [1] * len(tokens[i]) for i in chosen], device=device)
+        drawn = sample_tokens(
+            model,
+            ids,
+            mask,
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            seed=seed + start,
+            pad_token_id=pad,
+            **options,
+        )
+        for i, rows in zip(chosen, drawn.tolist(), strict=True):
+            found[i] = [tokenizer.decode(_until_end(row, tokenizer.eos_token_id), skip_special_tokens=True) for row in rows]
+    return found
+
+
+def _until_end(row: list[int], end: int | None) -> list[int]:
+    return row[: row.index(end)] if end is not None and end in row else row

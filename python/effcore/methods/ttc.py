@@ -1,0 +1,332 @@
+r"""TTC-aware training: stop as soon as samples at test time make up for the rest of the training (arXiv 2601.01332).
+
+At each checkpoint the accuracy of the full budget is projected from the checkpoints so far, and the accuracy with K samples a
+query from those at K = 1, 2, 4, 8 (:mod:`effcore.methods.ttc_curves`). Training stops at the first checkpoint where
+
+1. the lower bound of Â_K reaches the projection Â(B) for some K ≤ K_max; K* is the smallest,
+2. the tokens that the model will generate in its life stay below the break-even bound,
+3. one real evaluation with K* samples confirms it: its lower bound reaches the projection too.
+
+    stopper = effcore.TTCEarlyStopping(evaluate, budget=total_tokens, lifetime=1e9)
+    for step in ...:
+        ...
+        if step % 500 == 0 and stopper.check(model, step * tokens_per_step).stop:
+            break                                     # answer with stopper.decision.samples samples a query
+
+``evaluate(model, n)`` returns :class:`effcore.methods.ttc_accuracy.Samples`, n samples of each validation query; drawn with
+:func:`effcore.methods.sampling.sample_texts` they cost one reading of each prompt. Ours: confidence bounds, the fourth K (three
+determine three parameters exactly), the logarithmic curve, the real evaluation, and that validation is charged to training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from effcore.methods._gather import Processes
+from effcore.methods.ttc_accuracy import METRICS, Samples
+from effcore.methods.ttc_curves import Curve, TooFew, binomial, fit_samples, fit_training
+
+if TYPE_CHECKING:
+    from effcore.methods.ttc_callback import TTCCallback
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs a token, for break-even: 6N, 2N and V where nothing else is known (N parameters, only ratios matter)."""
+
+    train: float = 6.0
+    generate: float = 2.0
+    verify: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.train > 0 and self.generate > 0 and self.verify >= 0):
+            raise ValueError(f"effcore.Costs: train and generate must be positive and verify not negative, got {self}")
+
+    @classmethod
+    def measure(cls, model: Any, *, prompt: int, new: int, verify: float = 0.0) -> Costs:
+        """Counted on the model itself, attention included: of a text of ``prompt`` + ``new`` tokens, and of its new ones."""
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+        # The CPU's fused attention, which torch itself does not count.
+        also = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+
+        def forward(tokens: int) -> int:
+            ids = torch.zeros(1, tokens, dtype=torch.long, device=next(model.parameters()).device)
+            with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=also) as counter:
+                model(ids, use_cache=False)
+            return counter.get_total_flops()
+
+        whole = forward(prompt + new)
+        return cls(3 * whole / (prompt + new), (whole - forward(prompt)) / new, verify)
+
+    def break_even(self, saved: float, samples: int) -> float:
+        """T_max: generated tokens, of one sample a query, over the model's life, up to which K samples cost less than the training
+        that they save. With 6N, 2N and a verifier of V a token: 3·(D_B − D_t) / (K·(1 + V/2N) − 1).
+
+        Args:
+            saved: training tokens D_B − D_t, less what evaluation cost.
+        """
+        extra = samples * (self.generate + self.verify) - self.generate
+        return math.inf if extra <= 0 else max(self.train * saved / extra, 0.0)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was found at a checkpoint. ``samples`` is K*, and ``reason`` says in a sentence why training stops or goes on."""
+
+    tokens: float
+    stop: bool
+    reason: str
+    accuracies: dict[int, float]
+    samples: int | None = None
+    projected: float | None = None  # Â(B)
+    projected_bounds: tuple[float, float] | None = None
+    expected: float | None = None  # Â_K at K*
+    measured: float | None = None  # by the real evaluation with K* samples
+    break_even: float | None = None  # T_max in generated tokens
+    evaluation_tokens: float = 0.0  # generated for evaluation up to here
+    saved: float = 0.0  # share of the training tokens, evaluation charged
+
+    def as_json(self) -> dict[str, Any]:
+        row = asdict(self)
+        row["accuracies"] = {str(k): v for k, v in self.accuracies.items()}
+        if row["break_even"] == math.inf:
+            row["break_even"] = None
+        return row
+
+
+@dataclass
+class TTCPlan:
+    """The decision alone, from accuracies: what ``effcore plan ttc`` runs, and :class:`TTCEarlyStopping` with a model.
+
+    Args:
+        budget: B, the training tokens of the full run.
+        items: validation queries behind each accuracy.
+        most_samples: K_max.
+        lifetime: tokens that the model will generate in its life with one sample a query; None: not limited.
+        confidence: of the bounds; the stop needs the lower one.
+    """
+
+    budget: float
+    items: int
+    most_samples: int = 32
+    lifetime: float | None = None
+    costs: Costs = field(default_factory=Costs)
+    confidence: float = 0.9
+    points: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, what: str, value: object) -> None:
+            if not ok:
+                raise ValueError(f"effcore.TTCPlan: {what}, got {value}")
+
+        require(self.budget > 0, "budget must be positive", self.budget)
+        require(self.items > 0, "items must be positive", self.items)
+        require(self.most_samples >= 2, "most_samples must be at least 2", self.most_samples)
+        require(self.lifetime is None or self.lifetime >= 0, "lifetime must not be negative", self.lifetime)
+        require(0 < self.confidence < 1, "confidence must be between 0 and 1", self.confidence)
+
+    def add(
+        self,
+        tokens: float,
+        accuracies: dict[int, float],
+        *,
+        evaluation_tokens: float = 0.0,
+        confirm: Callable[[int], tuple[float, float]] | None = None,
+    ) -> Decision:
+        """The decision at a checkpoint.
+
+        Args:
+            tokens: trained on so far; each call's must exceed the last one's.
+            accuracies: by number of samples; 1 must be among them.
+            evaluation_tokens: generated for evaluation so far.
+            confirm: K -> accuracy of a real evaluation with K samples, and its tokens. None decides without it.
+
+        Raises:
+            ValueError: an accuracy outside 0 to 1, none at one sample, or tokens that do not grow.
+        """
+        for k, accuracy in accuracies.items():
+            if not 0 <= accuracy <= 1:
+                raise ValueError(f"effcore.TTCPlan: the accuracy at {k} samples must be from 0 to 1, got {accuracy}")
+        if 1 not in accuracies:
+            raise ValueError(f"effcore.TTCPlan: the accuracy at 1 sample is needed, got those at {sorted(accuracies)}")
+        if self.points and tokens <= self.points[-1][0]:
+            raise ValueError(
+                f"effcore.TTCPlan: checkpoints must come in order, got {tokens:g} tokens after {self.points[-1][0]:g}"
+            )
+        self.points.append((tokens, dict(accuracies)))
+        found: dict[str, Any] = {"evaluation_tokens": evaluation_tokens}
+
+        def decide(stop: bool, reason: str, **more: Any) -> Decision:
+            found.update(more)
+            spent = found["evaluation_tokens"] * self.costs.generate / self.costs.train
+            found["saved"] = (self.budget - tokens - spent) / self.budget if stop else 0.0
+            return Decision(tokens, stop, reason, dict(accuracies), **found)
+
+        if tokens >= self.budget:
+            return decide(False, "the budget is spent")
+        try:
+            training, sampling = self.curves()
+        except TooFew as missing:
+            return decide(False, str(missing))
+        goal = training(self.budget)
+        found |= {"projected": goal.value, "projected_bounds": (goal.low, goal.high)}
+        samples = self._enough(sampling, goal.value)
+        if samples is None:
+            best = sampling(self.most_samples)
+            return decide(
+                False, f"{self.most_samples} samples are expected to reach {best}, the full budget {goal.value:.1%}"
+            )
+        spent = evaluation_tokens * self.costs.generate / self.costs.train
+        bound = self.costs.break_even(self.budget - tokens - spent, samples)
+        found |= {"samples": samples, "expected": sampling(samples).value, "break_even": bound}
+        if self.lifetime is not None and self.lifetime > bound:
+            return decide(
+                False,
+                f"{samples} samples would do, but pay off only up to {bound:.3g} generated tokens, and "
+                f"{self.lifetime:.3g} are expected",
+            )
+        if confirm is None:
+            return decide(True, f"{samples} samples are expected to reach {sampling(samples)}, the full budget {goal.value:.1%}")
+        measured, tokens_used = confirm(samples)
+        found |= {"measured": measured, "evaluation_tokens": evaluation_tokens + tokens_used}
+        low = binomial(measured, self.items, self.confidence).low
+        verdict = "which confirms it" if low >= goal.value else "which does not confirm it"
+        return decide(
+            low >= goal.value,
+            f"with {samples} samples {measured:.1%} (at least {low:.1%}) were measured against {goal.value:.1%} "
+            f"projected, {verdict}",
+        )
+
+    def curves(self) -> tuple[Curve, Curve]:
+        """The fits to all checkpoints so far, and to the last one's accuracies. Raises TooFew."""
+        tokens = np.array([point[0] for point in self.points])
+        single = np.array([point[1][1] for point in self.points])
+        last = dict(sorted(self.points[-1][1].items()))
+        training = fit_training(tokens, single, self.items, confidence=self.confidence)
+        ks, accuracies = np.array(list(last)), np.array(list(last.values()))
+        return training, fit_samples(ks, accuracies, self.items, confidence=self.confidence)
+
+    def _enough(self, sampling: Curve, goal: float) -> int | None:
+        """The smallest K whose lower bound reaches the goal."""
+        candidates = np.arange(1, self.most_samples + 1)
+        _, low, _ = sampling.values(candidates)
+        enough = candidates[low >= goal]
+        return int(enough[0]) if len(enough) else None
+
+
+class TTCEarlyStopping:
+    """Evaluates checkpoints with few samples and says when to stop; for a plain loop, and as a Trainer callback.
+
+    Args:
+        evaluate: (model, n) -> n samples of each validation query, always of the same queries.
+        budget, most_samples, lifetime, costs, confidence: see :class:`TTCPlan`.
+        metric: how K samples are made one answer: ``majority``, ``verifier`` or ``pass`` (the last presumes a checker at test time).
+        ks: numbers of samples to fit; the largest is what each checkpoint costs.
+        log: a JSONL file with a line a decision. Where it exists the run goes on from it.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Any, int], Samples],
+        *,
+        budget: float,
+        metric: str = "majority",
+        ks: Sequence[int] = (1, 2, 4, 8),
+        most_samples: int = 32,
+        lifetime: float | None = None,
+        costs: Costs | None = None,
+        confidence: float = 0.9,
+        log: str | Path | None = None,
+    ):
+        if metric not in METRICS:
+            raise ValueError(f"effcore.TTCEarlyStopping: metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        if len(set(ks)) < 3 or min(ks) != 1 or max(ks) > most_samples:
+            raise ValueError(
+                f"effcore.TTCEarlyStopping: ks must be at least three numbers from 1 to most_samples ({most_samples}) with 1 "
+                f"among them, got {tuple(ks)}"
+            )
+        self.evaluate, self.metric, self.ks = evaluate, metric, sorted(set(ks))
+        self.plan = TTCPlan(budget, 1, most_samples, lifetime, costs or Costs(), confidence)
+        self.log = None if log is None else Path(log)
+        self.decisions: list[Decision] = []
+        if self.log is not None and self.log.is_file():
+            self._continue()
+
+    @property
+    def decision(self) -> Decision | None:
+        """The last one."""
+        return self.decisions[-1] if self.decisions else None
+
+    @property
+    def evaluation_tokens(self) -> float:
+        """Generated for evaluation so far."""
+        return self.decisions[-1].evaluation_tokens if self.decisions else 0.0
+
+    def check(self, model: Any, tokens: float) -> Decision:
+        """Evaluates the model after so many training tokens. A checkpoint that the log already has is not evaluated again."""
+        if self.decisions and tokens <= self.decisions[-1].tokens:
+            known = [decision for decision in self.decisions if decision.tokens == tokens]
+            if known:
+                return known[0]
+        drawn = self.evaluate(model, max(self.ks))
+        if drawn.count < max(self.ks):
+            raise ValueError(
+                f"effcore.TTCEarlyStopping: evaluate returned {drawn.count} samples of each query, {max(self.ks)} were asked for"
+            )
+        self.plan.items = drawn.queries
+
+        def confirm(samples: int) -> tuple[float, float]:
+            if samples <= drawn.count:
+                return drawn.accuracy(samples, self.metric), 0
+            more = self.evaluate(model, samples)
+            return more.accuracy(samples, self.metric), more.tokens
+
+        decision = self.plan.add(
+            tokens,
+            {k: drawn.accuracy(k, self.metric) for k in self.ks},
+            evaluation_tokens=self.evaluation_tokens + drawn.tokens,
+            confirm=confirm,
+        )
+        self.decisions.append(decision)
+        if self.log is not None and Processes().rank == 0:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(self._line(decision))
+        return decision
+
+    def callback(self, *, every: int, tokens_per_step: float) -> TTCCallback:
+        """For the Hugging Face Trainer: checks every so many steps, saves and stops where it is time."""
+        from effcore.methods.ttc_callback import TTCCallback
+
+        return TTCCallback(self, every, tokens_per_step)
+
+    def _continue(self) -> None:
+        assert self.log is not None
+        for number, line in enumerate(self.log.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break  # cut off by a crash: that checkpoint is evaluated again
+            try:
+                self.plan.items = row.pop("items")
+                row["accuracies"] = {int(k): v for k, v in row["accuracies"].items()}
+                self.decisions.append(Decision(**row))
+            except (TypeError, KeyError, AttributeError, ValueError) as error:
+                raise ValueError(f"effcore.TTCEarlyStopping: {self.log}, line {number}, is no decision ({error})") from error
+        self.plan.points = [(decision.tokens, decision.accuracies) for decision in self.decisions]
+        if Processes().rank == 0:
+            self.log.write_text("".join(self._line(decision) for decision in self.decisions), encoding="utf-8")
+
+    def _line(self, decision: Decision) -> str:
+        return json.dumps({"items": self.plan.items, **decision.as_json()}) + "\n"
