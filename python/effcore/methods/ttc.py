@@ -53,10 +53,12 @@ class Costs:
     def measure(cls, model: Any, *, prompt: int, new: int, verify: float = 0.0) -> Costs:
         """Counted on the model itself, attention included: of a text of ``prompt`` + ``new`` tokens, and of its new ones."""
         import torch
-        from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+        from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
         # The CPU's fused attention, which torch itself does not count.
-        also = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+        also = {
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+        }
 
         def forward(tokens: int) -> int:
             ids = torch.zeros(1, tokens, dtype=torch.long, device=next(model.parameters()).device)

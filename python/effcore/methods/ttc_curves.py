@@ -89,8 +89,8 @@ def fit_training(
             f"{LEAST_CHECKPOINTS}: the accuracy does not rise"
         )
     scale = budget[used].max()
-    rates = np.geomspace(0.02, 60, 600) / scale
-    return _fit("saturating", budget[used], accuracies[used], items, rates[:, None], confidence, seed)
+    grids = [np.geomspace(0.02, 60, count)[:, None] / scale for count in (150, 1500)]
+    return _fit("saturating", budget[used], accuracies[used], items, grids, confidence, seed)
 
 
 def fit_samples(ks: np.ndarray, accuracies: np.ndarray, items: int, *, confidence: float = 0.9, seed: int = 0) -> Curve:
@@ -107,10 +107,13 @@ def fit_samples(ks: np.ndarray, accuracies: np.ndarray, items: int, *, confidenc
     def fit(kind: str, ks: np.ndarray, accuracies: np.ndarray) -> Curve:
         x = np.log2(ks) if kind == "log" else ks
         span = max(x.max() - x.min(), 1e-9)
-        slopes = np.geomspace(0.02, 20, 80) / span
-        middles = x.min() + span * np.concatenate([-np.geomspace(0.01, 40, 40)[::-1], np.linspace(0, 3, 100)])
-        shapes = np.stack(np.meshgrid(slopes, middles, indexing="ij"), -1).reshape(-1, 2)
-        return _fit(kind, ks, accuracies, items, shapes, confidence, seed)
+        grids = []
+        for fineness in (1, 4):
+            slopes = np.geomspace(0.02, 20, 25 * fineness) / span
+            far, near = -np.geomspace(0.01, 40, 12 * fineness)[::-1], np.linspace(0, 3, 25 * fineness)
+            middles = x.min() + span * np.concatenate([far, near])
+            grids.append(np.stack(np.meshgrid(slopes, middles, indexing="ij"), -1).reshape(-1, 2))
+        return _fit(kind, ks, accuracies, items, grids, confidence, seed)
 
     if len(ks) == 3:
         return fit("linear", ks, accuracies)
@@ -139,28 +142,34 @@ def _evaluate(kind: str, parameters: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _fit(
-    kind: str, x: np.ndarray, y: np.ndarray, items: int, shapes: np.ndarray, confidence: float, seed: int
+    kind: str, x: np.ndarray, y: np.ndarray, items: int, grids: list[np.ndarray], confidence: float, seed: int
 ) -> Curve:
-    """The best of ``shapes`` for the data and for each bootstrap draw of it."""
+    """The best of the fine grid for the data, and of the coarse one for each bootstrap draw of it."""
     smooth = (y * items + 0.5) / (items + 1)  # no draw is without noise, not at 0 and not at 1 either
     draws = np.random.default_rng(seed).binomial(items, smooth, (_DRAWS, len(y))) / items
-    targets = np.concatenate([y[None], draws])
     weights = 1 / (smooth * (1 - smooth))
     weights = weights / weights.sum()
+    coarse, fine = grids
+    parameters = np.concatenate([_best(kind, x, y[None], weights, fine), _best(kind, x, draws, weights, coarse)])
+    miss = _evaluate(kind, parameters[:1], x)[0] - y
+    return Curve(kind, parameters, confidence, float(np.sqrt((miss**2).mean())))
+
+
+def _best(kind: str, x: np.ndarray, targets: np.ndarray, weights: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """Parameters [draws, p] of the least weighted squared error to targets [draws, points]."""
     basis = _basis(kind, shapes, x)
     if kind == "saturating":
         a, c = _affine(basis, targets, weights)
     else:
         a, c = _scale(basis, targets, weights), np.zeros((1, 1))
-    # Σ w (a·basis + c − y)², multiplied out: [draws, shapes] without the points.
-    error = a**2 * ((basis**2) @ weights) - 2 * a * ((targets * weights) @ basis.T) + 2 * a * c * (basis @ weights)
-    error += c**2 - 2 * c * (targets @ weights)[:, None]
+    # Σ w (a·basis + c − y)², multiplied out: [draws, shapes] without the points, and without Σ w y².
+    error = a * (a * ((basis**2) @ weights) - 2 * ((targets * weights) @ basis.T))
+    if kind == "saturating":
+        error += c * (c + 2 * a * (basis @ weights) - 2 * (targets @ weights)[:, None])
     best = error.argmin(1)
     rows = np.arange(len(targets))
     linear = [a[rows, best]] + ([c[rows, best]] if kind == "saturating" else [])
-    parameters = np.concatenate([np.stack(linear, 1), shapes[best]], 1)
-    miss = _evaluate(kind, parameters[:1], x)[0] - y
-    return Curve(kind, parameters, confidence, float(np.sqrt((miss**2).mean())))
+    return np.concatenate([np.stack(linear, 1), shapes[best]], 1)
 
 
 def _scale(basis: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
