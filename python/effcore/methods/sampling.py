@@ -8,7 +8,8 @@ caches hold what layer groups share once).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,7 +86,16 @@ def _read_once(model: Any, input_ids: Tensor, mask: Tensor, num_samples: int, op
     return cache
 
 
-def sample_texts(
+@dataclass(frozen=True)
+class Response:
+    """One sample: its text, its tokens without the end token, and whether it came to its end."""
+
+    text: str
+    tokens: list[int]
+    ended: bool
+
+
+def sample_responses(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -95,21 +105,21 @@ def sample_texts(
     batch_size: int = 16,
     seed: int = 0,
     **options: Any,
-) -> list[list[str]]:
-    """``num_samples`` texts for each prompt; prompts of like length share a batch of ``batch_size``.
+) -> Iterator[tuple[int, list[Response]]]:
+    """(number of the prompt, its samples), batch by batch; prompts of like length share a batch of ``batch_size``.
 
-    Each batch has a seed of its own, so the samples do not depend on what was drawn before.
+    A batch's seed depends on its first prompt's number alone, and not on what was drawn before.
     """
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     if pad is None:
-        raise ValueError("effcore.sample_texts: the tokenizer has neither a padding nor an end token")
+        raise ValueError("effcore.sample_responses: the tokenizer has neither a padding nor an end token")
     tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for prompt, ids in zip(prompts, tokens, strict=True):
         if not ids:
-            raise ValueError(f"effcore.sample_texts: the prompt {prompt!r} has no tokens")
+            raise ValueError(f"effcore.sample_responses: the prompt {prompt!r} has no tokens")
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
-    found: list[list[str]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         longest = len(tokens[chosen[-1]])
@@ -121,14 +131,22 @@ def sample_texts(
             mask,
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
-            seed=seed + start,
+            seed=seed * 1_000_003 + chosen[0],
             pad_token_id=pad,
+            eos_token_id=end,
             **options,
         )
         for i, rows in zip(chosen, drawn.tolist(), strict=True):
-            found[i] = [tokenizer.decode(_until_end(row, tokenizer.eos_token_id), skip_special_tokens=True) for row in rows]
+            responses = []
+            for row in rows:
+                kept = row[: row.index(end)] if end is not None and end in row else row
+                responses.append(Response(tokenizer.decode(kept, skip_special_tokens=True), kept, len(kept) < len(row)))
+            yield i, responses
+
+
+def sample_texts(model: Any, tokenizer: Any, prompts: Sequence[str], **options: Any) -> list[list[str]]:
+    """The texts of :func:`sample_responses`, ``num_samples`` for each prompt, in the order of the prompts."""
+    found: list[list[str]] = [[] for _ in prompts]
+    for i, responses in sample_responses(model, tokenizer, prompts, **options):
+        found[i] = [response.text for response in responses]
     return found
-
-
-def _until_end(row: list[int], end: int | None) -> list[int]:
-    return row[: row.index(end)] if end is not None and end in row else row

@@ -1,0 +1,156 @@
+"""``effcore adapt``: queries and a verifier in, an adapted model and a table out."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effcore.errors import InputError
+from effcore.methods.vds_report import measure, table
+from effcore.methods.vds_ttt import VerifierTTT
+from effcore.methods.verifiers import ClassifierVerifier, ProcessRewardVerifier, Verifier, VerifierError
+from effcore.training.folder import write_atomically
+from effcore.training.models import load_model, quiet_transformers
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def read_queries(path: Path) -> tuple[list[str], list[str] | None]:
+    """Prompts, and answers where every line has one, of a JSONL file with the fields ``prompt`` and ``answer``.
+
+    Raises:
+        InputError: naming the file and the line.
+    """
+    if not path.is_file():
+        raise InputError(f"--queries {path}: no such file")
+    prompts, answers = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
+            raise InputError(f"{path}, line {number}: expected an object with a text in the field 'prompt'")
+        prompts.append(row["prompt"])
+        if row.get("answer") is not None:
+            answers.append(str(row["answer"]))
+    if not prompts:
+        raise InputError(f"--queries {path}: the file holds no queries")
+    if answers and len(answers) != len(prompts):
+        raise InputError(f"{path}: {len(answers)} of {len(prompts)} queries have an answer; give all of them one, or none")
+    return prompts, answers or None
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a response, without separators: what most arithmetic tasks compare."""
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "") if found else None
+
+
+EXTRACT: dict[str, Callable[[str], Hashable | None]] = {
+    "number": last_number,
+    "text": lambda text: text.strip() or None,
+}
+
+
+def load_verifier(path: str, kind: str, device: str) -> Verifier:
+    """A sequence classifier (``classifier``) or a token classifier that judges steps (``process``).
+
+    Raises:
+        InputError: there is no such model at ``path``.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+
+    made = {"classifier": AutoModelForSequenceClassification, "process": AutoModelForTokenClassification}[kind]
+    if not (Path(path) / "config.json").is_file():
+        raise InputError(f"--verifier {path}: no model here (no config.json)")
+    try:
+        with quiet_transformers():
+            model, tokenizer = made.from_pretrained(path).to(device), AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a dozen kinds for a bad file
+        raise InputError(f"--verifier {path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if kind == "process":
+        return ProcessRewardVerifier(model, tokenizer)
+    return ClassifierVerifier(model, tokenizer)
+
+
+def adapt(
+    model_path: str,
+    queries: Path,
+    verifier: str,
+    out: Path,
+    *,
+    verifier_kind: str = "classifier",
+    held_out: Path | None = None,
+    compare: str = "number",
+    merge: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    listener: Callable[[str, int, int], None] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Adapts the model at ``model_path`` and writes the run folder ``out``.
+
+    Returns:
+        The content of ``report.json``: pairs selected, and the accuracies where the queries have answers.
+
+    Raises:
+        InputError: something that the user gave is wrong; also an unusable verifier.
+    """
+    prompts, answers = read_queries(queries)
+    sets = {"adapted queries": (prompts, answers)}
+    if held_out is not None:
+        sets["held out"] = read_queries(held_out)
+    if (out / "config.json").is_file() and not resume:
+        if not overwrite:
+            raise InputError(f"--out {out}: a run is here; continue it with --resume or replace it with --overwrite")
+        import shutil
+
+        shutil.rmtree(out)
+    if resume and not (out / "config.json").is_file():
+        raise InputError(f"--resume {out}: no run here (no config.json)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(model_path, dtype=torch.float32 if device == "cpu" else None)
+    model = model.to(device)
+    try:
+        learner = VerifierTTT(
+            model, tokenizer, load_verifier(verifier, verifier_kind, device), run=out, listener=listener, **settings
+        )
+    except ValueError as error:
+        raise InputError(str(error).split(": ", 1)[-1]) from error
+    extract = EXTRACT[compare]
+    rows: dict[str, dict[str, float]] = {}
+
+    def evaluate(when: str, now: Any) -> None:
+        for name, (asked, known) in sets.items():
+            if known is not None:
+                wanted = [extract(answer) for answer in known]
+                rows[f"{when}, {name}"] = measure(
+                    learner, now, asked, lambda i, text, wanted=wanted: extract(text) == wanted[i], extract
+                )
+
+    try:
+        evaluate("before", model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing changed is in the report
+            adapted = learner.adapt(prompts)
+        evaluate("after", adapted)
+    except VerifierError as error:
+        raise InputError(f"--verifier {verifier}: {error}; what was drawn is in {out}") from error
+    changed = any(learner.selected)
+    if merge and changed:
+        adapted.merge_and_unload().save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
+    report = {"selected": learner.selected, "queries": len(prompts), "changed": changed, "accuracy": rows}
+    write_atomically(out / "report.json", json.dumps(report, indent=1) + "\n")
+    if rows:
+        write_atomically(out / "report.md", f"# VDS-TTT\n\nN = {learner.num_samples}, τ = {learner.threshold}\n\n{table(rows)}\n")
+    return report

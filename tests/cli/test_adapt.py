@@ -1,0 +1,84 @@
+"""``effcore adapt`` on tiny models."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+from typer.testing import CliRunner
+
+from effcore.data import byte_tokenizer
+from effcore.errors import InputError
+from tests.methods.test_sampling import model as tiny_model
+
+
+@pytest.fixture
+def places(tmp_path):
+    tiny_model().float().save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=257
+        )
+    ).save_pretrained(tmp_path / "verifier")
+    for name in ("model", "verifier"):
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"prompt": f"{i}+{i}=", "answer": 2 * i} for i in range(5)]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def invoke(places, *arguments):
+    from effcore.cli.app import app
+
+    given = ["adapt", places / "model", "--queries", places / "queries.jsonl", "--verifier", places / "verifier"]
+    given += ["--out", places / "run", "-n", 3, "--max-new-tokens", 4, "--rank", 2, "--epochs", 1, "-q"]
+    return CliRunner().invoke(app, [str(part) for part in [*given, *arguments]])
+
+
+def test_run_folder_report_and_merged_model(places):
+    result = invoke(places, "--threshold", 0.1, "--merge", "--held-out", places / "queries.jsonl")
+    assert result.exit_code == 0, result.output
+    assert "Trained on 5 of 5 queries" in result.output and "after, held out" in result.output
+    names = {p.name for p in (places / "run").iterdir()}
+    assert names >= {"config.json", "pool-0.jsonl", "scores-0.jsonl", "selected-0.jsonl", "adapter-0", "model", "report.md"}
+    from effcore.training.models import load_model
+
+    load_model(places / "run" / "model")
+    assert isinstance(invoke(places).exception, InputError)
+    again = invoke(places, "--threshold", 0.1, "--resume", "--json")
+    assert json.loads(again.output)["selected"] == [5]
+    assert "(threshold differ)" in str(invoke(places, "--threshold", 0.2, "--resume").exception)
+    result = invoke(places, "--threshold", 1.0, "--overwrite")
+    assert result.exit_code == 0 and "the model is unchanged" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--queries", "nowhere.jsonl"], "no such file"),
+        (["--verifier", "nowhere"], "no model here"),
+        (["--verifier-kind", "oracle"], "must be classifier or process"),
+        (["--compare", "taste"], "must be number or text"),
+        (["--threshold", "2"], "threshold must be from 0 to 1"),
+        (["--resume"], "no run here"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, message, places):
+    result = invoke(places, *arguments)
+    assert isinstance(result.exception, InputError) and message in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "holds no queries"),
+        ("{oops\n", "line 1: not valid JSON"),
+        ('{"text": "a"}\n', "a text in the field 'prompt'"),
+        ('{"prompt": "a", "answer": 1}\n{"prompt": "b"}\n', "1 of 2 queries have an answer"),
+    ],
+)
+def test_bad_queries(content, message, places):
+    (places / "queries.jsonl").write_text(content)
+    result = invoke(places)
+    assert isinstance(result.exception, InputError) and message in str(result.exception)
