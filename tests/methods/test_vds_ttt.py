@@ -57,7 +57,7 @@ def learner(verifier=None, *, sharing=None, **options):
         **(
             {
                 "num_samples": 4,
-                "threshold": 0.3,
+                "threshold": 0.2,
                 "max_new_tokens": 8,
                 "lora": LoraSettings(rank=4, alpha=8, dropout=0.1),
                 "learning_rate": 1e-2,
@@ -236,8 +236,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(options, where, count, tmp
 
 def test_nothing_above_the_threshold_changes_nothing(tmp_path):
     for mode in ("transductive", "online"):
-        one = learner(Likes(at_most=0.2), mode=mode, run=tmp_path / mode)
-        with pytest.warns(UserWarning, match=r"no response reached the threshold 0.3; the model is unchanged"):
+        one = learner(Likes(at_most=0.1), mode=mode, run=tmp_path / mode)
+        with pytest.warns(UserWarning, match=r"no response reached the threshold 0.2; the model is unchanged"):
             assert one.adapt(QUERIES) is one.model
         assert one.selected == [0] and not any("lora" in name for name, _ in one.model.named_parameters())
         assert len((tmp_path / mode / "scores-0.jsonl").read_text().splitlines()) == 6
