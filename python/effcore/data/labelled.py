@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 import re
-import sysconfig
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,10 +142,11 @@ _LEFT_OUT = {"test", "tests", "_test", "testing", "__pycache__", "idle_test", "s
 
 def _snippets() -> Iterator[Row]:
     """Eight lines each, without those that name the package; files are split whole, so no function is on both sides."""
-    packages = Path(sysconfig.get_paths()["purelib"])
-    sized = [(sum(p.stat().st_size for p in _sources(folder)), folder) for folder in packages.iterdir() if folder.is_dir()]
+    roots = {Path(place) for place in sys.path if Path(place).name in ("site-packages", "dist-packages")}
+    folders = [folder for root in roots if root.is_dir() for folder in root.iterdir() if (folder / "__init__.py").is_file()]
+    sized = [(sum(p.stat().st_size for p in _sources(folder)), folder) for folder in folders]
     large = [folder for size, folder in sorted(sized, key=lambda pair: (-pair[0], pair[1].name)) if size > 200_000]
-    for folder in sorted(large[:_LARGEST]):
+    for folder in sorted(large[:_LARGEST], key=lambda folder: folder.name):
         found = [row for path in _sources(folder) for row in _of_file(path, folder)]
         yield from random.Random(folder.name).sample(found, min(_MOST, len(found)))
 

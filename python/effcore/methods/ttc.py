@@ -169,12 +169,14 @@ class TTCPlan:
 
         def decide(stop: bool, reason: str, **more: Any) -> Decision:
             found.update(more)
-            spent = found["evaluation_tokens"] * self.costs.generate / self.costs.train
+            spent = self._charged(found["evaluation_tokens"])
             found["saved"] = (self.budget - tokens - spent) / self.budget if stop else 0.0
             return Decision(tokens, stop, reason, dict(accuracies), **found)
 
         if tokens >= self.budget:
             return decide(False, "the budget is spent")
+        if not any(accuracies.values()):
+            return decide(False, "no query is answered right yet")
         try:
             training, sampling = self.curves()
         except TooFew as missing:
@@ -187,8 +189,7 @@ class TTCPlan:
             return decide(
                 False, f"{self.most_samples} samples are expected to reach {best}, the full budget {goal.value:.1%}"
             )
-        spent = evaluation_tokens * self.costs.generate / self.costs.train
-        bound = self.costs.break_even(self.budget - tokens - spent, samples)
+        bound = self.costs.break_even(self.budget - tokens - self._charged(evaluation_tokens), samples)
         found |= {"samples": samples, "expected": sampling(samples).value, "break_even": bound}
         if self.lifetime is not None and self.lifetime > bound:
             return decide(
@@ -207,6 +208,10 @@ class TTCPlan:
             f"with {samples} samples {measured:.1%} (at least {low:.1%}) were measured against {goal.value:.1%} "
             f"projected, {verdict}",
         )
+
+    def _charged(self, evaluation_tokens: float) -> float:
+        """Evaluation in training tokens: what was generated, and verified, costs FLOPs like them."""
+        return evaluation_tokens * (self.costs.generate + self.costs.verify) / self.costs.train
 
     def curves(self) -> tuple[Curve, Curve]:
         """The fits to all checkpoints so far, and to the last one's accuracies. Raises TooFew."""
