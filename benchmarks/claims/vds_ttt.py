@@ -1,9 +1,9 @@
 """VDS-TTT's claim: `python -m benchmarks.claims.vds_ttt [--quick]`, and its sampling: `... vds_ttt --sampling`.
 
-A small LLaMA has learnt to put 6 to 9 letters in order, with few longer ones among them (:mod:`benchmarks.claims._sorting`). The
-queries are longer. A learned verifier, trained on corrupted answers of every length and never on the queries, picks the model's own
-samples for test-time training. On the adapted queries and on a held-out half: greedy, best-of-N by the verifier, majority and
-oracle, before and after; standard errors over queries, and the difference in best-of-N paired by seed.
+A small LLaMA has learnt to put 6 to 9 letters in order, with few longer ones among them (:mod:`benchmarks.claims._sorting`).
+The queries are longer. A learned verifier, trained on corrupted answers of every length and never on the queries, picks the
+model's own samples for test-time training. On the adapted queries and on a held-out half: greedy, best-of-N by the verifier,
+majority and oracle, before and after; standard errors over queries, and the difference in best-of-N paired by seed.
 
 The paper: Llama-3.2-1B on GSM8K 40.2 -> 72.5 at N = 16, the verifier's best-of-N alone 71.5.
 
@@ -64,7 +64,9 @@ def one(seed: int, options: argparse.Namespace, verifier) -> dict:
 
     def report(now) -> dict[str, dict]:
         return {
-            name: measure(learner, now, queries, lambda i, text, q=queries: task.is_right(q[i], text), lambda text: text)
+            name: measure(
+                learner, now, queries, lambda i, text, q=queries: task.is_right(q[i], text), lambda text: text
+            )
             for name, queries in sets.items()
         }
 
@@ -73,7 +75,9 @@ def one(seed: int, options: argparse.Namespace, verifier) -> dict:
     adapted = learner.adapt(sets["adapted"])
     seconds = time.perf_counter() - began
     after = report(adapted)
-    rows = {f"{when}, {name}": row for when, part in (("before", before), ("after", after)) for name, row in part.items()}
+    rows = {
+        f"{when}, {name}": row for when, part in (("before", before), ("after", after)) for name, row in part.items()
+    }
     print(f"seed {seed}: trained on {learner.selected} of {options.items} queries\n{table(rows)}", flush=True)
     return {"seed": seed, "selected": learner.selected, "rows": rows, "training_seconds": trained, "seconds": seconds}
 
@@ -87,7 +91,9 @@ def summarise(runs: list[dict]) -> tuple[dict, dict]:
             values = [run["rows"][name][column] for run in runs]
             rows[name][column] = statistics.mean(values)
             rows[name][f"{column}_error"] = (
-                statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else runs[0]["rows"][name][f"{column}_error"]
+                statistics.stdev(values) / len(values) ** 0.5
+                if len(values) > 1
+                else runs[0]["rows"][name][f"{column}_error"]
             )
     gains = {}
     for name, column in (("adapted", "best_of_n"), ("held out", "best_of_n"), ("held out", "greedy")):
@@ -123,7 +129,12 @@ def sampling(options: argparse.Namespace) -> list[dict]:
                 with torch.no_grad():
                     model(ids.repeat_interleave(count, 0), use_cache=True, logits_to_keep=1)
 
-            calls = {"ours": ours, "peer": peer, "read": lambda r=reading: r(1), "read all": lambda r=reading, n=n: r(n)}
+            calls = {
+                "ours": ours,
+                "peer": peer,
+                "read": lambda r=reading: r(1),
+                "read all": lambda r=reading, n=n: r(n),
+            }
             times: dict[str, list[float]] = {name: [] for name in calls}
             for round_ in range(options.rounds + 1):
                 for name, call in calls.items():
@@ -138,7 +149,14 @@ def sampling(options: argparse.Namespace) -> list[dict]:
             allowed = middle["peer"] / (middle["read"] + decode)
             ratio = statistics.median(p / o for p, o in zip(times["peer"], times["ours"], strict=True))
             rows.append(
-                {"model": sharing or "plain", "prompt": prompt, "new": new, "samples": n, "ratio": ratio, "allowed": allowed}
+                {
+                    "model": sharing or "plain",
+                    "prompt": prompt,
+                    "new": new,
+                    "samples": n,
+                    "ratio": ratio,
+                    "allowed": allowed,
+                }
                 | {"seconds": middle, "share": ratio / allowed}
             )
             print(
@@ -158,7 +176,14 @@ def draw(path: Path, rows: dict) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
     for i, (name, row) in enumerate(rows.items()):
         x = [c + 0.2 * (i - 1.5) for c in range(len(COLUMNS))]
-        axes.bar(x, [100 * row[c] for c in COLUMNS], 0.2, yerr=[100 * row[f"{c}_error"] for c in COLUMNS], capsize=3, label=name)
+        axes.bar(
+            x,
+            [100 * row[c] for c in COLUMNS],
+            0.2,
+            yerr=[100 * row[f"{c}_error"] for c in COLUMNS],
+            capsize=3,
+            label=name,
+        )
     axes.set_xticks(range(len(COLUMNS)), ["greedy", "best-of-N\n(verifier)", "majority", "oracle"])
     axes.set_ylabel("accuracy (%)")
     axes.legend(fontsize=8)
@@ -176,7 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peak", type=float, default=3e-3, help="the base model's learning rate")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--long-share", type=float, default=0.03, help="of problems as long as the queries in base training")
+    parser.add_argument(
+        "--long-share", type=float, default=0.03, help="of problems as long as the queries in base training"
+    )
     parser.add_argument("--items", type=int, default=500, help="queries to adapt to, and as many held out")
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--threshold", type=float, default=0.9)
@@ -199,7 +226,12 @@ def main(arguments: list[str] | None = None) -> int:
         result["rows"] = sampling(options)
     else:
         verifier = task.verifier(
-            (*SHORT, *LONG), steps=options.verifier_steps, batch=128, layers=options.layers, width=options.width, device=options.device
+            (*SHORT, *LONG),
+            steps=options.verifier_steps,
+            batch=128,
+            layers=options.layers,
+            width=options.width,
+            device=options.device,
         )
         runs = [one(seed, options, verifier) for seed in options.seeds]
         rows, gains = summarise(runs)

@@ -18,7 +18,12 @@ def places(tmp_path):
     torch.manual_seed(0)
     LlamaForSequenceClassification(
         LlamaConfig(
-            vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=257
+            vocab_size=258,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=257,
         )
     ).save_pretrained(tmp_path / "verifier")
     for name in ("model", "verifier"):
@@ -41,7 +46,15 @@ def test_run_folder_report_and_merged_model(places):
     assert result.exit_code == 0, result.output
     assert "Trained on 5 of 5 queries" in result.output and "after, held out" in result.output
     names = {p.name for p in (places / "run").iterdir()}
-    assert names >= {"config.json", "pool-0.jsonl", "scores-0.jsonl", "selected-0.jsonl", "adapter-0", "model", "report.md"}
+    assert names >= {
+        "config.json",
+        "pool-0.jsonl",
+        "scores-0.jsonl",
+        "selected-0.jsonl",
+        "adapter-0",
+        "model",
+        "report.md",
+    }
     from effcore.training.models import load_model
 
     load_model(places / "run" / "model")

@@ -117,7 +117,11 @@ def test_labelled_texts_of_every_form(texts, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("t.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', r"row 2: no field 'label' \(there are \['text'\]\)"),
+        (
+            "t.jsonl",
+            '{"text": "a", "label": "x"}\n{"text": "b"}\n',
+            r"row 2: no field 'label' \(there are \['text'\]\)",
+        ),
         ("t.jsonl", "{oops\n", "line 1: not valid JSON"),
         ("t.jsonl", "[1]\n", "line 1: expected an object"),
         ("t.jsonl", '{"text": "a", "label": "x"}\n' * 5, r"needs at least 2 classes, found \['x'\]"),

@@ -44,9 +44,15 @@ def padded():
 def test_the_samples_are_those_of_generate(sharing, options):
     m, (ids, mask) = model(sharing), padded()
     torch.manual_seed(7)
-    want = m.generate(ids, attention_mask=mask, num_return_sequences=3, max_new_tokens=12, **({"do_sample": True} | options)) \
-        if options.get("do_sample", True) else m.generate(
-            ids.repeat_interleave(3, 0), attention_mask=mask.repeat_interleave(3, 0), max_new_tokens=12, **options)
+    want = (
+        m.generate(
+            ids, attention_mask=mask, num_return_sequences=3, max_new_tokens=12, **({"do_sample": True} | options)
+        )
+        if options.get("do_sample", True)
+        else m.generate(
+            ids.repeat_interleave(3, 0), attention_mask=mask.repeat_interleave(3, 0), max_new_tokens=12, **options
+        )
+    )
     got = sample_tokens(m, ids, mask, num_samples=3, max_new_tokens=12, seed=7, **options)
     assert got.shape[:2] == (3, 3)
     assert torch.equal(got.flatten(0, 1), want[:, 9:])

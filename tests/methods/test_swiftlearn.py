@@ -40,7 +40,7 @@ def test_token_log_probs_against_log_softmax():
 def test_a_draw_is_without_replacement(select, samples, count):
     chosen = draw(torch.rand(samples), count, select=select, sigma=1.0, generator=generator())
     assert chosen.dtype == torch.int64 and len(chosen.unique()) == len(chosen) == count
-    assert 0 <= chosen.min() and chosen.max() < samples
+    assert chosen.min() >= 0 and chosen.max() < samples
 
 
 def test_gumbel_draws_with_the_softmax_probabilities():
@@ -141,9 +141,9 @@ def test_it_keeps_the_samples_whose_outputs_moved():
     sampler = effcore.SwiftLearnSampler(data, 0.2, epochs=4, select="topk")
     torch.manual_seed(0)
     weights = iter([torch.randn(4, 2), torch.randn(4, 2)])
-    want, w, steps = {}, None, 0
+    want, w = [], None
     records = [{}, {}]
-    for ids, batch in sampler.batches(data, 90):
+    for steps, (ids, batch) in enumerate(sampler.batches(data, 90)):
         if steps < 2:
             w = next(weights)
             for i, row in zip(ids.tolist(), batch["x"] @ w, strict=True):
@@ -152,7 +152,6 @@ def test_it_keeps_the_samples_whose_outputs_moved():
             want = sorted(want or ids.tolist())
             assert sorted(ids.tolist()) == want
         sampler.record(ids, batch["x"] @ w)
-        steps += 1
     moved = {i: (records[1][i] - records[0][i]).square().sum().item() for i in range(90)}
     assert want == sorted(sorted(moved, key=moved.get)[-18:])
 

@@ -11,7 +11,13 @@ import torch.multiprocessing as mp
 import effcore
 from tests.methods.test_swiftlearn import Items
 
-CASES = [{}, {"select": "topk"}, {"refresh_every": 1, "refresh": "visited"}, {"refresh_every": 2}, {"recording": "evaluation"}]
+CASES = [
+    {},
+    {"select": "topk"},
+    {"refresh_every": 1, "refresh": "visited"},
+    {"refresh_every": 2},
+    {"recording": "evaluation"},
+]
 
 
 def answers(batch, step):

@@ -100,12 +100,19 @@ def test_a_verifier_learns_from_checked_responses():
     torch.manual_seed(0)
     small = LlamaForSequenceClassification(
         LlamaConfig(
-            vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=257
+            vocab_size=258,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=257,
         )
     )
     responses = [f"{'yes' if i % 2 else 'no'} {i}" for i in range(60)]
     correct = [bool(i % 2) for i in range(60)]
-    verifier = train_verifier(small, byte_tokenizer(), ["?"] * 60, responses, correct, steps=60, batch_size=16, learning_rate=5e-3)
+    verifier = train_verifier(
+        small, byte_tokenizer(), ["?"] * 60, responses, correct, steps=60, batch_size=16, learning_rate=5e-3
+    )
     scores = verifier.score(["?"] * 2, ["yes 99", "no 98"])
     assert scores[0] > 0.9 > 0.1 > scores[1]
     with pytest.raises(ValueError, match="needs right and wrong responses, got 0 right and 60 wrong"):
@@ -137,7 +144,7 @@ def test_the_threshold_keeps_what_is_right():
     chosen = [ok for s, ok in zip(scores, correct, strict=True) if s >= threshold]
     assert 0.4 < threshold <= 0.5 and sum(chosen) / len(chosen) >= 0.95
     assert calibrate([0.7] * 100, [True] * 100) == 0.7
-    with pytest.raises(ValueError, match="no threshold reaches a precision of 95%: at 0.7, which selects 100 of 100"):
+    with pytest.raises(ValueError, match=r"no threshold reaches a precision of 95%: at 0.7, which selects 100 of 100"):
         calibrate([0.7] * 100, [True] * 50 + [False] * 50)
     with pytest.raises(ValueError, match="got 0 scores"):
         calibrate([], [])
@@ -225,7 +232,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(options, where, count, tmp
     assert torch.equal(weights(resumed.adapt(QUERIES)), want)
     assert resumed.selected == whole.selected
     for name in ("pool-0.jsonl", "scores-0.jsonl", "selected-0.jsonl"):
-        one, other = ({r["query"]: r for r in map(json.loads, (tmp_path / d / name).open())} for d in ("whole", "parts"))
+        one, other = (
+            {r["query"]: r for r in map(json.loads, (tmp_path / d / name).open())} for d in ("whole", "parts")
+        )
         assert one == other
     if where != "drawing":
         assert verifier.asked < whole.verifier.asked  # what was judged is not judged again

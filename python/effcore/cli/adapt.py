@@ -15,30 +15,43 @@ def adapt(
     queries: Annotated[
         Path, typer.Option("--queries", help='JSONL: {"prompt": ...} a line; with "answer" accuracies are reported.')
     ],
-    verifier: Annotated[str, typer.Option("--verifier", help="A Hugging Face folder: the model that scores responses.")],
+    verifier: Annotated[
+        str, typer.Option("--verifier", help="A Hugging Face folder: the model that scores responses.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs", "adapt"),
     verifier_kind: Annotated[
-        str, typer.Option("--verifier-kind", help="classifier (of whole responses) or process (of steps; the last counts).")
+        str,
+        typer.Option("--verifier-kind", help="classifier (of whole responses) or process (of steps; the last counts)."),
     ] = "classifier",
     held_out: Annotated[
         Path | None, typer.Option("--held-out", help="Queries like the others, with answers: reported, not adapted to.")
     ] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="N, responses a query.")] = 16,
-    threshold: Annotated[float, typer.Option("--threshold", help="τ, the score from which a response is trusted.")] = 0.99,
+    threshold: Annotated[
+        float, typer.Option("--threshold", help="τ, the score from which a response is trusted.")
+    ] = 0.99,
     temperature: Annotated[float, typer.Option("--temperature", help="Of the samples.")] = 0.8,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Length of a response at most.")] = 256,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of the LoRA matrices; alpha is twice that.")] = 128,
     learning_rate: Annotated[float, typer.Option("--learning-rate")] = 2e-5,
     epochs: Annotated[int, typer.Option("--epochs")] = 3,
     batch_size: Annotated[int, typer.Option("--batch-size")] = 8,
-    mode: Annotated[str, typer.Option("--mode", help="transductive (all queries, then train) or online.")] = "transductive",
+    mode: Annotated[
+        str, typer.Option("--mode", help="transductive (all queries, then train) or online.")
+    ] = "transductive",
     online_steps: Annotated[int, typer.Option("--online-steps", help="Steps after each accepted query (online).")] = 1,
     iterations: Annotated[int, typer.Option("--iterations", help="How often to sample and train.")] = 1,
-    generation_batch: Annotated[int, typer.Option("--generation-batch", help="Queries that are sampled together.")] = 16,
+    generation_batch: Annotated[
+        int, typer.Option("--generation-batch", help="Queries that are sampled together.")
+    ] = 16,
     compare: Annotated[str, typer.Option("--compare", help="Answers as number (the last one) or text.")] = "number",
-    merge: Annotated[bool, typer.Option("--merge", help="Also save the model with the adapters merged, as model/.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Also save the model with the adapters merged, as model/.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; give the same options.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; give the same options.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,

@@ -20,15 +20,20 @@ def _group() -> None:
 def ttc(
     results: Annotated[
         Path,
-        typer.Argument(help="CSV: a row a checkpoint, with the columns tokens, 1, 2, 4, 8 (accuracy, 0 to 1, with so many samples)."),
+        typer.Argument(
+            help="CSV: a row a checkpoint, with the columns tokens, 1, 2, 4, 8 (accuracy, 0 to 1, with so many samples)."
+        ),
     ],
     budget: Annotated[
         float | None, typer.Option("--budget", help="Training tokens of the full run. Default: the last row's.")
     ] = None,
     items: Annotated[int, typer.Option("--items", min=1, help="Validation queries behind each accuracy.")] = 500,
-    most_samples: Annotated[int, typer.Option("--most-samples", help="K_max: samples a query that you would pay for.")] = 32,
+    most_samples: Annotated[
+        int, typer.Option("--most-samples", help="K_max: samples a query that you would pay for.")
+    ] = 32,
     lifetime: Annotated[
-        float | None, typer.Option("--lifetime", help="Tokens that the model will generate in its life, one sample a query.")
+        float | None,
+        typer.Option("--lifetime", help="Tokens that the model will generate in its life, one sample a query."),
     ] = None,
     verifier: Annotated[
         float, typer.Option("--verifier", min=0, help="FLOPs of the verifier a token over the model's own (V/2N).")
@@ -45,7 +50,12 @@ def ttc(
     points = read_points(results)
     try:
         plan = TTCPlan(
-            points[-1][0] if budget is None else budget, items, most_samples, lifetime, Costs(verify=2 * verifier), confidence
+            points[-1][0] if budget is None else budget,
+            items,
+            most_samples,
+            lifetime,
+            Costs(verify=2 * verifier),
+            confidence,
         )
     except ValueError as error:
         raise InputError(str(error).split(": ", 1)[-1]) from error
@@ -57,7 +67,9 @@ def ttc(
         return
     for decision in decisions:
         accuracy = f"{decision.accuracies[1]:.1%}"
-        print(f"{decision.tokens:>12,.0f} tokens  {accuracy:>6}  {'stop' if decision.stop else 'go on'}: {decision.reason}")
+        print(
+            f"{decision.tokens:>12,.0f} tokens  {accuracy:>6}  {'stop' if decision.stop else 'go on'}: {decision.reason}"
+        )
     last = decisions[-1]
     if last.stop:
         bound = f"{last.break_even:.3g}" if last.break_even is not None else "any number of"

@@ -1,4 +1,5 @@
-"""Texts with labels, for classifiers: a table with two fields, a folder a class, or snippets of the installed packages' sources.
+"""Texts with labels, for classifiers: a table with two fields, a folder a class, or snippets of the installed packages'
+sources.
 
 texts = load_labelled("reviews.jsonl")     # .jsonl, .csv or .parquet with the fields text and label
 texts = load_labelled("mail/")             # mail/ham/*.txt, mail/spam/*.txt
@@ -143,7 +144,9 @@ _LEFT_OUT = {"test", "tests", "_test", "testing", "__pycache__", "idle_test", "s
 def _snippets() -> Iterator[Row]:
     """Eight lines each, without those that name the package; files are split whole, so no function is on both sides."""
     roots = {Path(place) for place in sys.path if Path(place).name in ("site-packages", "dist-packages")}
-    folders = [folder for root in roots if root.is_dir() for folder in root.iterdir() if (folder / "__init__.py").is_file()]
+    folders = [
+        folder for root in roots if root.is_dir() for folder in root.iterdir() if (folder / "__init__.py").is_file()
+    ]
     sized = [(sum(p.stat().st_size for p in _sources(folder)), folder) for folder in folders]
     large = [folder for size, folder in sorted(sized, key=lambda pair: (-pair[0], pair[1].name)) if size > 200_000]
     for folder in sorted(large[:_LARGEST], key=lambda folder: folder.name):

@@ -1,9 +1,9 @@
 """Many samples of each prompt for one reading of it.
 
-``generate(num_return_sequences=N)`` repeats the prompts N times and reads all of them. Here the prompts are read once, the cache
-is repeated, and decoding goes on from there: with P prompt tokens at p seconds each and T new ones at t, N·P·p + T·t becomes
-P·p + T·t. The samples are those of ``generate`` for the same seed, up to rounding. Models of transformers and of effcore (their
-caches hold what layer groups share once).
+``generate(num_return_sequences=N)`` repeats the prompts N times and reads all of them. Here the prompts are read once, the
+cache is repeated, and decoding goes on from there: with P prompt tokens at p seconds each and T new ones at t, N·P·p + T·t
+becomes P·p + T·t. The samples are those of ``generate`` for the same seed, up to rounding. Models of transformers and of
+effcore (their caches hold what layer groups share once).
 """
 
 from __future__ import annotations

@@ -79,7 +79,12 @@ class SwiftLearnSampler(Sampler[int]):
         self.samples = dataset if isinstance(dataset, int) else len(dataset)
         self.keep, self.epochs, self.warmup_epochs = keep, epochs, warmup_epochs
         self.select, self.sigma, self.seed = select, sigma, seed
-        self.refresh_every, self.refresh, self.recording, self.max_weight = refresh_every, refresh, recording, max_weight
+        self.refresh_every, self.refresh, self.recording, self.max_weight = (
+            refresh_every,
+            refresh,
+            recording,
+            max_weight,
+        )
         self._check()
         self.kept = min(max(round(keep * self.samples), 1), self.samples)
         self._processes = Processes()
@@ -116,7 +121,9 @@ class SwiftLearnSampler(Sampler[int]):
             self.epochs,
         )
         require(self.sigma >= 0, "sigma must not be negative", self.sigma)
-        require(self.refresh_every is None or self.refresh_every > 0, "refresh_every must be positive", self.refresh_every)
+        require(
+            self.refresh_every is None or self.refresh_every > 0, "refresh_every must be positive", self.refresh_every
+        )
         require(self.refresh in ("all", "visited"), "refresh must be all or visited", self.refresh)
         require(
             self.recording in ("training", "evaluation"), "recording must be training or evaluation", self.recording

@@ -1,4 +1,5 @@
-"""SwiftLearn's recording inside the Hugging Face Trainer. Apart from the method, because importing transformers takes seconds."""
+"""SwiftLearn's recording inside the Hugging Face Trainer. Apart from the method, because importing transformers takes
+seconds."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class SwiftLearnCallback(TrainerCallback):
     """Records what the model answers in training, and measures by forward passes where the sampler asks for it.
 
-    Hooks on the model take ``sample_id`` out of its inputs, so any ``forward`` and any ``compute_loss`` will do. The loader must
-    give ``sample_id`` (:meth:`SwiftLearnSampler.indexed`) in the sampler's order;
+    Hooks on the model take ``sample_id`` out of its inputs, so any ``forward`` and any ``compute_loss`` will do. The loader
+    must give ``sample_id`` (:meth:`SwiftLearnSampler.indexed`) in the sampler's order;
     :class:`effcore.training.swiftlearn.SwiftLearnTrainer` sees to both.
 
     Args:
@@ -52,7 +53,9 @@ class SwiftLearnCallback(TrainerCallback):
         if self.sampler.needs_scoring:
             self.sampler.score_with(self._scorer(model, loader), batch_size=args.per_device_eval_batch_size)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -71,7 +74,9 @@ class SwiftLearnCallback(TrainerCallback):
             self.sampler.record(ids, output.logits)
         if self.sampler.max_weight is not None:
             if self.language:
-                raise ValueError("effcore.SwiftLearnCallback: max_weight is for classifiers; language models have no weights")
+                raise ValueError(
+                    "effcore.SwiftLearnCallback: max_weight is for classifiers; language models have no weights"
+                )
             losses = F.cross_entropy(output.logits.float(), kwargs["labels"], reduction="none")
             output.loss = (losses * self.sampler.weights(ids)).mean()
 

@@ -57,7 +57,9 @@ class Costs:
 
         # The CPU's fused attention, which torch itself does not count.
         also = {
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+                q, k, v
+            )
         }
 
         def forward(tokens: int) -> int:
@@ -70,8 +72,8 @@ class Costs:
         return cls(3 * whole / (prompt + new), (whole - forward(prompt)) / new, verify)
 
     def break_even(self, saved: float, samples: int) -> float:
-        """T_max: generated tokens, of one sample a query, over the model's life, up to which K samples cost less than the training
-        that they save. With 6N, 2N and a verifier of V a token: 3·(D_B − D_t) / (K·(1 + V/2N) − 1).
+        """T_max: generated tokens, of one sample a query, over the model's life, up to which K samples cost less than the
+        training that they save. With 6N, 2N and a verifier of V a token: 3·(D_B − D_t) / (K·(1 + V/2N) − 1).
 
         Args:
             saved: training tokens D_B − D_t, less what evaluation cost.
@@ -198,7 +200,9 @@ class TTCPlan:
                 f"{self.lifetime:.3g} are expected",
             )
         if confirm is None:
-            return decide(True, f"{samples} samples are expected to reach {sampling(samples)}, the full budget {goal.value:.1%}")
+            return decide(
+                True, f"{samples} samples are expected to reach {sampling(samples)}, the full budget {goal.value:.1%}"
+            )
         measured, tokens_used = confirm(samples)
         found |= {"measured": measured, "evaluation_tokens": evaluation_tokens + tokens_used}
         low = binomial(measured, self.items, self.confidence).low
@@ -236,7 +240,8 @@ class TTCEarlyStopping:
     Args:
         evaluate: (model, n) -> n samples of each validation query, always of the same queries.
         budget, most_samples, lifetime, costs, confidence: see :class:`TTCPlan`.
-        metric: how K samples are made one answer: ``majority``, ``verifier`` or ``pass`` (the last presumes a checker at test time).
+        metric: how K samples are made one answer: ``majority``, ``verifier`` or ``pass`` (the last presumes a checker at
+            test time).
         ks: numbers of samples to fit; the largest is what each checkpoint costs.
         log: a JSONL file with a line a decision. Where it exists the run goes on from it.
 
@@ -290,7 +295,8 @@ class TTCEarlyStopping:
         drawn = self.evaluate(model, max(self.ks))
         if drawn.count < max(self.ks):
             raise ValueError(
-                f"effcore.TTCEarlyStopping: evaluate returned {drawn.count} samples of each query, {max(self.ks)} were asked for"
+                f"effcore.TTCEarlyStopping: evaluate returned {drawn.count} samples of each query, "
+                f"{max(self.ks)} were asked for"
             )
         self.plan.items = drawn.queries
 
@@ -330,7 +336,9 @@ class TTCEarlyStopping:
                 row["accuracies"] = {int(k): v for k, v in row["accuracies"].items()}
                 self.decisions.append(Decision(**row))
             except (TypeError, KeyError, AttributeError, ValueError) as error:
-                raise ValueError(f"effcore.TTCEarlyStopping: {self.log}, line {number}, is no decision ({error})") from error
+                raise ValueError(
+                    f"effcore.TTCEarlyStopping: {self.log}, line {number}, is no decision ({error})"
+                ) from error
         self.plan.points = [(decision.tokens, decision.accuracies) for decision in self.decisions]
         if Processes().rank == 0:
             self.log.write_text("".join(self._line(decision) for decision in self.decisions), encoding="utf-8")

@@ -64,7 +64,9 @@ class Samples:
         if metric not in METRICS:
             raise ValueError(f"effcore.Samples: metric must be one of {', '.join(METRICS)}, got {metric!r}")
         if not 1 <= k <= self.count:
-            raise ValueError(f"effcore.Samples: accuracy at {k} samples was asked for, but there are {self.count} of each query")
+            raise ValueError(
+                f"effcore.Samples: accuracy at {k} samples was asked for, but there are {self.count} of each query"
+            )
         correct = np.asarray(self.correct, bool)
         if k == 1:
             return correct.mean(1)

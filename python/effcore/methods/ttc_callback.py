@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class TTCCallback(TrainerCallback):
-    """Checks every ``every`` steps. All processes evaluate (a sharded model runs in all of them or not at all) and stop together."""
+    """Checks every ``every`` steps. All processes evaluate (a sharded model runs in all of them or not at all) and stop
+    together."""
 
     def __init__(self, stopper: TTCEarlyStopping, every: int, tokens_per_step: float):
         if every < 1:

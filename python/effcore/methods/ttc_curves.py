@@ -4,8 +4,8 @@ r"""The two curves of TTC-aware training (arXiv 2601.01332), with confidence bou
     accuracy over samples:    Â_K = L / (1 + e^{−k(x − x₀)}),  x = K (the paper) or x = log₂ K (ours)
 
 Both are linear once b, or k and x₀, are chosen. So those are tried on a grid, and the rest is solved in closed form under
-0 ≤ Â ≤ 1: the best fit is found for any input, with nothing to converge. Bounds come from a parametric bootstrap: the accuracies
-are drawn again from their binomial distributions and fitted again, all draws at once.
+0 ≤ Â ≤ 1: the best fit is found for any input, with nothing to converge. Bounds come from a parametric bootstrap: the
+accuracies are drawn again from their binomial distributions and fitted again, all draws at once.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import numpy as np
 
 from effcore.methods.sampling import sample_responses
 from effcore.methods.ttc_accuracy import Samples
-from effcore.methods.verifiers import checked_scores
 from effcore.methods.vds_ttt import VerifierTTT
+from effcore.methods.verifiers import checked_scores
 
 COLUMNS = ("greedy", "best_of_n", "majority", "oracle")
 
@@ -53,7 +53,9 @@ def measure(
     ):
         texts[i] = [response.text for response in responses]
     scores = checked_scores(
-        learner.verifier, [query for query in queries for _ in range(learner.num_samples)], [t for row in texts for t in row]
+        learner.verifier,
+        [query for query in queries for _ in range(learner.num_samples)],
+        [t for row in texts for t in row],
     )
     samples = Samples(
         np.array([[correct(i, text) for text in row] for i, row in enumerate(texts)]),

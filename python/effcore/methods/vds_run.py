@@ -16,11 +16,20 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from effcore.errors import InputError
 
 Row = dict[str, Any]
+
+
+class Entries(Protocol):
+    """Rows by the number of their query, and a way to add one."""
+
+    @property
+    def rows(self) -> dict[int, Row]: ...
+
+    def add(self, row: Row) -> None: ...
 
 
 class Journal:
@@ -67,7 +76,9 @@ class RunFiles:
             known = json.loads(held.read_text(encoding="utf-8"))
             changed = sorted(name for name in known.keys() | config.keys() if known.get(name) != config.get(name))
             if changed:
-                raise InputError(f"{path}: a run with other settings is here ({', '.join(changed)} differ); choose another folder")
+                raise InputError(
+                    f"{path}: a run with other settings is here ({', '.join(changed)} differ); choose another folder"
+                )
         elif path.is_dir() and any(path.iterdir()):
             raise InputError(f"{path}: the folder is not empty and holds no run; choose another")
         else:

@@ -7,9 +7,9 @@ becomes a pseudo-label y; LoRA parameters alone are trained on −log p(y, end |
     adapted = learner.adapt(queries)          # a PeftModel; adapted.merge_and_unload() makes it a plain one
 
 ``mode="transductive"`` draws for all queries, then trains (what the paper's experiments do); ``mode="online"`` takes M steps
-after each accepted query (its Algorithm 1). ``iterations`` repeats the whole with the adapted model. The defaults are the paper's
-settings. A response that did not come to its end is trained on without the end token. Where no response reaches τ the model is
-returned as it was, with a warning.
+after each accepted query (its Algorithm 1). ``iterations`` repeats the whole with the adapted model. The defaults are the
+paper's settings. A response that did not come to its end is trained on without the end token. Where no response reaches τ
+the model is returned as it was, with a warning.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from effcore.methods.sampling import Response, sample_responses
+from effcore.methods.vds_run import Entries, Journal, RunFiles
 from effcore.methods.verifiers import Verifier, checked_scores
-from effcore.methods.vds_run import Journal, RunFiles
 
 Listener = Callable[[str, int, int], None]
 
@@ -91,7 +91,15 @@ class VerifierTTT:
             if not ok:
                 raise ValueError(f"effcore.VerifierTTT: {what}, got {value!r}")
 
-        for name in ("num_samples", "max_new_tokens", "epochs", "batch_size", "online_steps", "iterations", "generation_batch"):
+        for name in (
+            "num_samples",
+            "max_new_tokens",
+            "epochs",
+            "batch_size",
+            "online_steps",
+            "iterations",
+            "generation_batch",
+        ):
             require(getattr(self, name) >= 1, f"{name} must be positive", getattr(self, name))
         require(0 <= self.threshold <= 1, "threshold must be from 0 to 1", self.threshold)
         require(self.temperature > 0, "temperature must be positive", self.temperature)
@@ -127,7 +135,7 @@ class VerifierTTT:
 
     # ---------------------------------------------------------------- phases
 
-    def draw(self, model: Any, queries: Sequence[str], pool: Journal, *, seed: int) -> list[list[Response]]:
+    def draw(self, model: Any, queries: Sequence[str], pool: Entries, *, seed: int) -> list[list[Response]]:
         """N responses to each query; those that the journal has are not drawn again."""
         missing = [i for i in range(len(queries)) if i not in pool.rows]
         drawn = 0
@@ -155,7 +163,7 @@ class VerifierTTT:
             self._tell("drawing", drawn, len(missing))
         return [[Response(**r) for r in pool.rows[i]["responses"]] for i in range(len(queries))]
 
-    def judge(self, queries: Sequence[str], responses: list[list[Response]], journal: Journal) -> list[list[float]]:
+    def judge(self, queries: Sequence[str], responses: list[list[Response]], journal: Entries) -> list[list[float]]:
         """Scores of each response; those that the journal has are not asked for again."""
         missing = [i for i in range(len(queries)) if i not in journal.rows]
         for start in range(0, len(missing), self.generation_batch):
@@ -217,8 +225,9 @@ class VerifierTTT:
         for i in range(first, len(queries)):
             # A query's journal entries may be from before an interruption; the model's state then was the same.
             only = _Only(pool, i), _Only(judged, i)
-            responses = self.draw(model, [queries[i]], only[0], seed=self.seed + iteration + 7919 * i)[0]  # type: ignore[arg-type]
-            scores = self.judge([queries[i]], [responses], only[1])[0]  # type: ignore[arg-type]
+            seed = self.seed + iteration + 7919 * i
+            responses = self.draw(model, [queries[i]], only[0], seed=seed)[0]
+            scores = self.judge([queries[i]], [responses], only[1])[0]
             for _, j in self.select([scores]):
                 model = self._with_adapter(model)
                 optimizer = optimizer or self._optimizer(model)

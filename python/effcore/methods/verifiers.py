@@ -51,7 +51,13 @@ class _ModelVerifier:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, template: str = "{prompt}{response}", batch_size: int = 64, max_length: int = 2048
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        template: str = "{prompt}{response}",
+        batch_size: int = 64,
+        max_length: int = 2048,
     ):
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, template
         self.batch_size, self.max_length = batch_size, max_length
@@ -157,7 +163,9 @@ def train_verifier(
     return verifier
 
 
-def calibrate(scores: Sequence[float], correct: Sequence[bool], *, precision: float = 0.95, confidence: float = 0.9) -> float:
+def calibrate(
+    scores: Sequence[float], correct: Sequence[bool], *, precision: float = 0.95, confidence: float = 0.9
+) -> float:
     """The smallest τ at which what reaches it is right with ``precision``, by the lower bound of its binomial interval.
 
     Args:
@@ -182,8 +190,8 @@ def calibrate(scores: Sequence[float], correct: Sequence[bool], *, precision: fl
             threshold = score
     if threshold is None:
         raise ValueError(
-            f"effcore.calibrate: no threshold reaches a precision of {precision:.0%}: at {best[1]:.3g}, which selects {best[2]} of "
-            f"{len(ranked)}, it is at least {best[0]:.1%}; a better verifier or more labelled queries are needed"
+            f"effcore.calibrate: no threshold reaches a precision of {precision:.0%}: at {best[1]:.3g}, which selects "
+            f"{best[2]} of {len(ranked)}, it is at least {best[0]:.1%}; a better verifier or more labelled queries are needed"
         )
     return threshold
 

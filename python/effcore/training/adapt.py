@@ -45,7 +45,9 @@ def read_queries(path: Path) -> tuple[list[str], list[str] | None]:
     if not prompts:
         raise InputError(f"--queries {path}: the file holds no queries")
     if answers and len(answers) != len(prompts):
-        raise InputError(f"{path}: {len(answers)} of {len(prompts)} queries have an answer; give all of them one, or none")
+        raise InputError(
+            f"{path}: {len(answers)} of {len(prompts)} queries have an answer; give all of them one, or none"
+        )
     return prompts, answers or None
 
 
@@ -152,5 +154,7 @@ def adapt(
     report = {"selected": learner.selected, "queries": len(prompts), "changed": changed, "accuracy": rows}
     write_atomically(out / "report.json", json.dumps(report, indent=1) + "\n")
     if rows:
-        write_atomically(out / "report.md", f"# VDS-TTT\n\nN = {learner.num_samples}, τ = {learner.threshold}\n\n{table(rows)}\n")
+        write_atomically(
+            out / "report.md", f"# VDS-TTT\n\nN = {learner.num_samples}, τ = {learner.threshold}\n\n{table(rows)}\n"
+        )
     return report

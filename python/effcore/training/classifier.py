@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, PrinterCallback, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PrinterCallback,
+    set_seed,
+)
 
 from effcore.data.labelled import LabelledTexts, load_labelled
 from effcore.errors import InputError
@@ -184,7 +190,9 @@ def _model(config: RunConfig, data: LabelledTexts) -> tuple[Any, Any]:
                 config.model, num_labels=len(data.classes), dtype=torch.float32, ignore_mismatched_sizes=True, **names
             )
     except (OSError, ValueError) as error:
-        raise InputError(f"{config.model}: cannot be loaded as a classifier ({' '.join(str(error).split())[:300]})") from error
+        raise InputError(
+            f"{config.model}: cannot be loaded as a classifier ({' '.join(str(error).split())[:300]})"
+        ) from error
     model.config.pad_token_id = tokenizer.pad_token_id
     models.check_length(model, config.recipe.data.length)
     return model, tokenizer
@@ -222,7 +230,11 @@ def _summary(
 
 def _report(summary: Summary, baseline: Summary | None) -> str:
     runs = [run for run in (baseline, summary) if run is not None]
-    lines = [f"# {summary['title']}", "", "| run | accuracy | samples trained on | training seconds | speed-up | ceiling |"]
+    lines = [
+        f"# {summary['title']}",
+        "",
+        "| run | accuracy | samples trained on | training seconds | speed-up | ceiling |",
+    ]
     lines.append("|---|---|---|---|---|---|")
     for run in runs:
         faster = f"{runs[0]['seconds'] / max(run['seconds'], 1e-9):.2f}×" if run is not runs[0] else ""
@@ -230,6 +242,9 @@ def _report(summary: Summary, baseline: Summary | None) -> str:
             f"| {run['title']} | {run['accuracy']:.2%} | {run['samples_trained_on']:,} | {run['seconds']:.1f} | {faster} | "
             f"{run['speedup_ceiling']:.2f}× |"
         )
-    lines += ["", f"{summary['samples']:,} texts of {summary['data']}, {summary['classes']} classes. Training seconds leave out"]
+    lines += [
+        "",
+        f"{summary['samples']:,} texts of {summary['data']}, {summary['classes']} classes. Training seconds leave out",
+    ]
     lines += ["validation and checkpoints. The ceiling is E / (2 + (E − 2) · keep), where nothing but samples costs."]
     return "\n".join(lines) + "\n"

@@ -30,7 +30,9 @@ def read_points(path: Path) -> list[Point]:
             names = list(rows[0]) if rows else []
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV file ({error})") from error
-    columns = {name: int(match[1]) for name in names if name and (match := re.fullmatch(r"(?:.*@)?(\d+)", name.strip()))}
+    columns = {
+        name: int(match[1]) for name in names if name and (match := re.fullmatch(r"(?:.*@)?(\d+)", name.strip()))
+    }
     if "tokens" not in names or 1 not in columns.values():
         raise InputError(f"{path}: expected the columns tokens, 1, 2, 4, 8 (samples), got {names or 'no rows'}")
     if len(set(columns.values())) < len(columns):
@@ -100,7 +102,9 @@ def draw(path: Path, plan: TTCPlan, points: list[Point], decisions: list[Decisio
         if last.samples:
             middle.axvline(last.samples, color="#009E73", label=f"K* = {last.samples}")
     ks = np.arange(2, plan.most_samples + 1)
-    right.plot(ks, [plan.costs.break_even(plan.budget - last.tokens, int(k)) for k in ks], color="#0072B2", label="T_max")
+    right.plot(
+        ks, [plan.costs.break_even(plan.budget - last.tokens, int(k)) for k in ks], color="#0072B2", label="T_max"
+    )
     if plan.lifetime:
         right.axhline(plan.lifetime, color="0.3", linestyle=":", label="expected lifetime")
     right.set_yscale("log")
