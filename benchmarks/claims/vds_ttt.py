@@ -109,7 +109,7 @@ def sampling(options: argparse.Namespace) -> list[dict]:
 
     rows = []
     for sharing in (None, "qk", "kv"):
-        for prompt, new, n in ((512, 16, 8), (512, 64, 8), (128, 64, 16)):
+        for prompt, new, n in ((512, 16, 8), (256, 64, 8)):
             model = task.fresh(0, layers=6, width=256).to(options.device).eval()
             model.config.max_position_embeddings = 1024
             model.generation_config.eos_token_id = None  # every sample has the same length

@@ -3,4 +3,7 @@
 - :mod:`effcore.methods.epas`: progressive activation sharing (arXiv 2601.19089)
 - :mod:`effcore.methods.echo_llama`: gradual conversion to shared keys and values (arXiv 2505.17331)
 - :mod:`effcore.methods.skipvit`: patches that skip blocks of a vision transformer (SkipViT)
+- :mod:`effcore.methods.swiftlearn`: training on the samples whose outputs still move (arXiv 2311.15134)
+- :mod:`effcore.methods.ttc`: stopping where samples at test time make up for more training (arXiv 2601.01332)
+- :mod:`effcore.methods.vds_ttt`: test-time training on samples that a verifier trusts (arXiv 2505.19475)
 """

@@ -84,7 +84,7 @@ class Samples:
         return np.array([_majority(row, right, k) for row, right in zip(self.answers, correct, strict=True)])
 
 
-def _choose(n: int, k: int) -> float:
+def _choose(n: int | np.integer, k: int) -> float:
     from math import comb
 
     return float(comb(int(n), k))

@@ -135,9 +135,11 @@ def adapt(
         for name, (asked, known) in sets.items():
             if known is not None:
                 wanted = [extract(answer) for answer in known]
-                rows[f"{when}, {name}"] = measure(
-                    learner, now, asked, lambda i, text, wanted=wanted: extract(text) == wanted[i], extract
-                )
+
+                def correct(i: int, text: str, wanted: list[Hashable | None] = wanted) -> bool:
+                    return extract(text) == wanted[i]
+
+                rows[f"{when}, {name}"] = measure(learner, now, asked, correct, extract)
 
     try:
         evaluate("before", model)

@@ -167,7 +167,11 @@ def _model(config: RunConfig, data: LabelledTexts) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_seed(config.recipe.training.seed)
-    names = {"id2label": dict(enumerate(data.classes)), "label2id": {name: i for i, name in enumerate(data.classes)}}
+    classes: dict[str, Any] = {
+        "num_labels": len(data.classes),
+        "id2label": dict(enumerate(data.classes)),
+        "label2id": {name: i for i, name in enumerate(data.classes)},
+    }
     if config.model is None:
         made = config.recipe.model
         return LlamaForSequenceClassification(
@@ -180,14 +184,13 @@ def _model(config: RunConfig, data: LabelledTexts) -> tuple[Any, Any]:
                 num_key_value_heads=made.kv_heads,
                 max_position_embeddings=made.max_length,
                 pad_token_id=tokenizer.pad_token_id,
-                num_labels=len(data.classes),
-                **names,
+                **classes,
             )
         ), tokenizer
     try:
         with models.quiet_transformers():
             model = AutoModelForSequenceClassification.from_pretrained(
-                config.model, num_labels=len(data.classes), dtype=torch.float32, ignore_mismatched_sizes=True, **names
+                config.model, dtype=torch.float32, ignore_mismatched_sizes=True, **classes
             )
     except (OSError, ValueError) as error:
         raise InputError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from effcore.errors import InputError
 from effcore.methods.swiftlearn import SwiftLearnSampler
@@ -33,14 +33,16 @@ class SwiftLearnMixin(Trainer):
 
     def __init__(
         self,
-        *args: Any,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
         sampler: SwiftLearnSampler,
         train_dataset: Dataset,
         language: bool = False,
         **kwargs: Any,
     ):
         self.sampler = sampler
-        super().__init__(*args, train_dataset=sampler.indexed(train_dataset), **kwargs)
+        super().__init__(model, args, train_dataset=sampler.indexed(train_dataset), **kwargs)
         self.add_callback(SwiftLearnCallback(sampler, language=language))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SwiftLearnSampler:
