@@ -36,8 +36,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="A text file, a folder, a .jsonl or .parquet file. Default: the Python standard library's sources. swiftlearn: texts "
-        "with labels (.jsonl, .csv, .parquet with text and label; a folder a class). Default: snippets of installed packages.",
+        help="A text file, a folder, a .jsonl or .parquet file. Default: the Python standard library's sources. For swiftlearn "
+        "texts with labels (.jsonl, .csv, .parquet with text and label; a folder a class). Default: snippets of packages.",
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder. Default: runs/METHOD.")]
@@ -102,8 +102,8 @@ def _add_command(method: str, description: str) -> None:
             print(json.dumps(summary))
         elif not quiet and method == "swiftlearn":
             print(
-                f"{summary['title']}: accuracy {summary['accuracy']:.2%}, {summary['samples_trained_on']:,} samples trained on, "
-                f"{summary['seconds']:.0f} s; see {out / 'report.md'}"
+                f"{summary['title']}: accuracy {summary['accuracy']:.2%}, {summary['samples_trained_on']:,} samples "
+                f"trained on, {summary['seconds']:.0f} s; see {out / 'report.md'}"
             )
         elif not quiet:
             print(
