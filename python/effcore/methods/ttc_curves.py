@@ -81,7 +81,8 @@ def fit_training(
     """
     budget, accuracies = np.asarray(budget, float), np.asarray(accuracies, float)
     if len(budget) < LEAST_CHECKPOINTS:
-        raise TooFew(f"{len(budget)} checkpoints, and a projection needs {LEAST_CHECKPOINTS}")
+        plural = "" if len(budget) == 1 else "s"
+        raise TooFew(f"{len(budget)} checkpoint{plural}, and a projection needs {LEAST_CHECKPOINTS}")
     used = on_the_envelope(accuracies)
     if used.sum() < LEAST_CHECKPOINTS:
         raise TooFew(
