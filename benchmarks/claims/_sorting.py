@@ -52,10 +52,8 @@ def corrupted(rng: random.Random, answer: str) -> str:
     return "".join(letters)
 
 
-def verifier(
-    letters: Sequence[int], *, steps: int, batch: int, layers: int, width: int, device: str
-) -> ClassifierVerifier:
-    """A learned verifier: a small classifier, trained on right answers and on corrupted ones. It never sees the checker."""
+def verifier(letters: Sequence[int], base: LlamaForCausalLM, *, steps: int, batch: int) -> ClassifierVerifier:
+    """A learned verifier: a classifier that begins as ``base``, trained on right answers and on corrupted ones."""
     rng = random.Random(77)
     prompts, responses, correct = [], [], []
     for prompt, answer in problems(3 * 10**6, min(steps * batch // 2, 60_000), letters):
@@ -64,11 +62,12 @@ def verifier(
             responses.append(response)
             correct.append(is_right(prompt, response))
     torch.manual_seed(0)
-    config = fresh(0, layers=layers, width=width).config
-    model = LlamaForSequenceClassification(config).to(device)
+    model = LlamaForSequenceClassification(base.config)
+    model.model.load_state_dict(base.model.state_dict())
+    model.to(base.device)
     tokenizer = byte_tokenizer()
     return train_verifier(
-        model, tokenizer, prompts, responses, correct, steps=steps, batch_size=batch, learning_rate=3e-3
+        model, tokenizer, prompts, responses, correct, steps=steps, batch_size=batch, learning_rate=1e-3
     )
 
 

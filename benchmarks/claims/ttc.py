@@ -243,14 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.layers, options.width, options.checkpoints, options.verifier_steps = 1, 32, 6, 5
     verifier = None
     if options.metric == "verifier":
-        verifier = task.verifier(
-            LETTERS,
-            steps=options.verifier_steps,
-            batch=options.verifier_batch,
-            layers=options.layers,
-            width=options.width,
-            device=options.device,
-        )
+        base = task.fresh(0, layers=options.layers, width=options.width).to(options.device)
+        verifier = task.verifier(LETTERS, base, steps=options.verifier_steps, batch=options.verifier_batch)
     rows = [one(seed, options, verifier) for seed in options.seeds]
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     settings = {name: value for name, value in vars(options).items() if name != "json"}

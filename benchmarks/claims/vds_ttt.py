@@ -1,9 +1,10 @@
 """VDS-TTT's claim: `python -m benchmarks.claims.vds_ttt [--quick]`, and its sampling: `... vds_ttt --sampling`.
 
 A small LLaMA has learnt to put 6 to 9 letters in order, with few longer ones among them (:mod:`benchmarks.claims._sorting`).
-The queries are longer. A learned verifier, trained on corrupted answers of every length and never on the queries, picks the
-model's own samples for test-time training. On the adapted queries and on a held-out half: greedy, best-of-N by the verifier,
-majority and oracle, before and after; standard errors over queries, and the difference in best-of-N paired by seed.
+The queries are longer. A learned verifier that begins as the model, trained on corrupted answers of every length and never
+on the queries, picks the model's own samples for test-time training. On the adapted queries and on a held-out half: greedy,
+best-of-N by the verifier, majority and oracle, before and after; standard errors over queries, and the difference in
+best-of-N paired by seed.
 
 The paper: Llama-3.2-1B on GSM8K 40.2 -> 72.5 at N = 16, the verifier's best-of-N alone 71.5.
 
@@ -34,7 +35,7 @@ from effcore.methods.vds_ttt import LoraSettings, VerifierTTT  # noqa: E402
 SHORT, LONG = (6, 7, 8, 9), (10, 11, 12)
 
 
-def one(seed: int, options: argparse.Namespace, verifier) -> dict:
+def one(seed: int, options: argparse.Namespace) -> dict:
     began = time.perf_counter()
     model = task.fresh(seed, layers=options.layers, width=options.width).to(options.device)
 
@@ -44,6 +45,7 @@ def one(seed: int, options: argparse.Namespace, verifier) -> dict:
     task.train(model, draw, steps=options.steps, batch=options.batch, peak=options.peak, seed=seed)
     model.eval()
     trained = time.perf_counter() - began
+    verifier = task.verifier((*SHORT, *LONG), model, steps=options.verifier_steps, batch=options.batch)
     sets = {
         "adapted": [p for p, _ in task.problems(10**6 + seed, options.items, LONG)],
         "held out": [p for p, _ in task.problems(2 * 10**6 + seed, options.items, LONG)],
@@ -225,15 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.sampling:
         result["rows"] = sampling(options)
     else:
-        verifier = task.verifier(
-            (*SHORT, *LONG),
-            steps=options.verifier_steps,
-            batch=128,
-            layers=options.layers,
-            width=options.width,
-            device=options.device,
-        )
-        runs = [one(seed, options, verifier) for seed in options.seeds]
+        runs = [one(seed, options) for seed in options.seeds]
         rows, gains = summarise(runs)
         result |= {"runs": runs, "mean": rows, "gains": gains}
         print(f"mean of {len(runs)} seeds ± standard error\n{table(rows)}\n{json.dumps(gains, indent=1)}")

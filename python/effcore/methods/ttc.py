@@ -3,9 +3,9 @@ r"""TTC-aware training: stop as soon as samples at test time make up for the res
 At each checkpoint the accuracy of the full budget is projected from the checkpoints so far, and the accuracy with K samples a
 query from those at K = 1, 2, 4, 8 (:mod:`effcore.methods.ttc_curves`). Training stops at the first checkpoint where
 
-1. the lower bound of Â_K reaches the projection Â(B) for some K ≤ K_max; K* is the smallest,
-2. the tokens that the model will generate in its life stay below the break-even bound,
-3. one real evaluation with K* samples confirms it: its lower bound reaches the projection too.
+1. Â_K surely reaches the projection Â(B) for some K ≤ K_max: the lower bound of their difference is at least 0; K* is the
+smallest, 2. the tokens that the model will generate in its life stay below the break-even bound,
+3. one real evaluation with K* samples confirms it in the same way.
 
     stopper = effcore.TTCEarlyStopping(evaluate, budget=total_tokens, lifetime=1e9)
     for step in ...:
@@ -185,12 +185,10 @@ class TTCPlan:
             return decide(False, str(missing))
         goal = training(self.budget)
         found |= {"projected": goal.value, "projected_bounds": (goal.low, goal.high)}
-        samples = self._enough(sampling, goal.value)
+        samples = next((k for k in range(1, self.most_samples + 1) if sampling(k).surely_reaches(goal)), None)
         if samples is None:
             best = sampling(self.most_samples)
-            return decide(
-                False, f"{self.most_samples} samples are expected to reach {best}, the full budget {goal.value:.1%}"
-            )
+            return decide(False, f"{self.most_samples} samples are expected to reach {best}, the full budget {goal}")
         bound = self.costs.break_even(self.budget - tokens - self._charged(evaluation_tokens), samples)
         found |= {"samples": samples, "expected": sampling(samples).value, "break_even": bound}
         if self.lifetime is not None and self.lifetime > bound:
@@ -200,18 +198,13 @@ class TTCPlan:
                 f"{self.lifetime:.3g} are expected",
             )
         if confirm is None:
-            return decide(
-                True, f"{samples} samples are expected to reach {sampling(samples)}, the full budget {goal.value:.1%}"
-            )
+            return decide(True, f"{samples} samples are expected to reach {sampling(samples)}, the full budget {goal}")
         measured, tokens_used = confirm(samples)
         found |= {"measured": measured, "evaluation_tokens": evaluation_tokens + tokens_used}
-        low = binomial(measured, self.items, self.confidence).low
-        verdict = "which confirms it" if low >= goal.value else "which does not confirm it"
-        return decide(
-            low >= goal.value,
-            f"with {samples} samples {measured:.1%} (at least {low:.1%}) were measured against {goal.value:.1%} "
-            f"projected, {verdict}",
-        )
+        estimate = binomial(measured, self.items, self.confidence)
+        sure = estimate.surely_reaches(goal)
+        verdict = "which confirms it" if sure else "which does not confirm it"
+        return decide(sure, f"with {samples} samples {estimate} were measured against {goal} projected, {verdict}")
 
     def _charged(self, evaluation_tokens: float) -> float:
         """Evaluation in training tokens: what was generated, and verified, costs FLOPs like them."""
@@ -225,13 +218,6 @@ class TTCPlan:
         training = fit_training(tokens, single, self.items, confidence=self.confidence)
         ks, accuracies = np.array(list(last)), np.array(list(last.values()))
         return training, fit_samples(ks, accuracies, self.items, confidence=self.confidence)
-
-    def _enough(self, sampling: Curve, goal: float) -> int | None:
-        """The smallest K whose lower bound reaches the goal."""
-        candidates = np.arange(1, self.most_samples + 1)
-        _, low, _ = sampling.values(candidates)
-        enough = candidates[low >= goal]
-        return int(enough[0]) if len(enough) else None
 
 
 class TTCEarlyStopping:
