@@ -31,7 +31,7 @@ import numpy as np
 
 from effcore.methods._gather import Processes
 from effcore.methods.ttc_accuracy import METRICS, Samples
-from effcore.methods.ttc_curves import Curve, TooFew, binomial, fit_samples, fit_training
+from effcore.methods.ttc_curves import Curve, Estimate, TooFew, binomial, fit_samples, fit_training
 
 if TYPE_CHECKING:
     from effcore.methods.ttc_callback import TTCCallback
@@ -185,7 +185,7 @@ class TTCPlan:
             return decide(False, str(missing))
         goal = training(self.budget)
         found |= {"projected": goal.value, "projected_bounds": (goal.low, goal.high)}
-        samples = next((k for k in range(1, self.most_samples + 1) if sampling(k).surely_reaches(goal)), None)
+        samples = next((k for k in range(1, self.most_samples + 1) if self._enough(sampling(k), goal)), None)
         if samples is None:
             best = sampling(self.most_samples)
             return decide(False, f"{self.most_samples} samples are expected to reach {best}, the full budget {goal}")
@@ -205,6 +205,11 @@ class TTCPlan:
         sure = estimate.surely_reaches(goal)
         verdict = "which confirms it" if sure else "which does not confirm it"
         return decide(sure, f"with {samples} samples {estimate} were measured against {goal} projected, {verdict}")
+
+    def _enough(self, expected: Estimate, goal: Estimate) -> bool:
+        """Also for the evaluation that is to confirm it, which has the noise of so many items."""
+        noisy = binomial(expected.value, self.items, self.confidence)
+        return expected.surely_reaches(goal) and noisy.surely_reaches(goal)
 
     def _charged(self, evaluation_tokens: float) -> float:
         """Evaluation in training tokens: what was generated, and verified, costs FLOPs like them."""
