@@ -151,8 +151,9 @@ def adapt(
         raise InputError(f"--verifier {verifier}: {error}; what was drawn is in {out}") from error
     changed = any(learner.selected)
     if merge and changed:
-        adapted.merge_and_unload().save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
+        with quiet_transformers():
+            adapted.merge_and_unload().save_pretrained(out / "model")
+            tokenizer.save_pretrained(out / "model")
     report = {"selected": learner.selected, "queries": len(prompts), "changed": changed, "accuracy": rows}
     write_atomically(out / "report.json", json.dumps(report, indent=1) + "\n")
     if rows:
