@@ -1,0 +1,71 @@
+"""The cross-shaped 3D convolution, slow and obvious: the oracle of its tests. Differentiable by torch itself."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Triple = int | tuple[int, int, int]
+
+
+def triple(value: Triple) -> tuple[int, int, int]:
+    return (value, value, value) if isinstance(value, int) else tuple(value)
+
+
+def dense_kernel(spatial: Tensor, temporal: Tensor) -> Tensor:
+    """[O, C, kt, kh, kw]: ``spatial`` in the middle frame, ``temporal`` in the middle pixel, their sum where they meet."""
+    (outputs, channels, kh, kw), kt = spatial.shape, temporal.shape[2]
+    across = F.pad(spatial[:, :, None], (0, 0, 0, 0, kt // 2, kt // 2))
+    along = F.pad(temporal[..., None, None], (kw // 2, kw // 2, kh // 2, kh // 2))
+    return across + along
+
+
+def cross_conv3d(
+    x: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Triple = 1,
+    padding: Triple | str = "same",
+) -> Tensor:
+    """Conv3d with :func:`dense_kernel`."""
+    kernel = dense_kernel(spatial, temporal)
+    padding = tuple(k // 2 for k in kernel.shape[2:]) if padding == "same" else triple(padding)
+    return F.conv3d(x, kernel, bias, triple(stride), padding)
+
+
+def two_branches(
+    x: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Triple = 1,
+    padding: Triple | str = "same",
+) -> Tensor:
+    """The same as the sum of a spatial and a temporal convolution, each on the voxels that the other one samples too."""
+    kernel = temporal.shape[2], *spatial.shape[2:]
+    padding = [k // 2 for k in kernel] if padding == "same" else triple(padding)
+    x = F.pad(x, [p for d in (2, 1, 0) for p in (padding[d],) * 2])
+    middle = [slice(k // 2, size - k // 2) for k, size in zip(kernel, x.shape[2:], strict=True)]
+    across = F.conv3d(x[:, :, middle[0]], spatial[:, :, None], bias, triple(stride))
+    along = F.conv3d(x[..., middle[1], middle[2]], temporal[..., None, None], None, triple(stride))
+    return across + along
+
+
+def nearest_cross(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross whose dense kernel is nearest to ``kernel`` [O, C, kt, kh, kw] in the sum of squares.
+
+    Off the cross nothing can be done; on it every tap is free, so the fit keeps the kernel's own taps. The middle tap, which
+    both kernels have, is shared equally: of all ways to divide it the one of least norm.
+    """
+    kt, kh, kw = kernel.shape[2:]
+    spatial = kernel[:, :, kt // 2].clone()
+    temporal = kernel[:, :, :, kh // 2, kw // 2].clone()
+    middle = kernel[:, :, kt // 2, kh // 2, kw // 2] / 2
+    spatial[:, :, kh // 2, kw // 2] = middle
+    temporal[:, :, kt // 2] = middle
+    return spatial, temporal
+
+
