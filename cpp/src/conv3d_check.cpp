@@ -74,8 +74,8 @@ void check_positions(const char* function, const std::int64_t size[3], const std
   for (int d = 0; d < 3; ++d) {
     check(size[d] + 2 * g.padding[d] >= kernel[d], function, "x has ", shape({size[0], size[1], size[2]}),
           " (frames, height, width), with padding ",
-          shape({size[0] + 2 * g.padding[0], size[1] + 2 * g.padding[1], size[2] + 2 * g.padding[2]}),
-          ", which the kernel of ", shape({kernel[0], kernel[1], kernel[2]}), " exceeds");
+          shape({size[0] + 2 * g.padding[0], size[1] + 2 * g.padding[1], size[2] + 2 * g.padding[2]}), ", which the kernel of ",
+          shape({kernel[0], kernel[1], kernel[2]}), " exceeds");
     out[d] = positions(size[d], kernel[d], g.stride[d], g.padding[d]);
   }
 }

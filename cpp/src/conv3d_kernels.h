@@ -22,8 +22,8 @@ struct Run {
 
 struct Gather {
   TensorView from;
-  std::int64_t grid[3];                  // positions
-  std::int64_t step[3] = {1, 1, 1};      // of `from` between two positions
+  std::int64_t grid[3];              // positions
+  std::int64_t step[3] = {1, 1, 1};  // of `from` between two positions
   const Run* runs = nullptr;
   std::int64_t run_count = 0, taps = 0;
 };
@@ -40,7 +40,7 @@ struct WeightsJob {
   const Tap* taps = nullptr;
   std::int64_t tap_count = 0;
   int channel = 1;
-  void* rows = nullptr;     // the matrix, row-major, in the kernels' dtype
+  void* rows = nullptr;    // the matrix, row-major, in the kernels' dtype
   void* packed = nullptr;  // and as the product takes it
 };
 
@@ -69,9 +69,9 @@ struct Kernels {
   std::int64_t gradient_rows, gradient_chunk;
   std::int64_t (*packed_bytes)(std::int64_t depth, std::int64_t columns);
   std::int64_t (*partial_bytes)(std::int64_t columns);
-  void (*arrange)(const WeightsJob&, std::int64_t task);  // weight_channels channels a task
-  void (*pack)(const WeightsJob&, std::int64_t task);     // pack_depth rows of the matrix a task
-  void (*rows)(const RowsJob&, std::int64_t task);        // plane * blocks + block
+  void (*arrange)(const WeightsJob&, std::int64_t task);         // weight_channels channels a task
+  void (*pack)(const WeightsJob&, std::int64_t task);            // pack_depth rows of the matrix a task
+  void (*rows)(const RowsJob&, std::int64_t task);               // plane * blocks + block
   void (*weights)(const WeightGradientJob&, std::int64_t task);  // split * chunks + chunk
   void (*reduce)(const WeightGradientJob&, std::int64_t task);   // weight_channels channels a task
 };

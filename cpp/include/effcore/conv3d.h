@@ -6,8 +6,8 @@
 //
 // which is torch's Conv3d with the dense kernel that is zero off the cross, at any stride. Triples are (t, h, w).
 //
-// Tensors of voxels are [B, channels, T, H, W], contiguous along the channels (channels_last_3d, or a slice of it); kernels have
-// any strides. All tensors of a call have one dtype. Sums are in float32 (float64 for float64 tensors).
+// Tensors of voxels are [B, channels, T, H, W], contiguous along the channels (channels_last_3d, or a slice of it); kernels
+// have any strides. All tensors of a call have one dtype. Sums are in float32 (float64 for float64 tensors).
 #pragma once
 #include <initializer_list>
 
@@ -21,7 +21,7 @@ struct Geometry {
 };
 
 struct Forward {
-  TensorView x, spatial, temporal;    // [B, C, T, H, W], [O, C, kh, kw], [O, C, kt]
+  TensorView x, spatial, temporal;   // [B, C, T, H, W], [O, C, kh, kw], [O, C, kt]
   const TensorView* bias = nullptr;  // [O], any stride
   Geometry geometry;
   TensorView out;  // [B, O, T', H', W']

@@ -83,7 +83,8 @@ void gather(const Gather& g, std::int64_t plane, std::int64_t first, std::int64_
     run_begin = run_end;
   }
   if (end > run_begin)
-    for (std::int64_t r = 0, from = most(begin, run_begin); r < rows; ++r) simd::zero(to + r * pitch + from - begin, end - from);
+    for (std::int64_t r = 0, from = most(begin, run_begin); r < rows; ++r)
+      simd::zero(to + r * pitch + from - begin, end - from);
 }
 
 }  // namespace

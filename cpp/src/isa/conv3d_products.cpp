@@ -111,9 +111,8 @@ struct Family {
 
   static void read_bias(const RowsJob& job, T* bias, std::int64_t columns) {
     for (std::int64_t n = 0; n < columns; ++n)
-      bias[n] = job.bias == nullptr
-                    ? T{0}
-                    : simd::to_float(static_cast<const Storage*>(job.bias->data)[n * job.bias->stride[0]]);
+      bias[n] =
+          job.bias == nullptr ? T{0} : simd::to_float(static_cast<const Storage*>(job.bias->data)[n * job.bias->stride[0]]);
   }
   static void add_bias(Storage* to, const T* sums, const T* bias, std::int64_t columns) {
     constexpr int width = simd::width<T>;
@@ -180,8 +179,8 @@ struct Family {
       for (std::int64_t i = 0; i < job.gather.taps; ++i)
         for (std::int64_t c = first; c < last; ++c) {
           const std::int64_t k = i * channels + c;
-          const T* sums = reinterpret_cast<const T*>(job.partial) + k / gradient_chunk * partial + n * gradient_chunk +
-                          k % gradient_chunk;
+          const T* sums =
+              reinterpret_cast<const T*>(job.partial) + k / gradient_chunk * partial + n * gradient_chunk + k % gradient_chunk;
           T sum = 0;
           for (std::int64_t split = 0; split < job.splits; ++split) sum += sums[split * job.chunks * partial];
           const Storage rounded = simd::from_float<Storage, T>(sum);

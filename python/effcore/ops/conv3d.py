@@ -72,7 +72,7 @@ def _triple(name: str, value: int | Sequence[int] | str) -> list[int]:
 
 def _tell_layout(x: Tensor) -> None:
     global _told
-    if _told or torch.compiler.is_compiling() or x.dim() != 5 or x.shape[1] <= 1 or x.stride(1) == 1:
+    if torch.compiler.is_compiling() or _told or x.dim() != 5 or x.shape[1] <= 1 or x.stride(1) == 1:
         return
     _told = True
     warnings.warn(

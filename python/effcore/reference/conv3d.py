@@ -67,5 +67,3 @@ def nearest_cross(kernel: Tensor) -> tuple[Tensor, Tensor]:
     spatial[:, :, kh // 2, kw // 2] = middle
     temporal[:, :, kt // 2] = middle
     return spatial, temporal
-
-
