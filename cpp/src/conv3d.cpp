@@ -2,7 +2,6 @@
 #include "effcore/conv3d.h"
 
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "conv3d_kernels.h"
@@ -41,42 +40,23 @@ std::int64_t element_size(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-// A tap of the kernel at place (t, h, w) of the dense one.
-struct PlacedTap {
-  std::int64_t place[3];
-  Tap tap;
-};
-
-std::vector<PlacedTap> cross(const TensorView& spatial, const TensorView& temporal) {
-  const std::int64_t kt = temporal.size[2], kh = spatial.size[2], kw = spatial.size[3];
-  std::vector<PlacedTap> taps;
-  for (std::int64_t l = 0; l < kt; ++l)
-    if (l != kt / 2)
-      taps.push_back({{l, kh / 2, kw / 2}, {-1, l * temporal.stride[2]}});
-    else
-      for (std::int64_t i = 0; i < kh; ++i)
-        for (std::int64_t j = 0; j < kw; ++j)
-          taps.push_back({{l, i, j},
-                          {i * spatial.stride[2] + j * spatial.stride[3],
-                           i == kh / 2 && j == kw / 2 ? l * temporal.stride[2] : std::int64_t{-1}}});
-  return taps;
-}
-
-// Taps and the runs that they form. `dense`: the gathered tensor's neighbours along w lie on end in memory.
+// Taps and the runs that they form along w, where the gathered tensor's neighbours lie on end in memory.
 struct Taps {
   std::vector<Tap> taps;
   std::vector<Run> runs;
 
-  void add(const std::array<std::int64_t, 3>& offset, const Tap& tap, bool dense) {
-    taps.push_back(tap);
-    if (dense && !runs.empty()) {
-      Run& last = runs.back();
-      if (last.offset[0] == offset[0] && last.offset[1] == offset[1] && last.offset[2] + last.taps == offset[2]) {
-        ++last.taps;
-        return;
-      }
+  Taps(const std::vector<PlacedTap>& placed, const TensorView& gathered) {
+    const bool dense = gathered.stride[4] == gathered.size[1];
+    for (const PlacedTap& t : placed) {
+      const std::int64_t* at = t.place;
+      taps.push_back(t.tap);
+      Run* const last = runs.empty() ? nullptr : &runs.back();
+      if (dense && last != nullptr && last->offset[0] == at[0] && last->offset[1] == at[1] &&
+          last->offset[2] + last->taps == at[2])
+        ++last->taps;
+      else
+        runs.push_back({{at[0], at[1], at[2]}, 1});
     }
-    runs.push_back({{offset[0], offset[1], offset[2]}, 1});
   }
   void attach(Gather& gather) const {
     gather.runs = runs.data();
@@ -84,17 +64,6 @@ struct Taps {
     gather.taps = static_cast<std::int64_t>(taps.size());
   }
 };
-
-bool dense_along_w(const TensorView& voxels) {
-  return voxels.stride[4] == voxels.size[1];
-}
-
-Taps forward_taps(const TensorView& x, const TensorView& spatial, const TensorView& temporal, const Geometry& g) {
-  Taps taps;
-  for (const PlacedTap& t : cross(spatial, temporal))
-    taps.add({t.place[0] - g.padding[0], t.place[1] - g.padding[1], t.place[2] - g.padding[2]}, t.tap, dense_along_w(x));
-  return taps;
-}
 
 Gather gather_input(const TensorView& x, const Geometry& g, const std::int64_t grid[3], const Taps& taps) {
   Gather gather{x, {grid[0], grid[1], grid[2]}, {g.stride[0], g.stride[1], g.stride[2]}};
@@ -128,7 +97,7 @@ void run_rows(RowsJob& job, const Taps& taps, const TensorView& spatial, const T
 }  // namespace
 
 void forward(const Forward& args, const Threads& threads) {
-  const Taps taps = forward_taps(args.x, args.spatial, args.temporal, args.geometry);
+  const Taps taps(forward_taps(cross(args.spatial, args.temporal), args.geometry), args.x);
   RowsJob job;
   job.gather = gather_input(args.x, args.geometry, args.out.size + 2, taps);
   job.bias = args.bias;
@@ -136,43 +105,26 @@ void forward(const Forward& args, const Threads& threads) {
   run_rows(job, taps, args.spatial, args.temporal, 1, threads);
 }
 
-// Position i of x reads from output (i + padding - place) / stride, where that is whole: for the positions residue + stride * p
-// the taps with (residue + padding - place) divisible by the stride, at p + (residue + padding - place) / stride.
 void backward_data(const BackwardData& args, const Threads& threads) {
-  const std::int64_t *stride = args.geometry.stride, *padding = args.geometry.padding;
-  std::vector<PlacedTap> all = cross(args.spatial, args.temporal);
-  std::reverse(all.begin(), all.end());  // ascending offsets
-  std::int64_t residue[3];
-  for (residue[0] = 0; residue[0] < std::min(stride[0], args.dx.size[2]); ++residue[0])
-    for (residue[1] = 0; residue[1] < std::min(stride[1], args.dx.size[3]); ++residue[1])
-      for (residue[2] = 0; residue[2] < std::min(stride[2], args.dx.size[4]); ++residue[2]) {
-        Taps taps;
-        for (const PlacedTap& t : all) {
-          std::array<std::int64_t, 3> offset;
-          bool whole = true;
-          for (int d = 0; d < 3; ++d) {
-            const std::int64_t distance = residue[d] + padding[d] - t.place[d];
-            whole = whole && distance % stride[d] == 0;
-            offset[d] = distance / stride[d];
-          }
-          if (whole) taps.add(offset, t.tap, dense_along_w(args.dout));
-        }
-        RowsJob job;
-        job.gather.from = args.dout;
-        taps.attach(job.gather);
-        job.to = args.dx;
-        for (int d = 0; d < 3; ++d) {
-          job.gather.grid[d] = ceil_div(args.dx.size[2 + d] - residue[d], stride[d]);
-          job.origin[d] = residue[d];
-          job.to_step[d] = stride[d];
-        }
-        run_rows(job, taps, args.spatial, args.temporal, 0, threads);
-      }
+  const std::vector<PlacedTap> all = cross(args.spatial, args.temporal);
+  for_residues(args.dx.size + 2, args.geometry, [&](const std::int64_t residue[3]) {
+    const Taps taps(mirrored_taps(all, args.geometry, residue), args.dout);
+    RowsJob job;
+    job.gather.from = args.dout;
+    taps.attach(job.gather);
+    job.to = args.dx;
+    for (int d = 0; d < 3; ++d) {
+      job.gather.grid[d] = ceil_div(args.dx.size[2 + d] - residue[d], args.geometry.stride[d]);
+      job.origin[d] = residue[d];
+      job.to_step[d] = args.geometry.stride[d];
+    }
+    run_rows(job, taps, args.spatial, args.temporal, 0, threads);
+  });
 }
 
 void backward_weight(const BackwardWeight& args, const Threads& threads) {
   const Kernels& kernels = kernels_for(args.x.dtype);
-  const Taps taps = forward_taps(args.x, args.dspatial, args.dtemporal, args.geometry);
+  const Taps taps(forward_taps(cross(args.dspatial, args.dtemporal), args.geometry), args.x);
   WeightGradientJob job;
   job.gather = gather_input(args.x, args.geometry, args.dout.size + 2, taps);
   job.dout = args.dout;

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "effcore/conv3d.h"
+#include "effcore/conv3d_taps.h"
 
 namespace effcore::conv3d {
 
@@ -26,11 +27,6 @@ struct Gather {
   std::int64_t step[3] = {1, 1, 1};  // of `from` between two positions
   const Run* runs = nullptr;
   std::int64_t run_count = 0, taps = 0;
-};
-
-// Where a tap's weights are: elements into the kernels' last dimensions, -1 for none. The middle of the cross has both.
-struct Tap {
-  std::int64_t spatial, temporal;
 };
 
 // The kernels as the matrix [taps * channels, columns]: `channel` is the dimension of the kernels (0 or 1) that the gathered

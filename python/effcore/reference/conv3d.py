@@ -14,7 +14,7 @@ def triple(value: Triple) -> tuple[int, int, int]:
 
 def dense_kernel(spatial: Tensor, temporal: Tensor) -> Tensor:
     """[O, C, kt, kh, kw]: ``spatial`` in the middle frame, ``temporal`` in the middle pixel, their sum where they meet."""
-    (outputs, channels, kh, kw), kt = spatial.shape, temporal.shape[2]
+    (kh, kw), kt = spatial.shape[2:], temporal.shape[2]
     across = F.pad(spatial[:, :, None], (0, 0, 0, 0, kt // 2, kt // 2))
     along = F.pad(temporal[..., None, None], (kw // 2, kw // 2, kh // 2, kh // 2))
     return across + along
