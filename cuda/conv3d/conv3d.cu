@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "conv3d/hopper/rows.h"
 #include "conv3d/rows.cuh"
 #include "conv3d/weights.cuh"
 #include "effcore/conv3d_taps.h"
@@ -163,20 +164,40 @@ void run_rows(const char* function, const RowsParams& p, const Launch& launch) {
   launch_2d(function, rows_kernel<T, Config>, grid, Config::threads, Config::shared_bytes, launch, p);
 }
 
-// The rows of one set of taps, whose weights are packed already.
-void rows(const char* function, const GatherParams& gather, const TensorView& spatial, const TensorView& temporal, int channel,
-          const TensorView* bias, const TensorView& to, const std::int64_t origin[3], const std::int64_t step[3],
-          const Launch& launch) {
-  const PackedSize size = packed_size(spatial, temporal, channel);
+// Positions of `to` at origin + to_step * p, each from step * p + the taps' offsets in `from`.
+struct RowsPlan {
+  TensorView from, to;
+  std::vector<PlacedTap> taps;
+  std::int64_t grid[3], step[3], origin[3], to_step[3];
+  const TensorView* bias = nullptr;
+};
+
+bool rows_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const RowsPlan& plan,
+                    [[maybe_unused]] const PackedSize& size, [[maybe_unused]] const Launch& launch) {
+#if defined(EFFCORE_HOPPER)
+  for (int d = 0; d < 3; ++d)
+    if (plan.step[d] != 1 || plan.to_step[d] != 1) return false;
+  return hopper::rows(
+      function, {plan.from, plan.to, plan.taps, launch.workspace, size.columns, size.channels, size.taps, plan.bias}, launch);
+#else
+  return false;
+#endif
+}
+
+// The weights are packed already.
+void rows(const char* function, const RowsPlan& plan, const PackedSize& size, const Launch& launch) {
+  if (rows_on_hopper(function, plan, size, launch)) return;
+  const TensorView& to = plan.to;
+  const TensorView* const bias = plan.bias;
   RowsParams p{};
-  p.gather = gather;
+  p.gather = gather_params(function, plan.from, plan.grid, plan.step, plan.taps);
   p.packed = launch.workspace;
   p.padded_columns = static_cast<int>(size.columns), p.padded_channels = static_cast<int>(size.channels);
   if (bias != nullptr) p.bias = bias->data, p.bias_stride = bias->stride[0];
   p.out = to.data;
   constexpr int order[4] = {0, 2, 3, 4};
   for (int d = 0; d < 4; ++d) p.out_stride[d] = to.stride[order[d]];
-  for (int d = 0; d < 3; ++d) p.origin[d] = static_cast<int>(origin[d]), p.out_step[d] = static_cast<int>(step[d]);
+  for (int d = 0; d < 3; ++d) p.origin[d] = static_cast<int>(plan.origin[d]), p.out_step[d] = static_cast<int>(plan.to_step[d]);
   p.columns = static_cast<int>(to.size[1]);
   p.out_aligned = aligned_16(to);
   with_type(function, to.dtype, [&](auto zero) {
@@ -217,8 +238,6 @@ GradientPlan gradient_plan(const BackwardWeight& args) {
   return gradient_plan<Weights<bf16>>(rows, out[1], args.x.size[1], taps, segment_of(args.x.dtype));
 }
 
-constexpr std::int64_t nowhere[3] = {0, 0, 0}, one[3] = {1, 1, 1};
-
 }  // namespace
 
 std::size_t workspace_bytes(const Forward& args) {
@@ -236,9 +255,10 @@ void forward(const Forward& args, const Launch& launch) {
   const char* f = "cross_conv3d";
   const std::vector<PlacedTap> taps = cross(args.spatial, args.temporal);
   pack(f, args.spatial, args.temporal, 1, taps, launch);
-  const GatherParams gather =
-      gather_params(f, args.x, args.out.size + 2, args.geometry.stride, forward_taps(taps, args.geometry));
-  rows(f, gather, args.spatial, args.temporal, 1, args.bias, args.out, nowhere, one, launch);
+  RowsPlan plan{args.x, args.out, forward_taps(taps, args.geometry), {}, {}, {}, {}, args.bias};
+  for (int d = 0; d < 3; ++d)
+    plan.grid[d] = args.out.size[2 + d], plan.step[d] = args.geometry.stride[d], plan.origin[d] = 0, plan.to_step[d] = 1;
+  rows(f, plan, packed_size(args.spatial, args.temporal, 1), launch);
 }
 
 void backward_data(const BackwardData& args, const Launch& launch) {
@@ -246,10 +266,12 @@ void backward_data(const BackwardData& args, const Launch& launch) {
   const std::vector<PlacedTap> taps = cross(args.spatial, args.temporal);
   pack(f, args.spatial, args.temporal, 0, taps, launch);
   for_residues(args.dx.size + 2, args.geometry, [&](const std::int64_t residue[3]) {
-    std::int64_t grid[3];
-    for (int d = 0; d < 3; ++d) grid[d] = ceil_div(args.dx.size[2 + d] - residue[d], args.geometry.stride[d]);
-    const GatherParams gather = gather_params(f, args.dout, grid, one, mirrored_taps(taps, args.geometry, residue));
-    rows(f, gather, args.spatial, args.temporal, 0, nullptr, args.dx, residue, args.geometry.stride, launch);
+    RowsPlan plan{args.dout, args.dx, mirrored_taps(taps, args.geometry, residue), {}, {}, {}, {}, nullptr};
+    for (int d = 0; d < 3; ++d) {
+      plan.grid[d] = ceil_div(args.dx.size[2 + d] - residue[d], args.geometry.stride[d]);
+      plan.step[d] = 1, plan.origin[d] = residue[d], plan.to_step[d] = args.geometry.stride[d];
+    }
+    rows(f, plan, packed_size(args.spatial, args.temporal, 0), launch);
   });
 }
 
