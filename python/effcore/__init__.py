@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "share_activations": "effcore.models.convert",
     "skip_tokens": "effcore.methods.skipvit",
+    "factorize_conv3d": "effcore.methods.conv3d",
     "attention": "effcore.ops.attention",
     "attention_with_scores": "effcore.ops.attention",
     "attention_from_scores": "effcore.ops.attention",
@@ -29,10 +30,12 @@ _EXPORTS = {
     "separate_tokens": "effcore.ops.routing",
     "merge_tokens": "effcore.ops.routing",
     "class_scores": "effcore.ops.routing",
+    "cross_conv3d": "effcore.ops.conv3d",
 }
-_SUBMODULES = ("array", "cli", "data", "methods", "models", "ops", "reference", "training")
+_SUBMODULES = ("array", "cli", "data", "methods", "models", "nn", "ops", "reference", "training")
 
 if TYPE_CHECKING:
+    from effcore.methods.conv3d import factorize_conv3d
     from effcore.methods.skipvit import skip_tokens
     from effcore.models.convert import share_activations
     from effcore.ops.attention import (
@@ -46,11 +49,13 @@ if TYPE_CHECKING:
         decode_from_probs,
         share_kv,
     )
+    from effcore.ops.conv3d import cross_conv3d
     from effcore.ops.routing import class_scores, gather_tokens, merge_tokens, partition_tokens, separate_tokens
 
 __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "share_activations",
     "skip_tokens",
+    "factorize_conv3d",
     "attention",
     "attention_with_scores",
     "attention_from_scores",
@@ -65,6 +70,7 @@ __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "separate_tokens",
     "merge_tokens",
     "class_scores",
+    "cross_conv3d",
 ]
 
 

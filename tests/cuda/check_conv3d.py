@@ -1,9 +1,9 @@
 """The CUDA kernels of the conv3d family against effcore.reference, and their speed against cuDNN, on a GPU.
 
 Every problem is run twice (the bits must agree) in memory filled with NaN; the error against float64 may be at most twice that
-of the same-dtype PyTorch computation (no TF32). `--sanitize` runs small problems under compute-sanitizer (memcheck and racecheck),
-`--time` compares with Conv3d and with the sum of two convolutions in both memory formats (L2 flushed, medians of CUDA events,
-alternating). The tables come last; numbers go to $OUT/conv3d_check.json, if OUT is set.
+of the same-dtype PyTorch computation (no TF32). `--sanitize` runs small problems under compute-sanitizer (memcheck and
+racecheck), `--time` compares with Conv3d and with the sum of two convolutions in both memory formats (L2 flushed, medians of
+CUDA events, alternating). The tables come last; numbers go to $OUT/conv3d_check.json, if OUT is set.
 """
 
 from __future__ import annotations

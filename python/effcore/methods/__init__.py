@@ -3,4 +3,5 @@
 - :mod:`effcore.methods.epas`: progressive activation sharing (arXiv 2601.19089)
 - :mod:`effcore.methods.echo_llama`: gradual conversion to shared keys and values (arXiv 2505.17331)
 - :mod:`effcore.methods.skipvit`: patches that skip blocks of a vision transformer (SkipViT)
+- :mod:`effcore.methods.conv3d`: 3D convolutions from 2D and 1D parts
 """

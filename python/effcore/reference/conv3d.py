@@ -9,7 +9,14 @@ Triple = int | tuple[int, int, int]
 
 
 def triple(value: Triple) -> tuple[int, int, int]:
-    return (value, value, value) if isinstance(value, int) else tuple(value)
+    return (value, value, value) if isinstance(value, int) else value
+
+
+def paddings(kernel: tuple[int, ...], padding: Triple | str) -> tuple[int, ...]:
+    if isinstance(padding, str):
+        assert padding == "same"
+        return tuple(k // 2 for k in kernel)
+    return triple(padding)
 
 
 def dense_kernel(spatial: Tensor, temporal: Tensor) -> Tensor:
@@ -31,8 +38,7 @@ def cross_conv3d(
 ) -> Tensor:
     """Conv3d with :func:`dense_kernel`."""
     kernel = dense_kernel(spatial, temporal)
-    padding = tuple(k // 2 for k in kernel.shape[2:]) if padding == "same" else triple(padding)
-    return F.conv3d(x, kernel, bias, triple(stride), padding)
+    return F.conv3d(x, kernel, bias, triple(stride), paddings(kernel.shape[2:], padding))
 
 
 def two_branches(
@@ -46,24 +52,9 @@ def two_branches(
 ) -> Tensor:
     """The same as the sum of a spatial and a temporal convolution, each on the voxels that the other one samples too."""
     kernel = temporal.shape[2], *spatial.shape[2:]
-    padding = [k // 2 for k in kernel] if padding == "same" else triple(padding)
-    x = F.pad(x, [p for d in (2, 1, 0) for p in (padding[d],) * 2])
+    pads = paddings(kernel, padding)
+    x = F.pad(x, [p for d in (2, 1, 0) for p in (pads[d],) * 2])
     middle = [slice(k // 2, size - k // 2) for k, size in zip(kernel, x.shape[2:], strict=True)]
     across = F.conv3d(x[:, :, middle[0]], spatial[:, :, None], bias, triple(stride))
     along = F.conv3d(x[..., middle[1], middle[2]], temporal[..., None, None], None, triple(stride))
     return across + along
-
-
-def nearest_cross(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross whose dense kernel is nearest to ``kernel`` [O, C, kt, kh, kw] in the sum of squares.
-
-    Off the cross nothing can be done; on it every tap is free, so the fit keeps the kernel's own taps. The middle tap, which
-    both kernels have, is shared equally: of all ways to divide it the one of least norm.
-    """
-    kt, kh, kw = kernel.shape[2:]
-    spatial = kernel[:, :, kt // 2].clone()
-    temporal = kernel[:, :, :, kh // 2, kw // 2].clone()
-    middle = kernel[:, :, kt // 2, kh // 2, kw // 2] / 2
-    spatial[:, :, kh // 2, kw // 2] = middle
-    temporal[:, :, kt // 2] = middle
-    return spatial, temporal
