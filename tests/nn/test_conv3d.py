@@ -48,6 +48,14 @@ def test_blocks_have_the_shape_of_conv3d(name, geometry):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_go_to_channels_last(name):
+    block, x = BLOCKS[name](6, 9), torch.randn(2, 6, 3, 8, 9)
+    before = block(x)
+    block.to(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(block(x.contiguous(memory_format=torch.channels_last_3d)), before)
+
+
 def test_parallel_blocks_are_the_branches_that_conv3d_would_be():
     x = torch.randn(2, 6, 7, 8, 9)
     for geometry in GEOMETRIES:
@@ -62,8 +70,8 @@ def test_parallel_blocks_are_the_branches_that_conv3d_would_be():
         b = blocks.P3DConv3d(6, 9, kind="B", **geometry)
         add = blocks.CrossConv3d(6, 9, **geometry)
         with torch.no_grad():
-            add.spatial.copy_(b.spatial.weight[:, :, 0])
-            add.temporal.copy_(b.temporal.weight[..., 0, 0])
+            add.spatial.copy_(b.spatial.weight)
+            add.temporal.copy_(b.temporal.weight)
             if add.bias is not None:
                 add.bias.copy_(b.spatial.bias + b.temporal.bias)
         torch.testing.assert_close(add(x), b(x))
@@ -92,14 +100,14 @@ def test_the_paper_to_the_letter(stride):
     x = torch.randn(2, 3, 4, 6, 8, dtype=torch.float64)
     out = block(x)
     frames = x.transpose(1, 2).flatten(0, 1)
-    across = F.conv2d(frames, block.spatial, block.bias, 2, 1).unflatten(0, (2, 4)).transpose(1, 2)
+    across = F.conv2d(frames, block.spatial[:, :, 0], block.bias, 2, 1).unflatten(0, (2, 4)).transpose(1, 2)
     if stride == 2:
         across = F.conv3d(across, block.thin.weight, block.thin.bias, (2, 1, 1))
     step = block.stride[0]
     lines = F.pad(x.flatten(3)[..., ::4], (0, 0, 1, 1))
     along = torch.stack(
         [
-            torch.einsum("bclp,ocl->bop", lines[:, :, t : t + 3], block.temporal)
+            torch.einsum("bclp,ocl->bop", lines[:, :, t : t + 3], block.temporal[..., 0, 0])
             for t in range(0, lines.shape[2] - 2, step)
         ],
         2,

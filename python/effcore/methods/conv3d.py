@@ -200,13 +200,13 @@ def _add(layer: nn.Conv3d, init: str) -> Built:
         return made, None
     made.to(layer.weight.device, layer.weight.dtype)
     for to, part in zip((made.spatial, made.temporal), nearest_cross(layer.weight), strict=True):
-        to.copy_(part)
+        to.copy_(part.view_as(to))
     if made.bias is not None and layer.bias is not None:
         made.bias.copy_(layer.bias)
     dense = torch.zeros_like(layer.weight)
     t, h, w = (k // 2 for k in layer.kernel_size)
-    dense[:, :, t] += made.spatial
-    dense[:, :, :, h, w] += made.temporal
+    dense[:, :, t] += made.spatial[:, :, 0]
+    dense[:, :, :, h, w] += made.temporal[..., 0, 0]
     return made, dense
 
 

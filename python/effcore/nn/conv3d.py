@@ -103,7 +103,8 @@ class CrossConv3d(_Factorized):
             its pixels with the spatial one, whose frames a learned 1×1 convolution of stride s thins out (``thin``). It needs
             stride (1, s, s) or (s, s, s), "same" padding, and H and W divisible by s.
 
-    Weights: ``spatial`` [O, C, kh, kw], ``temporal`` [O, C, kt], ``bias`` [O].
+    Weights: ``spatial`` [O, C, 1, kh, kw], ``temporal`` [O, C, kt, 1, 1], ``bias`` [O]: the shapes of the two ``nn.Conv3d``
+    that it stands for (and of five dimensions, so that ``model.to(memory_format=torch.channels_last_3d)`` takes them).
     """
 
     def __init__(
@@ -125,8 +126,8 @@ class CrossConv3d(_Factorized):
                 "effcore.nn.CrossConv3d: aligned=False takes stride (1, s, s) or (s, s, s) and padding 'same', got stride "
                 f"{self.stride} and padding {self.padding}"
             )
-        self.spatial = nn.Parameter(torch.empty(out_channels, in_channels, kh, kw))
-        self.temporal = nn.Parameter(torch.empty(out_channels, in_channels, kt))
+        self.spatial = nn.Parameter(torch.empty(out_channels, in_channels, 1, kh, kw))
+        self.temporal = nn.Parameter(torch.empty(out_channels, in_channels, kt, 1, 1))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.thin = nn.Conv3d(out_channels, out_channels, 1, (st, 1, 1)) if not self.aligned and st > 1 else None
         self.reset_parameters()
@@ -141,18 +142,19 @@ class CrossConv3d(_Factorized):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.aligned:
-            return cross_conv3d(x, self.spatial, self.temporal, self.bias, stride=self.stride, padding=self.padding)
+            spatial, temporal = self.spatial[:, :, 0], self.temporal[..., 0, 0]
+            return cross_conv3d(x, spatial, temporal, self.bias, stride=self.stride, padding=self.padding)
         batch, channels, frames, height, width = x.shape
         (st, s, _), (pt, ph, pw) = self.stride, self.padding
         if height % s or width % s:
             raise ValueError(
                 f"effcore.nn.CrossConv3d: aligned=False needs height and width divisible by {s}, got {height}x{width}"
             )
-        across = F.conv3d(x, self.spatial[:, :, None], self.bias, (1, s, s), (0, ph, pw))
+        across = F.conv3d(x, self.spatial, self.bias, (1, s, s), (0, ph, pw))
         if self.thin is not None:
             across = self.thin(across)
         lines = x.reshape(batch, channels, frames, height * width)
-        along = F.conv2d(lines, self.temporal[..., None], None, (st, s * s), (pt, 0))
+        along = F.conv2d(lines, self.temporal[..., 0], None, (st, s * s), (pt, 0))
         return across + along.view_as(across)
 
 
