@@ -18,6 +18,7 @@ _EXPORTS = {
     "SwiftLearnSampler": "effcore.methods.swiftlearn",
     "TTCEarlyStopping": "effcore.methods.ttc",
     "VerifierTTT": "effcore.methods.vds_ttt",
+    "factorize_conv3d": "effcore.methods.conv3d",
     "attention": "effcore.ops.attention",
     "attention_with_scores": "effcore.ops.attention",
     "attention_from_scores": "effcore.ops.attention",
@@ -32,10 +33,12 @@ _EXPORTS = {
     "separate_tokens": "effcore.ops.routing",
     "merge_tokens": "effcore.ops.routing",
     "class_scores": "effcore.ops.routing",
+    "cross_conv3d": "effcore.ops.conv3d",
 }
-_SUBMODULES = ("array", "cli", "data", "methods", "models", "ops", "reference", "training")
+_SUBMODULES = ("array", "cli", "data", "methods", "models", "nn", "ops", "reference", "training")
 
 if TYPE_CHECKING:
+    from effcore.methods.conv3d import factorize_conv3d
     from effcore.methods.skipvit import skip_tokens
     from effcore.methods.swiftlearn import SwiftLearnSampler
     from effcore.methods.ttc import TTCEarlyStopping
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
         decode_from_probs,
         share_kv,
     )
+    from effcore.ops.conv3d import cross_conv3d
     from effcore.ops.routing import class_scores, gather_tokens, merge_tokens, partition_tokens, separate_tokens
 
 __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
@@ -60,6 +64,7 @@ __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "SwiftLearnSampler",
     "TTCEarlyStopping",
     "VerifierTTT",
+    "factorize_conv3d",
     "attention",
     "attention_with_scores",
     "attention_from_scores",
@@ -74,6 +79,7 @@ __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "separate_tokens",
     "merge_tokens",
     "class_scores",
+    "cross_conv3d",
 ]
 
 

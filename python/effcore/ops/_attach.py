@@ -27,7 +27,7 @@ def _needs_grad(arguments: tuple[Any, ...]) -> bool:
         if isinstance(a, Tensor):
             if a.requires_grad:
                 return True
-        elif isinstance(a, list) and any(t.requires_grad for t in a):
+        elif isinstance(a, list) and any(isinstance(t, Tensor) and t.requires_grad for t in a):
             return True
     return False
 

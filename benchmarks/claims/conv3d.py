@@ -1,0 +1,260 @@
+"""3D convolutions from 2D and 1D parts: `python -m benchmarks.claims.conv3d speed | patches | accuracy`.
+
+speed: the 3D part of ECO-Lite (a ResNet-18's last three stages on 16 frames of 96 channels at 28²): parameters, FLOPs, clips a
+second of training and of inference, for each way to build its convolutions. Conv3D runs in its better memory format. The paper,
+whole ECO-Lite on a V100: Conv3D 33.7 M parameters, 35.6 GFLOPs, 773 frames/s; Add 16.3 M, 17.1, 865. Our goal for a training
+step is 1.6x.
+
+patches: a video transformer's patch embedding (stride = kernel) before and after factorize_conv3d.
+
+accuracy: small networks on moving digits (which digit, and which of 8 directions), equal steps, several seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+import effcore  # noqa: E402
+
+for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
+    effcore.__path__.append(folder)
+
+from effcore.data.moving_digits import MovingDigits  # noqa: E402
+from effcore.nn import conv3d as blocks  # noqa: E402
+
+Make = Callable[..., nn.Module]  # (channels, outputs, stride=)
+
+
+def normed(channels: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm3d(channels), nn.ReLU(inplace=True))
+
+
+METHODS: dict[str, Make] = {
+    "Conv3D": lambda c, o, stride: nn.Conv3d(c, o, 3, stride, 1, bias=False),
+    "R(2+1)D": lambda c, o, stride: blocks.R2Plus1DConv3d(c, o, stride=stride, bias=False, between=normed),
+    "P3D-A": lambda c, o, stride: blocks.P3DConv3d(c, o, stride=stride, bias=False, kind="A", between=normed),
+    "P3D-B": lambda c, o, stride: blocks.P3DConv3d(c, o, stride=stride, bias=False, kind="B", between=normed),
+    "P3D-C": lambda c, o, stride: blocks.P3DConv3d(c, o, stride=stride, bias=False, kind="C", between=normed),
+    "Cat": lambda c, o, stride: blocks.CatConv3d(c, o, stride=stride, bias=False),
+    "Add": lambda c, o, stride: blocks.CrossConv3d(c, o, stride=stride, bias=False),
+}
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, make: Make, channels: int, outputs: int, stride: int):
+        super().__init__()
+        self.first = nn.Sequential(make(channels, outputs, stride=stride), normed(outputs))
+        self.second = nn.Sequential(make(outputs, outputs, stride=1), nn.BatchNorm3d(outputs))
+        plain = stride == 1 and channels == outputs
+        self.shortcut = nn.Identity() if plain else nn.Conv3d(channels, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+class Tail(nn.Sequential):
+    """The 3D part of ECO-Lite: [B, 96, 16, 28, 28] to 101 classes."""
+
+    def __init__(self, make: Make, width: int = 128):
+        stages = [(96, width, 1), (width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)]
+        stages += [(2 * width, 4 * width, 2), (4 * width, 4 * width, 1)]
+        head = [nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4 * width, 101)]
+        super().__init__(*(BasicBlock(make, *stage) for stage in stages), *head)
+
+
+class Contender:
+    def __init__(self, make: Make, batch: int, device: str, dtype: torch.dtype, last: bool):
+        torch.manual_seed(0)
+        memory = torch.channels_last_3d if last else torch.contiguous_format
+        self.model = Tail(make).to(device, memory_format=memory)
+        self.clips = torch.randn(batch, 96, 16, 28, 28, device=device).to(memory_format=memory)
+        self.labels = torch.randint(0, 101, (batch,), device=device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        self.precision = lambda: torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+    def train(self) -> None:
+        self.model.train()
+        with self.precision():
+            loss = F.cross_entropy(self.model(self.clips), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def infer(self) -> None:
+        self.model.eval()
+        with torch.no_grad(), self.precision():
+            self.model(self.clips)
+
+    def size(self) -> tuple[int, float]:
+        """Parameters, and GFLOPs of one clip (a multiplication and an addition are two)."""
+        self.model.eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.model(self.clips[:1])
+        return sum(p.numel() for p in self.model.parameters()), counter.get_total_flops() / 1e9
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def speed(device: str, batch: int, dtype: torch.dtype, rounds: int, names: list[str]) -> list[dict]:
+    made = {name: Contender(METHODS[name], batch, device, dtype, True) for name in names}
+    made["Conv3D, channels first"] = Contender(METHODS["Conv3D"], batch, device, dtype, False)
+    times: dict[str, dict[str, list[float]]] = {name: {"train": [], "infer": []} for name in made}
+    for number in range(rounds + 1):
+        for name, contender in made.items():
+            for kind in ("train", "infer"):
+                taken = seconds(getattr(contender, kind), device)
+                if number:  # the first round warms up
+                    times[name][kind].append(taken)
+    dense = [name for name in made if name.startswith("Conv3D")]
+    rows = []
+    for name, contender in made.items():
+        parameters, gflops = contender.size()
+        row: dict[str, Any] = {"model": name, "parameters": parameters, "gflops": gflops}
+        for kind in ("train", "infer"):
+            best = min(dense, key=lambda n: statistics.median(times[n][kind]))
+            row[f"{kind} clips/s"] = batch / statistics.median(times[name][kind])
+            pairs = zip(times[best][kind], times[name][kind], strict=True)
+            row[f"{kind} ratio"] = statistics.median(b / t for b, t in pairs)
+        rows.append(row)
+        print(
+            f"{name:<24} {parameters / 1e6:6.2f} M {gflops:7.1f} GFLOPs  train {row['train clips/s']:8.2f} clips/s "
+            f"{row['train ratio']:.2f}x  infer {row['infer clips/s']:8.2f} clips/s {row['infer ratio']:.2f}x",
+            flush=True,
+        )
+    return rows
+
+
+def patches(device: str, batch: int, rounds: int) -> list[dict]:
+    """ViViT's tubelets: 2 x 16 x 16 of 32 frames at 224², 768 channels."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = nn.Conv3d(3, 768, (2, 16, 16), (2, 16, 16)).to(device, dtype)
+        product = effcore.factorize_conv3d(nn.Sequential(layer), inplace=False)
+        clips = torch.randn(batch, 3, 32, 224, 224, device=device).to(dtype)
+        with torch.no_grad():
+            error = ((layer(clips) - product(clips)).norm() / layer(clips).norm()).item()
+            times = [
+                (seconds(lambda: layer(clips), device), seconds(lambda: product(clips), device))  # noqa: B023
+                for _ in range(rounds)
+            ]
+        before, after = (statistics.median(t[i] for t in times) * 1e3 for i in range(2))
+        rows.append({"dtype": str(dtype), "conv3d ms": before, "product ms": after, "difference": error})
+        print(f"{dtype}: Conv3d {before:.2f} ms, product {after:.2f} ms, {before / after:.2f}x, apart by {error:.1e}")
+    return rows
+
+
+class Small(nn.Module):
+    """Three convolutions, and a head for the digit and one for the direction."""
+
+    def __init__(self, make: Make):
+        super().__init__()
+        widths = [(1, 16, 2), (16, 32, 2), (32, 64, 1)]
+        self.body = nn.Sequential(*(nn.Sequential(make(c, o, stride=(1, s, s)), normed(o)) for c, o, s in widths))
+        self.heads = nn.ModuleList([nn.Linear(64, MovingDigits.digits), nn.Linear(64, MovingDigits.directions)])
+
+    def forward(self, clips: Tensor) -> list[Tensor]:
+        features = self.body(clips).amax((2, 3, 4))
+        return [head(features) for head in self.heads]
+
+
+def train_and_test(make: Make, steps: int, seed: int, device: str) -> list[float]:
+    """Shares of 2000 test clips whose digit, direction, and both are right."""
+    torch.manual_seed(seed)
+    model = Small(make).to(device, memory_format=torch.channels_last_3d).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
+    data, generator = MovingDigits("train"), torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        clips, *targets = (t.to(device) for t in data.sample(32, generator))
+        loss = sum(F.cross_entropy(out, target) for out, target in zip(model(clips), targets, strict=True))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    model.eval()
+    test, generator = MovingDigits("test"), torch.Generator().manual_seed(10_000)
+    right = torch.zeros(3)
+    for _ in range(10):
+        clips, *targets = (t.to(device) for t in test.sample(200, generator))
+        with torch.no_grad():
+            found = [out.argmax(1) == target for out, target in zip(model(clips), targets, strict=True)]
+        right += torch.stack([*found, found[0] & found[1]]).float().sum(1).cpu()
+    return (right / 2000).tolist()
+
+
+def accuracy(device: str, steps: int, seeds: int, names: list[str]) -> list[dict]:
+    rows = []
+    for name in names:
+        runs = [train_and_test(METHODS[name], steps, seed, device) for seed in range(seeds)]
+        parameters = sum(p.numel() for p in Small(METHODS[name]).parameters())
+        row: dict[str, Any] = {"method": name, "parameters": parameters, "runs": runs}
+        text = f"{name:<8} {parameters:>7,} parameters"
+        for i, what in enumerate(("digit", "direction", "both")):
+            mean, spread = (
+                statistics.mean(r[i] for r in runs),
+                statistics.stdev(r[i] for r in runs) if seeds > 1 else 0.0,
+            )
+            row[what] = {"accuracy": mean, "spread": spread}
+            text += f"  {what} {mean:.2%} ± {spread:.2%}"
+        rows.append(row)
+        print(text, flush=True)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.conv3d", description=__doc__)
+    parser.add_argument("claim", choices=("speed", "patches", "accuracy"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="speed (default bfloat16 on cuda)")
+    parser.add_argument("--batch", type=int, help="clips (default 32 on cuda, 2 on cpu)")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing")
+    parser.add_argument("--steps", type=int, default=400, help="of training (accuracy)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (accuracy)")
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), help="methods")
+    parser.add_argument("--json", type=Path, help="write the numbers")
+    options = parser.parse_args(arguments)
+    cuda = options.device == "cuda"
+    batch = options.batch or (32 if cuda else 2)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
+    if options.claim == "speed":
+        rows = speed(options.device, batch, dtype, options.rounds, options.only or list(METHODS))
+    elif options.claim == "patches":
+        rows = patches(options.device, batch, options.rounds)
+    else:
+        rows = accuracy(
+            options.device, options.steps, options.seeds, options.only or ["Conv3D", "R(2+1)D", "Add", "Cat"]
+        )
+    machine = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    settings = {k: str(v) for k, v in vars(options).items() if k != "json" and v is not None}
+    report = {"settings": settings, "machine": machine, "torch": torch.__version__, "rows": rows}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

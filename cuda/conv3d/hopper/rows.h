@@ -1,0 +1,22 @@
+// The rows of a product at stride 1 on sm_90a: called by the host side of the family, which knows what else could serve.
+#pragma once
+#include <vector>
+
+#include "conv3d/params.h"
+#include "effcore/conv3d_taps.h"
+#include "effcore/cuda/launch.h"
+
+namespace effcore::cuda::conv3d::hopper {
+
+struct RowsProblem {
+  TensorView from, to;
+  std::vector<effcore::conv3d::PlacedTap> taps;
+  const void* packed = nullptr;
+  std::int64_t padded_columns = 0, padded_channels = 0, packed_taps = 0;
+  const TensorView* bias = nullptr;
+};
+
+// False where these kernels do not serve it (another dtype, rows that TMA cannot describe): nothing was launched then.
+bool rows(const char* function, const RowsProblem& problem, const Launch& launch);
+
+}  // namespace effcore::cuda::conv3d::hopper

@@ -1,0 +1,4 @@
+"""Modules made of the ops.
+
+- :mod:`effcore.nn.conv3d`: 3D convolutions from 2D and 1D parts, with one interface
+"""

@@ -1,0 +1,262 @@
+"""The CUDA kernels of the conv3d family against effcore.reference, and their speed against cuDNN, on a GPU.
+
+Every problem is run twice (the bits must agree) in memory filled with NaN; the error against float64 may be at most twice that
+of the same-dtype PyTorch computation (no TF32). `--sanitize` runs small problems under compute-sanitizer (memcheck and
+racecheck), `--time` compares with Conv3d and with the sum of two convolutions in both memory formats (L2 flushed, medians of
+CUDA events, alternating). The tables come last; numbers go to $OUT/conv3d_check.json, if OUT is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+import effcore  # noqa: E402
+
+for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
+    effcore.__path__.append(folder)
+
+from benchmarks.timing import clock_for  # noqa: E402
+from effcore.ops.conv3d import cross_conv3d  # noqa: E402
+from effcore.reference import conv3d as ref  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAST = torch.channels_last_3d
+NAMES = ("out", "dx", "dspatial", "dtemporal")
+
+# batch, channels, outputs, (T, H, W), kernel, stride, padding
+PROBLEMS = [
+    (2, 64, 64, (4, 16, 16), (3, 3, 3), 1, "same"),
+    (2, 64, 128, (3, 13, 15), (3, 3, 3), 1, "same"),
+    (2, 128, 136, (4, 14, 14), (3, 3, 3), 1, "same"),
+    (2, 40, 72, (5, 9, 7), (3, 3, 3), 2, "same"),
+    (1, 96, 48, (6, 12, 11), (5, 3, 5), (1, 2, 2), (2, 0, 1)),
+    (3, 3, 24, (3, 20, 18), (3, 7, 7), (1, 2, 2), "same"),
+    (2, 33, 17, (4, 6, 5), (3, 3, 3), 1, "same"),
+    (1, 1, 1, (1, 1, 1), (3, 3, 3), 1, "same"),
+    (1, 16, 8, (7, 5, 5), (1, 1, 1), (2, 3, 1), 0),
+    (3, 24, 40, (5, 11, 9), (3, 5, 3), 1, (0, 1, 2)),
+    (2, 200, 72, (2, 7, 7), (5, 3, 1), 1, "same"),
+    (0, 8, 8, (2, 4, 4), (3, 3, 3), 1, "same"),
+    (8, 64, 64, (8, 56, 56), (3, 3, 3), 1, "same"),
+    (8, 256, 256, (4, 14, 14), (3, 3, 3), 1, "same"),
+    (8, 128, 256, (8, 28, 28), (3, 3, 3), 2, "same"),
+]
+
+
+def poison() -> None:
+    """Fills the caching allocator's free memory with NaN, so that what a kernel does not write is seen."""
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        return
+    large = torch.full((1 << 27,), float("nan"), device="cuda")
+    small = [torch.full((1 << 12,), float("nan"), device="cuda") for _ in range(128)]
+    del large, small
+
+
+def make(problem, dtype: torch.dtype, layout: str):
+    batch, channels, outputs, size, kernel, _, _ = problem
+    scale = (channels * (kernel[0] + kernel[1] * kernel[2])) ** -0.5
+    x = torch.randn(batch, *size, channels + 3, device="cuda").to(dtype)
+    x = (x[..., 1 : channels + 1] if layout == "sliced" else x[..., :channels].contiguous()).movedim(-1, 1)
+    weights = [torch.randn(outputs, channels, *k, device="cuda") * scale for k in (kernel[1:], kernel[:1])]
+    return [x, *(t.to(dtype) for t in weights), torch.randn(outputs, device="cuda").to(dtype)]
+
+
+def results(function, tensors, gradient, **options):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = function(*leaves, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves[:3], gradient.to(out.dtype))]
+
+
+def relative(a, b) -> float:
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def check(problems=PROBLEMS) -> list[tuple[str, bool, str]]:
+    found = []
+    for problem in problems:
+        for name, dtype in DTYPES.items():
+            for layout in ("channels last", "sliced"):
+                label = f"{name} {layout} {problem}"
+                options = {"stride": problem[5], "padding": problem[6]}
+                tensors = make(problem, dtype, layout)
+                doubles = [t.double() for t in tensors]
+                shape = ref.cross_conv3d(*doubles, **options).shape
+                gradient = torch.randn(shape, device="cuda").to(dtype)
+                poison()
+                try:
+                    ours = results(cross_conv3d, tensors, gradient, **options)
+                    again = results(cross_conv3d, tensors, gradient, **options)
+                    torch.cuda.synchronize()
+                except Exception as error:
+                    found.append((label, False, f"{type(error).__name__}: {error}"[:300]))
+                    continue
+                exact = results(ref.two_branches, doubles, gradient.double(), **options)
+                same = results(ref.cross_conv3d, tensors, gradient, **options)
+                wrong = []
+                if not all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)):
+                    wrong.append("two runs differ")
+                if not ours[0].is_contiguous(memory_format=LAST):
+                    wrong.append("out is not in channels_last_3d")
+                for what, a, b, c in zip(NAMES, ours, same, exact, strict=True):
+                    # In float32 what is left is the order of some thousand additions.
+                    rounding = (6 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+                    error, allowed = relative(a, c), 2 * relative(b, c) + rounding
+                    if not error <= allowed:
+                        wrong.append(f"{what} off by {error:.1e}, allowed {allowed:.1e}")
+                found.append((label, not wrong, "; ".join(wrong)))
+    return found
+
+
+# ---------------------------------------------------------------- speed
+
+SHAPES = [(8, 64, 16, 56), (8, 128, 8, 28), (8, 256, 4, 14)]
+
+
+def candidates(shape, dtype=torch.bfloat16):
+    batch, channels, frames, side = shape
+    scale = (12 * channels) ** -0.5
+    spatial = (torch.randn(channels, channels, 3, 3, device="cuda") * scale).to(dtype)
+    temporal = (torch.randn(channels, channels, 3, device="cuda") * scale).to(dtype)
+    voxels = torch.randn(batch, channels, frames, side, side, device="cuda").to(dtype)
+    gradient = torch.randn_like(voxels)
+    kernels = {
+        "conv3d": [ref.dense_kernel(spatial, temporal)],
+        "two convolutions": [spatial[:, :, None], temporal[..., None, None]],
+    }
+
+    def dense(x, w):
+        return F.conv3d(x, w, padding=1)
+
+    def composed(x, across, along):
+        return F.conv3d(x, across, padding=(0, 1, 1)) + F.conv3d(x, along, padding=(1, 0, 0))
+
+    made = {"effcore": (cross_conv3d, [voxels.contiguous(memory_format=LAST), spatial, temporal], LAST)}
+    for what, call in (("conv3d", dense), ("two convolutions", composed)):
+        for order, memory in (("last", LAST), ("first", torch.contiguous_format)):
+            tensors = [t.contiguous(memory_format=memory) for t in (voxels, *kernels[what])]
+            made[f"{what}, channels {order}"] = (call, tensors, memory)
+
+    def forward(call, tensors):
+        def run():
+            with torch.no_grad():
+                call(*tensors)
+
+        return run
+
+    def backward(call, tensors, memory):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        dout = gradient.contiguous(memory_format=memory)
+        return lambda: torch.autograd.grad(call(*leaves), leaves, dout)
+
+    yield "forward", {name: forward(call, tensors) for name, (call, tensors, _) in made.items()}
+    yield "forward, backward", {name: backward(*rest) for name, rest in made.items()}
+    native, ones = torch.ops.effcore, [1, 1, 1]
+    x, dout = made["effcore"][1][0], gradient.contiguous(memory_format=LAST)
+    yield (
+        "parts",
+        {
+            "data": lambda: native.cross_conv3d_bwd_data(dout, spatial, temporal, ones, ones, frames, side, side),
+            "weight": lambda: native.cross_conv3d_bwd_weight(x, dout, [3] * 3, ones, ones),
+        },
+    )
+
+
+def speed(rounds: int = 15) -> list[dict]:
+    clock = clock_for("cuda")
+    torch.backends.cudnn.benchmark = True
+    rows = []
+    for shape in SHAPES:
+        for what, calls in candidates(shape):
+            for call in calls.values():
+                for _ in range(3):
+                    call()
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for _ in range(rounds):
+                for name, call in calls.items():
+                    times[name].append(clock(call) * 1e6)
+            row: dict = {"what": what, "shape": shape, "us": {n: statistics.median(t) for n, t in times.items()}}
+            for peer in ("conv3d", "two convolutions"):
+                names = [n for n in times if n.startswith(peer)]
+                if "effcore" in times and names:
+                    best = min(names, key=lambda n: row["us"][n])
+                    row[f"against {peer}"] = statistics.median(
+                        b / a for a, b in zip(times["effcore"], times[best], strict=True)
+                    )
+            rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- sanitizer
+
+SMALL = [
+    (1, 64, 64, (2, 6, 5), (3, 3, 3), 1, "same"),
+    (1, 72, 136, (3, 6, 5), (3, 3, 3), (1, 2, 2), "same"),
+    (1, 5, 3, (2, 5, 4), (3, 3, 3), 2, "same"),
+]
+
+
+def run_small() -> None:
+    for problem in SMALL:
+        for dtype in DTYPES.values():
+            tensors = make(problem, dtype, "sliced" if problem[1] == 72 else "channels last")
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            cross_conv3d(*leaves, stride=problem[5], padding=problem[6]).sum().backward()
+    torch.cuda.synchronize()
+
+
+def sanitize(tool: str) -> tuple[str, bool, str]:
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=conv3d"]
+    environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
+    done = subprocess.run(
+        [*command, sys.executable, __file__, "--small"], capture_output=True, text=True, env=environment, timeout=240
+    )
+    lines = [
+        line for line in done.stdout.splitlines() if "ERROR" in line or "hazard" in line.lower() or "=====" in line
+    ]
+    output = "\n".join(lines[:20] + lines[-3:])
+    return tool, done.returncode == 0, output + ("" if done.returncode in (0, 9) else done.stderr[-1500:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer as well")
+    parser.add_argument("--time", action="store_true", help="measure speed as well")
+    parser.add_argument("--small", action="store_true", help="only run small problems (what the sanitizer runs)")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False
+    if args.small:
+        run_small()
+        return 0
+    found = check()
+    report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    if args.time:
+        report["speed"] = speed()
+    if args.sanitize:
+        found += [sanitize(tool) for tool in ("memcheck", "racecheck")]
+    report["results"] = found
+    if out := os.environ.get("OUT"):
+        Path(out, "conv3d_check.json").write_text(json.dumps(report, indent=1))
+    failed = [r for r in found if not r[1]]
+    for name, _, why in failed[:25]:
+        print("FAILED", name, why[:600])
+    for row in report.get("speed", []):
+        ratios = "  ".join(f"{key} {row[key]:.2f}x" for key in row if key.startswith("against"))
+        print(row["what"], row["shape"], ratios, "| us:", "  ".join(f"{n} {t:.0f}" for n, t in row["us"].items()))
+    print(f"{len(found)} problems, {len(failed)} failed, on {report['device']}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
