@@ -186,6 +186,8 @@ void causal_conv_backward(const CausalConvBackward& args, const Threads& threads
 void selective_scan(const Scan& args, const Threads& threads) {
   const ScanKernels& kernels = scan_kernels(args.x.dtype);
   const std::int64_t blocks = ceil_div(args.x.size[2], kernels.block);
+  if (args.offsets != nullptr && args.states != nullptr)  // some rows belong to no sequence
+    zero(args.states, kept_states(args.x, args.offsets, args.keep) * args.A.size[0] * args.A.size[1], args.x.dtype);
   run_tasks(threads, sequences(args.x, args.offsets) * blocks, [&](std::int64_t task) {
     kernels.scan(args, sequence(args.x, args.offsets, task / blocks, args.keep), task % blocks * kernels.block);
   });

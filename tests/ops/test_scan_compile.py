@@ -18,7 +18,7 @@ def _fresh_dynamo():
 def mixer(x, dt, B, weight, A):
     x = ops.causal_conv1d(x, weight, activation="silu")
     out, state = ops.selective_scan(x, dt, A, B, B, z=x, dt_softplus=True, return_final_state=True)
-    return out * state.sum()
+    return out * state.mean()
 
 
 def tensors(tokens):
@@ -30,7 +30,7 @@ def tensors(tokens):
 def test_fullgraph_gives_the_same_numbers(backend):
     inputs = tensors(21)
     outs = [
-        (out, *torch.autograd.grad(out.square().sum(), inputs))
+        (out, *torch.autograd.grad(out.sin().sum(), inputs))
         for out in (f(*inputs) for f in (mixer, torch.compile(mixer, fullgraph=True, backend=backend)))
     ]
     for a, b in zip(*outs, strict=True):

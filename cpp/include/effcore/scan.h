@@ -85,7 +85,7 @@ inline std::int64_t sequences(const TensorView& x, const TensorView* offsets) {
 }
 
 // Rows of `states`: sequence s begins at row offsets[s] / keep + s (s * ceil(tokens / keep) without offsets), which leaves room
-// for each sequence's last piece.
+// for each sequence's last piece; rows of no sequence are zero.
 inline std::int64_t kept_states(const TensorView& x, const TensorView* offsets, std::int64_t keep) {
   const std::int64_t tokens = x.size[1];
   return offsets != nullptr ? tokens / keep + sequences(x, offsets) : x.size[0] * ((tokens + keep - 1) / keep);
