@@ -69,9 +69,9 @@ struct ScanOps {
     Tensor dx = empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
     Tensor dweight = empty(x, {weight.size(0), weight.size(1)}, sums);
     Tensor dbias = bias ? empty(x, {weight.size(0)}, sums) : none(x, sums);
-    Tensor dinitial = initial_state ? empty(x, {initial_state->size(0), initial_state->size(1), initial_state->size(2)},
-                                            x.scalar_type())
-                                    : none(x, x.scalar_type());
+    Tensor dinitial = initial_state
+                          ? empty(x, {initial_state->size(0), initial_state->size(1), initial_state->size(2)}, x.scalar_type())
+                          : none(x, x.scalar_type());
     args.dx = view(dx, f, "dx");
     args.dweight = dweight.mutable_data_ptr();
     args.dbias = data(dbias, bias.has_value());
@@ -94,8 +94,8 @@ struct ScanOps {
           dt_bias(dt_bias_, f, "dt_bias"),
           initial_state(initial, f, "initial_state"),
           offsets(offsets_, f, "offsets") {
-      args = {view(x, f, "x"), view(dt, f, "dt"), view(A, f, "A"), view(B, f, "B"),     view(C, f, "C"), D.get(),
-              z.get(),         dt_bias.get(),     initial_state.get(), offsets.get(), softplus};
+      args = {view(x, f, "x"), view(dt, f, "dt"), view(A, f, "A"),     view(B, f, "B"), view(C, f, "C"), D.get(),
+              z.get(),         dt_bias.get(),     initial_state.get(), offsets.get(),   softplus};
       scan::check_scan(f, args);
       check(keep >= 0, f, "keep must not be negative, got ", keep);
       args.keep = keep;

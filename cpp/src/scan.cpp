@@ -1,7 +1,7 @@
 // The scan family on the CPU: how the work is cut into tasks, and the sums over tasks. The arithmetic is in isa/.
 //
-// A task is a sequence and a block of channels. In the backward, sums over tokens (of parameters) and over channels (of B and C)
-// meet: tasks are groups of sequences times groups of blocks, each with its own sums, which are then added in order. Groups
+// A task is a sequence and a block of channels. In the backward, sums over tokens (of parameters) and over channels (of B and
+// C) meet: tasks are groups of sequences times groups of blocks, each with its own sums, which are then added in order. Groups
 // depend on shapes alone, so the bits do not depend on the number of threads.
 #include "effcore/scan.h"
 
@@ -18,12 +18,12 @@ namespace effcore::scan {
 namespace {
 
 #if defined(__x86_64__)
-#define EFFCORE_DISPATCH(FUNCTION)            \
-  switch (isa()) {                            \
+#define EFFCORE_DISPATCH(FUNCTION)              \
+  switch (isa()) {                              \
     case Isa::amx: return amx::FUNCTION(dtype); \
-    case Isa::v4: return v4::FUNCTION(dtype); \
-    case Isa::v3: return v3::FUNCTION(dtype); \
-    default: return v2::FUNCTION(dtype);      \
+    case Isa::v4: return v4::FUNCTION(dtype);   \
+    case Isa::v3: return v3::FUNCTION(dtype);   \
+    default: return v2::FUNCTION(dtype);        \
   }
 #else
 #define EFFCORE_DISPATCH(FUNCTION) return v2::FUNCTION(dtype);
@@ -142,8 +142,7 @@ void scan_backward(const ScanBackward& args, const Threads& threads) {
       const std::int64_t begin = (s.row * f.x.size[1] + s.begin) * states, count = (s.end - s.begin) * states;
       std::fill_n(dB + begin, count, T{0});
       std::fill_n(dC + begin, count, T{0});
-      for (std::int64_t block = first_block; block < last_block; ++block)
-        kernels.scan(args, s, block * kernels.block, to);
+      for (std::int64_t block = first_block; block < last_block; ++block) kernels.scan(args, s, block * kernels.block, to);
     }
   });
   sum_parameters<T>(args.dA, parameters, 0, pitch, channels, states, threads);
@@ -159,8 +158,7 @@ void zero(void* data, std::int64_t elements, DType dtype) {
 
 void zero_rows(const TensorView& t) {
   const std::int64_t elements = t.size[0] * t.size[1] * t.size[2];
-  if (elements > 0)
-    std::memset(t.data, 0, elements * (t.dtype == DType::float64 ? 8 : t.dtype == DType::float32 ? 4 : 2));
+  if (elements > 0) std::memset(t.data, 0, elements * (t.dtype == DType::float64 ? 8 : t.dtype == DType::float32 ? 4 : 2));
 }
 
 }  // namespace

@@ -37,11 +37,11 @@ struct CausalConvBackward {
 // dt' = softplus?(dt + dt_bias);  h[t] = exp(dt'[t] A) h[t - 1] + dt'[t] B[t] x[t];  y[t] = C[t] . h[t] + D x[t];
 // out = y silu(z)
 struct Scan {
-  TensorView x, dt;                 // [B, tokens, channels]
-  TensorView A;                     // [channels, N], in x's dtype or in float32
-  TensorView B, C;                  // [B, tokens, N]
-  const TensorView* D = nullptr;    // [channels], in x's dtype or in float32
-  const TensorView* z = nullptr;    // as x
+  TensorView x, dt;               // [B, tokens, channels]
+  TensorView A;                   // [channels, N], in x's dtype or in float32
+  TensorView B, C;                // [B, tokens, N]
+  const TensorView* D = nullptr;  // [channels], in x's dtype or in float32
+  const TensorView* z = nullptr;  // as x
   const TensorView* dt_bias = nullptr;
   const TensorView* initial_state = nullptr;  // [S, channels, N] float32 (float64)
   const TensorView* offsets = nullptr;
@@ -76,7 +76,7 @@ struct Step {
   const TensorView* z = nullptr;
   const TensorView* dt_bias = nullptr;
   bool softplus = false;
-  TensorView out;              // [B, channels]
+  TensorView out;             // [B, channels]
   void* new_state = nullptr;  // [B, channels, N], contiguous
 };
 

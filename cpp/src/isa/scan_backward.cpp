@@ -6,7 +6,8 @@
 //     q[t] = dh[t] decay[t] h[t - 1]                       dA = sum over tokens of dt[t] q[t]
 //     dx = dt d(dt x) + D g                                ddt = x d(dt x) + sum over states of A q
 // A piece's states and decays are recomputed from the kept state before it, a vector of channels at a time, so that they stay
-// in the second-level cache: one exponential for each (token, channel, state), as in the forward.
+// in the second-level cache: one exponential for each (token, channel, state), as in the forward. Sums over tokens are taken
+// piece by piece, so that their rounding grows with the number of pieces, not of tokens.
 #include "scan_block.h"
 
 namespace effcore::scan::EFFCORE_ISA {
@@ -49,7 +50,7 @@ struct Backward {
     S scratch(S::bytes<T>(rows * pitch));
     T* const weight = scratch.take<T>(rows * pitch);
     T* const bias = weight + taps * pitch;
-    T* const x = bias + pitch;                    // [halo + piece]
+    T* const x = bias + pitch;                      // [halo + piece]
     T* const du = x + (halo + conv_piece) * pitch;  // [piece + halo]
     T* const kept = du + (conv_piece + halo) * pitch;
     T *const dweight = static_cast<T*>(sums.dweight) + first, *const dbias = static_cast<T*>(sums.dbias) + first;
@@ -69,35 +70,36 @@ struct Backward {
       std::memcpy(kept, du, halo * pitch * sizeof(T));  // the next piece's first rows
       load_tokens(du, pitch, at<Storage>(a.dout, s.row, s.begin + t0, first), a.dout.stride[1], tokens, n);
       std::memcpy(du + tokens * pitch, kept, halo * pitch * sizeof(T));
-      for (std::int64_t t = 0; t < tokens; ++t)
+      for (std::int64_t t = 0; t < tokens && f.silu; ++t)
         for (std::int64_t c = 0; c < pitch; c += width<T>) {
-          Vector<T> grad = simd::load(du + t * pitch + c);
-          if (f.silu) {
-            Vector<T> u = simd::load(bias + c);
-            for (std::int64_t k = 0; k < taps; ++k)
-              u += simd::load(weight + k * pitch + c) * simd::load(x + (t + k) * pitch + c);
-            const Vector<T> gate = sigmoid<T>(u);
-            grad *= gate * (T(1) + u * (T(1) - gate));
-            simd::store(du + t * pitch + c, grad);
+          Vector<T> u = simd::load(bias + c);
+          for (std::int64_t k = 0; k < taps; ++k) u += simd::load(weight + k * pitch + c) * simd::load(x + (t + k) * pitch + c);
+          const Vector<T> gate = sigmoid<T>(u), slope = gate * (T(1) + u * (T(1) - gate));
+          simd::store(du + t * pitch + c, simd::load(du + t * pitch + c) * slope);
+        }
+      for (std::int64_t c = 0; c < pitch; c += width<T>)
+        for (std::int64_t k = 0; k <= taps; ++k) {
+          Vector<T> sum{};
+          for (std::int64_t t = 0; t < tokens; ++t) {
+            const Vector<T> grad = simd::load(du + t * pitch + c);
+            sum += k < taps ? grad * simd::load(x + (t + k) * pitch + c) : grad;
           }
-          for (std::int64_t k = 0; k < taps; ++k)
-            add<T>(dweight + k * sums.channels + c, grad * simd::load(x + (t + k) * pitch + c));
-          add<T>(dbias + c, grad);
+          add<T>(k < taps ? dweight + k * sums.channels + c : dbias + c, sum);
         }
       // x is done with: its rows take dx.
-      for (std::int64_t t = 0; t < tokens; ++t) transposed(x + t * pitch, weight, du + (t + halo) * pitch, 0, taps);
+      for (std::int64_t t = 0; t < tokens; ++t) transposed(x + t * pitch, weight, du + (t + halo) * pitch, taps);
       store_tokens(at<Storage>(a.dx, s.row, s.begin + t0, first), a.dx.stride[1], x, pitch, tokens, n);
     }
     if (a.dinitial == nullptr) return;
-    for (std::int64_t j = 0; j < halo; ++j) transposed(x + j * pitch, weight, du + j * pitch, 0, j + 1);
+    for (std::int64_t j = 0; j < halo; ++j) transposed(x + j * pitch, weight, du + j * pitch, j + 1);
     store_tokens(at<Storage>(*a.dinitial, s.index, 0, first), a.dinitial->stride[1], x, pitch, halo, n);
   }
 
-  // to = sum over k in [begin, end) of weight[k] du[-k]
-  static void transposed(T* to, const T* weight, const T* du, std::int64_t begin, std::int64_t end) {
+  // to = sum over k < taps of weight[k] du[-k]
+  static void transposed(T* to, const T* weight, const T* du, std::int64_t taps) {
     for (std::int64_t c = 0; c < pitch; c += width<T>) {
       Vector<T> sum{};
-      for (std::int64_t k = begin; k < end; ++k) sum += simd::load(weight + k * pitch + c) * simd::load(du - k * pitch + c);
+      for (std::int64_t k = 0; k < taps; ++k) sum += simd::load(weight + k * pitch + c) * simd::load(du - k * pitch + c);
       simd::store(to + c, sum);
     }
   }
@@ -170,29 +172,35 @@ struct Backward {
             simd::store(z + here, dout * y * gate * (T(1) + z_ * (T(1) - gate)));
           }
         }
+        T* const piece_dA = h;  // the states are not needed any more
+        simd::zero(piece_dA, states * width<T>);
+        Vector<T> piece_dD{}, piece_bias{};
         for (std::int64_t t = tokens - 1; t >= 0; --t) {
           const std::int64_t here = t * pitch + c;
           const Vector<T> x_ = simd::load(x + here), dt_ = simd::load(dt + here), g_ = simd::load(g + here), dtx = dt_ * x_;
           Vector<T> ddtx{}, along{};
           for (std::int64_t j = 0; j < states; ++j) {
             const std::int64_t pair = t * states + j;
-            T *const at_dh = dh + j * pitch + c;
+            T* const at_dh = dh + j * pitch + c;
             const Vector<T> dh_ = simd::load(at_dh) + g_ * C[pair], decay = simd::load(decays + pair * width<T>);
             const Vector<T> decayed = decay * simd::load(before + pair * width<T>), q = dh_ * decayed;
             add<T>(dC + pair * width<T>, g_ * (decayed + dtx * B[pair]));
             add<T>(dB + pair * width<T>, dh_ * dtx);
             ddtx += dh_ * B[pair];
             along += q * simd::load(A + j * pitch + c);
-            add<T>(dA + j * sums.channels + c, dt_ * q);
+            add<T>(piece_dA + j * width<T>, dt_ * q);
             simd::store(at_dh, decay * dh_);
           }
           Vector<T> ddt_ = ddtx * x_ + along * T(simd::ln_2);
           if (f.softplus) ddt_ *= simd::load(slope + here);
-          add<T>(dD + c, g_ * x_);
-          add<T>(ddt_bias + c, ddt_);
+          piece_dD += g_ * x_;
+          piece_bias += ddt_;
           simd::store(x + here, ddtx * dt_ + g_ * simd::load(D + c));
           simd::store(dt + here, ddt_);
         }
+        for (std::int64_t j = 0; j < states; ++j) add<T>(dA + j * sums.channels + c, simd::load(piece_dA + j * width<T>));
+        add<T>(dD + c, piece_dD);
+        add<T>(ddt_bias + c, piece_bias);
       }
       store_tokens(at<Storage>(a.dx, s.row, t0, first), a.dx.stride[1], x, pitch, tokens, n);
       store_tokens(at<Storage>(a.ddt, s.row, t0, first), a.ddt.stride[1], dt, pitch, tokens, n);

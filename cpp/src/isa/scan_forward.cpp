@@ -1,7 +1,7 @@
 // The forward of the scan family: convolution, scan, one step.
 //
-// Bound of the scan: an exponential for each (token, channel, state), some ten instructions a vector; a block's states and A lie
-// in the first-level cache, so that the tokens' rows are all that moves. Bound of the convolution: memory.
+// Bound of the scan: an exponential for each (token, channel, state), some ten instructions a vector; a block's states and A
+// lie in the first-level cache, so that the tokens' rows are all that moves. Bound of the convolution: memory.
 #include "scan_block.h"
 
 namespace effcore::scan::EFFCORE_ISA {
