@@ -277,7 +277,9 @@ def test_growing_states_and_infinities():
     for rate in (1.0, 80.0, 88.0, 200.0):
         A = torch.full((20, 1), rate)
         out = ops.selective_scan(x, x, A, x[..., :1], x[..., :1])
-        expected = ref.selective_scan(x, x, A, x[..., :1], x[..., :1])  # inf * 0 = NaN at once where the decay overflows
+        expected = ref.selective_scan(
+            x, x, A, x[..., :1], x[..., :1]
+        )  # inf * 0 = NaN at once where the decay overflows
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=0, equal_nan=True)
 
 
@@ -335,14 +337,19 @@ def test_instruction_sets_agree(isa):
         "r = lambda *s: torch.randn(s, requires_grad=True);"
         "x, dt, B, C, z = r(2, 70, 37), r(2, 70, 37), r(2, 70, 5), r(2, 70, 5), r(2, 70, 37);"
         "A = (-torch.rand(37, 5)).requires_grad_();"
-        "y = o.selective_scan(o.causal_conv1d(x, torch.ones(37, 4) / 4, activation='silu'), dt, A, B, C, z=z, dt_softplus=True);"
+        "u = o.causal_conv1d(x, torch.ones(37, 4) / 4, activation='silu');"
+        "y = o.selective_scan(u, dt, A, B, C, z=z, dt_softplus=True);"
         "g = torch.autograd.grad(y.square().sum(), [x, dt, A, B, C, z]);"
         "print(*[float(t.double().abs().sum()) for t in (y, *g)])"
     )
 
     def run(isa):
         done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"EFFCORE_ISA": isa}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env=os.environ | {"EFFCORE_ISA": isa},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return torch.tensor([float(x) for x in done.stdout.split()])
 

@@ -57,7 +57,10 @@ CASES = {
         "initial_state is float16 but must be float32",
     ),
     "state strides": (lambda: scan(initial_state=STATE.mT.contiguous().mT), "initial_state must be contiguous"),
-    "offsets dtype": (lambda: packed(0, 6, dtype=torch.int64), r"offsets must be int32 .*\.int\(\).* is an unsupported dtype"),
+    "offsets dtype": (
+        lambda: packed(0, 6, dtype=torch.int64),
+        r"offsets must be int32 .*\.int\(\).* is an unsupported dtype",
+    ),
     "offsets batch": (lambda: scan(offsets=torch.tensor([0, 6]).int()), "x must have one row .* got 2"),
     "offsets first": (lambda: packed(1, 6), r"offsets\[0\] must be 0 but is 1"),
     "offsets last": (lambda: packed(0, 5), r"offsets\[1\] must be the 6 tokens of x but is 5"),

@@ -57,7 +57,10 @@ def samples():
     yield "causal_conv1d", (x, weight, bias, before, None, True)
     yield "causal_conv1d", (one[0], weight, bias, None, offsets, True)
     with torch.no_grad():
-        yield "causal_conv1d_bwd", (torch.randn(2, 21, 6), x.detach(), weight.detach(), bias, before.detach(), None, True)
+        yield (
+            "causal_conv1d_bwd",
+            (torch.randn(2, 21, 6), x.detach(), weight.detach(), bias, before.detach(), None, True),
+        )
         yield "causal_conv1d_bwd", (torch.randn(1, 21, 6), one[0], weight.detach(), None, None, offsets, False)
     yield "selective_scan", (x, dt, A, B, B, None, None, None, None, None, False, 0)
     yield "selective_scan", (x, dt, A, B, B, D, z, bias, state, None, True, 8)
