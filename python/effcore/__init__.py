@@ -29,12 +29,19 @@ _EXPORTS = {
     "separate_tokens": "effcore.ops.routing",
     "merge_tokens": "effcore.ops.routing",
     "class_scores": "effcore.ops.routing",
+    "causal_conv1d": "effcore.ops.scan",
+    "selective_scan": "effcore.ops.scan",
+    "selective_step": "effcore.ops.scan",
+    "FlowHNConfig": "effcore.models.flowhn_config",
+    "FlowHNForCausalLM": "effcore.models.flowhn",
 }
 _SUBMODULES = ("array", "cli", "data", "methods", "models", "ops", "reference", "training")
 
 if TYPE_CHECKING:
     from effcore.methods.skipvit import skip_tokens
     from effcore.models.convert import share_activations
+    from effcore.models.flowhn import FlowHNForCausalLM
+    from effcore.models.flowhn_config import FlowHNConfig
     from effcore.ops.attention import (
         SharedKV,
         SharedScores,
@@ -47,6 +54,7 @@ if TYPE_CHECKING:
         share_kv,
     )
     from effcore.ops.routing import class_scores, gather_tokens, merge_tokens, partition_tokens, separate_tokens
+    from effcore.ops.scan import causal_conv1d, selective_scan, selective_step
 
 __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "share_activations",
@@ -65,6 +73,11 @@ __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "separate_tokens",
     "merge_tokens",
     "class_scores",
+    "causal_conv1d",
+    "selective_scan",
+    "selective_step",
+    "FlowHNConfig",
+    "FlowHNForCausalLM",
 ]
 
 

@@ -178,6 +178,17 @@ def test_only_the_final_state_is_used():
     )
 
 
+def test_gradients_of_nothing():
+    # The gradient of a sum is expanded, and has no stride of 1 where there is nothing.
+    for shape in ((0, 5, 8), (2, 0, 8), (2, 5, 0)):
+        x = torch.randn(shape, requires_grad=True)
+        A, B = -torch.rand(shape[2], 4, requires_grad=True), torch.randn(*shape[:2], 4, requires_grad=True)
+        out, final = ops.selective_scan(x, x, A, B, B, return_final_state=True)
+        gradients = torch.autograd.grad(out.sum() + final.sum(), [x, A, B])
+        assert not any(g.any() for g in gradients)
+        ops.causal_conv1d(x, torch.randn(shape[2], 4)).sum().backward()
+
+
 def test_gradcheck():
     offsets = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
     for packing in (None, offsets):

@@ -6,6 +6,8 @@ are float32 at least.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ def _sequences(x: Tensor, offsets: Tensor | None) -> list[tuple[int, int, int]]:
     if offsets is None:
         return [(b, 0, x.shape[1]) for b in range(x.shape[0])]
     bounds = offsets.tolist()
-    return [(0, begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [(0, begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 def causal_conv1d(
