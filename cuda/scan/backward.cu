@@ -6,9 +6,10 @@
 //   dx = dt d(dt x) + D g                                ddt = x d(dt x) + sum over states of A q
 //
 // A tile's states are made again from the kept state before it and lie in shared memory (each thread reads what it wrote
-// itself). Chunks work as in the forward, with the gradient of the state in the state's place. Sums over channels: within a warp
-// by exchanging halves, 31 shuffles for the 32 sums of a token; over the warps in shared memory; over blocks by a second kernel.
-// Bounds: bytes, x, dt, z, dout read and dx, ddt, dz written once each; instructions, some 20 a token, channel and state.
+// itself). Chunks work as in the forward, with the gradient of the state in the state's place. Sums over channels: within a
+// warp by exchanging halves, 31 shuffles for the 32 sums of a token; over the warps in shared memory; over blocks by a second
+// kernel. Bounds: bytes, x, dt, z, dout read and dx, ddt, dz written once each; instructions, some 20 a token, channel and
+// state.
 #include "scan/scan.cuh"
 
 namespace effcore::cuda::scan {
@@ -108,8 +109,7 @@ __global__ void __launch_bounds__(threads) scan_backward_kernel(const __grid_con
       float h[lane_states];
       const int start = chunk.sequence_begin + (t0 - chunk.sequence_begin) / p.keep * p.keep;
 #pragma unroll
-      for (int n = 0; n < lane_states; ++n)
-        h[n] = at.has(p, n) ? p.kept[by_state(p, at, kept_row(p, chunk, start), n)] : 0.0f;
+      for (int n = 0; n < lane_states; ++n) h[n] = at.has(p, n) ? p.kept[by_state(p, at, kept_row(p, chunk, start), n)] : 0.0f;
       for (int before = start; before < t0; before += tile) {
         float x[tile], dt[tile];
 #pragma unroll
@@ -283,12 +283,8 @@ void selective_scan_backward(const ScanBackward& args, const Launch& to) {
       }
       launch(f, scan_backward_kernel<T, parts>, blocks, threads, sizeof(Shared<parts>), stream, p);
     });
-    const InputSumParams sums{args.dB.data,
-                              args.dC.data,
-                              p.input_sums,
-                              rows,
-                              static_cast<int>(channel_blocks(p.channels, p.states)),
-                              p.states};
+    const InputSumParams sums{
+        args.dB.data, args.dC.data, p.input_sums, rows, static_cast<int>(channel_blocks(p.channels, p.states)), p.states};
     launch(f, sum_inputs_kernel<T>, grid(ceil_div(rows * 2 * p.states, threads), f), threads, 0, stream, sums);
   });
   const std::int64_t stride = std::int64_t{p.states + 2} * p.channels;

@@ -12,11 +12,11 @@
 namespace effcore::cuda::scan {
 
 using routing::element_bytes;
-using routing::refuse_float64;
-using routing::with_type;
 using routing::grid;
+using routing::refuse_float64;
 using routing::Rows;
 using routing::rows_of;
+using routing::with_type;
 
 constexpr int threads = 128;  // of a block: a channel (or a part of its states) each
 
@@ -101,11 +101,9 @@ __device__ __forceinline__ float sigmoid(float x) {
   return __fdividef(1.0f, 1.0f + __expf(-x));  // e^-x = inf gives 0
 }
 
-// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), with a small relative error where it is small
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|). Not by the fast logarithm, whose error of 4e-7 is 2e-5 of a step size of 0.02.
 __device__ __forceinline__ float softplus(float x) {
-  const float u = __expf(-fabsf(x));
-  const float small = u * (1.0f - u * (0.5f - u * 0.33333333f)), log = u < 0.02f ? small : __logf(1.0f + u);
-  return (x > 0.0f ? x : 0.0f) + (x == x ? log : x);
+  return (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x)));
 }
 
 constexpr float log2_e = 1.44269504088896340736f, ln_2 = 0.693147180559945309417f;

@@ -62,7 +62,8 @@ __device__ __forceinline__ float product(const float (&weight)[most_taps], const
 
 // NaN times a zero weight would be NaN: the window holds no token older than taps - 1.
 template <class T>
-__device__ __forceinline__ void load_window(float (&window)[most_taps], const ConvParams& p, const Chunks::Chunk& chunk, int c) {
+__device__ __forceinline__ void load_window(float (&window)[most_taps], const ConvParams& p, const Chunks::Chunk& chunk,
+                                            int c) {
 #pragma unroll
   for (int i = 0; i < most_taps; ++i) {
     const int back = most_taps - i - 1;  // the youngest has back == 0: the token before the chunk

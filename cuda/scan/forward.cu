@@ -161,8 +161,9 @@ void selective_scan(const Scan& args, const Launch& to) {
   const std::int64_t pairs = std::int64_t{p.states} * p.channels;
   if (p.channels == 0 || p.chunks.sequences == 0) return;
   if (p.kept != nullptr && args.offsets != nullptr)  // some rows belong to no sequence
-    check(cudaMemsetAsync(p.kept, 0, effcore::scan::kept_states(args.x, args.offsets, args.keep) * pairs * sizeof(float), stream),
-          f);
+    check(
+        cudaMemsetAsync(p.kept, 0, effcore::scan::kept_states(args.x, args.offsets, args.keep) * pairs * sizeof(float), stream),
+        f);
   p.out = rows_of(args.out);
   p.entering = args.initial_state != nullptr ? static_cast<const float*>(args.initial_state->data) : nullptr;
   p.leaving = static_cast<float*>(args.final_state);
@@ -186,8 +187,8 @@ std::size_t workspace_bytes(const Step&) {
 void selective_step(const Step& args, const Launch& to) {
   const char* f = "selective_step";
   refuse_float64(args.x.dtype, f);
-  StepParams p{one_token(&args.x), one_token(&args.dt), one_token(args.z), one_token(&args.B), one_token(&args.C),
-               one_token(&args.out)};
+  StepParams p{one_token(&args.x), one_token(&args.dt), one_token(args.z),
+               one_token(&args.B), one_token(&args.C),  one_token(&args.out)};
   p.A = parameter_of(&args.A), p.D = parameter_of(args.D), p.bias = parameter_of(args.dt_bias);
   p.state = static_cast<const float*>(args.state.data), p.next = static_cast<float*>(args.new_state);
   p.batch = static_cast<int>(args.x.size[0]), p.channels = static_cast<int>(args.x.size[1]);

@@ -22,14 +22,14 @@ struct ScanParams {
   Rows out, dout, dx, ddt, dz;
   Parameter A, D, bias;
   int channels, states, keep;
-  bool softplus, single;    // single: a sequence is one chunk
-  float* kept;              // [kept rows][states][channels], or null
-  const float* entering;    // [S][channels][states]: the initial state (the backward: dfinal), or null
-  float* leaving;           // the final state (the backward: dinitial), or null
-  float* carried;           // [chunk rows][states][channels]
-  float* step_sum;          // [chunk rows][channels]
-  float* parameter_sums;    // [chunk rows][states + 2][channels]
-  float* input_sums;        // [channel blocks][B * tokens][2][states]
+  bool softplus, single;  // single: a sequence is one chunk
+  float* kept;            // [kept rows][states][channels], or null
+  const float* entering;  // [S][channels][states]: the initial state (the backward: dfinal), or null
+  float* leaving;         // the final state (the backward: dinitial), or null
+  float* carried;         // [chunk rows][states][channels]
+  float* step_sum;        // [chunk rows][channels]
+  float* parameter_sums;  // [chunk rows][states + 2][channels]
+  float* input_sums;      // [channel blocks][B * tokens][2][states]
 };
 
 template <int parts>
@@ -92,8 +92,7 @@ __device__ __forceinline__ void load_states(float (&to)[lane_states], const floa
 template <class T, int parts>
 __device__ __forceinline__ void load_rates(float (&A)[lane_states], const ScanParams& p, const Place<parts>& at) {
 #pragma unroll
-  for (int n = 0; n < lane_states; ++n)
-    A[n] = at.has(p, n) ? p.A.at<T>(at.c, at.part * lane_states + n) * log2_e : 0.0f;
+  for (int n = 0; n < lane_states; ++n) A[n] = at.has(p, n) ? p.A.at<T>(at.c, at.part * lane_states + n) * log2_e : 0.0f;
 }
 
 // States of [rows][states][channels], and of [sequences][channels][states].
@@ -126,7 +125,8 @@ __device__ __forceinline__ void load_entering(float (&h)[lane_states], const Sca
   }
 }
 template <int parts>
-__device__ __forceinline__ void store_leaving(const float (&h)[lane_states], const ScanParams& p, const Place<parts>& at, int s) {
+__device__ __forceinline__ void store_leaving(const float (&h)[lane_states], const ScanParams& p, const Place<parts>& at,
+                                              int s) {
 #pragma unroll
   for (int n = 0; n < lane_states; ++n)
     if (at.has(p, n)) p.leaving[by_channel(p, at, s, n)] = h[n];
@@ -208,7 +208,8 @@ void with_parts(std::int64_t states, Body&& body) {
 }
 inline std::int64_t channel_blocks(std::int64_t channels, std::int64_t states) {
   std::int64_t blocks = 0;
-  with_parts(states, [&]<int parts>(std::integral_constant<int, parts>) { blocks = ceil_div(channels, block_channels<parts>); });
+  with_parts(states,
+             [&]<int parts>(std::integral_constant<int, parts>) { blocks = ceil_div(channels, block_channels<parts>); });
   return blocks;
 }
 

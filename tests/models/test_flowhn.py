@@ -136,7 +136,9 @@ def test_generate_with_and_without_cache(strategy, options):
     net = model(strategy)
     prompt, mask = ids(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     outs = [
-        net.generate(prompt, attention_mask=mask, max_new_tokens=9, do_sample=False, use_cache=c, pad_token_id=0, **options)
+        net.generate(
+            prompt, attention_mask=mask, max_new_tokens=9, do_sample=False, use_cache=c, pad_token_id=0, **options
+        )
         for c in (True, False)
     ]
     assert torch.equal(*outs)

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import effcore
-from effcore.cli import bench, compare, demo, doctor, generate, train
+from effcore.cli import bench, compare, demo, doctor, generate, plan, train
 from effcore.errors import InputError, RunError
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ def _root(
 
 
 app.add_typer(train.app, name="train")
+app.add_typer(plan.app, name="plan")
 app.command(name="compare")(compare.compare)
 app.command(name="generate")(generate.generate)
 app.command(name="doctor")(doctor.doctor)

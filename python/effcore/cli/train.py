@@ -1,4 +1,4 @@
-"""``effcore train baseline | epas | echo | skipvit``."""
+"""``effcore train baseline | epas | echo | skipvit | flowhn``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from effcore.cli import train_skipvit
+from effcore.cli import train_flowhn, train_skipvit
 
 app = typer.Typer(
     no_args_is_help=True, help="Train a LLaMA: as it is, or while its layers begin to share attention activations."
@@ -106,6 +106,7 @@ def _add_command(method: str, description: str) -> None:
 for _method, _description in METHODS.items():
     _add_command(_method, _description)
 app.command(name="skipvit")(train_skipvit.skipvit)
+app.command(name="flowhn")(train_flowhn.flowhn)
 
 
 def is_main_process() -> bool:

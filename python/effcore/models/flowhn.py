@@ -177,9 +177,7 @@ class FlowHNForCausalLM(FlowHNPreTrainedModel, GenerationMixin):
         """
         if unknown := set(kwargs) - _LOSS_ARGUMENTS:
             raise TypeError(f"effcore: FlowHNForCausalLM.forward got unexpected arguments {sorted(unknown)}")
-        outputs = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states
-        )
+        outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None

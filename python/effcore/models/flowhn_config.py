@@ -76,7 +76,9 @@ class FlowHNConfig(PretrainedConfig):
             raise ValueError(f"effcore: routing_length must be positive, got {self.routing_length}")
         n = self.attention_tokens
         if n is not None and not 0 <= n <= self.routing_length:
-            raise ValueError(f"effcore: attention_tokens must be from 0 to routing_length ({self.routing_length}), got {n}")
+            raise ValueError(
+                f"effcore: attention_tokens must be from 0 to routing_length ({self.routing_length}), got {n}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"effcore: {self.num_attention_heads} query heads are not a multiple of {self.num_key_value_heads} kv heads"

@@ -83,7 +83,9 @@ class Router:
 
     def packed(self, starts: list[int], counts: list[int], device: torch.device) -> list[Route]:
         """Routes of rows packed one after another: ``counts[b]`` tokens at positions from ``starts[b]`` on."""
-        positions = torch.cat([torch.arange(s, s + n, device="cpu") for s, n in zip(starts, counts, strict=True)]) % self.length
+        positions = (
+            torch.cat([torch.arange(s, s + n, device="cpu") for s, n in zip(starts, counts, strict=True)]) % self.length
+        )
         rows = torch.arange(len(counts), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
 
         def part(chosen: Tensor | None) -> Part:
