@@ -24,7 +24,7 @@ STRATEGIES = ("none", "ae", "fa", "fac", "sequential")
 
 @dataclass(frozen=True)
 class BranchCosts:
-    """Cost of attention on n tokens, ``linear · n + quadratic · n²``, and of the SSM, ``ssm`` a token; FLOPs or microseconds."""
+    """Attention on n tokens costs ``linear · n + quadratic · n²``, the SSM ``ssm`` a token; in FLOPs or microseconds."""
 
     linear: float
     quadratic: float

@@ -40,7 +40,7 @@ def causal_conv1d(
     for s, (row, begin, end) in enumerate(_sequences(x, offsets)):
         before = _wide(x).new_zeros(width - 1, x.shape[2]) if initial_state is None else _wide(initial_state[s])
         padded = torch.cat([before, _wide(x)[row, begin:end]])
-        y = sum(padded[k : k + end - begin] * _wide(weight)[:, k] for k in range(width))
+        y = torch.stack([padded[k : k + end - begin] * _wide(weight)[:, k] for k in range(width)]).sum(0)
         y = y if bias is None else y + _wide(bias)
         out[row, begin:end] = F.silu(y) if activation == "silu" else y
     return out.to(x.dtype)
