@@ -21,7 +21,7 @@ def flowhn(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts of a measurement.")] = 1,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """FlowHN: how many tokens attention takes, both branches' costs, and the FLOP ratios to no split and to one after the other."""
+    """FlowHN: how many tokens attention takes, the costs of both branches, and FLOP ratios to the other hybrids."""
     from effcore.errors import InputError
     from effcore.methods.flowhn import branch_costs
     from effcore.models.flowhn_config import SIZES, FlowHNConfig

@@ -17,7 +17,7 @@ from effcore.ops.routing import circulate, split_tokens
 
 __all__ = ["STRATEGIES", "BranchCosts", "attention_table", "attention_tokens", "branch_costs", "calibrate"]
 
-# none: all tokens to both. ae: halves, swapped in each next block. fa: by cost, the same in each block. fac: by cost, circulated.
+# none: all tokens to both. ae: halves, swapped in each next block. fa: by cost, the same in each block. fac: circulated.
 # sequential: all tokens through the SSM, then through attention (no parallel branches; the usual hybrid).
 STRATEGIES = ("none", "ae", "fa", "fac", "sequential")
 
