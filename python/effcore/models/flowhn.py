@@ -197,7 +197,7 @@ class FlowHNForCausalLM(FlowHNPreTrainedModel, GenerationMixin):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         given = model_kwargs.get("past_key_values")
         if given is not None and not isinstance(given, FlowHNCache):
             raise TypeError(

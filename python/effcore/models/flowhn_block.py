@@ -55,7 +55,7 @@ class Attention(nn.Module):
                 return attention_ops.attention(q, k, v, causal=True)
             if q.shape[2] == 1 and not torch.is_grad_enabled():
                 lengths = torch.full((q.shape[0],), keys.shape[2], dtype=torch.int32, device=q.device)
-                return attention_ops.decode_attention(q, keys, values, lengths)
+                return _decode(q, keys, values, lengths)
             return attention_ops.attention(q, keys, values, causal=True)
         # Rows of their own lengths: queries stand at the right of a padded block, and a row that sends none reads nothing.
         most = max(part.counts)
@@ -65,10 +65,16 @@ class Attention(nn.Module):
         padded = q.new_zeros((len(part.counts), q.shape[1], most, q.shape[3]))
         padded[part.rows, :, slots] = q[0].transpose(0, 1)
         if most == 1 and not torch.is_grad_enabled():
-            out = attention_ops.decode_attention(padded, keys, values, lengths)
+            out = _decode(padded, keys, values, lengths)
         else:
             out = attention_ops.attention(padded, keys, values, causal=True, lengths=lengths)
         return out[part.rows, :, slots].transpose(0, 1)[None]
+
+
+def _decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    out = attention_ops.decode_attention(q, keys, values, lengths)
+    assert isinstance(out, Tensor)
+    return out
 
 
 class StateSpace(nn.Module):

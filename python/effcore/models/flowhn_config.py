@@ -28,7 +28,8 @@ class FlowHNConfig(PretrainedConfig):
             the two layers one after the other (:mod:`effcore.methods.flowhn`).
         routing_length: R, the tokens of a routing chunk: the length of training, as a rule.
         attention_tokens: of a routing chunk, for ``fa`` and ``fac``; None: where both branches cost the same.
-        state_size, conv_width, expand, dt_rank: of the SSM (Mamba-1); dt_rank None: hidden_size / 16.
+        state_size, conv_width, expand, dt_rank: of the SSM (Mamba-1); dt_rank 0: hidden_size / 16.
+        head_dim: 0: hidden_size / num_attention_heads.
 
     Raises:
         ValueError: an unknown strategy, or a split outside the routing chunk.
@@ -42,11 +43,11 @@ class FlowHNConfig(PretrainedConfig):
     num_hidden_layers: int = 11
     num_attention_heads: int = 16
     num_key_value_heads: int = 8
-    head_dim: int | None = None
+    head_dim: int = 0
     state_size: int = 16
     conv_width: int = 4
     expand: int = 2
-    dt_rank: int | None = None
+    dt_rank: int = 0
     strategy: str = "fac"
     routing_length: int = 1024
     attention_tokens: int | None = None
@@ -62,9 +63,9 @@ class FlowHNConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.head_dim is None:
+        if not self.head_dim:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
-        if self.dt_rank is None:
+        if not self.dt_rank:
             self.dt_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
 

@@ -66,8 +66,8 @@ class Router:
     def uniform(self, batch: int, start: int, tokens: int, device: torch.device) -> list[Route]:
         """Routes of [batch, tokens] at positions from ``start`` on, for each block."""
         if not self.split:
-            part = Part(None, [tokens] * batch, None, None)
-            return [Route(part, part)] * self.blocks
+            whole = Part(None, [tokens] * batch, None, None)
+            return [Route(whole, whole)] * self.blocks
         key = (batch, start % self.length, tokens, device)
         if key not in self._uniform:
             if len(self._uniform) >= 4096:
