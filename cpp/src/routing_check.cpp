@@ -27,7 +27,9 @@ void check_supported(const char* function, const char* argument, const TensorVie
 
 void check_last(const char* function, const char* argument, const TensorView& t) {
   const int last = t.rank - 1;
-  check(t.size[last] <= 1 || t.stride[last] == 1, function, argument,
+  bool empty = false;  // strides of nothing mean nothing: an expanded gradient is contiguous to torch where it has no element
+  for (int d = 0; d < t.rank; ++d) empty = empty || t.size[d] == 0;
+  check(t.size[last] <= 1 || t.stride[last] == 1 || empty, function, argument,
         " must be contiguous in its last dimension but has stride ", t.stride[last], " there");
 }
 

@@ -34,6 +34,11 @@ _EXPORTS = {
     "merge_tokens": "effcore.ops.routing",
     "class_scores": "effcore.ops.routing",
     "cross_conv3d": "effcore.ops.conv3d",
+    "causal_conv1d": "effcore.ops.scan",
+    "selective_scan": "effcore.ops.scan",
+    "selective_step": "effcore.ops.scan",
+    "FlowHNConfig": "effcore.models.flowhn_config",
+    "FlowHNForCausalLM": "effcore.models.flowhn",
 }
 _SUBMODULES = ("array", "cli", "data", "methods", "models", "nn", "ops", "reference", "training")
 
@@ -44,6 +49,8 @@ if TYPE_CHECKING:
     from effcore.methods.ttc import TTCEarlyStopping
     from effcore.methods.vds_ttt import VerifierTTT
     from effcore.models.convert import share_activations
+    from effcore.models.flowhn import FlowHNForCausalLM
+    from effcore.models.flowhn_config import FlowHNConfig
     from effcore.ops.attention import (
         SharedKV,
         SharedScores,
@@ -57,6 +64,7 @@ if TYPE_CHECKING:
     )
     from effcore.ops.conv3d import cross_conv3d
     from effcore.ops.routing import class_scores, gather_tokens, merge_tokens, partition_tokens, separate_tokens
+    from effcore.ops.scan import causal_conv1d, selective_scan, selective_step
 
 __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "share_activations",
@@ -80,6 +88,11 @@ __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "merge_tokens",
     "class_scores",
     "cross_conv3d",
+    "causal_conv1d",
+    "selective_scan",
+    "selective_step",
+    "FlowHNConfig",
+    "FlowHNForCausalLM",
 ]
 
 

@@ -1,4 +1,4 @@
-"""``effcore train baseline | epas | echo | skipvit | swiftlearn``."""
+"""``effcore train baseline | epas | echo | skipvit | flowhn | swiftlearn``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from effcore.cli import train_skipvit
+from effcore.cli import train_flowhn, train_skipvit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -116,6 +116,7 @@ def _add_command(method: str, description: str) -> None:
 for _method, _description in METHODS.items():
     _add_command(_method, _description)
 app.command(name="skipvit")(train_skipvit.skipvit)
+app.command(name="flowhn")(train_flowhn.flowhn)
 
 
 def is_main_process() -> bool:

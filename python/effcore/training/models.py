@@ -16,9 +16,16 @@ from transformers.utils import logging as transformers_logging
 import effcore.models
 from effcore.data import byte_tokenizer
 from effcore.errors import InputError
-from effcore.models import Layout, SharedLlamaConfig, SharedLlamaForCausalLM, cache_bytes_per_token
+from effcore.models import (
+    FlowHNConfig,
+    FlowHNForCausalLM,
+    Layout,
+    SharedLlamaConfig,
+    SharedLlamaForCausalLM,
+    cache_bytes_per_token,
+)
 from effcore.training.checkpoint import checkpoints
-from effcore.training.recipe import ModelSettings
+from effcore.training.recipe import ModelSettings, Recipe
 
 
 def fresh_model(settings: ModelSettings, tokenizer: Any, seed: int) -> LlamaForCausalLM:
@@ -40,6 +47,36 @@ def fresh_model(settings: ModelSettings, tokenizer: Any, seed: int) -> LlamaForC
         **options,
     )
     return LlamaForCausalLM(config)
+
+
+def fresh_flowhn(recipe: Recipe, tokenizer: Any) -> FlowHNForCausalLM:
+    """A FlowHN model with random weights. A block holds two layers, so it has half as many blocks as the LLaMA has layers.
+
+    Raises:
+        InputError: settings that do not fit each other.
+    """
+    settings, flow = recipe.model, recipe.flowhn
+    set_seed(recipe.training.seed)
+    try:
+        config = FlowHNConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.mlp_size,
+            num_hidden_layers=max(settings.layers // 2, 1),
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.kv_heads,
+            tie_word_embeddings=settings.tie_embeddings,
+            strategy=flow.strategy,
+            routing_length=flow.routing_length or recipe.data.length,
+            attention_tokens=flow.attention_tokens,
+            state_size=flow.state_size,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except Exception as error:  # huggingface_hub wraps what validation raises
+        raise InputError(f"flowhn: {' '.join(str(error).split())[:300]}") from error
+    return FlowHNForCausalLM(config)
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -143,6 +180,17 @@ def make_sharing(model: Any, mode: str) -> SharedLlamaForCausalLM:
 def describe(model: Any, cache_dtype: torch.dtype) -> dict[str, Any]:
     """Mode, layout, number of shared layers, and bytes that a token takes in the model's KV cache at ``cache_dtype``."""
     config = model.config
+    if isinstance(
+        config, FlowHNConfig
+    ):  # keys and values of the tokens that attention takes, on average over positions
+        kept = config.split / config.routing_length if config.strategy in ("ae", "fa", "fac") else 1.0
+        width = config.num_key_value_heads * config.head_dim * 2 * cache_dtype.itemsize
+        return {
+            "mode": config.strategy,
+            "layout": f"attention {config.split} of {config.routing_length} tokens",
+            "shared_layers": 0,
+            "cache_bytes_per_token": round(config.num_hidden_layers * width * kept),
+        }
     shared = isinstance(config, SharedLlamaConfig)
     plain = config if shared else SharedLlamaConfig.from_hf(config)
     layout = model.layout if hasattr(model, "layout") else plain.layout

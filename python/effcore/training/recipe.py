@@ -188,6 +188,21 @@ class SwiftLearnSettings:
 
 
 @dataclass(frozen=True)
+class FlowHNSettings:
+    """Parallel attention and SSM; see :class:`effcore.models.FlowHNConfig`. None: the training length; balanced by FLOPs."""
+
+    strategy: str = "fac"
+    routing_length: int | None = None
+    attention_tokens: int | None = None
+    state_size: int = 16
+
+    def __post_init__(self) -> None:
+        strategies = ("none", "ae", "fa", "fac", "sequential")
+        _require(self.strategy in strategies, "flowhn.strategy", " or ".join(strategies), self.strategy)
+        _require(1 <= self.state_size <= 256, "flowhn.state_size", "from 1 to 256", self.state_size)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All settings of a run. Each command reads the sections that concern it."""
 
@@ -197,6 +212,7 @@ class Recipe:
     epas: EPASSettings = field(default_factory=EPASSettings)
     echo: ECHOSettings = field(default_factory=ECHOSettings)
     swiftlearn: SwiftLearnSettings = field(default_factory=SwiftLearnSettings)
+    flowhn: FlowHNSettings = field(default_factory=FlowHNSettings)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -336,7 +352,7 @@ def _find(key: str, method: str | None) -> tuple[str, str]:
         return paths[full.index(key)]
     matches = [path for path in paths if path[1] == key]
     if method is not None and len(matches) > 1:
-        matches = [path for path in matches if path[0] not in {"epas", "echo"} - {method}]
+        matches = [path for path in matches if path[0] not in {"epas", "echo", "flowhn"} - {method}]
     if len(matches) == 1:
         return matches[0]
     if matches:

@@ -61,6 +61,8 @@ def markdown_table(summaries: Sequence[Summary]) -> str:
 def title(summary: Summary) -> str:
     """``"epas qk, 6 of 8 layers share"``: what to call a run in tables and legends."""
     method = summary["method"]
+    if method == "flowhn":
+        return f"{method} {summary['mode']}"
     if not summary["shared_layers"]:
         return method if method == "baseline" else f"{method}, nothing shared"
     layers = len(summary["layout"].split("_"))

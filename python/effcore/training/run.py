@@ -34,7 +34,7 @@ from effcore.training.report import Summary, report, title
 from effcore.training.speed import step_costs
 from effcore.training.trainer import SharingTrainer, training_arguments
 
-METHODS = ("baseline", "epas", "echo")
+METHODS = ("baseline", "epas", "echo", "flowhn")
 
 
 class Interrupted(Exception):
@@ -80,7 +80,7 @@ def train(
         if finished is not None:
             return finished
     recipe, settings = config.recipe, config.recipe.training
-    arguments = training_arguments(settings, out, shares=config.method != "baseline" or config.model is not None)
+    arguments = training_arguments(settings, out, shares=config.method in ("epas", "echo") or config.model is not None)
     if not resume and arguments.should_save:
         folder.check_free(overwrite=overwrite)
     tokenizer = models.load_tokenizer(config.model)
@@ -195,8 +195,13 @@ def make_schedule(method: str, recipe: Recipe, layers: int) -> SharingSchedule |
 
 def _model_and_schedule(config: RunConfig, tokenizer: Any) -> tuple[Any, SharingSchedule | None]:
     recipe = config.recipe
+    if config.method == "flowhn":
+        model: Any = models.fresh_flowhn(recipe, tokenizer)
+        if recipe.training.compile:
+            model.compile()
+        return model, None
     if config.model is None:
-        model: Any = models.fresh_model(recipe.model, tokenizer, recipe.training.seed)
+        model = models.fresh_model(recipe.model, tokenizer, recipe.training.seed)
     else:
         model, _ = models.load_model(config.model, dtype=torch.float32)
     models.check_length(model, recipe.data.length)

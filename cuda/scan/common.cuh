@@ -1,0 +1,115 @@
+// What the kernels of the scan family share: tensors of tokens, chunks of sequences, the functions of dt and of the gates, and
+// sums over chunks.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "common/element.cuh"
+#include "common/error.h"
+#include "effcore/cuda/scan.h"
+#include "routing/rows.cuh"
+
+namespace effcore::cuda::scan {
+
+using routing::element_bytes;
+using routing::grid;
+using routing::refuse_float64;
+using routing::Rows;
+using routing::rows_of;
+using routing::with_type;
+
+constexpr int threads = 128;  // of a block: a channel (or a part of its states) each
+
+__host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// A vector or matrix of parameters, in T or in float.
+struct Parameter {
+  const void* data = nullptr;  // null: absent
+  std::int64_t stride = 0;     // elements between channels
+  bool is_float = false;
+
+  template <class T>
+  __device__ float at(std::int64_t channel, std::int64_t column = 0) const {
+    const std::int64_t i = channel * stride + column;
+    return is_float ? static_cast<const float*>(data)[i] : to_float(static_cast<const T*>(data)[i]);
+  }
+};
+inline Parameter parameter_of(const TensorView* t) {
+  return t != nullptr ? Parameter{t->data, t->stride[0], t->dtype == DType::float32} : Parameter{};
+}
+inline Rows optional_rows(const TensorView* t) {
+  return t != nullptr ? rows_of(*t) : Rows{};
+}
+
+// Sequences are cut into chunks of `length` tokens, each a block's (a row of blocks along the channels). As there may be packed
+// sequences whose lengths only the device knows, chunks are numbered like kept states: a sequence's begin at row
+// offsets[s] / length + s, and rows in between that belong to none have nothing to do.
+struct Chunks {
+  const std::int32_t* offsets;  // null: each row of the batch is a sequence
+  int sequences, tokens, length, rows;
+  int per_sequence;  // without offsets
+
+  struct Chunk {
+    int sequence, begin, end;  // tokens; a sequence without tokens has one chunk without tokens
+    std::int64_t batch;
+    int sequence_begin, sequence_end, first_row;
+    __device__ bool first() const { return begin == sequence_begin; }
+    __device__ bool last() const { return end == sequence_end; }
+  };
+
+  __device__ int begin_of(int s) const { return offsets != nullptr ? offsets[s] : 0; }
+  __device__ int end_of(int s) const { return offsets != nullptr ? offsets[s + 1] : tokens; }
+  __device__ int first_row(int s) const { return offsets != nullptr ? offsets[s] / length + s : s * per_sequence; }
+
+  // False where the row belongs to no sequence.
+  __device__ bool find(int row, Chunk& c) const {
+    int s = row / per_sequence;
+    if (offsets != nullptr) {
+      int low = 0, high = sequences - 1;  // the last sequence whose first row is not above this one
+      while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (first_row(middle) <= row)
+          low = middle;
+        else
+          high = middle - 1;
+      }
+      s = low;
+    }
+    c.sequence = s;
+    c.batch = offsets != nullptr ? 0 : s;
+    c.sequence_begin = begin_of(s), c.sequence_end = end_of(s), c.first_row = first_row(s);
+    const int i = row - c.first_row;
+    c.begin = c.sequence_begin + i * length;
+    c.end = min(c.begin + length, c.sequence_end);
+    return i == 0 || c.begin < c.sequence_end;
+  }
+};
+
+inline Chunks chunks_of(const TensorView& x, const TensorView* offsets, std::int64_t length) {
+  Chunks c{};
+  c.offsets = offsets != nullptr ? static_cast<const std::int32_t*>(offsets->data) : nullptr;
+  c.sequences = static_cast<int>(effcore::scan::sequences(x, offsets));
+  c.tokens = static_cast<int>(x.size[1]), c.length = static_cast<int>(length);
+  c.per_sequence = static_cast<int>(std::max<std::int64_t>(ceil_div(x.size[1], length), 1));
+  c.rows = static_cast<int>(offsets != nullptr ? x.size[1] / length + c.sequences : std::int64_t{c.sequences} * c.per_sequence);
+  return c;
+}
+
+__device__ __forceinline__ float sigmoid(float x) {
+  return __fdividef(1.0f, 1.0f + __expf(-x));  // e^-x = inf gives 0
+}
+
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|). Not by the fast logarithm, whose error of 4e-7 is 2e-5 of a step size of 0.02.
+__device__ __forceinline__ float softplus(float x) {
+  return (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x)));
+}
+
+constexpr float log2_e = 1.44269504088896340736f, ln_2 = 0.693147180559945309417f;
+
+// to[c, k] = sum over rows of partial[row][k][c], for k < columns
+void sum_parameters(const char* function, float* to, const float* partial, int rows, std::int64_t row_stride,
+                    std::int64_t channels, int columns, cudaStream_t stream);
+
+}  // namespace effcore::cuda::scan

@@ -1,0 +1,102 @@
+"""``effcore plan flowhn``: the split of the tokens, what both branches cost, and what a block gains."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+def flowhn(
+    size: Annotated[str, typer.Option("--size", help="135M, 350M or 1B.")] = "350M",
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of a routing chunk, and of a text.")] = 1024,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Time both branches of a block on this machine as well (bfloat16 on a GPU)."),
+    ] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts of a measurement.")] = 1,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """FlowHN: how many tokens attention takes, the costs of both branches, and FLOP ratios to the other hybrids."""
+    from effcore.errors import InputError
+    from effcore.methods.flowhn import branch_costs
+    from effcore.models.flowhn_config import SIZES, FlowHNConfig
+
+    if size not in SIZES:
+        raise InputError(f"--size must be one of {', '.join(SIZES)}, got {size}")
+    config = FlowHNConfig.of_size(size, routing_length=length)
+    costs, n = branch_costs(config), config.split
+    whole = costs.attention(length) + costs.ssm * length
+    split = costs.attention(n) + costs.ssm * (length - n)
+    fusion = 2.0 * config.hidden_size**2 * length  # of one square projection
+    head = 2.0 * config.hidden_size * config.vocab_size * length
+    layers = config.num_hidden_layers
+    blocks = {"none": whole + 3 * fusion, "fac": split + 2 * fusion, "sequential": whole}
+    found: dict[str, Any] = {
+        "size": size,
+        "length": length,
+        "attention_tokens": n,
+        "ssm_tokens": length - n,
+        "attention_gflops": costs.attention(n) / 1e9,
+        "ssm_gflops": costs.ssm * (length - n) / 1e9,
+        "balance": costs.attention(n) / max(costs.ssm * (length - n), 1.0),
+        "flop_ratio": {
+            k: (layers * blocks[k] + head) / (layers * blocks["fac"] + head) for k in ("none", "sequential")
+        },
+        "block_flop_ratio": {k: blocks[k] / blocks["fac"] for k in ("none", "sequential")},
+    }
+    if measure:
+        found["measured"] = _measured(config, batch_size)
+    if json_:
+        print(json.dumps(found))
+        return
+    print(f"FlowHN {size}, {length} tokens: attention takes {n} of them, the SSM {length - n}")
+    print(
+        f"  attention {found['attention_gflops']:.2f} GFLOP, SSM {found['ssm_gflops']:.2f} a block and text (forward)"
+    )
+    for other, name in (("none", "no split"), ("sequential", "one after the other")):
+        ratio, block = found["flop_ratio"][other], found["block_flop_ratio"][other]
+        print(f"  against {name}: {ratio:.2f}x fewer FLOPs with embeddings and head, {block:.2f}x in a block")
+    if measure:
+        m = found["measured"]
+        print(f"  measured: attention {m['attention_ms']:.2f} ms, SSM {m['ssm_ms']:.2f} ms (forward and backward)")
+        print(
+            f"  balanced by time: {m['attention_tokens']} tokens to attention (attention_tokens={m['attention_tokens']})"
+        )
+
+
+def _measured(config: Any, batch_size: int) -> dict[str, Any]:
+    """Forward and backward of both branches of one block at the split, and the split that their times ask for."""
+    import statistics
+    import time
+
+    import torch
+
+    from effcore.methods.flowhn import calibrate
+    from effcore.models.flowhn_block import FlowHNBlock
+    from effcore.models.flowhn_routes import Part
+
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    block: Any = FlowHNBlock(config).to(device, dtype)
+    block.ssm.mixer.reset_parameters()
+
+    def milliseconds(branch: Any, n: int) -> float:
+        x = torch.randn(batch_size, n, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
+        part, seconds = Part(None, [n] * batch_size, None, None), []
+        for _ in range(5):
+            begin = time.perf_counter()
+            branch(x, part).sum().backward()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        return 1e3 * statistics.median(seconds[1:])
+
+    n, length = config.split, config.routing_length
+    costs = calibrate(lambda k: milliseconds(block.attention, k), lambda k: milliseconds(block.ssm, k), length)
+    return {
+        "attention_ms": milliseconds(block.attention, max(n, 1)),
+        "ssm_ms": milliseconds(block.ssm, max(length - n, 1)),
+        "attention_tokens": costs.split(length, multiple=16),
+    }

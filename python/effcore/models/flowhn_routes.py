@@ -1,0 +1,101 @@
+"""Which tokens of a pass each branch of a block takes.
+
+A pass has rows of new tokens at positions of their own. Where all rows are alike the tokens stay [B, L]; where they are not
+(left padding, rows that were continued differently) they are packed in one row, without padding, and offsets tell the rows
+apart. Everything here is known on the host: no pass waits for the device to learn its routes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effcore.methods.flowhn import attention_table
+from effcore.models.flowhn_config import FlowHNConfig
+
+
+class Part:
+    """The tokens of one branch. A plain object: FSDP2 leaves it alone.
+
+    Attributes:
+        index: int32 [B, K] in the pass's tokens (packed: [1, K]), or None where the branch takes all of them.
+        counts: tokens of each row.
+        offsets: int32 [rows + 1] where the rows are packed, else None.
+        rows: int64 [K], the row of each token, where packed.
+    """
+
+    __slots__ = ("counts", "index", "offsets", "rows")
+
+    def __init__(self, index: Tensor | None, counts: list[int], offsets: Tensor | None, rows: Tensor | None):
+        self.index, self.counts, self.offsets, self.rows = index, counts, offsets, rows
+
+    @property
+    def packed(self) -> bool:
+        return self.offsets is not None
+
+    @property
+    def empty(self) -> bool:
+        return not any(self.counts)
+
+
+class Route:
+    """Both parts of a block."""
+
+    __slots__ = ("attention", "ssm")
+
+    def __init__(self, attention: Part, ssm: Part):
+        self.attention, self.ssm = attention, ssm
+
+
+class Router:
+    """Makes the routes of a pass, and remembers those of passes that were alike.
+
+    Args:
+        config: its strategy, routing length and split.
+    """
+
+    def __init__(self, config: FlowHNConfig):
+        self.length, self.blocks = config.routing_length, config.num_hidden_layers
+        self.split = config.strategy in ("ae", "fa", "fac")
+        n = config.split
+        self.tables = (
+            [attention_table(config.strategy, self.length, n, i) for i in range(self.blocks)] if self.split else []
+        )
+        self._uniform: dict[tuple[int, int, int, torch.device], list[Route]] = {}
+
+    def uniform(self, batch: int, start: int, tokens: int, device: torch.device) -> list[Route]:
+        """Routes of [batch, tokens] at positions from ``start`` on, for each block."""
+        if not self.split:
+            whole = Part(None, [tokens] * batch, None, None)
+            return [Route(whole, whole)] * self.blocks
+        key = (batch, start % self.length, tokens, device)
+        if key not in self._uniform:
+            if len(self._uniform) >= 4096:
+                self._uniform.clear()
+            positions = (torch.arange(tokens, device="cpu") + start) % self.length
+
+            def part(chosen: Tensor) -> Part:
+                index = chosen.nonzero().to(device, torch.int32).flatten()
+                return Part(index.expand(batch, -1), [index.shape[0]] * batch, None, None)
+
+            self._uniform[key] = [Route(part(table[positions]), part(~table[positions])) for table in self.tables]
+        return self._uniform[key]
+
+    def packed(self, starts: list[int], counts: list[int], device: torch.device) -> list[Route]:
+        """Routes of rows packed one after another: ``counts[b]`` tokens at positions from ``starts[b]`` on."""
+        positions = (
+            torch.cat([torch.arange(s, s + n, device="cpu") for s, n in zip(starts, counts, strict=True)]) % self.length
+        )
+        rows = torch.arange(len(counts), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
+
+        def part(chosen: Tensor | None) -> Part:
+            own = rows if chosen is None else rows[chosen]
+            sizes = torch.bincount(own, minlength=len(counts))
+            offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(device, torch.int32)
+            index = None if chosen is None else chosen.nonzero().to(device, torch.int32).view(1, -1)
+            return Part(index, sizes.tolist(), offsets, own.to(device))
+
+        if not self.split:
+            whole = part(None)
+            return [Route(whole, whole)] * self.blocks
+        return [Route(part(table[positions]), part(~table[positions])) for table in self.tables]

@@ -1,0 +1,418 @@
+"""The CUDA kernels of the scan family against effcore.reference, and their speed, on a GPU.
+
+Every problem is run twice (the bits must agree) in memory filled with NaN; results and gradients may be at most twice as far
+from the float64 result as the same-dtype PyTorch recurrence. `--sanitize` runs small problems under compute-sanitizer
+(memcheck and racecheck). `--time` prints medians of CUDA events with the second-level cache flushed, beside two bounds: bytes,
+and instructions (exponentials at 16 a clock and multiprocessor). A peer is timed where EFFCORE_SCAN_PEER names a library with
+mamba-ssm's kernels behind `peer_fwd` and `peer_bwd`. Tables come last; numbers go to $OUT/scan_check.json, if OUT is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "python"))
+import effcore  # noqa: E402
+
+for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
+    effcore.__path__.append(folder)
+
+from effcore.ops import scan as ops  # noqa: E402
+from effcore.reference import scan as ref  # noqa: E402
+from tests.support import assert_accurate  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Results = list[tuple[str, bool, str]]
+
+
+def poison() -> None:
+    """Fills the caching allocator's free memory with NaN, so that what a kernel does not write is seen."""
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        return
+    held = [torch.full((1 << 26,), float("nan"), device="cuda")]
+    held += [torch.full((1 << 12,), float("nan"), device="cuda") for _ in range(128)]
+
+
+def rows(batch: int, tokens: int, channels: int, dtype: torch.dtype, layout: str) -> Tensor:
+    if layout == "sliced":  # padded rows, an odd offset
+        return torch.randn(batch, tokens, channels + 3, device="cuda").to(dtype)[..., 1 : channels + 1]
+    if layout == "token-major":
+        return torch.randn(tokens, batch, channels, device="cuda").to(dtype).transpose(0, 1)
+    return torch.randn(batch, tokens, channels, device="cuda").to(dtype)
+
+
+def evaluate(call: Callable[[dict[str, Tensor]], Any], leaves: dict[str, Tensor], grads: list[Tensor]) -> list[Tensor]:
+    leaves = {n: t.detach().requires_grad_() for n, t in leaves.items()}
+    outs = call(leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    gradients = torch.autograd.grad(outs, list(leaves.values()), [g.to(o) for g, o in zip(grads, outs, strict=True)])
+    return [*outs, *gradients]
+
+
+def judge(
+    name: str, call: Callable[[Any, dict[str, Tensor]], Any], leaves: dict[str, Tensor], grads: list[Tensor]
+) -> Any:
+    runs = []
+    for _ in range(2):
+        poison()
+        try:
+            runs.append([t.clone() for t in evaluate(lambda x: call(ops, x), leaves, grads)])
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return name, False, f"{type(error).__name__}: {error}"[:600]
+    if not all(torch.equal(a, b) for a, b in zip(*runs, strict=True)):
+        return name, False, "two runs differ"
+    same = evaluate(lambda x: call(ref, x), leaves, grads)
+    exact_grads = [g.to(o.dtype).double() for g, o in zip(grads, runs[0], strict=False)]
+    exact = evaluate(lambda x: call(ref, x), {n: t.double() for n, t in leaves.items()}, exact_grads)
+    names = [f"output {i}" for i in range(len(grads))] + [f"d{n}" for n in leaves]
+    tokens = leaves["x"].shape[1]
+    try:
+        for what, a, b, c in zip(names, runs[0], same, exact, strict=True):
+            assert_accurate(a, b, c, what=what, terms=8.0 * tokens**0.5)
+    except AssertionError as error:
+        return name, False, str(error)
+    return name, True, ""
+
+
+def scan_leaves(batch, tokens, channels, states, dtype, layout, parts, sequences) -> dict[str, Tensor]:
+    leaves = {
+        "x": rows(batch, tokens, channels, dtype, layout),
+        "dt": rows(batch, tokens, channels, dtype, "plain"),
+        "A": -torch.rand(channels, states, device="cuda") * 2,
+        "B": rows(batch, tokens, states, dtype, layout),
+        "C": rows(batch, tokens, states, dtype, layout),
+    }
+    if parts:
+        leaves |= {
+            "D": torch.randn(channels, device="cuda"),
+            "z": rows(batch, tokens, channels, dtype, layout),
+            "dt_bias": torch.randn(channels, device="cuda") - 1,
+            "initial_state": torch.randn(sequences, channels, states, device="cuda"),
+        }
+    return leaves
+
+
+# batch, tokens, channels, states; cuts of packed sequences. Lengths from 64 on are cut into chunks.
+PROBLEMS = [
+    (1, 1, 1, 1, None),
+    (2, 7, 5, 3, None),
+    (1, 64, 128, 16, None),
+    (2, 129, 130, 16, None),
+    (1, 300, 40, 5, None),
+    (3, 70, 33, 17, None),
+    (1, 150, 70, 64, None),
+    (1, 90, 20, 256, None),
+    (1, 200, 64, 16, [0, 3, 3, 100, 199, 200]),
+    (1, 90, 17, 40, [0, 90]),
+    (2, 0, 8, 4, None),
+]
+
+
+def problems(
+    small: bool,
+) -> Iterator[tuple[str, Callable[[Any, dict[str, Tensor]], Any], dict[str, Tensor], list[Tensor]]]:
+    for batch, tokens, channels, states, cuts in PROBLEMS:
+        for kind, dtype in DTYPES.items():
+            for layout, parts in (("plain", False), ("sliced", True), ("token-major", True)):
+                if (small and kind != "bf16") or (kind != "bf16" and layout != "sliced"):
+                    continue
+                torch.manual_seed(tokens)
+                offsets = None if cuts is None else torch.tensor(cuts, dtype=torch.int32, device="cuda")
+                sequences = batch if cuts is None else len(cuts) - 1
+                leaves = scan_leaves(batch, tokens, channels, states, dtype, layout, parts, sequences)
+                grads = [torch.randn(batch, tokens, channels, device="cuda")]
+                grads.append(torch.randn(sequences, channels, states, device="cuda"))
+                name = f"{kind} {layout} B={batch} L={tokens} E={channels} N={states} {cuts or ''}"
+
+                def scan(module: Any, x: dict[str, Tensor], offsets=offsets) -> Any:
+                    return module.selective_scan(**x, dt_softplus=True, return_final_state=True, offsets=offsets)
+
+                if tokens:  # the reference of nothing has no graph
+                    yield f"scan {name}", scan, leaves, grads
+                for width in (2, 4, 8) if parts else (4,):
+                    conv_leaves = {"x": leaves["x"], "weight": torch.randn(channels, width, device="cuda").to(dtype)}
+                    if parts:
+                        conv_leaves["bias"] = torch.randn(channels, device="cuda")
+                        conv_leaves["initial_state"] = rows(sequences, width - 1, channels, dtype, "plain")
+
+                    def conv(module: Any, x: dict[str, Tensor], offsets=offsets, silu=parts) -> Any:
+                        return module.causal_conv1d(**x, activation="silu" if silu else None, offsets=offsets)
+
+                    if tokens:
+                        yield f"conv K={width} {name}", conv, conv_leaves, grads[:1]
+
+
+def check_steps() -> Results:
+    results: Results = []
+    for kind, dtype in DTYPES.items():
+        for batch, channels, states in ((1, 1, 1), (3, 130, 16), (2, 40, 5), (2, 33, 100), (1, 70, 256)):
+            leaves = scan_leaves(batch, 1, channels, states, dtype, "plain", True, batch)
+            one = {n: t[:, 0] if n in ("x", "dt", "B", "C", "z") else t for n, t in leaves.items()}
+            state = one.pop("initial_state")
+            ours = ops.selective_step(state, **one, dt_softplus=True)
+            same = ref.selective_step(state, **one, dt_softplus=True)
+            exact = ref.selective_step(state.double(), **{n: t.double() for n, t in one.items()}, dt_softplus=True)
+            detail = ""
+            try:
+                for a, b, c in zip(ours, same, exact, strict=True):
+                    assert_accurate(a, b, c, terms=4.0)
+            except AssertionError as error:
+                detail = str(error)
+            results.append((f"step {kind} B={batch} E={channels} N={states}", not detail, detail))
+    return results
+
+
+def check_edges() -> Results:
+    """Nothing to do; huge and negative steps; offsets beyond 2^31; a captured graph."""
+    results: Results = []
+    for batch, tokens, channels in ((0, 5, 8), (2, 0, 8), (2, 5, 0)):
+        x = torch.randn(batch, tokens, channels, device="cuda", requires_grad=True)
+        B = torch.randn(batch, tokens, 4, device="cuda", requires_grad=True)
+        A = -torch.rand(channels, 4, device="cuda").requires_grad_()
+        poison()
+        out, final = ops.selective_scan(x, x, A, B, B, return_final_state=True)
+        dA, dB = torch.autograd.grad(out.sum() + final.sum(), [A, B])
+        good = not final.any() and not dA.any() and not dB.any()
+        results.append((f"empty {batch} {tokens} {channels}", bool(good), ""))
+    leaves = scan_leaves(1, 70, 40, 4, torch.float32, "plain", True, 1)
+    leaves["dt"][0, 2, :8], leaves["dt"][0, 3, 8:16], leaves["dt"][0, 1, 16:24] = 6e4, -6e4, 1e-7
+    results.append(judge("extreme steps", lambda m, x: m.selective_scan(**x, dt_softplus=True), leaves,
+                         [torch.randn(1, 70, 40, device="cuda")]))  # fmt: skip
+    storage = torch.empty((2**31 + 2**20,), dtype=torch.bfloat16, device="cuda")
+    big = storage.as_strided((2, 9, 16), (2**31 + 8, 16, 1))
+    big.copy_(torch.randn(2, 9, 16))
+    A, small = -torch.rand(16, 16, device="cuda"), big.clone()
+    good = torch.equal(ops.selective_scan(big, big, A, big, big), ops.selective_scan(small, small, A, small, small))
+    results.append(("offsets beyond 2^31", good, ""))
+    del storage, big
+    leaves = scan_leaves(1, 500, 64, 16, torch.bfloat16, "plain", True, 1)
+    expected = ops.selective_scan(**leaves, dt_softplus=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.selective_scan(**leaves, dt_softplus=True)
+    out.fill_(float("nan"))
+    graph.replay()
+    results.append(("CUDA graph", torch.equal(out, expected), ""))
+    return results
+
+
+# ---------------------------------------------------------------- speed
+
+
+def times(calls: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
+    """Median milliseconds, the calls in turn, the second-level cache flushed before each."""
+    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    found: dict[str, list[float]] = {n: [] for n in calls}
+    for i in range(rounds + 2):
+        for name, call in calls.items():
+            flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            if i >= 2:
+                found[name].append(begin.elapsed_time(end))
+    return {n: statistics.median(t) for n, t in found.items()}
+
+
+class Peer:
+    """mamba-ssm's kernels on its own layout, [B, E, L] contiguous, called without their Python."""
+
+    def __init__(self, path: str, batch: int, tokens: int, channels: int, states: int) -> None:
+        self.library = ctypes.CDLL(path)
+        self.sizes = batch, channels, tokens, states
+
+        def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.randn(shape, device="cuda").to(dtype)
+
+        wide, row, wide32 = (batch, channels, tokens), (batch, 1, states, tokens), torch.float32
+        step = torch.empty(channels, device="cuda").uniform_(-6.9, -2.3).exp()
+        A = -torch.arange(1.0, states + 1, device="cuda").expand(channels, states).contiguous()
+        inputs = [new(*wide), new(*wide), A, new(*row), new(*row), new(channels, dtype=wide32), new(*wide)]
+        inputs.append(torch.expm1(step).log())
+        x = new(batch, channels, (tokens + 2047) // 2048, 2 * states, dtype=wide32)
+        outs = [new(*wide), x, new(*wide)]
+        self.sums = [torch.zeros(s, device="cuda") for s in ((channels, states), row, row, (channels,), (channels,))]
+        dA, dB, dC, dD, dbias = self.sums
+        grads = [new(*wide), dA, dB, dC, dD, new(*wide), new(*wide), new(*wide), dbias]
+        self.tensors = [*inputs, *outs, *grads]
+        self.pointers = (ctypes.c_void_p * len(self.tensors))(*(t.data_ptr() for t in self.tensors))
+
+    def forward(self) -> None:
+        self.library.peer_fwd(*self.sizes, self.pointers, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+
+    def backward(self) -> None:
+        for t in self.sums:  # it adds with atomics
+            t.zero_()
+        self.library.peer_bwd(*self.sizes, self.pointers, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+
+    def verify(self) -> bool:
+        """That it computes the same function."""
+        x, dt, A, B, C, D, z, bias = self.tensors[:8]
+        self.forward()
+        ours = ops.selective_scan(x.mT.contiguous(), dt.mT.contiguous(), A, B[:, 0].mT.contiguous(), C[:, 0].mT.contiguous(),
+                                  D, z.mT.contiguous(), bias, True)  # fmt: skip
+        theirs = self.tensors[10].mT.float()
+        return bool((ours.float() - theirs).abs().max() < 0.05 * theirs.abs().max())
+
+
+def time_scan(tokens: int, channels: int, batch: int, states: int, report: list[dict[str, Any]]) -> None:
+    dtype = torch.bfloat16
+    step = torch.empty(channels, device="cuda").uniform_(-6.9, -2.3).exp()
+    new = lambda *s: torch.randn(s, device="cuda").to(dtype)  # noqa: E731
+    shape = (batch, tokens, channels)
+    leaves = {
+        "x": new(*shape),
+        "dt": new(*shape),
+        "A": -torch.arange(1.0, states + 1, device="cuda").expand(channels, states).contiguous(),
+        "B": new(batch, tokens, states),
+        "C": new(batch, tokens, states),
+        "D": torch.ones(channels, device="cuda"),
+        "z": new(*shape),
+        "dt_bias": torch.expm1(step).log(),
+    }
+    wanted = {n: t.clone().requires_grad_() for n, t in leaves.items()}
+    dout = new(*shape)
+
+    def forward() -> None:
+        ops.selective_scan(**leaves, dt_softplus=True)
+
+    def both() -> None:
+        torch.autograd.grad(ops.selective_scan(**wanted, dt_softplus=True), list(wanted.values()), dout)
+
+    calls: dict[str, Callable[[], Any]] = {"forward": forward, "both": both}
+    path = os.environ.get("EFFCORE_SCAN_PEER")
+    agrees = None
+    if path:
+        peer = Peer(path, batch, tokens, channels, states)
+        agrees = peer.verify()
+
+        def theirs() -> None:
+            peer.forward()
+            peer.backward()
+
+        calls |= {"peer forward": peer.forward, "peer both": theirs}
+    found = times(calls)
+    properties = torch.cuda.get_device_properties(0)
+    clock = 1.755e9 * properties.multi_processor_count
+    pairs = batch * tokens * channels
+    copy = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    rate = 2 * copy.numel() / (times({"copy": lambda: copy.clone()})["copy"] * 1e-3)
+    bounds = {"bytes": pairs * 8 / rate * 1e3, "instructions": pairs * (states + 4) / (16 * clock) * 1e3}
+    row = {
+        "shape": shape,
+        "states": states,
+        "ms": found,
+        "bounds_ms": bounds,
+        "copy_tb_s": rate / 1e12,
+        "peer_agrees": agrees,
+    }
+    report.append(row)
+    bound = max(bounds.values())
+    text = f"scan B={batch} L={tokens} E={channels} N={states}: forward {found['forward']:.3f} ms"
+    text += f" (bounds: bytes {bounds['bytes']:.3f}, instructions {bounds['instructions']:.3f}: {bound / found['forward']:.0%})"
+    text += f", forward+backward {found['both']:.3f}"
+    if path:
+        text += f"; mamba-ssm {found['peer forward']:.3f} ({found['peer forward'] / found['forward']:.2f}x)"
+        text += f", {found['peer both']:.3f} ({found['peer both'] / found['both']:.2f}x), agrees: {agrees}"
+    print(text, flush=True)
+
+
+def time_conv(tokens: int, channels: int, batch: int, report: list[dict[str, Any]]) -> None:
+    x = torch.randn(batch, tokens, channels, device="cuda").bfloat16()
+    weight, bias = torch.randn(channels, 4, device="cuda").bfloat16(), torch.randn(channels, device="cuda").bfloat16()
+    wanted, dout = [t.clone().requires_grad_() for t in (x, weight, bias)], torch.randn_like(x)
+
+    def torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.silu(F.conv1d(F.pad(x.mT, (3, 0)), weight[:, None], bias, groups=channels)).mT
+
+    def our_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.causal_conv1d(x, weight, bias, activation="silu")
+
+    found = times(
+        {
+            "forward": lambda: our_conv(x, weight, bias),
+            "both": lambda: torch.autograd.grad(our_conv(*wanted), wanted, dout),
+            "torch forward": lambda: torch_conv(x, weight, bias),
+            "torch both": lambda: torch.autograd.grad(torch_conv(*wanted), wanted, dout),
+        }
+    )
+    report.append({"conv": (batch, tokens, channels), "ms": found})
+    size = x.numel() * 2
+    text = f"conv B={batch} L={tokens} E={channels}:"
+    for name, passes in (("forward", 2), ("both", 5)):
+        rate = passes * size / found[name] / 1e9
+        text += f" {name} {found[name]:.3f} ms ({rate:.2f} TB/s, torch {found['torch ' + name]:.3f})"
+    print(text, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sanitize", action="store_true", help="small problems under compute-sanitizer")
+    parser.add_argument("--small", action="store_true", help="few problems")
+    parser.add_argument("--time", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.small:  # what the sanitizer runs: our kernels alone
+        for _, call, leaves, grads in problems(True):
+            evaluate(lambda x, call=call: call(ops, x), leaves, grads)
+        torch.cuda.synchronize()
+        return 0
+    results: Results = []
+    for check in (lambda: [judge(*problem) for problem in problems(False)], check_steps, check_edges):
+        try:
+            results += check()
+        except Exception as problem:  # one failing family of problems must not hide the others
+            results.append(("check", False, f"{type(problem).__name__}: {problem}"[:600]))
+    failed = [(name, detail) for name, good, detail in results if not good]
+    for name, detail in failed[:30]:
+        print(f"FAILED {name}: {detail}")
+    print(f"{len(results) - len(failed)} passed, {len(failed)} failed", flush=True)
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "passed": len(results) - len(failed),
+        "failed": failed,
+    }
+    if options.sanitize:
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        for tool in ("memcheck", "racecheck"):
+            done = subprocess.run(
+                ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=scan",
+                 sys.executable, __file__, "--small"],
+                env=environment if tool == "memcheck" else None, capture_output=True, text=True, timeout=240,
+            )  # fmt: skip
+            lines = [line for line in done.stdout.splitlines() if "=====" in line][-3:]
+            print(tool, done.returncode, *lines, sep="\n  ", flush=True)
+            record[tool] = {"status": done.returncode, "tail": lines}
+    report: list[dict[str, Any]] = []
+    if options.time:
+        for batch, tokens, channels, states in (
+            (8, 2048, 2048, 16), (1, 16384, 2048, 16), (32, 512, 2048, 16), (1, 2048, 2048, 16), (4, 2048, 2048, 64),
+        ):  # fmt: skip
+            time_scan(tokens, channels, batch, states, report)
+        time_conv(2048, 2048, 8, report)
+    record["times"] = report
+    if "OUT" in os.environ:
+        (Path(os.environ["OUT"]) / "scan_check.json").write_text(json.dumps(record, indent=1))
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

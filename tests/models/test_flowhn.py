@@ -1,0 +1,230 @@
+"""FlowHN: causality, caches, routes, generation, saving, training."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import effcore
+from effcore.methods.flowhn import STRATEGIES, BranchCosts, branch_costs, calibrate
+from effcore.models import FlowHNCache, FlowHNConfig, FlowHNForCausalLM
+from effcore.models.flowhn_routes import Router
+
+
+def config(strategy="fac", **fields):
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "state_size": 4,
+        "routing_length": 8,
+        "attention_tokens": 3,
+    }
+    return FlowHNConfig(strategy=strategy, **(sizes | fields))
+
+
+def model(strategy="fac", **fields):
+    torch.manual_seed(0)
+    made = FlowHNForCausalLM(config(strategy, **fields)).eval()
+    with torch.no_grad():
+        for p in made.parameters():  # larger than they begin, so that every path is seen in the logits
+            if p.dim() == 2 and p.shape != (64, 4):
+                p.normal_(std=0.3)
+    return made
+
+
+def ids(batch, tokens, seed=1):
+    return torch.randint(0, 50, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_token_sees_a_later_one(strategy):
+    net, tokens = model(strategy), ids(1, 20)
+    with torch.no_grad():
+        before = net(tokens).logits
+        for at in range(20):
+            changed = tokens.clone()
+            changed[0, at] = (changed[0, at] + 7) % 50
+            after = net(changed).logits
+            assert torch.equal(after[0, :at], before[0, :at]), at
+            assert not torch.allclose(after[0, at], before[0, at]), at
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("cuts", [(20,), (7, 13), (1,) * 20, (8, 8, 4), (19, 1), (3, 1, 1, 15)])
+def test_prefill_and_steps_equal_one_pass(strategy, cuts):
+    net, tokens = model(strategy), ids(2, 20)
+    with torch.no_grad():
+        whole = net(tokens, use_cache=False).logits
+        cache, parts, at = FlowHNCache(net.config), [], 0
+        for n in cuts:
+            parts.append(net(tokens[:, at : at + n], past_key_values=cache).logits)
+            at += n
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_padded_rows_equal_rows_alone(strategy):
+    net, lengths = model(strategy), [5, 12, 1]
+    rows = [ids(1, n, seed=n) for n in lengths]
+    longest = max(lengths)
+    with torch.no_grad():
+        for side in ("left", "right"):
+            padded, mask = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.long)
+            for b, row in enumerate(rows):
+                at = slice(longest - lengths[b], None) if side == "left" else slice(0, lengths[b])
+                padded[b, at], mask[b, at] = row[0], 1
+            for use_cache in (False, True):
+                logits = net(padded, attention_mask=mask, use_cache=use_cache).logits
+                for b, row in enumerate(rows):
+                    alone = net(row, use_cache=False).logits[0]
+                    torch.testing.assert_close(logits[b][mask[b].bool()], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_at_different_positions_step_together(strategy):
+    net, lengths, more = model(strategy), [5, 12, 1], 11
+    rows = [ids(1, n + more, seed=n) for n in lengths]
+    longest = max(lengths)
+    padded, mask = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.long)
+    for b, n in enumerate(lengths):
+        padded[b, longest - n :], mask[b, longest - n :] = rows[b][0, :n], 1
+    with torch.no_grad():
+        cache = FlowHNCache(net.config)
+        net(padded, attention_mask=mask, past_key_values=cache)
+        for step, n in ((0, 4), *((s, 1) for s in range(4, more))):  # a chunk, then single tokens
+            new = torch.cat([row[:, k + step : k + step + n] for row, k in zip(rows, lengths, strict=True)])
+            mask = torch.cat([mask, torch.ones(3, n, dtype=torch.long)], 1)
+            logits = net(new, attention_mask=mask, past_key_values=cache).logits
+            for b, k in enumerate(lengths):
+                alone = net(rows[b][:, : k + step + n], use_cache=False).logits[0, -n:]
+                torch.testing.assert_close(logits[b], alone, rtol=1e-4, atol=1e-4)
+    assert cache.positions == [n + more for n in lengths] and cache.get_seq_length() == longest + more
+
+
+def test_a_route_does_not_depend_on_the_length_of_the_text():
+    router = Router(config(attention_tokens=3))
+    for block in range(3):
+        long = set(router.uniform(1, 0, 40, torch.device("cpu"))[block].attention.index[0].tolist())
+        for tokens in (1, 7, 8, 9, 39):
+            short = router.uniform(1, 0, tokens, torch.device("cpu"))[block]
+            assert set(short.attention.index[0].tolist()) == {t for t in long if t < tokens}
+            assert sorted(short.attention.index[0].tolist() + short.ssm.index[0].tolist()) == list(range(tokens))
+
+
+def test_the_papers_example_of_circulation():
+    # six tokens, two to attention: the last two first, then the window moves back by its own length
+    routes = Router(config(routing_length=6, attention_tokens=2)).uniform(1, 0, 6, torch.device("cpu"))
+    assert [r.attention.index[0].tolist() for r in routes] == [[4, 5], [2, 3], [0, 1]]
+
+
+@pytest.mark.parametrize("tokens", [0, 8])
+def test_all_tokens_to_one_branch(tokens):
+    net, text = model(attention_tokens=tokens), ids(2, 13)
+    with torch.no_grad():
+        whole = net(text, use_cache=False).logits
+        cache = FlowHNCache(net.config)
+        parts = [net(text[:, :6], past_key_values=cache).logits, net(text[:, 6:], past_key_values=cache).logits]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generate_with_and_without_cache(strategy, options):
+    net = model(strategy)
+    prompt, mask = ids(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    outs = [
+        net.generate(
+            prompt, attention_mask=mask, max_new_tokens=9, do_sample=False, use_cache=c, pad_token_id=0, **options
+        )
+        for c in (True, False)
+    ]
+    assert torch.equal(*outs)
+
+
+def test_save_and_load(tmp_path):
+    net, text = model(), ids(1, 10)
+    net.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, FlowHNForCausalLM) and loaded.config.attention_tokens == 3
+    with torch.no_grad():
+        assert torch.equal(loaded(text).logits, net(text).logits)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_every_parameter(checkpointing):
+    text = ids(2, 16)
+    gradients = []
+    for on in (False, checkpointing):
+        net = model().train()
+        if on:
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        net(text, labels=text).loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+        gradients.append([p.grad for p in net.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_trainer_and_autocast(tmp_path):
+    data = [{"input_ids": row, "labels": row} for row in ids(1, 16).expand(8, -1)]
+    net = model()
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=20, per_device_train_batch_size=4, learning_rate=3e-3, report_to=[], bf16=True,
+        use_cpu=True, save_strategy="no", logging_steps=5, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(net, arguments, train_dataset=data)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_bfloat16_model_is_close():
+    net, text = model(), ids(2, 20)
+    with torch.no_grad():
+        exact = net(text).logits
+        rounded = net.bfloat16()(text).logits
+    assert (rounded.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+def test_bad_arguments_are_named():
+    net = model()
+    for call, message in (
+        (lambda: config(attention_tokens=9), "attention_tokens must be from 0 to routing_length"),
+        (lambda: config("halves"), "strategy must be one of none, ae, fa, fac, sequential"),
+        (lambda: FlowHNConfig.of_size("2B"), "size must be one of 135M"),
+        (lambda: net(ids(1, 4), attention_mask=torch.tensor([[1, 0, 1, 1]])), "attention_mask has a hole"),
+        (lambda: net(ids(1, 4), attention_mask=torch.ones(1, 5)), r"attention_mask must be \[1, 4\]"),
+        (lambda: net(), "give input_ids or inputs_embeds"),
+    ):
+        with pytest.raises(Exception, match=message):
+            call()
+    with pytest.raises(TypeError, match="unexpected arguments"):
+        net(ids(1, 4), output_attentions=True)
+
+
+def test_an_empty_text():
+    assert model()(ids(2, 0)).logits.shape == (2, 0, 50)
+
+
+@pytest.mark.parametrize("size, parameters", [("135M", 135e6), ("350M", 350e6), ("1B", 1e9)])
+def test_sizes(size, parameters):
+    with torch.device("meta"):
+        net = effcore.FlowHNForCausalLM(effcore.FlowHNConfig.of_size(size))
+    assert abs(net.num_parameters() / parameters - 1) < 0.06
+
+
+def test_the_split_balances_both_branches():
+    for size in ("135M", "350M", "1B"):
+        made = FlowHNConfig.of_size(size)
+        costs, n = branch_costs(made), made.split
+        assert n % 16 == 0
+        assert abs(costs.attention(n) / (costs.ssm * (made.routing_length - n)) - 1) < 0.05
+
+
+def test_calibration_finds_the_costs():
+    truth = BranchCosts(2.0, 0.01, 3.0)
+    found = calibrate(truth.attention, lambda n: 3.0 * n, 1024)
+    assert abs(found.linear - 2) < 1e-6 and abs(found.quadratic - 0.01) < 1e-9 and found.ssm == 3.0
