@@ -1,0 +1,36 @@
+// The lowrank family's schemas and its CPU kernels under torch.
+#include "bindings/torch/lowrank.h"
+
+namespace effcore::binding {
+namespace {
+
+struct Cpu {
+  static Threads threads() {
+    return {static_cast<int>(torch::stable::get_num_threads()), [](std::int64_t count, LoopBody body, void* context) {
+              torch::stable::parallel_for(0, count, 1,
+                                          [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
+            }};
+  }
+  static bool fused(const lowrank::Linear& args) { return lowrank::fused(args); }
+  static void run(const lowrank::Linear& args, const Tensor&) { lowrank::linear(args, threads()); }
+  static void run(const lowrank::Activate& args, const Tensor&) { lowrank::activate(args, threads()); }
+  static void run(const lowrank::ActivateBackward& args, const Tensor&) { lowrank::activate_backward(args, threads()); }
+};
+
+}  // namespace
+}  // namespace effcore::binding
+
+STABLE_TORCH_LIBRARY_FRAGMENT(effcore, m) {
+  m.def("lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, int activation) -> Tensor out");
+  m.def(
+      "lowrank_linear_saving(Tensor x, Tensor down, Tensor up, Tensor? bias, int activation)"
+      " -> (Tensor out, Tensor hidden, Tensor before)");
+  m.def(
+      "lowrank_linear_bwd(Tensor dout, Tensor x, Tensor down, Tensor up, Tensor hidden, Tensor before, int activation,"
+      " bool want_x, bool want_down, bool want_up, bool want_bias)"
+      " -> (Tensor dx, Tensor ddown, Tensor dup, Tensor dbias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effcore, CPU, m) {
+  effcore::binding::LowrankOps<effcore::binding::Cpu>::implement(m);
+}
