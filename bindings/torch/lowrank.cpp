@@ -1,6 +1,8 @@
 // The lowrank family's schemas and its CPU kernels under torch.
 #include "bindings/torch/lowrank.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 namespace effcore::binding {
 namespace {
 
@@ -11,7 +13,9 @@ struct Cpu {
                                           [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
             }};
   }
-  static bool fused(const lowrank::Linear& args) { return lowrank::fused(args); }
+  static constexpr auto mm_out = aoti_torch_cpu_mm_out;
+  static constexpr auto addmm_out = aoti_torch_cpu_addmm_out;
+  static lowrank::Limits limits(DType dtype) { return lowrank::limits(dtype); }
   static void run(const lowrank::Linear& args, const Tensor&) { lowrank::linear(args, threads()); }
   static void run(const lowrank::Activate& args, const Tensor&) { lowrank::activate(args, threads()); }
   static void run(const lowrank::ActivateBackward& args, const Tensor&) { lowrank::activate_backward(args, threads()); }
@@ -29,6 +33,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(effcore, m) {
       "lowrank_linear_bwd(Tensor dout, Tensor x, Tensor down, Tensor up, Tensor hidden, Tensor before, int activation,"
       " bool want_x, bool want_down, bool want_up, bool want_bias)"
       " -> (Tensor dx, Tensor ddown, Tensor dup, Tensor dbias)");
+  m.def("lowrank_limits(Tensor like) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effcore, CPU, m) {

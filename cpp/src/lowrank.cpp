@@ -87,8 +87,8 @@ char* at(const TensorView& t, std::int64_t row, std::int64_t column) {
 
 }  // namespace
 
-bool fused(const Linear& args) {
-  return args.x.size[0] <= product_kernels(args.x.dtype).most_rows;
+Limits limits(DType dtype) {
+  return product_kernels(dtype).limits;
 }
 
 void linear(const Linear& args, const Threads& threads) {

@@ -22,9 +22,9 @@ struct Product {
 };
 
 struct ProductKernels {
-  std::int64_t block;          // weights of one task
-  std::int64_t most_rows;      // beyond these a library's packed product is faster
-  bool operand_from_sums;      // the operand is made of float sums rather than of rows in the tensors' dtype
+  std::int64_t block;      // weights of one task
+  Limits limits;
+  bool operand_from_sums;  // the operand is made of float sums rather than of rows in the tensors' dtype
   std::int64_t (*operand_bytes)(std::int64_t rows, std::int64_t k);
   // rows [m, k] in the tensors' dtype
   void (*prepare)(void* operand, const void* rows, std::int64_t stride, std::int64_t m, std::int64_t k);

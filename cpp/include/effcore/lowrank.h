@@ -47,9 +47,20 @@ void check_linear(const char* function, const TensorView& x, const TensorView& d
 void check_like(const char* function, const char* argument, const TensorView& t, const TensorView& like, std::int64_t rows,
                 std::int64_t columns);
 
-// Whether `linear` is the fastest way here: up to this many rows the two factors are streamed once, packed by nobody. Beyond
-// it the caller's library multiplies, and what is left for this family is the activation.
-bool fused(const Linear& args);
+// Where `linear` is faster than two products of a library, which packs the weights first: measured, and constants of the
+// machine and the dtype, so that a choice depends on shapes alone.
+struct Limits {
+  std::int64_t least_rows = 1, most_rows = 0;
+  std::int64_t least_bytes = 0;  // of both factors
+  std::int64_t most_rank = std::int64_t{1} << 40;
+};
+Limits limits(DType dtype);
+inline bool within(const Limits& limits, const Linear& args) {
+  const std::int64_t rows = args.x.size[0], rank = args.down.size[0], features = args.x.size[1] + args.up.size[0];
+  const std::int64_t size = args.x.dtype == DType::float64 ? 8 : args.x.dtype == DType::float32 ? 4 : 2;
+  return rows >= limits.least_rows && rows <= limits.most_rows && rank <= limits.most_rank &&
+         rank * features * size >= limits.least_bytes;
+}
 
 void linear(const Linear& args, const Threads& threads);
 void activate(const Activate& args, const Threads& threads);

@@ -6,6 +6,7 @@ plain op keeps neither.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ def _(dout, x, down, up, hidden, before, activation, want_x, want_down, want_up,
         x.new_empty(up.shape if want_up else (0,)),
         x.new_empty((up.shape[0],) if want_bias else (0,)),
     )
+
+
+@functools.cache
+def limits(device: str, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """(least rows, most rows, least bytes of both factors, most rank) of the fused kernel."""
+    return tuple(_ops.lowrank_limits.default(torch.empty(0, dtype=dtype, device=device)))
 
 
 class _Linear(torch.autograd.Function):

@@ -10,9 +10,11 @@ elsewhere they are two products of torch's. Which one it is depends on shapes an
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effcore.ops import _lowrank_autograd as _autograd
+from effcore.reference.lowrank import activate
 
 __all__ = ["ACTIVATIONS", "lowrank_linear"]
 
@@ -27,8 +29,8 @@ def lowrank_linear(
 
     Args:
         x: [..., I], any strides. float32, bfloat16 or float16 (float64 on the CPU as well).
-        down: [r, I] in x's dtype, rows contiguous.
-        up: [O, r], likewise.
+        down: [r, I] in x's dtype.
+        up: [O, r], likewise. A matrix that is strided in its last dimension is copied first.
         bias: [O], or None.
         activation: None, "relu", "gelu" (x Φ(x)), "gelu_tanh" (its approximation) or "silu".
 
@@ -49,4 +51,24 @@ def lowrank_linear(
         dtype = torch.get_autocast_dtype(device)
         x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if not torch.compiler.is_compiling() and not _fused(x, down, up, bias):
+        # The op would make the same two products; torch's own entry points cost less a call. Compiled code keeps the op, whose
+        # choice at run time takes no guard on the number of rows.
+        return activate(F.linear(F.linear(x, down), up, bias), activation)
     return _autograd.lowrank_linear(x, down, up, bias, code)
+
+
+def _fused(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool:
+    """Whether the fused kernel takes this problem; true as well for arguments that it is to refuse by name."""
+    if not (x.dtype == down.dtype == up.dtype and x.device == down.device == up.device and down.dim() == up.dim() == 2):
+        return True
+    (rank, features), (out, up_rank) = down.shape, up.shape
+    if x.dim() == 0 or x.shape[-1] != features or rank != up_rank or x.device.type not in ("cpu", "cuda"):
+        return True
+    if bias is not None and (bias.shape != (out,) or bias.dtype != x.dtype or bias.device != x.device):
+        return True
+    if not x.dtype.is_floating_point or not features:
+        return True
+    least_rows, most_rows, least_bytes, most_rank = _autograd.limits(x.device.type, x.dtype)
+    rows, size = x.numel() // features, rank * (features + out) * x.itemsize
+    return least_rows <= rows <= most_rows and size >= least_bytes and rank <= most_rank
