@@ -16,6 +16,7 @@ struct Cpu {
   static constexpr auto mm_out = aoti_torch_cpu_mm_out;
   static constexpr auto addmm_out = aoti_torch_cpu_addmm_out;
   static lowrank::Limits limits(DType dtype) { return lowrank::limits(dtype); }
+  static bool takes(const lowrank::Linear&) { return true; }
   static void run(const lowrank::Linear& args, const Tensor&) { lowrank::linear(args, threads()); }
   static void run(const lowrank::Activate& args, const Tensor&) { lowrank::activate(args, threads()); }
   static void run(const lowrank::ActivateBackward& args, const Tensor&) { lowrank::activate_backward(args, threads()); }

@@ -73,7 +73,7 @@ struct LowrankOps {
     const ScalarType type = x.scalar_type();
     const bool save_before = save && args.activation > lowrank_activation::relu;
     Result r;
-    if (lowrank::within(Backend::limits(args.x.dtype), args)) {
+    if (lowrank::within(Backend::limits(args.x.dtype), args) && Backend::takes(args)) {
       r.out = empty(x, {n, out_features}, type);
       args.out = view(r.out, f, "out");
       if (save) args.hidden = (r.hidden = empty(x, {n, rank}, type)).mutable_data_ptr();

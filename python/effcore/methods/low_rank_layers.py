@@ -108,7 +108,7 @@ class Layer:
             assert isinstance(factors, MatrixFactors) and isinstance(rank, int)
             down, up = factors.split(rank)
             new.down.copy_(down), new.up.copy_(up)
-            bias = new.bias
+            bias: Tensor | None = new.bias
         else:
             if isinstance(factors, MatrixFactors):
                 assert isinstance(rank, int)
@@ -122,7 +122,7 @@ class Layer:
             bias = new.last.bias
         if bias is not None and self.bias is not None:
             bias.copy_(self.bias)
-        new.requires_grad_(self.module.weight.requires_grad)  # type: ignore[union-attr]
+        new.requires_grad_(self.module.weight.requires_grad)  # type: ignore[union-attr, arg-type]
         return new.train(self.module.training)
 
 

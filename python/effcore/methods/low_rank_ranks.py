@@ -192,8 +192,8 @@ def by_time(
     fastest = sum(min(t for _, t, _ in o) for o in options)
     if fastest > budget:
         raise ValueError(
-            f"effcore.decompose: time {time} cannot be reached: the fastest ranks take {fastest / max(total, 1e-12):.2f} of the "
-            f"dense layers' {total:.3g} ms here"
+            f"effcore.decompose: time {time} cannot be reached: the fastest ranks take "
+            f"{fastest / max(total, 1e-12):.2f} of the dense layers' {total:.3g} ms here"
         )
     low, high = 0.0, 1.0
     while cost(pick(high)) > budget:
@@ -203,9 +203,9 @@ def by_time(
         low, high = (low, middle) if cost(pick(middle)) <= budget else (middle, high)
     choices = []
     for layer, mine, i in zip(layers, options, pick(high), strict=True):
-        rank, ms, _ = mine[i]
+        picked, ms, _ = mine[i]
         reason = "no batch reached it" if mine[0][1] == 0 else "dense is faster, or its error dear"
-        choices.append(Choice(layer, rank, reason if rank is None else "", mine[0][1], ms))
+        choices.append(Choice(layer, picked, reason if picked is None else "", mine[0][1], ms))
     return choices
 
 

@@ -111,7 +111,12 @@ class LowRankConv2d(nn.Module):
             raise ValueError(f"effcore.LowRankConv2d: branches must divide both ranks ({r1}, {r2}), got {branches}")
         self.in_channels, self.out_channels, self.kernel_size, self.ranks = in_channels, out_channels, kernel, (r1, r2)
         self.branches = branches
-        where = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": padding_mode}
+        where: dict[str, Any] = {
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "padding_mode": padding_mode,
+        }
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         # A stride costs least where it comes first: a pointwise pair strides before its first product.
         self.first = nn.Conv2d(in_channels, r1, 1, bias=False, **(where if pointwise else {}), **factory)
