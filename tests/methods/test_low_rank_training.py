@@ -190,7 +190,7 @@ def test_damaged_checkpoints_are_named(tmp_path):
     save_decomposed(network(), tmp_path)
     with pytest.raises(InputError, match=r"pass model="):
         load_decomposed(tmp_path)
-    with pytest.raises(InputError, match=r"layer 0 does not fit|layer 3 does not fit"):
+    with pytest.raises(InputError, match=r"layer \d does not fit the architecture"):
         load_decomposed(tmp_path, nn.Sequential(nn.Linear(3, 3)).requires_grad_())
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     skeleton = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 1), nn.Flatten(), nn.Linear(512, 32))
