@@ -1,5 +1,6 @@
 // The lowrank family as torch ops: check, choose, allocate, call. One template serves the CPU and the CUDA library; a Backend
-// says where its fused kernel is the fastest way (`limits`) and how to run a kernel (`run`). The products beyond it are torch's.
+// says where its fused kernel is the fastest way (`limits`) and how to run a kernel (`run`). The products beyond it are
+// torch's.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -35,9 +36,7 @@ struct LowrankOps {
                                                           strides.data(), 0, &handle));
     return Tensor(handle);
   }
-  static Tensor transposed(const Tensor& t) {
-    return reinterpret(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)});
-  }
+  static Tensor transposed(const Tensor& t) { return reinterpret(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
   // A contiguous [rows, n] in the leading dimensions of `like`: the same memory, not a view of it.
   static Tensor as_shape(const Tensor& rows, const Tensor& like, std::int64_t n) {
     if (like.dim() == 2) return rows;

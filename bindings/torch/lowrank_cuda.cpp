@@ -23,9 +23,7 @@ struct Cuda {
   static bool takes(const lowrank::Linear& args) { return cuda::lowrank::takes(args); }
   static void run(const lowrank::Linear& args, const Tensor& on) { call(cuda::lowrank::linear, args, on); }
   static void run(const lowrank::Activate& args, const Tensor& on) { call(cuda::lowrank::activate, args, on); }
-  static void run(const lowrank::ActivateBackward& args, const Tensor& on) {
-    call(cuda::lowrank::activate_backward, args, on);
-  }
+  static void run(const lowrank::ActivateBackward& args, const Tensor& on) { call(cuda::lowrank::activate_backward, args, on); }
 };
 
 }  // namespace

@@ -101,8 +101,7 @@ void linear(const Linear& args, const Threads& threads) {
   // hidden: kept by the caller, or ours, where the second operand is made of it.
   const bool own = args.hidden == nullptr && !kernels.operand_from_sums;
   const std::int64_t first = round_up(kernels.operand_bytes(rows, in)), second = round_up(kernels.operand_bytes(rows, rank));
-  char* const memory = static_cast<char*>(
-      scratch::get(scratch::Slot::shared, first + second + (own ? rows * rank * size : 0)));
+  char* const memory = static_cast<char*>(scratch::get(scratch::Slot::shared, first + second + (own ? rows * rank * size : 0)));
   void* const hidden = own ? memory + first + second : args.hidden;
 
   kernels.prepare(memory, args.x.data, args.x.stride[0], rows, in);

@@ -10,8 +10,8 @@ namespace {
 
 void check_matrix(const char* function, const char* argument, const TensorView& t, const char* sizes) {
   check(t.rank == 2, function, argument, " must have 2 dimensions ", sizes, " but has shape ", shape(t));
-  check(t.size[1] <= 1 || t.stride[1] == 1, function, argument,
-        " must be contiguous in its last dimension but has stride ", t.stride[1], " there");
+  check(t.size[1] <= 1 || t.stride[1] == 1, function, argument, " must be contiguous in its last dimension but has stride ",
+        t.stride[1], " there");
 }
 
 void check_same(const char* function, const char* argument, const TensorView& t, const TensorView& like) {

@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(threads) elements_kernel(const Elements p) {
 template <class T>
 void run(Elements p, const Launch& launch) {
   if (p.rows * p.columns == 0) return;
-  if ((p.in_stride == p.columns && p.out_stride == p.columns && (p.dout == nullptr || p.dout_stride == p.columns)) || p.rows == 1)
+  if ((p.in_stride == p.columns && p.out_stride == p.columns && (p.dout == nullptr || p.dout_stride == p.columns)) ||
+      p.rows == 1)
     p.columns *= p.rows, p.rows = 1;
   const auto multiple = [](const void* data, std::int64_t elements) {
     return (reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uintptr_t>(elements * sizeof(T))) % 16 == 0;

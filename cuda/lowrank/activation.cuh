@@ -27,8 +27,7 @@ __device__ __forceinline__ float value(float x) {
 template <Activation activation>
 __device__ __forceinline__ float derivative(float x) {
   if constexpr (activation == Activation::relu) return x <= 0.0f ? 0.0f : 1.0f;
-  if constexpr (activation == Activation::gelu)
-    return 0.5f * erfcf(-0.70710678f * x) + x * 0.39894228f * __expf(-0.5f * x * x);
+  if constexpr (activation == Activation::gelu) return 0.5f * erfcf(-0.70710678f * x) + x * 0.39894228f * __expf(-0.5f * x * x);
   if constexpr (activation == Activation::gelu_tanh) {
     const float u = tanh_argument(x), slope = 1.59576912160573f * (1.0f + 0.134145f * x * x);
     return sigmoid(u) * (1.0f + x * sigmoid(-u) * slope);

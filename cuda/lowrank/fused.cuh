@@ -3,13 +3,13 @@
 // A block owns 128 rows of x, 64 a warpgroup:
 //   1.  H [64, R] += x tile [64, 64] down tile [R, 64]ᵀ          over I in steps of 64, operands in shared memory
 //   2.  out tile [64, N] = H up tile [N, R]ᵀ                     over O in steps of N; H, rounded, is the register operand
-// Steps of both phases go through one ring of `Stages` tiles that cp.async fills two steps ahead, so that `up` arrives while H is
-// still being summed. A step's product runs while the tile before it is given bias and activation, and is written out through
-// shared memory in rows of whole sectors.
+// Steps of both phases go through one ring of `Stages` tiles that cp.async fills two steps ahead, so that `up` arrives while H
+// is still being summed. A step's product runs while the tile before it is given bias and activation, and is written out
+// through shared memory in rows of whole sectors.
 //
-// Bound, M = 16384, 768 -> 3072 in bf16: x and out are 126 MB, 42 us at 3 TB/s; 2 M R (I + O) operations are 16 us at r = 128 and
-// 32 us at 256 of 1 PFLOP/s; each block reads all of down and up from the L2 cache, M / 128 times 2 R (I + O) bytes: 23 and 46 us
-// at 5.5 TB/s. Two library products move H as well, and out's bound is met by the second of them alone.
+// Bound, M = 16384, 768 -> 3072 in bf16: x and out are 126 MB, 42 us at 3 TB/s; 2 M R (I + O) operations are 16 us at r = 128
+// and 32 us at 256 of 1 PFLOP/s; each block reads all of down and up from the L2 cache, M / 128 times 2 R (I + O) bytes: 23 and
+// 46 us at 5.5 TB/s. Two library products move H as well, and out's bound is met by the second of them alone.
 #pragma once
 #include "lowrank/activation.cuh"
 #include "lowrank/wgmma.cuh"
@@ -90,8 +90,8 @@ struct FusedBlock {
     load(step + Config::stages - 2);
   }
 
-  // Bias and rounding in registers; then row by row, 16 bytes a lane, to memory. The activation comes last, on what is rounded, as
-  // it does where layers are separate: its code exists once instead of once an accumulator.
+  // Bias and rounding in registers; then row by row, 16 bytes a lane, to memory. The activation comes last, on what is rounded,
+  // as it does where layers are separate: its code exists once instead of once an accumulator.
   __device__ void finish(Tile& values, int n) const {
     const int lane = threadIdx.x & 31, r = lane / 4, c = 2 * (lane % 4);
     __syncwarp();
@@ -162,8 +162,8 @@ struct FusedBlock {
         for (int k = 0; k < 4; ++k)
 #pragma unroll
           for (int part = 0; part < parts; ++part)
-            wgmma::multiply<T>(sums[part], wgmma::describe(x + k * 32), wgmma::describe(down + part * Config::wide * 128 + k * 32),
-                               step > 0 || k > 0);
+            wgmma::multiply<T>(sums[part], wgmma::describe(x + k * 32),
+                               wgmma::describe(down + part * Config::wide * 128 + k * 32), step > 0 || k > 0);
         wgmma::commit();
         wgmma::wait<1>();
       }

@@ -42,7 +42,8 @@ void run(const Linear& args, const Launch& launch) {
   const int parts = splits(tiles, p.in, p.columns), whole = (p.columns + Config::columns - 1) / Config::columns;
   p.split_columns = (whole + parts - 1) / parts * Config::columns;
   const dim3 grid(static_cast<unsigned>(tiles), (p.columns + p.split_columns - 1) / p.split_columns);
-  check(cudaFuncSetAttribute(fused_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::shared_bytes), function);
+  check(cudaFuncSetAttribute(fused_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::shared_bytes),
+        function);
   fused_kernel<Config><<<grid, Config::threads, Config::shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(p);
   check_launch(function);
 }

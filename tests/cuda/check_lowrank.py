@@ -1,8 +1,9 @@
 """The CUDA kernel of the lowrank family against the reference, and its speed against two products of cuBLAS, on a GPU.
 
 `EFFCORE_LOWRANK_FUSED=1 python tests/cuda/check_lowrank.py [--time]`. Every problem is run twice (the bits must agree) in
-memory filled with NaN; errors may be at most twice those of the same-dtype PyTorch computation. `--sanitize` runs small problems
-under compute-sanitizer (memcheck and racecheck). The tables come last; numbers go to $OUT/lowrank_check.json, if OUT is set.
+memory filled with NaN; errors may be at most twice those of the same-dtype PyTorch computation. `--sanitize` runs small
+problems under compute-sanitizer (memcheck and racecheck). The tables come last; numbers go to $OUT/lowrank_check.json, if OUT
+is set.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ template <class T>
 // Φ(-a) = e^(-a²/2) t P(t) with t = 1 / (1 + 0.3 a): a relative error of 3.5e-9 from 0 to where it underflows, so that the
 // negative side of gelu is as exact as the positive one.
 [[gnu::always_inline]] inline Vector<float> normal_cdf(Vector<float> x) {
-  constexpr float coefficients[] = {0.11968653717709635f,  0.11957462104448593f, 0.11021333524167193f, 0.07848745214852779f,
-                                    0.09588774788827195f,  -0.07894533830239144f, 0.19123454754314084f, -0.22781787813196921f,
+  constexpr float coefficients[] = {0.11968653717709635f, 0.11957462104448593f,  0.11021333524167193f, 0.07848745214852779f,
+                                    0.09588774788827195f, -0.07894533830239144f, 0.19123454754314084f, -0.22781787813196921f,
                                     0.11227366701982962f, -0.02059469334229279f};
   const Vector<float> a = absolute<float>(x), t = 1.0f / (1.0f + 0.3f * a);
   Vector<float> p = simd::broadcast(coefficients[9]);

@@ -2,8 +2,8 @@
 // activations on their own.
 //
 // Bound: bytes of the weights. Each is loaded once from memory for all rows. Two engines:
-//   Dots   c[m, n] = Σ rows[m, k] weights[n, k] in vectors along k, 16 (8) running sums in registers for 4 weights of 4, 2 or 1 rows
-//   Tiles  bfloat16 on AMX: Cᵀ [weights, rows] = W [weights, k] rowsᵀ. The weights are the left operand, which tiles read
+//   Dots   c[m, n] = Σ rows[m, k] weights[n, k] in vectors along k, 16 (8) running sums in registers for 4 weights of 4, 2 or 1
+//   rows Tiles  bfloat16 on AMX: Cᵀ [weights, rows] = W [weights, k] rowsᵀ. The weights are the left operand, which tiles read
 //          row-major from where they lie; only the rows are packed. 16 weights x 16 rows x 32 steps an instruction.
 #include "../lowrank_kernels.h"
 #include "../scratch.h"
@@ -212,11 +212,11 @@ struct Activations {
 // Against torch on 2 cores with AVX-512: float16 gains 1.1-2.1x up to 16 rows. MKL multiplies a few rows of float32 out of the
 // cache as fast as they come; it loses from 4 rows on where the factors do not fit (1.1-1.7x at 8 MiB).
 template <class Storage, class T>
-constexpr Limits limits = sizeof(Storage) == 2 ? Limits{.most_rows = 16}
-                                               : Limits{.least_rows = 4, .most_rows = 16, .least_bytes = 4 << 20};
+constexpr Limits limits =
+    sizeof(Storage) == 2 ? Limits{.most_rows = 16} : Limits{.least_rows = 4, .most_rows = 16, .least_bytes = 4 << 20};
 template <class Storage, class T>
-constexpr ProductKernels dots = {block, limits<Storage, T>, true, Dots<Storage, T>::operand_bytes, Dots<Storage, T>::prepare,
-                                 Dots<Storage, T>::multiply};
+constexpr ProductKernels dots = {
+    block, limits<Storage, T>, true, Dots<Storage, T>::operand_bytes, Dots<Storage, T>::prepare, Dots<Storage, T>::multiply};
 
 }  // namespace
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from effcore.methods.low_rank import decompose
@@ -27,7 +27,7 @@ from effcore.methods.low_rank_ranks import snap
 from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
 
 
-def _outer(module: nn.Module) -> list[nn.Parameter]:
+def _outer(module: nn.Module) -> list[Tensor]:
     """The factors that freezing keeps: the first of two, the two 1×1s of three."""
     if isinstance(module, LowRankLinear):
         return [module.down]
@@ -36,7 +36,7 @@ def _outer(module: nn.Module) -> list[nn.Parameter]:
     return []
 
 
-def _inner(module: nn.Module) -> list[nn.Parameter]:
+def _inner(module: nn.Module) -> list[Tensor]:
     if isinstance(module, LowRankLinear):
         return [module.up]
     if isinstance(module, LowRankConv2d):

@@ -47,8 +47,8 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
         )
         return {"kind": "conv2d", "bias": module.bias is not None} | {n: getattr(module, n) for n in names}
     if type(module) is nn.BatchNorm2d:
-        names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
-        return {"kind": "batch_norm2d"} | {n: getattr(module, n) for n in names}
+        own = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+        return {"kind": "batch_norm2d"} | {n: getattr(module, n) for n in own}
     return None
 
 
@@ -74,7 +74,8 @@ def save_decomposed(model: nn.Module, folder: str | Path) -> None:
     partial = folder / (DESCRIPTION + ".partial")
     partial.write_text(json.dumps({"version": 1, "layers": describe(model)}, indent=1), encoding="utf-8")
     os.replace(partial, folder / DESCRIPTION)
-    if hasattr(config := getattr(model, "config", None), "save_pretrained"):
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
         if not getattr(config, "architectures", None):
             config.architectures = [type(model).__name__]
         config.save_pretrained(folder)

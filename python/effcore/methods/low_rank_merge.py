@@ -88,9 +88,9 @@ def _conv(like: Conv, weight: Tensor, bias: Tensor) -> Conv:
 
 def _norm(channels: int, like: Norm) -> Norm:
     """A batch norm that is the identity until it is trained: the one before it is in the weights."""
-    new = Norm(
-        channels, like.eps, like.momentum, like.affine, device=like.running_mean.device, dtype=like.running_mean.dtype
-    )  # type: ignore[union-attr]
+    assert like.running_mean is not None
+    where = like.running_mean
+    new = Norm(channels, like.eps, like.momentum, like.affine, device=where.device, dtype=where.dtype)
     assert new.running_var is not None
     new.running_var.fill_(1 - like.eps)
     return new.train(like.training)
@@ -132,10 +132,10 @@ def merge(
         for name, conv, (weight, bias) in zip(block.convs, convs, pieces, strict=True):
             assert isinstance(conv, Conv)
             replace(model, name, _conv(conv, weight, bias))
-        for name, norm, (weight, _) in zip(block.norms, norms, pieces, strict=True):
-            if name is not None:
+        for place, norm, (weight, _) in zip(block.norms, norms, pieces, strict=True):
+            if place is not None:
                 assert isinstance(norm, Norm)
-                replace(model, name, _norm(weight.shape[0], norm))
+                replace(model, place, _norm(weight.shape[0], norm))
     return errors
 
 
