@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=192, help="(progressive)")
     parser.add_argument("--layers", type=int, default=4, help="(progressive)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.25, 1.5, 2.0], help="(smollm)")
+    parser.add_argument("--windows", type=int, default=24, help="of 256 tokens, held out (smollm)")
     parser.add_argument("--json", type=Path, help="write the numbers")
     options = parser.parse_args(arguments)
     use_carried_libraries()
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.steps, options.recovery, options.seeds, options.width, options.layers, options.device
         )
     else:
-        rows = _low_rank_language.smollm(tuple(options.ratios), options.device)
+        rows = _low_rank_language.smollm(tuple(options.ratios), options.device, options.windows)
     if options.json:
         machine = torch.cuda.get_device_name() if cuda else "cpu"
         report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "rows": rows}

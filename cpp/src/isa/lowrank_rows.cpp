@@ -209,11 +209,11 @@ struct Activations {
   static constexpr ActivationKernels table = {activate, backward};
 };
 
-// Against torch on 2 cores with AVX-512: float16 gains 1.1-2.1x up to 16 rows. MKL multiplies a few rows of float32 out of the
-// cache as fast as they come; it loses from 4 rows on where the factors do not fit (1.1-1.7x at 8 MiB).
+// Against torch on 2 cores with AVX-512: float16 gains 1.1-2.1x from 2 rows to 16. MKL multiplies a few rows of float32 out of
+// the cache as fast as they come; it loses from 4 rows on where the factors do not fit (1.1-1.7x at 8 MiB).
 template <class Storage, class T>
-constexpr Limits limits =
-    sizeof(Storage) == 2 ? Limits{.most_rows = 16} : Limits{.least_rows = 4, .most_rows = 16, .least_bytes = 4 << 20};
+constexpr Limits limits = sizeof(Storage) == 2 ? Limits{.least_rows = 2, .most_rows = 16}
+                                               : Limits{.least_rows = 4, .most_rows = 16, .least_bytes = 4 << 20};
 template <class Storage, class T>
 constexpr ProductKernels dots = {
     block, limits<Storage, T>, true, Dots<Storage, T>::operand_bytes, Dots<Storage, T>::prepare, Dots<Storage, T>::multiply};

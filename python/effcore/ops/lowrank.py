@@ -19,6 +19,8 @@ from effcore.reference.lowrank import activate
 __all__ = ["ACTIVATIONS", "lowrank_linear"]
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LIMITS: dict[tuple[torch.dtype, bool], tuple[int, int, int, int]] = {}
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
@@ -46,29 +48,34 @@ def lowrank_linear(
         raise ValueError(
             f"effcore.lowrank_linear: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
+    if not torch.compiler.is_compiling() and _left_to_torch(x, down, up):
+        # The op would make the same two products; torch's own entry points cost less a call. Compiled code keeps the op, whose
+        # choice at run time takes no guard on the number of rows.
+        try:
+            return activate(F.linear(F.linear(x, down), up, bias), activation)
+        except RuntimeError:
+            pass  # a bad argument: the op refuses it by name
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not torch.compiler.is_compiling() and not _fused(x, down, up, bias):
-        # The op would make the same two products; torch's own entry points cost less a call. Compiled code keeps the op, whose
-        # choice at run time takes no guard on the number of rows.
-        return activate(F.linear(F.linear(x, down), up, bias), activation)
     return _autograd.lowrank_linear(x, down, up, bias, code)
 
 
-def _fused(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool:
-    """Whether the fused kernel takes this problem; true as well for arguments that it is to refuse by name."""
-    if not (x.dtype == down.dtype == up.dtype and x.device == down.device == up.device and down.dim() == up.dim() == 2):
+def _left_to_torch(x: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Whether two products of torch's are the faster way. Called for each call of a layer, so it looks at little."""
+    limits = _LIMITS.get((x.dtype, x.is_cuda))
+    if limits is None:
+        if not (x.is_cpu or x.is_cuda) or x.dtype not in _DTYPES:
+            return False
+        least_rows, most_rows, least_bytes, most_rank = _autograd.limits(x.device.type, x.dtype)
+        limits = _LIMITS[x.dtype, x.is_cuda] = (least_rows, most_rows, least_bytes // x.itemsize, most_rank)
+    shape = x.shape
+    if not shape or not shape[-1]:
+        return False
+    least_rows, most_rows, least_numbers, most_rank = limits
+    rows = x.numel() // shape[-1]
+    if not least_rows <= rows <= most_rows or down.shape[0] > most_rank:
         return True
-    (rank, features), (out, up_rank) = down.shape, up.shape
-    if x.dim() == 0 or x.shape[-1] != features or rank != up_rank or x.device.type not in ("cpu", "cuda"):
-        return True
-    if bias is not None and (bias.shape != (out,) or bias.dtype != x.dtype or bias.device != x.device):
-        return True
-    if not x.dtype.is_floating_point or not features:
-        return True
-    least_rows, most_rows, least_bytes, most_rank = _autograd.limits(x.device.type, x.dtype)
-    rows, size = x.numel() // features, rank * (features + out) * x.itemsize
-    return least_rows <= rows <= most_rows and size >= least_bytes and rank <= most_rank
+    return down.numel() + up.numel() < least_numbers
