@@ -74,6 +74,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.run routing
 	$(BIN)/python -m benchmarks.run conv3d
 	$(BIN)/python -m benchmarks.run scan
+	$(BIN)/python -m benchmarks.run lowrank
 
 cuda-check: setup
 	$(BIN)/python -m pytest -q tests/cuda -m cuda
@@ -81,6 +82,7 @@ cuda-check: setup
 	$(BIN)/python tests/cuda/check_routing.py --sanitize
 	$(BIN)/python tests/cuda/check_conv3d.py --sanitize
 	$(BIN)/python tests/cuda/check_scan.py --sanitize
+	EFFCORE_LOWRANK_FUSED=1 $(BIN)/python tests/cuda/check_lowrank.py --sanitize
 
 clean:
 	rm -rf build $(VENV)

@@ -19,6 +19,7 @@ _EXPORTS = {
     "TTCEarlyStopping": "effcore.methods.ttc",
     "VerifierTTT": "effcore.methods.vds_ttt",
     "factorize_conv3d": "effcore.methods.conv3d",
+    "decompose": "effcore.methods.low_rank",
     "attention": "effcore.ops.attention",
     "attention_with_scores": "effcore.ops.attention",
     "attention_from_scores": "effcore.ops.attention",
@@ -39,11 +40,13 @@ _EXPORTS = {
     "selective_step": "effcore.ops.scan",
     "FlowHNConfig": "effcore.models.flowhn_config",
     "FlowHNForCausalLM": "effcore.models.flowhn",
+    "lowrank_linear": "effcore.ops.lowrank",
 }
 _SUBMODULES = ("array", "cli", "data", "methods", "models", "nn", "ops", "reference", "training")
 
 if TYPE_CHECKING:
     from effcore.methods.conv3d import factorize_conv3d
+    from effcore.methods.low_rank import decompose
     from effcore.methods.skipvit import skip_tokens
     from effcore.methods.swiftlearn import SwiftLearnSampler
     from effcore.methods.ttc import TTCEarlyStopping
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
         share_kv,
     )
     from effcore.ops.conv3d import cross_conv3d
+    from effcore.ops.lowrank import lowrank_linear
     from effcore.ops.routing import class_scores, gather_tokens, merge_tokens, partition_tokens, separate_tokens
     from effcore.ops.scan import causal_conv1d, selective_scan, selective_step
 
@@ -73,6 +77,7 @@ __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "TTCEarlyStopping",
     "VerifierTTT",
     "factorize_conv3d",
+    "decompose",
     "attention",
     "attention_with_scores",
     "attention_from_scores",
@@ -93,6 +98,7 @@ __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "selective_step",
     "FlowHNConfig",
     "FlowHNForCausalLM",
+    "lowrank_linear",
 ]
 
 

@@ -1,4 +1,5 @@
 """Modules made of the ops.
 
 - :mod:`effcore.nn.conv3d`: 3D convolutions from 2D and 1D parts, with one interface
+- :mod:`effcore.nn.low_rank`: linear layers and convolutions kept as small factors
 """

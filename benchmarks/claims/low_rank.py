@@ -1,0 +1,77 @@
+"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | progressive | smollm`.
+
+speed: ResNets at 2× against the same model (on a GPU in bfloat16, channels_last, compiled), images a second of training and of
+inference, beside the paper's gains (arXiv 2407.20266). Random weights: speed does not depend on them.
+
+progressive: a small LLaMA trained on the standard library, its MLPs 2× and 4× smaller in one step or in two, equal tokens.
+
+smollm: SmolLM2-135M's perplexity at several ratios, plain against data-aware SVD, without training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+
+from benchmarks.run import use_carried_libraries  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.low_rank", description=__doc__)
+    parser.add_argument("claim", choices=("speed", "progressive", "smollm"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--depths", type=int, nargs="+", default=[50], choices=(50, 101, 152))
+    parser.add_argument("--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu)")
+    parser.add_argument("--rounds", type=int, default=7, help="(speed)")
+    parser.add_argument("--only", default="", help="variants whose name holds this (speed)")
+    parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of the dense model (progressive)")
+    parser.add_argument("--recovery", type=int, default=200, help="training steps after decomposing (progressive)")
+    parser.add_argument("--seeds", type=int, default=3, help="(progressive)")
+    parser.add_argument("--width", type=int, default=192, help="(progressive)")
+    parser.add_argument("--layers", type=int, default=4, help="(progressive)")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[1.25, 1.5, 2.0], help="(smollm)")
+    parser.add_argument("--windows", type=int, default=24, help="of 256 tokens, held out (smollm)")
+    parser.add_argument("--json", type=Path, help="write the numbers")
+    options = parser.parse_args(arguments)
+    use_carried_libraries()
+    from benchmarks.claims import _low_rank_language, _low_rank_resnet
+
+    cuda = options.device == "cuda"
+    if options.claim == "speed":
+        rows = [
+            row
+            for depth in options.depths
+            for training in ((False,) if options.no_training else (False, True))
+            for row in _low_rank_resnet.measure(
+                depth,
+                options.device,
+                options.batch or (256 if cuda else 4),
+                training=training,
+                compiled=cuda,
+                rounds=options.rounds,
+                only=options.only,
+            )
+        ]
+    elif options.claim == "progressive":
+        rows = _low_rank_language.progressive(
+            options.steps, options.recovery, options.seeds, options.width, options.layers, options.device
+        )
+    else:
+        rows = _low_rank_language.smollm(tuple(options.ratios), options.device, options.windows)
+    if options.json:
+        machine = torch.cuda.get_device_name() if cuda else "cpu"
+        report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "rows": rows}
+        options.json.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

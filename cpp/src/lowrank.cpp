@@ -1,0 +1,156 @@
+// A low-rank linear layer of few rows on the CPU: which kernels serve it, and how its weights are cut into tasks.
+//
+// Bound: bytes. Both factors are read once and hardly anything else is: rank (in + out) elements for 2 rows rank (in + out)
+// operations. A library packs the weights first, which for few rows costs more than multiplying them.
+#include "effcore/lowrank.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "effcore/cpu.h"
+#include "lowrank_kernels.h"
+#include "scratch.h"
+#include "tasks.h"
+
+namespace effcore::lowrank {
+namespace {
+
+// Less than this of weights or of elements is work for one thread: waking another takes some microseconds.
+constexpr std::int64_t serial_bytes = 96 << 10;
+
+std::int64_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+std::int64_t sum_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : 4;
+}
+std::int64_t round_up(std::int64_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+const ProductKernels& product_kernels(DType dtype) {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::amx: return dtype == DType::bfloat16 ? amx::product_kernels(dtype) : v4::product_kernels(dtype);
+    case Isa::v4: return v4::product_kernels(dtype);
+    case Isa::v3: return v3::product_kernels(dtype);
+    default: break;
+  }
+#endif
+  return v2::product_kernels(dtype);
+}
+
+const ActivationKernels& activation_kernels(DType dtype) {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::amx:
+    case Isa::v4: return v4::activation_kernels(dtype);
+    case Isa::v3: return v3::activation_kernels(dtype);
+    default: break;
+  }
+#endif
+  return v2::activation_kernels(dtype);
+}
+
+void multiply(const ProductKernels& kernels, const Product& product, std::int64_t weight_bytes, const Threads& threads) {
+  const auto task = [&](std::int64_t i) { kernels.multiply(product, i); };
+  const std::int64_t tasks = ceil_div(product.columns, kernels.block);
+  if (weight_bytes * std::min<std::int64_t>(product.rows, 8) > serial_bytes) return run_tasks(threads, tasks, task);
+  for (std::int64_t i = 0; i < tasks; ++i) task(i);
+}
+
+// Rows of [rows, columns] over the threads, in one piece each where neighbouring rows are neighbours in memory.
+template <class Body>
+void for_rows(const TensorView& t, bool dense, const Threads& threads, const Body& body) {
+  const std::int64_t rows = t.size[0], columns = t.size[1];
+  if (rows * columns == 0) return;
+  // A piece of a dense tensor is any run of elements: few long rows share out as well as many short ones.
+  constexpr std::int64_t piece = 4096;
+  const std::int64_t items = dense ? ceil_div(rows * columns, piece) : rows;
+  const auto some = [&](std::int64_t begin, std::int64_t end) {
+    if (dense) return body(0, begin * piece, std::min(end * piece, rows * columns) - begin * piece);
+    for (std::int64_t row = begin; row < end; ++row) body(row, 0, columns);
+  };
+  if (rows * columns * element_size(t.dtype) <= serial_bytes) return some(0, items);
+  threads(items, some);
+}
+
+bool dense(const TensorView& t) {
+  return t.stride[0] == t.size[1] || t.size[0] <= 1;
+}
+char* at(const TensorView& t, std::int64_t row, std::int64_t column) {
+  return static_cast<char*>(t.data) + (row * t.stride[0] + column) * element_size(t.dtype);
+}
+
+}  // namespace
+
+Limits limits(DType dtype) {
+  return product_kernels(dtype).limits;
+}
+
+void linear(const Linear& args, const Threads& threads) {
+  const DType dtype = args.x.dtype;
+  const std::int64_t rows = args.x.size[0], in = args.x.size[1], rank = args.down.size[0], out = args.up.size[0];
+  if (rows * out == 0) return;
+  const ProductKernels& kernels = product_kernels(dtype);
+  const std::int64_t size = element_size(dtype);
+
+  // hidden: kept by the caller, or ours, where the second operand is made of it.
+  const bool own = args.hidden == nullptr && !kernels.operand_from_sums;
+  const std::int64_t first = round_up(kernels.operand_bytes(rows, in)), second = round_up(kernels.operand_bytes(rows, rank));
+  char* const memory = static_cast<char*>(scratch::get(scratch::Slot::shared, first + second + (own ? rows * rank * size : 0)));
+  void* const hidden = own ? memory + first + second : args.hidden;
+
+  kernels.prepare(memory, args.x.data, args.x.stride[0], rows, in);
+  Product down;
+  down.operand = memory;
+  down.rows = rows;
+  down.weights = static_cast<const char*>(args.down.data);
+  down.weight_stride = args.down.stride[0] * size;
+  down.columns = rank;
+  down.k = in;
+  down.out = hidden;
+  down.out_stride = rank;
+  if (kernels.operand_from_sums) {
+    std::memset(memory + first, 0, second);  // what pads its rows
+    down.sums = memory + first;
+    down.sums_stride = kernels.operand_bytes(1, rank) / sum_size(dtype);
+  }
+  multiply(kernels, down, rank * in * size, threads);
+
+  if (!kernels.operand_from_sums) kernels.prepare(memory + first, hidden, rank, rows, rank);
+  Product up;
+  up.operand = memory + first;
+  up.rows = rows;
+  up.weights = static_cast<const char*>(args.up.data);
+  up.weight_stride = args.up.stride[0] * size;
+  up.columns = out;
+  up.k = rank;
+  up.bias = args.bias != nullptr ? args.bias->data : nullptr;
+  up.activation = args.activation;
+  up.before = args.before;
+  up.before_stride = out;
+  up.out = args.out.data;
+  up.out_stride = args.out.stride[0];
+  multiply(kernels, up, out * rank * size, threads);
+}
+
+void activate(const Activate& args, const Threads& threads) {
+  const ActivationKernels& kernels = activation_kernels(args.in.dtype);
+  for_rows(args.in, dense(args.in) && dense(args.out), threads, [&](std::int64_t row, std::int64_t column, std::int64_t n) {
+    kernels.activate(at(args.out, row, column), at(args.in, row, column), n, args.activation);
+  });
+}
+
+void activate_backward(const ActivateBackward& args, const Threads& threads) {
+  const ActivationKernels& kernels = activation_kernels(args.dout.dtype);
+  const bool together = dense(args.dout) && dense(args.before) && dense(args.dz);
+  for_rows(args.dout, together, threads, [&](std::int64_t row, std::int64_t column, std::int64_t n) {
+    kernels.backward(at(args.dz, row, column), at(args.dout, row, column), at(args.before, row, column), n, args.activation);
+  });
+}
+
+}  // namespace effcore::lowrank

@@ -1,0 +1,23 @@
+// A low-rank linear layer on NVIDIA GPUs: the functions of effcore/lowrank.h with the same arguments, which the caller has
+// checked. float64 is refused. Two runs give identical bits. A failing launch throws std::runtime_error.
+#pragma once
+#include "effcore/cuda/launch.h"
+#include "effcore/lowrank.h"
+
+namespace effcore::cuda::lowrank {
+
+using effcore::lowrank::Activate;
+using effcore::lowrank::ActivateBackward;
+using effcore::lowrank::Limits;
+using effcore::lowrank::Linear;
+
+// Where `linear` beats two products of cuBLAS, on the current device; nothing lies within the limits of one that has no kernel.
+Limits limits(DType dtype);
+// Whether the kernel can take this problem's memory: rows at multiples of 16 bytes.
+bool takes(const Linear& args);
+
+void linear(const Linear& args, const Launch& launch);
+void activate(const Activate& args, const Launch& launch);
+void activate_backward(const ActivateBackward& args, const Launch& launch);
+
+}  // namespace effcore::cuda::lowrank

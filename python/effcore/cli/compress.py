@@ -1,0 +1,55 @@
+"""``effcore compress``: a language model by factors of low rank, and what became of each layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a run folder of effcore train, or a GGUF file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    ratio: Annotated[float | None, typer.Option("--ratio", help="Each layer's parameters fall by this factor.")] = None,
+    error: Annotated[float | None, typer.Option("--error", help="Greatest relative error of a layer.")] = None,
+    time: Annotated[float | None, typer.Option("--time", help="The layers' measured time falls to this part.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="A text file: weights by activations, and layers timed, on its tokens."),
+    ] = None,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of a batch of the text.")] = 512,
+    batches: Annotated[int, typer.Option("--batches", min=1, help="Batches of the text.")] = 8,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Layers to leave, as regular expressions.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Decomposes a model's layers; writes the model, report.json and report.png."""
+    import json
+
+    from effcore.errors import InputError
+    from effcore.methods import low_rank
+    from effcore.methods.low_rank_checkpoint import save_decomposed
+    from effcore.training.models import load_model
+
+    network, tokenizer = load_model(model)
+    network.eval()
+    data: list[Any] | None = None
+    if text is not None:
+        if not text.is_file():
+            raise InputError(f"{text}: no such file")
+        ids = tokenizer(text.read_text(encoding="utf-8", errors="replace"), return_tensors="pt")["input_ids"][0]
+        data = [{"input_ids": part[None]} for part in ids.split(length)[:batches] if len(part)]
+        if not data:
+            raise InputError(f"{text}: the file is empty")
+    try:
+        low_rank.decompose(network, ratio, error=error, time=time, data=data, exclude=exclude or ())
+    except ValueError as bad:
+        raise InputError(str(bad).removeprefix("effcore.decompose: ")) from bad
+    result = low_rank.report(network)
+    save_decomposed(network, output)
+    tokenizer.save_pretrained(output)
+    result.write_json(output / "report.json")
+    result.plot(output / "report.png")
+    print(json.dumps(result.as_dict()) if json_ else result.table())

@@ -1,0 +1,197 @@
+r"""What happens to factors while they train: freezing, sequential freezing, progressive decomposition.
+
+Plain objects with ``apply(model, step, epoch)``, to be called before each optimizer step; ``callback()`` makes a callback of
+the Hugging Face Trainer of any of them.
+
+    freezing               of two factors the first stays, of three both 1×1s: their gradients are not computed (2407.20266)
+    sequential freezing    the frozen and the training factors change places every epoch (2309.03824)
+    progressive            2× and recover, again and again: W ≈ up · down; up ≈ up' · m, down' = m · down. One step to the same
+                           size costs more accuracy (2407.20266: GPT-2 to a quarter, 22.0 against 28.2 perplexity)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from effcore.methods.low_rank import decompose
+from effcore.methods.low_rank_factor import MatrixFactors
+from effcore.methods.low_rank_layers import Rank, replace
+from effcore.methods.low_rank_ranks import snap
+from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
+
+
+def _outer(module: nn.Module) -> list[Tensor]:
+    """The factors that freezing keeps: the first of two, the two 1×1s of three."""
+    if isinstance(module, LowRankLinear):
+        return [module.down]
+    if isinstance(module, LowRankConv2d):
+        return [module.first.weight] if module.core is None else [module.first.weight, module.last.weight]
+    return []
+
+
+def _inner(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, LowRankLinear):
+        return [module.up]
+    if isinstance(module, LowRankConv2d):
+        return [module.last.weight] if module.core is None else [module.core.weight]
+    return []
+
+
+def freeze(model: nn.Module, frozen: bool = True, *, inner: bool = False) -> int:
+    """Stops (or resumes) the training of all outer factors, or of the inner ones; returns how many parameters that are."""
+    count = 0
+    for module in model.modules():
+        for parameter in (_inner if inner else _outer)(module):
+            parameter.requires_grad_(not frozen)
+            if frozen:
+                parameter.grad = None
+            count += parameter.numel()
+    return count
+
+
+class _Schedule:
+    def apply(self, model: nn.Module, step: int, epoch: float, optimizer: Optimizer | None = None) -> None:
+        raise NotImplementedError
+
+    def callback(self) -> Any:
+        """As a ``TrainerCallback``."""
+        from effcore.methods.low_rank_trainer import ScheduleCallback
+
+        return ScheduleCallback(self)
+
+
+@dataclass
+class Freezing(_Schedule):
+    """The outer factors keep what the decomposition gave them, for all of the training."""
+
+    def apply(self, model: nn.Module, step: int, epoch: float, optimizer: Optimizer | None = None) -> None:
+        freeze(model)
+
+
+@dataclass
+class SequentialFreezing(_Schedule):
+    """Outer factors are frozen in even periods, inner ones in odd periods.
+
+    Args:
+        period: in epochs.
+    """
+
+    period: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.period > 0:
+            raise ValueError(f"effcore.SequentialFreezing: period must be positive, got {self.period}")
+        self._phase: int | None = None
+
+    def apply(self, model: nn.Module, step: int, epoch: float, optimizer: Optimizer | None = None) -> None:
+        phase = math.floor(epoch / self.period + 1e-9) % 2
+        if phase == self._phase:
+            return
+        self._phase = phase
+        freeze(model, phase == 0)
+        freeze(model, phase == 1, inner=True)
+
+
+@dataclass
+class ProgressiveDecomposition(_Schedule):
+    """Decomposes a little, lets the model recover, and goes on from the factors.
+
+    Args:
+        ratios: how far each stage shrinks the layers, for instance (2, 2): a half, then a quarter.
+        every: steps between stages; the first is at ``start``.
+        options: for :func:`effcore.decompose` at the first stage (include, exclude, data, multiple).
+
+    A stage replaces parameters. With ``apply(..., optimizer)`` (the callback hands it over) the optimizer's groups are given
+    the new ones, whose moments begin anew.
+    """
+
+    ratios: tuple[float, ...]
+    every: int
+    start: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.ratios or any(not r > 1 for r in self.ratios):
+            raise ValueError(f"effcore.ProgressiveDecomposition: ratios must be above 1, got {self.ratios}")
+        if self.every < 1 or self.start < 0:
+            raise ValueError(
+                "effcore.ProgressiveDecomposition: every must be positive and start not negative, "
+                f"got {self.every} and {self.start}"
+            )
+        self.stage = 0
+
+    def apply(self, model: nn.Module, step: int, epoch: float, optimizer: Optimizer | None = None) -> None:
+        wanted = 0 if step < self.start else min(len(self.ratios), (step - self.start) // self.every + 1)
+        if wanted <= self.stage:
+            return
+        old = dict(model.named_parameters())
+        while self.stage < wanted:
+            if self.stage == 0:
+                decompose(model, ratio=self.ratios[0], **self.options)
+            else:
+                shrink(model, self.ratios[self.stage], multiple=self.options.get("multiple"))
+            self.stage += 1
+        if optimizer is not None:
+            _hand_over(optimizer, old, model)
+
+
+@torch.no_grad()
+def shrink(
+    model: nn.Module, ratio: float, *, multiple: int | None = None, only: Iterable[str] | None = None
+) -> list[str]:
+    """Decomposes every LowRankLinear again, to 1 / ratio of its rank: the second factor by SVD, folded into the first.
+
+    With the columns of ``up`` in the coordinates in which ``down`` is orthonormal (QR), this is the truncated SVD of up · down
+    itself. Returns the names of the layers.
+    """
+    names = [n for n, m in model.named_modules() if isinstance(m, LowRankLinear) and (only is None or n in set(only))]
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LowRankLinear)
+        rank: Rank = snap(max(1, int(layer.rank / ratio)), multiple or 1)
+        assert isinstance(rank, int)
+        q, r = torch.linalg.qr(layer.down.double().T)  # down = rᵀ qᵀ
+        down, up = MatrixFactors.of(layer.up.double() @ r.T).split(rank)
+        new = LowRankLinear(
+            layer.in_features,
+            layer.out_features,
+            rank,
+            layer.bias is not None,
+            device=layer.down.device,
+            dtype=layer.down.dtype,
+        )
+        new.down.copy_(down @ q.T)
+        new.up.copy_(up)
+        if new.bias is not None and layer.bias is not None:
+            new.bias.copy_(layer.bias)
+        for a, b in zip(new.parameters(), layer.parameters(), strict=True):
+            a.requires_grad_(b.requires_grad)
+        replace(model, name, new.train(layer.training))
+    return names
+
+
+def _hand_over(optimizer: Optimizer, old: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """Parameters that are gone leave the optimizer; new ones join the group of the layer that they replace."""
+    group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    now = dict(model.named_parameters())
+    kept = {id(p) for p in now.values()}
+    home = {name.rpartition(".")[0]: group_of[id(p)] for name, p in old.items() if id(p) in group_of}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in kept:
+                optimizer.state.pop(p, None)
+        group["params"] = [p for p in group["params"] if id(p) in kept]
+    for name, p in now.items():
+        if id(p) in group_of:
+            continue
+        owner = name.rpartition(".")[0]
+        while owner and owner not in home:
+            owner = owner.rpartition(".")[0]
+        home.get(owner, optimizer.param_groups[0])["params"].append(p)

@@ -1,0 +1,81 @@
+"""A linear layer whose weight is a product of two thin matrices.
+
+    W ≈ up · down,   down [r, I],  up [O, r]:   out = f(x · downᵀ · upᵀ + bias)
+
+2·r·(I + O) operations a row instead of 2·I·O (Denton et al. 2014; Zhang et al. 2015; the ranks of arXiv 2407.20266). For few
+rows on the CPU, and for small ranks on CUDA, one kernel does both products and the intermediate x · downᵀ stays on the chip;
+elsewhere they are two products of torch's. Which one it is depends on shapes and dtype alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effcore.ops import _lowrank_autograd as _autograd
+from effcore.reference.lowrank import activate
+
+__all__ = ["ACTIVATIONS", "lowrank_linear"]
+
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LIMITS: dict[tuple[torch.dtype, bool], tuple[int, int, int, int]] = {}
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+
+def lowrank_linear(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """``f(x · downᵀ · upᵀ + bias)``. Differentiable (once) in x, down, up and bias.
+
+    Args:
+        x: [..., I], any strides. float32, bfloat16 or float16 (float64 on the CPU as well).
+        down: [r, I] in x's dtype.
+        up: [O, r], likewise. A matrix that is strided in its last dimension is copied first.
+        bias: [O], or None.
+        activation: None, "relu", "gelu" (x Φ(x)), "gelu_tanh" (its approximation) or "silu".
+
+    Returns:
+        [..., O] in x's dtype, contiguous. Sums are float32 or better, and two calls give the same bits. Under
+        ``torch.autocast`` the arguments are cast as those of ``torch.nn.functional.linear`` are.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    code = _CODES.get(activation)
+    if code is None:
+        raise ValueError(
+            f"effcore.lowrank_linear: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
+        )
+    if not torch.compiler.is_compiling() and _left_to_torch(x, down, up):
+        # The op would make the same two products; torch's own entry points cost less a call. Compiled code keeps the op, whose
+        # choice at run time takes no guard on the number of rows.
+        try:
+            return activate(F.linear(F.linear(x, down), up, bias), activation)
+        except RuntimeError:
+            pass  # a bad argument: the op refuses it by name
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return _autograd.lowrank_linear(x, down, up, bias, code)
+
+
+def _left_to_torch(x: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Whether two products of torch's are the faster way. Called for each call of a layer, so it looks at little."""
+    limits = _LIMITS.get((x.dtype, x.is_cuda))
+    if limits is None:
+        if not (x.is_cpu or x.is_cuda) or x.dtype not in _DTYPES:
+            return False
+        least_rows, most_rows, least_bytes, most_rank = _autograd.limits(x.device.type, x.dtype)
+        limits = _LIMITS[x.dtype, x.is_cuda] = (least_rows, most_rows, least_bytes // x.itemsize, most_rank)
+    shape = x.shape
+    if not shape or not shape[-1]:
+        return False
+    least_rows, most_rows, least_numbers, most_rank = limits
+    rows = x.numel() // shape[-1]
+    if not least_rows <= rows <= most_rows or down.shape[0] > most_rank:
+        return True
+    return down.numel() + up.numel() < least_numbers

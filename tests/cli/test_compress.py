@@ -1,0 +1,60 @@
+"""effcore compress: a small model there and back, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from effcore.data import byte_tokenizer
+from effcore.methods.low_rank_checkpoint import load_decomposed
+from effcore.nn.low_rank import LowRankLinear
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import transformers
+
+    folder, tokenizer = tmp_path_factory.mktemp("model"), byte_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(capsys, *arguments):
+    from effcore.cli.app import run
+
+    with pytest.raises(SystemExit) as stop:
+        run(["compress", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def test_there_and_back(folder, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_text("a few words to see which shapes there are " * 20)
+    code, out, err = run(
+        capsys, folder, "--error", "0.9", "--text", text, "--length", "64", "-o", tmp_path / "out", "--json"
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["target"] == "error 0.9" and (tmp_path / "out" / "report.png").is_file()
+    model = load_decomposed(tmp_path / "out")
+    replaced = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    assert len(replaced) == sum(x["rank"] is not None for x in report["layers"])
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_refusals(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    for arguments, message in (
+        ((folder, "-o", out), "give one of ratio, error, time and ranks, got none"),
+        ((folder, "--ratio", "0.5", "-o", out), "ratio must be above 1, got 0.5"),
+        ((tmp_path / "nothing", "--ratio", "2", "-o", out), "no such model"),
+        ((folder, "--time", "0.5", "-o", out), "time needs data"),
+        ((folder, "--ratio", "2", "--text", tmp_path / "nothing", "-o", out), "no such file"),
+    ):
+        code, _, err = run(capsys, *arguments)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1

@@ -1,0 +1,201 @@
+"""Decomposed models while they train, merged, branched, saved and loaded."""
+
+import pytest
+import torch
+from torch import nn
+
+import effcore
+from effcore.errors import InputError
+from effcore.methods.low_rank_callbacks import Freezing, ProgressiveDecomposition, SequentialFreezing, shrink
+from effcore.methods.low_rank_checkpoint import DESCRIPTION, load_decomposed, save_decomposed
+from effcore.methods.low_rank_factor import reorder
+from effcore.methods.low_rank_merge import bottlenecks, branch, merge
+from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
+from tests.methods.test_low_rank import MODELS, hugging_face
+
+
+def network():
+    return effcore.decompose(
+        nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 1), nn.Flatten(), nn.Linear(512, 32)), 1.5, multiple=1
+    )
+
+
+def trains(model):
+    return {n for n, p in model.named_parameters() if p.requires_grad and "bias" not in n}
+
+
+def test_freezing():
+    model = network()
+    Freezing().apply(model, 0, 0.0)
+    assert trains(model) == {"0.core.weight", "1.last.weight", "3.up"}
+
+
+def test_sequential_freezing_alternates():
+    model, schedule = network(), SequentialFreezing()
+    inner = {"0.core.weight", "1.last.weight", "3.up"}
+    outer = {"0.first.weight", "0.last.weight", "1.first.weight", "3.down"}
+    for epoch, expected in ((0.0, inner), (0.9, inner), (1.0, outer), (1.5, outer), (2.0, inner)):
+        schedule.apply(model, 0, epoch)
+        assert trains(model) == expected
+    with pytest.raises(ValueError, match="period must be positive"):
+        SequentialFreezing(0)
+
+
+def test_shrinking_is_the_truncated_svd_of_the_product():
+    model = nn.Sequential(LowRankLinear(40, 30, 16))
+    u, s, vh = torch.linalg.svd(model[0].weight.detach().double())
+    assert shrink(model, 2.0) == ["0"]
+    best = (u[:, :8] * s[:8]) @ vh[:8]
+    torch.testing.assert_close(model[0].weight.double(), best, rtol=1e-4, atol=1e-5)
+
+
+def test_progressive_decomposition_trains_on():
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = ProgressiveDecomposition((1.5, 2.0), every=3, start=2, options={"multiple": 1})
+    x, target = torch.randn(64, 32), torch.randn(64, 32)
+    ranks = []
+    for step in range(8):
+        schedule.apply(model, step, 0.0, optimizer)
+        loss = (model(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ranks.append(getattr(model[0], "rank", None))
+        assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    first = ranks[2]
+    assert ranks[:2] == [None, None] and ranks[2:5] == [first] * 3 and ranks[5:] == [first // 2] * 3
+    with pytest.raises(ValueError, match="ratios must be above 1"):
+        ProgressiveDecomposition((1.0,), every=1)
+    with pytest.raises(ValueError, match="every must be positive"):
+        ProgressiveDecomposition((2.0,), every=0)
+
+
+@pytest.mark.slow
+def test_schedules_inside_the_trainer(tmp_path):
+    import transformers
+
+    model, _ = hugging_face("llama")
+    rows = [{"input_ids": torch.randint(0, 50, (9,)), "labels": torch.randint(0, 50, (9,))} for _ in range(8)]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=6, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True
+    )
+    schedule = ProgressiveDecomposition((1.5, 2.0), every=2, start=1, options={"multiple": 1})
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[schedule.callback()])
+    trainer.train()
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, LowRankLinear) and schedule.stage == 2
+    state = trainer.optimizer.state
+    assert (
+        any(p is layer.up for p in getattr(trainer.optimizer, "optimizer", trainer.optimizer).state)
+        or layer.up in state
+    )
+
+
+def resnet_with_statistics(activation):
+    import transformers
+
+    config = transformers.ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[64, 96],
+        depths=[2, 1],
+        layer_type="bottleneck",
+        num_labels=4,
+        hidden_act="relu",
+    )
+    model = transformers.ResNetForImageClassification(config)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.normal_(module.bias)
+        if not activation and type(module).__name__ == "ResNetConvLayer":
+            module.activation = nn.Identity()
+    return model.eval()
+
+
+def test_merging_without_activations_is_exact():
+    model, x = resnet_with_statistics(False), torch.randn(2, 3, 32, 32)
+    before = model(x).logits
+    errors = merge(model, ratio=1)
+    assert len(errors) == len(bottlenecks(model)) == 3 and max(errors.values()) < 1e-6
+    torch.testing.assert_close(model(x).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def test_merging_shrinks_and_trains():
+    model, x = resnet_with_statistics(True), torch.randn(2, 3, 32, 32)
+    before, names = sum(p.numel() for p in model.parameters()), len(list(model.modules()))
+    errors = merge(model, 2.0, multiple=1)
+    assert all(0 < e < 1 for e in errors.values())
+    assert sum(p.numel() for p in model.parameters()) < 0.8 * before and len(list(model.modules())) == names
+    model.train()
+    model(x).logits.square().mean().backward()
+    with pytest.raises(ValueError, match="no bottleneck"):
+        merge(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="ratio must be at least 1"):
+        merge(model, 0.5)
+
+
+def test_branching_keeps_the_blocks_and_says_what_it_drops():
+    model = nn.Sequential(LowRankConv2d(24, 32, 3, (16, 24), padding=1))
+    dense, x = model[0].weight.detach(), torch.randn(2, 24, 8, 8)
+    errors = branch(model, 4)
+    conv = model[0]
+    assert conv.branches == 4 and conv.core.groups == 4
+    measured = ((conv.weight - dense).norm() / dense.norm()).item()
+    assert errors["0"] == pytest.approx(measured, rel=1e-4)
+    expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(conv(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="branches must be at least 2"):
+        branch(model, 1)
+    with pytest.raises(ValueError, match="no low-rank convolution"):
+        branch(model, 5)
+
+
+def test_reordering_finds_hidden_blocks():
+    energy = torch.full((12, 8), 0.01)
+    rows, columns = torch.randperm(12), torch.randperm(8)
+    for b in range(4):
+        energy[rows[3 * b : 3 * b + 3, None], columns[None, 2 * b : 2 * b + 2]] = 1.0
+    row_order, column_order = reorder(energy, 4)
+    ordered = energy[row_order][:, column_order]
+    for b in range(4):
+        assert (ordered[3 * b : 3 * b + 3, 2 * b : 2 * b + 2] == 1).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_saved_and_loaded_without_the_original(kind, tmp_path):
+    model, batch = hugging_face(kind)
+    effcore.decompose(model.eval(), 1.6, multiple=1)
+    save_decomposed(model, tmp_path)
+    loaded = load_decomposed(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    if kind == "llama":
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_merged_and_branched_models_are_saved_too(tmp_path):
+    model, x = resnet_with_statistics(True), torch.randn(2, 3, 32, 32)
+    merge(model, 2.0, multiple=1)
+    effcore.decompose(model, 1.5, multiple=2, include=["layer.1.convolution"])
+    branch(model, 2)
+    save_decomposed(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_decomposed(tmp_path)(x).logits, model(x).logits)
+
+
+def test_damaged_checkpoints_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"low_rank\.json: not a decomposed model"):
+        load_decomposed(tmp_path)
+    save_decomposed(network(), tmp_path)
+    with pytest.raises(InputError, match=r"pass model="):
+        load_decomposed(tmp_path)
+    with pytest.raises(InputError, match=r"layer \d does not fit the architecture"):
+        load_decomposed(tmp_path, nn.Sequential(nn.Linear(3, 3)).requires_grad_())
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    skeleton = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 1), nn.Flatten(), nn.Linear(512, 32))
+    with pytest.raises(InputError, match="cannot be read"):
+        load_decomposed(tmp_path, skeleton)
+    (tmp_path / DESCRIPTION).write_text("{")
+    with pytest.raises(InputError, match="not a decomposed model"):
+        load_decomposed(tmp_path, skeleton)
