@@ -140,3 +140,21 @@ def grid() -> tuple[list[Case], list[Case]]:
         )
     ]
     return cases, decode
+
+
+def backward_grid() -> list[Case]:
+    """Groups of as many layers as change how the backward holds their values, over several blocks of keys and queries."""
+    base = Case(queries=320, keys=450, heads=4, kv_heads=2)
+    change = dataclasses.replace
+    cases = []
+    for dtype in ("bf16", "fp16"):
+        for dim in (64, 128):
+            sized = change(base, dtype=dtype, dim=dim, value_dim=dim)
+            cases += [change(sized, layers=layers) for layers in (1, 2, 3, 4, 5, 6, 7, 9)]
+            cases += [
+                change(sized, layers=4, lengths=True, first_key="query", queries=700, keys=700),
+                change(sized, layers=1, lengths=True, first_key="row", causal=False),
+                change(sized, layers=4, layout="token", queries=1000, keys=1000, batch=1),
+                change(sized, layers=2, queries=450, keys=77),  # rows that see nothing
+            ]
+    return cases

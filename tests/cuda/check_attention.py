@@ -28,7 +28,7 @@ for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")): 
 
 from effcore.ops import attention as ops  # noqa: E402
 from effcore.reference import attention as reference  # noqa: E402
-from tests.cuda.attention_problems import DTYPES, FLOOR, Case, grid, tensor, visibility  # noqa: E402
+from tests.cuda.attention_problems import DTYPES, FLOOR, Case, backward_grid, grid, tensor, visibility  # noqa: E402
 
 
 def poison() -> None:
@@ -304,6 +304,11 @@ def run_small() -> None:
             )
             for keep in ("lse", "probs"):
                 group(ops, q, k, values, grads, keep, causal=True, **visibility(case))
+            # The backward holds the values of one layer, of a few and of many in other places.
+            if layout == "head" and dim <= 128 and dtype != "fp32":
+                group(ops, q, k, values[:1], grads[:1], "lse", causal=True, **visibility(case))
+                for keep in ("lse", "probs"):
+                    group(ops, q, k, values * 3, grads * 3, keep, causal=True, **visibility(case))
             lengths = torch.full((1,), 165, device="cuda", dtype=torch.int32)
             _, probs = ops.decode_attention(
                 q[:, :, :1].detach(), k.detach(), values[0].detach(), lengths, return_probs=True
@@ -324,6 +329,7 @@ def main() -> int:
         return 0
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's failures on unusual shapes poison the context
     cases, decode = grid()
+    cases += backward_grid()
     rows = []
 
     def attempt(what: str, run) -> None:

@@ -20,8 +20,8 @@ template <int Stages>
 struct Turn {
   int stage = 0;
   std::uint32_t phase = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == Stages) stage = 0, phase ^= 1;
+  __device__ __forceinline__ void next(int stages = Stages) {
+    if (++stage == stages) stage = 0, phase ^= 1;
   }
 };
 

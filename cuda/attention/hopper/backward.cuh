@@ -1,0 +1,293 @@
+// Backward of a layer group's owner on sm_90a (one layer is plain attention), D = Dv = 64 or 128, 16-bit:
+//
+//   P = exp(S - lse), or read;   dv = P^T dout_0;   dP = sum_l dout_l v_l^T;   dS = P * (dP - delta)
+//   dk = scale dS^T q;   dq = scale dS k
+//
+// Bound: 4 + layers products of 2 * queries * keys * dim FLOPs, one less with P kept (half causal).
+//
+// Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T: a warpgroup owns 64 keys, and P^T and dS^T leave the
+// accumulators as the A operand of the products that give dv and dk, which stay in registers. dS alone passes through shared
+// memory, since dq sums over both warpgroups' keys; each then computes half of dq [queries x D]. That product lags one step
+// behind: by then the other warpgroup's dS is there, nobody waits for it, and the two warpgroups need not run in step, so that
+// one multiplies while the other exponentiates.
+//
+// dq is added up in device memory over the blocks of keys, in turns (turns.cuh), from registers. A pass of its own for dq would
+// recompute S and every dP: layers + 2 products more. A warp of its own waits for turns and passes them on, so that no consumer
+// waits for memory to settle. What the additions cost (H100, length 8192, 16k tokens of H * D = 2048, one layer, causal): at
+// D = 128 3.2 ms with them, 3.0 without waiting for turns, 2.2 with no addition at all; at D = 64 3.7, 3.2 and 2.7. Adding
+// through shared memory (a bulk reduction) would take that off the consumers where there is room for 32 KiB more, which at
+// D = 128 the values of four layers do not leave.
+//
+// Shared memory (OwnerTiles): K; V of all layers, or a ring of them; rings of Q, of dout_l, and of slots that hold dS
+// [queries x keys] and, before it, kept P. Layers go from the last to the first, and dP before S where there are several: one
+// stage of Q is then enough, since the next Q arrives behind layers - 1 products. dout wants a deep ring: an item is multiplied
+// in less time than it takes to arrive (four layers at D = 128: 348 TFLOP/s with two stages, 387 with three).
+#pragma once
+#include "attention/hopper/backward_helpers.cuh"
+
+namespace effcore::cuda::hopper {
+
+// The warpgroup's half of a block's dq [queries x D]: 64 rows or 64 columns of it, to the sums or, with the last part, to dq.
+template <class T, int D, int queries>
+__device__ __forceinline__ void add_dq(const OwnerParams& p, const StepInfo& info, float (&dq)[32], int warpgroup) {
+  constexpr int dq_elements = queries * D;
+  float4* const sums = reinterpret_cast<float4*>(p.dq_sums + static_cast<std::int64_t>(info.slot) * dq_elements) +
+                       warpgroup * (dq_elements / 8) + threadIdx.x % 128;
+  const bool first = info.flags & step_first, last = info.flags & step_last;
+  if (!last) {
+    if (first) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) __stcg(sums + n * 128, make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]));
+    } else {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float part[4] = {dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]};
+        attention::add_in_turn(sums + n * 128, part);
+      }
+    }
+    return;
+  }
+  const Shape& s = p.shape;
+  const float scale = s.negative ? -s.scale : s.scale;
+  const int query_blocks = (s.queries + queries - 1) / queries, row = info.slot / query_blocks;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int query = info.query0 + (queries == 128 ? 64 * warpgroup : 0) + 16 * warp + lane / 4;
+  const int column0 = (D == 128 ? 64 * warpgroup : 0) + 2 * (lane % 4);
+  T* const to = attention::row_of<T>(p.dq, row / s.heads, row % s.heads, query);
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const float4 before = first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg(sums + n * 128);
+    if (query < s.queries)
+      store_pair(to, column0 + 8 * n, D, p.dq.paired, (before.x + dq[4 * n]) * scale, (before.y + dq[4 * n + 1]) * scale);
+    if (query + 8 < s.queries)
+      store_pair(to + 8 * p.dq.stride[2], column0 + 8 * n, D, p.dq.paired, (before.z + dq[4 * n + 2]) * scale,
+                 (before.w + dq[4 * n + 3]) * scale);
+  }
+}
+
+template <class T, int D, bool from_probs, Values values>
+__device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
+                                              const Visibility& seen, int batch, int kv_head, int block) {
+  using Tiles = OwnerTiles<D, values>;
+  constexpr int queries = Tiles::queries, keys = Tiles::keys;
+  const Shape& s = p.shape;
+  const int thread = threadIdx.x - helper_threads, warpgroup = thread / 128, warp = thread / 32 % 4, lane = threadIdx.x % 32;
+  const int key0 = block * keys + 64 * warpgroup;
+  const std::uint32_t base = shared_address(shared), rows_at = 64 * warpgroup * panel_row_bytes;
+  const SharedOperand<false> k_rows(base + Tiles::k_at + rows_at, keys);
+  const SharedOperand<true> k_depth(base + Tiles::k_at + (D == 128 ? warpgroup * keys * panel_row_bytes : 0), keys);
+  // dS and P in tiles of 64 x 64, [block of queries][warpgroup of keys]; this warpgroup's dq takes its queries (D = 64) or all
+  // (D = 128).
+  constexpr int tile_bytes = 64 * panel_row_bytes;
+  const std::uint32_t place = warpgroup * tile_bytes + transposed_place(warp);
+  const std::uint32_t dq_rows_at = queries == 128 ? warpgroup * 2 * tile_bytes : 0;
+  const std::uint32_t values_at = base + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes + rows_at;
+
+  float dv[D / 2], dk[D / 2], dq[32], dp[queries / 2];
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) dv[i] = 0.0f, dk[i] = 0.0f;
+  Turn<Tiles::q_stages> q, q_before;
+  Turn<Tiles::most_stages> item;
+  Turn<Tiles::pooled ? Tiles::most_stages : Tiles::scores_stages> scores, scores_before;
+  auto& scores_ring = [&]() -> auto& {
+    if constexpr (Tiles::pooled)
+      return control.dout;
+    else
+      return control.scores;
+  }();
+  const auto scores_at = [&](int stage) {
+    return base + (Tiles::pooled ? Tiles::dout_at : Tiles::scores_at) + stage * Tiles::scores_bytes;
+  };
+  StepInfo before{};
+  std::uint32_t count = 0;  // of steps
+
+  const auto start_dq = [&] {
+    if (count > 0) Barrier::wait(&control.ds[(count - 1) % 2], (count - 1) / 2 % 2);
+    // Nothing comes before the first step: a product of something else, for nobody.
+    const std::uint32_t from = count > 0 ? scores_at(scores_before.stage) + dq_rows_at : base + Tiles::k_at;
+    pin(dq);
+    wgmma_begin();
+    multiply<T, 64, keys / 16>(dq, SharedOperand<false>(from, 64), k_depth, false);
+    wgmma_commit();
+  };
+  const auto finish_dq = [&] {
+    pin(dq);
+    if (count == 0) return;
+    if (lane == 0) control.q.release(q_before), scores_ring.release(scores_before);
+    Barrier::wait(&control.turn, (count - 1) % 2);
+    add_dq<T, D, queries>(p, before, dq, warpgroup);
+    __syncwarp();
+    if (lane == 0) Barrier::arrive(&control.added);
+  };
+  const auto start_dp = [&](int layer, bool accumulate) {
+    const int v_stage = values == Values::streamed ? item.stage : layer;
+    if (!accumulate) pin(dp);
+    wgmma_begin();
+    multiply<T, queries, D / 16>(dp, SharedOperand<false>(values_at + v_stage * Tiles::keys_bytes, keys),
+                                 SharedOperand<false>(base + Tiles::dout_at + item.stage * Tiles::queries_bytes, queries),
+                                 accumulate);
+    wgmma_commit();
+  };
+
+  control.dout.wait_full(item);
+  bool more = control.more[item.stage];
+  if (more) {
+    Barrier::wait(&control.k, 0);
+    clear_unseen_keys<D, keys>(shared + Tiles::k_at, block * keys, seen.begin(0), seen.length, thread);
+  }
+  while (more) {
+    start_dq();
+    const std::uint32_t q_at = base + Tiles::q_at + q.stage * Tiles::queries_bytes;
+    std::uint32_t pa[queries / 16][4];  // P^T, rounded
+    float st[from_probs ? 1 : queries / 2];
+    const auto start_scores = [&] {
+      control.q.wait_full(q);
+      if constexpr (!from_probs) {
+        pin(st);
+        wgmma_begin();
+        multiply<T, queries, D / 16>(st, k_rows, SharedOperand<false>(q_at, queries), false);
+        wgmma_commit();
+      }
+    };
+    if constexpr (Tiles::pooled && from_probs)
+      if (p.layers == 1) {
+        scores = item, item.next(p.dout_stages);
+        control.dout.wait_full(item);
+      }
+    if constexpr (values == Values::one) {
+      start_scores();
+      wgmma_wait<1>();
+      finish_dq();
+      start_dp(0, false);
+      wgmma_wait<1>();
+    } else {
+      start_dp(p.layers - 1, false);
+      wgmma_wait<1>();
+      finish_dq();
+      // S stands before the last product of dP, under which it is exponentiated.
+      const auto next_layer = [&](int layer) {
+        const Turn<Tiles::most_stages> done = item;
+        item.next(p.dout_stages);
+        if constexpr (Tiles::pooled && from_probs)
+          if (layer == 0) scores = item, item.next(p.dout_stages);
+        control.dout.wait_full(item);
+        if (layer == 0) start_scores();
+        start_dp(layer, true);
+        wgmma_wait<1>();
+        if (lane == 0) control.dout.release(done);
+      };
+      for (int layer = p.layers - 2; layer > 0; --layer) next_layer(layer);
+      if (!from_probs || p.layers > 1)
+        next_layer(0);
+      else
+        start_scores();
+    }
+    const StepInfo info = control.info[q.stage];
+    const float* const statistics = reinterpret_cast<const float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries;
+    const bool masked = info.flags & step_masked;
+    if constexpr (from_probs) {
+      scores_ring.wait_full(scores);
+      load_transposed<queries>(pa, scores_at(scores.stage) + place, 2 * tile_bytes);
+    } else {
+      pin(st);
+      exponentiate<queries>(st, statistics, s.negative ? -s.scale_log2 : s.scale_log2, masked, seen, key0 + 16 * warp,
+                            info.query0, s.queries - 1);
+      round_operand<T, queries>(pa, st);
+    }
+    pin(dv);
+    wgmma_begin();
+    multiply<T, D, queries / 16>(dv, pa,
+                                 SharedOperand<true>(base + Tiles::dout_at + item.stage * Tiles::queries_bytes, queries), true);
+    wgmma_commit();
+    wgmma_wait<1>();
+    pin(dp);
+    // dS^T = P^T * (dP^T - delta), with P as it was rounded, so that from lse and from kept P it is the same number.
+    std::uint32_t ds[queries / 16][4];
+#pragma unroll
+    for (int n = 0; n < queries / 8; ++n) {
+      const float2 delta = *reinterpret_cast<const float2*>(statistics + queries + 8 * n + 2 * (lane % 4));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dp[4 * n + i] -= i % 2 == 0 ? delta.x : delta.y;
+    }
+    if (masked) {  // values that nobody sees may be NaN
+#pragma unroll
+      for (int i = 0; i < queries / 4; ++i) {
+        const float2 probs = unpack<T>(pa[i / 4][i % 4]);
+        if (probs.x == 0.0f) dp[2 * i] = 0.0f;
+        if (probs.y == 0.0f) dp[2 * i + 1] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < queries / 4; ++i) {
+      const float2 probs = unpack<T>(pa[i / 4][i % 4]);
+      ds[i / 4][i % 4] = pack<T>(probs.x * dp[2 * i], probs.y * dp[2 * i + 1]);
+    }
+    if constexpr (Tiles::pooled && !from_probs) scores = item, scores.next(p.dout_stages);
+    if constexpr (Tiles::pooled && !from_probs)
+      scores_ring.wait_full(scores);
+    else if constexpr (!from_probs)
+      scores_ring.wait_empty(scores);
+    store_transposed<queries>(scores_at(scores.stage) + place, 2 * tile_bytes, ds);
+    fence_async();
+    __syncwarp();
+    if (lane == 0) Barrier::arrive(&control.ds[count % 2]);
+    pin(dk);
+    wgmma_begin();
+    multiply<T, D, queries / 16>(dk, ds, SharedOperand<true>(q_at, queries), true);
+    wgmma_commit();
+    wgmma_wait<1>();
+    pin(dv);
+    if (lane == 0) control.dout.release(item);
+    item.next(p.dout_stages);
+    before = info;
+    q_before = q, q.next();
+    scores_before = scores;
+    if constexpr (!Tiles::pooled) scores.next();
+    if constexpr (Tiles::pooled && !from_probs) item.next(p.dout_stages);
+    ++count;
+    control.dout.wait_full(item);
+    more = control.more[item.stage];
+  }
+  wgmma_wait<0>();
+  pin(dk), pin(dv);
+  if (count > 0) {
+    start_dq();
+    wgmma_wait<0>();
+    finish_dq();
+  }
+  const float scale = s.negative ? -s.scale : s.scale;
+  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0 + 16 * warp, s.keys, dv, 1.0f);
+  store_keys<T, D>(p.dk, p.float_dk, batch, kv_head, key0 + 16 * warp, s.keys, dk, scale);
+}
+
+template <class T, int D, bool from_probs, Values values>
+__global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid_constant__ OwnerParams p) {
+  using Tiles = OwnerTiles<D, values>;
+  extern __shared__ __align__(1024) char shared[];
+  auto& control = *reinterpret_cast<OwnerControl<Tiles>*>(shared + Tiles::control_at);
+  static_assert(sizeof(control) <= Tiles::control_bytes);
+  if (threadIdx.x == 0) {
+    // In the order in which blocks start, so that nobody waits for a block that has not.
+    control.number = atomicAdd(p.ticket, 1);
+    control.q.init(consumer_warps), control.dout.init(consumer_warps), control.scores.init(consumer_warps);
+    for (BarrierWord& ds : control.ds) Barrier::init(&ds, consumer_warps);
+    Barrier::init(&control.k, 1), Barrier::init(&control.turn, 1), Barrier::init(&control.added, consumer_warps);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  const attention::Work work(p.schedule, control.number, false);
+  const int batch = work.head / p.shape.kv_heads, kv_head = work.head % p.shape.kv_heads;
+  const Visibility seen(p.shape, batch);
+  if (threadIdx.x < helper_threads) {
+    cutlass::arch::warpgroup_reg_dealloc<Tiles::Registers::helper>();
+    if (threadIdx.x < 32)
+      owner_produce<T, D, from_probs, values>(p, shared, control, seen, batch, kv_head, work.block);
+    else if (threadIdx.x < 64)
+      owner_take_turns<D, values>(p, control, seen, batch, kv_head, work.block);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();
+    owner_consume<T, D, from_probs, values>(p, shared, control, seen, batch, kv_head, work.block);
+  }
+}
+
+}  // namespace effcore::cuda::hopper

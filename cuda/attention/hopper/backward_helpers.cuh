@@ -1,0 +1,137 @@
+// The warps of the owner's backward (backward.cuh) that multiply nothing: one brings tiles, one waits for turns of dq.
+#pragma once
+#include "attention/hopper/backward_tiles.cuh"
+#include "attention/turns.cuh"
+
+namespace effcore::cuda::hopper {
+
+// Warp 0: brings tiles, lse and delta.
+template <class T, int D, bool from_probs, Values values>
+__device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
+                                              const Visibility& seen, int batch, int kv_head, int block) {
+  using Tiles = OwnerTiles<D, values>;
+  constexpr int queries = Tiles::queries, keys = Tiles::keys;
+  constexpr float log2e = 1.4426950408889634f;
+  const Shape& s = p.shape;
+  const int lane = threadIdx.x % 32, key0 = block * keys, query_blocks = (s.queries + queries - 1) / queries;
+  attention::Steps<queries, keys> steps(seen, s.queries, s.group, block);
+  attention::Step step = steps.next();
+  if (step.exists() && lane == 0) {
+    const int resident = values == Values::streamed ? 0 : p.layers;
+    Barrier::arrive_and_expect_tx(&control.k, Tiles::keys_bytes * (1 + resident));
+    load_panels<D>(p.k, &control.k, shared + Tiles::k_at, keys, key0, kv_head, batch, Keep::first);
+    for (int l = 0; l < resident; ++l)
+      load_panels<D>(p.v[l], &control.k, shared + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes + l * Tiles::keys_bytes,
+                     keys, key0, kv_head, batch, Keep::first);
+  }
+  Turn<Tiles::q_stages> q;
+  Turn<Tiles::most_stages> item;
+  Turn<Tiles::scores_stages> scores;
+  const auto dout_tile = [&] { return shared + Tiles::dout_at + item.stage * Tiles::queries_bytes; };
+  char* const values_at = shared + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes;
+  for (; step.exists(); step = steps.next()) {
+    const int head = kv_head * s.group + step.head, query0 = step.block * queries, row = batch * s.heads + head;
+    const auto load_item = [&](int layer) {
+      control.dout.wait_empty(item);
+      if (lane == 0) {
+        BarrierWord* const full = &control.dout.full[item.stage];
+        control.more[item.stage] = true;
+        control.dout.expect(item, Tiles::queries_bytes + (values == Values::streamed ? Tiles::keys_bytes : 0));
+        load_panels<D>(p.dout[layer], full, dout_tile(), queries, query0, head, batch, Keep::last);
+        if constexpr (values == Values::streamed)
+          load_panels<D>(p.v[layer], full, values_at + item.stage * Tiles::keys_bytes, keys, key0, kv_head, batch, Keep::last);
+      }
+      item.next(p.dout_stages);
+    };
+    // The slot for dS where it stands in dout's ring, and kept P, which comes into it.
+    const auto fill = [&](auto& ring, auto& turn, char* to) {
+      ring.wait_empty(turn);
+      if (lane != 0) return;
+      if constexpr (Tiles::pooled) control.more[turn.stage] = true;
+      if constexpr (from_probs) {
+        ring.expect(turn, Tiles::scores_bytes);
+        load_probs_tiles(p.probs, &ring.full[turn.stage], to, s, row, query0, key0, queries, keys);
+      } else {
+        Barrier::arrive(&ring.full[turn.stage]);
+      }
+    };
+    const auto load_slot = [&] {
+      if constexpr (Tiles::pooled) {
+        fill(control.dout, item, dout_tile());
+        item.next(p.dout_stages);
+      } else if constexpr (from_probs) {
+        fill(control.scores, scores, shared + Tiles::scores_at + scores.stage * Tiles::scores_bytes);
+        scores.next();
+      }
+    };
+    // The first item before Q: with one stage of Q, the one before is released only behind the first product.
+    if (Tiles::pooled && from_probs && p.layers == 1) load_slot();
+    if constexpr (values != Values::one) load_item(p.layers - 1);
+    control.q.wait_empty(q);
+    if (lane == 0)
+      load_panels<D>(p.q, &control.q.full[q.stage], shared + Tiles::q_at + q.stage * Tiles::queries_bytes, queries, query0,
+                     head, batch, Keep::last);
+    if constexpr (values == Values::one) load_item(0);
+    float* const statistics = reinterpret_cast<float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries;
+#pragma unroll
+    for (int i = lane; i < queries; i += 32) {
+      const int query = query0 + i;
+      const std::int64_t at = static_cast<std::int64_t>(row) * s.queries + query;
+      const float lse = !from_probs && query < s.queries ? p.lse[at] : -INFINITY;
+      statistics[i] = lse == -INFINITY ? INFINITY : lse * log2e;
+      statistics[queries + i] = query < s.queries ? p.delta[at] : 0.0f;
+    }
+    if (lane == 0) {
+      const int last_query = min(query0 + queries, s.queries) - 1;
+      const attention::KeyBlocks met(seen, s.queries, step.block, queries, keys);
+      const bool masked = key0 + keys > seen.end(query0) || key0 < seen.begin(last_query);
+      control.info[q.stage] = {
+          row * query_blocks + step.block, query0,
+          (masked ? step_masked : 0) | (block == met.first ? step_first : 0) | (block == met.last ? step_last : 0)};
+    }
+    __syncwarp();
+    if (lane == 0) control.q.expect(q, Tiles::queries_bytes);
+    if (!Tiles::pooled && from_probs && p.layers == 1) load_slot();
+    if constexpr (values != Values::one)
+      for (int l = p.layers - 2; l >= 0; --l) {
+        if (from_probs && l == 0) load_slot();
+        load_item(l);
+      }
+    if constexpr (!from_probs) load_slot();
+    q.next();
+  }
+  control.dout.wait_empty(item);
+  if (lane == 0) {
+    control.more[item.stage] = false;
+    Barrier::arrive(&control.dout.full[item.stage]);
+  }
+}
+
+// Warp 1: waits for this block's turn to add to dq, and passes the turn on when its part is in.
+template <int D, Values values>
+__device__ __forceinline__ void owner_take_turns(const OwnerParams& p, OwnerControl<OwnerTiles<D, values>>& control,
+                                                 const Visibility& seen, int batch, int kv_head, int block) {
+  using Tiles = OwnerTiles<D, values>;
+  const Shape& s = p.shape;
+  const int query_blocks = (s.queries + Tiles::queries - 1) / Tiles::queries;
+  attention::Steps<Tiles::queries, Tiles::keys> steps(seen, s.queries, s.group, block);
+  std::uint32_t phase = 0;
+  for (attention::Step step = steps.next(); step.exists(); step = steps.next(), phase ^= 1) {
+    if (threadIdx.x % 32 == 0) {
+      const attention::KeyBlocks met(seen, s.queries, step.block, Tiles::queries, Tiles::keys);
+      int* const turns =
+          p.turns + (batch * s.heads + kv_head * s.group + step.head) * static_cast<std::int64_t>(query_blocks) + step.block;
+      const int turn = block - met.first;
+      if (turn > 0) attention::wait_for_turn(turns, turn);
+      Barrier::arrive(&control.turn);
+      Barrier::wait(&control.added, phase);
+      if (block != met.last) {
+        __threadfence();
+        attention::store_release(turns, turn + 1);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace effcore::cuda::hopper

@@ -1,0 +1,242 @@
+// How the backward kernels of sm_90a cut their work and their shared memory, and the arguments they take.
+//
+// A block owns 128 keys of a kv head and walks over the queries that see them, head by head of the group (Steps). Its warps:
+// one warpgroup of helpers (warp 0 brings tiles, warp 1 waits for and passes on turns of dq) and two that multiply, each with
+// 64 of the keys. All tiles are panels of 64 columns in the 128-byte swizzle (wgmma.cuh).
+#pragma once
+#include <cuda.h>
+
+#include "attention/backward_tiles.cuh"
+#include "attention/hopper/pipeline.cuh"
+#include "attention/hopper/wgmma.cuh"
+
+namespace effcore::cuda::hopper {
+
+using attention::BackwardParams;
+using attention::max_layers;
+using attention::Schedule;
+using attention::Shape;
+using attention::Tensor4;
+using attention::Visibility;
+
+// Where the value tiles of a group's layers stand: one layer's, all layers' (they stay while the block walks over its queries),
+// or too many to stay: each comes again with every tile of its dout.
+enum class Values { one, resident, streamed };
+
+constexpr int consumer_warps = 8, helper_threads = 128, backward_threads = helper_threads + 32 * consumer_warps;
+// Registers a thread. A block starts with 168 and may share out no more than that: asking for more waits forever.
+template <int helpers, int consumers>
+struct Registers {
+  static constexpr int helper = helpers, consumer = consumers;
+  static_assert(helper_threads * helpers + 32 * consumer_warps * consumers <= backward_threads * 168);
+};
+constexpr int shared_limit = 227 * 1024;
+
+template <int D, Values values>
+struct OwnerTiles {
+  static constexpr int keys = 128;
+  // The scores and dP of a step, transposed, [64 keys x queries] a warpgroup, take queries registers together; dk and dv take
+  // D.
+  static constexpr int queries = D == 64 ? 128 : 64;
+  static constexpr int keys_bytes = keys * D * 2, queries_bytes = queries * D * 2, scores_bytes = queries * keys * 2;
+  static constexpr int dq_elements = queries * D;
+  using Registers = std::conditional_t<D == 64, hopper::Registers<40, 232>, hopper::Registers<24, 240>>;
+
+  // At D = 128 the values of four layers leave room for three more tiles, so that dS and kept P take turns in dout's ring.
+  static constexpr bool pooled = D == 128 && values == Values::resident;
+  static_assert(!pooled || scores_bytes == queries_bytes);
+  static constexpr int q_stages = D == 128 && values != Values::one ? 1 : 2;
+  static constexpr int scores_stages = values == Values::one ? 2 : 1;
+  static constexpr int least_stages = 3, most_stages = values == Values::one ? 3 : 6;  // of dout
+
+  static constexpr int k_at = 0;
+  static constexpr int q_at = k_at + keys_bytes;
+  static constexpr int scores_at = q_at + q_stages * queries_bytes;
+  static constexpr int statistics_at = scores_at + (pooled ? 0 : scores_stages * scores_bytes);  // [stage][lse, delta][queries]
+  static constexpr int control_at = statistics_at + q_stages * 2 * queries * 4;
+  static constexpr int control_bytes = 320;
+  static constexpr int dout_at = (control_at + control_bytes + 1023) / 1024 * 1024;
+  static constexpr int stage_bytes = queries_bytes + (values == Values::streamed ? keys_bytes : 0);
+
+  // As many stages of dout as there is room for; behind them stand the values.
+  static constexpr int dout_stages(int layers) {
+    const int room = shared_limit - dout_at - (values == Values::streamed ? 0 : layers * keys_bytes);
+    return room / stage_bytes < most_stages ? room / stage_bytes : most_stages;
+  }
+  static constexpr bool fits(int layers) { return dout_stages(layers) >= least_stages; }
+  static constexpr int shared_bytes(int layers) {
+    return dout_at + dout_stages(layers) * stage_bytes + (values == Values::streamed ? 0 : layers * keys_bytes);
+  }
+  static_assert(fits(1));
+};
+
+// What the producer says about a step.
+struct StepInfo {
+  int slot;    // of dq's sums: (batch, head, block of queries)
+  int query0;  // of the block
+  int flags;
+};
+constexpr int step_masked = 1, step_first = 2, step_last = 4;  // some keys are not seen; first, last turn of dq's sums
+
+template <class Tiles>
+struct OwnerControl {
+  Ring<Tiles::q_stages> q;
+  Ring<Tiles::most_stages> dout;
+  Ring<Tiles::scores_stages> scores;  // kept P arrives; the slot, which dS takes over, is free
+  BarrierWord ds[2];                  // dS has been written, of even and of odd steps
+  BarrierWord k, turn, added;
+  StepInfo info[Tiles::q_stages];
+  bool more[Tiles::most_stages];
+  int number;
+};
+
+struct OwnerParams {
+  Shape shape;
+  Schedule schedule;
+  const float *lse, *delta;
+  int layers, dout_stages;
+  Tensor4 dq, dk, dv;
+  bool float_dk, float_dv;
+  float* dq_sums;
+  int *turns, *ticket;
+  CUtensorMap q, k, probs, dout[max_layers], v[max_layers];
+};
+
+struct ValuesParams {
+  Shape shape;
+  Schedule schedule;
+  const float* lse;
+  Tensor4 dv;
+  bool float_dv;
+  CUtensorMap q, k, probs, dout;
+};
+
+// Loads `rows` tokens (as many as the map's box has) from `token` on, D columns.
+template <int D>
+__device__ __forceinline__ void load_panels(const CUtensorMap& map, BarrierWord* barrier, char* to, int rows, int token,
+                                            int head, int batch, Keep keep) {
+#pragma unroll
+  for (int panel = 0; panel < D / panel_columns; ++panel)
+    cute::SM90_TMA_LOAD_4D::copy(&map, barrier, static_cast<std::uint64_t>(keep), to + panel * rows * panel_row_bytes,
+                                 panel * panel_columns, token, head, batch);
+}
+
+constexpr int behind_probs = 1 << 30;  // more rows of kept probabilities than a tensor may have
+
+// The 64 x 64 tiles of kept probabilities of queries [query0, query0 + rows) and keys [key0, key0 + columns), tile by tile of a
+// row of tiles. Tiles that are not stored come from behind the end of the tensor: zeros. `row` counts heads of the whole batch.
+__device__ __forceinline__ void load_probs_tiles(const CUtensorMap& map, BarrierWord* barrier, char* to, const Shape& s,
+                                                 int row, int query0, int key0, int rows, int columns) {
+  constexpr int tile = attention::probs_tile;
+  const std::int64_t head_tiles = attention::probs_elements_of(s) / (tile * tile);
+  for (int i = 0; i < rows / tile; ++i) {
+    const int block = query0 / tile + i;
+    const int stored = block * tile < s.queries ? attention::probs_tiles(s, block) : 0;
+    const std::int64_t before = row * head_tiles + (stored > 0 ? attention::probs_tiles_before(s, block) : 0);
+    for (int j = 0; j < columns / tile; ++j, to += tile * panel_row_bytes) {
+      const int across = key0 / tile + j;
+      const int token = across < stored ? static_cast<int>((before + across) * tile) : behind_probs;
+      cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(Keep::first), to, 0, token);
+    }
+  }
+}
+
+// The keys of a block that nobody may see (padding, NaN or not) become zeros, so that 0 * NaN reaches no gradient. By the
+// consumers together.
+template <int D, int keys>
+__device__ __forceinline__ void clear_unseen_keys(char* k, int key0, int begin, int end, int thread) {
+  if (key0 >= begin && key0 + keys <= end) return;
+  constexpr int chunks = D / 8;
+  for (int i = thread; i < keys * chunks; i += 32 * consumer_warps) {
+    const int row = i / chunks, chunk = i % chunks, key = key0 + row;
+    if (key < begin || key >= end)
+      *reinterpret_cast<uint4*>(k + (chunk / 8 * keys + row) * panel_row_bytes + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
+  }
+  fence_async();
+  cutlass::arch::NamedBarrier::sync(32 * consumer_warps, 1);
+}
+
+// P^T or dS^T [64 keys x queries] of a warpgroup: accumulators, rounded, as the A operand of a product over the queries.
+template <class T, int queries>
+__device__ __forceinline__ void round_operand(std::uint32_t (&a)[queries / 16][4], const float (&x)[queries / 2]) {
+#pragma unroll
+  for (int i = 0; i < queries / 4; ++i) a[i / 4][i % 4] = pack<T>(x[2 * i], x[2 * i + 1]);
+}
+
+// This lane's place in tiles [64 queries x 64 keys], for the 8 x 8 blocks of 16 keys x 16 queries that ldmatrix and stmatrix
+// transpose; the next 16 queries stand 16 rows on.
+__device__ __forceinline__ std::uint32_t transposed_place(int warp) {
+  const int lane = threadIdx.x % 32, row = lane % 8 + (lane & 16) / 2, chunk = 2 * warp + (lane & 8) / 8;
+  return static_cast<std::uint32_t>(row * panel_row_bytes + ((chunk ^ (lane % 8)) * 16));
+}
+template <int queries>
+__device__ __forceinline__ void load_transposed(std::uint32_t (&a)[queries / 16][4], std::uint32_t place, int tile_step) {
+#pragma unroll
+  for (int j = 0; j < queries / 16; ++j) {
+    const std::uint32_t from = place + j / 4 * tile_step + j % 4 * 16 * panel_row_bytes;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[j][0]), "=r"(a[j][1]), "=r"(a[j][2]), "=r"(a[j][3])
+                 : "r"(from)
+                 : "memory");
+  }
+}
+template <int queries>
+__device__ __forceinline__ void store_transposed(std::uint32_t place, int tile_step,
+                                                 const std::uint32_t (&a)[queries / 16][4]) {
+#pragma unroll
+  for (int j = 0; j < queries / 16; ++j) {
+    const std::uint32_t to = place + j / 4 * tile_step + j % 4 * 16 * panel_row_bytes;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a[j][0]), "r"(a[j][1]),
+                 "r"(a[j][2]), "r"(a[j][3])
+                 : "memory");
+  }
+}
+
+// P^T = exp(S^T - lse) in place, [64 keys x queries] from key0 and query0 on; `lse` in units of log2, infinite where a query
+// sees nothing. `masked` says that some of the keys are not seen by all of the queries.
+template <int queries>
+__device__ __forceinline__ void exponentiate(float (&s)[queries / 2], const float* lse, float scale_log2, bool masked,
+                                             const Visibility& seen, int key0, int query0, int last_query) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < queries / 8; ++n) {
+    const float2 shift = *reinterpret_cast<const float2*>(lse + 8 * n + 2 * (lane % 4));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[4 * n + i] = exp2_approx(fmaf(s[4 * n + i], scale_log2, -(i % 2 == 0 ? shift.x : shift.y)));
+  }
+  if (!masked) return;
+#pragma unroll
+  for (int n = 0; n < queries / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int query = min(query0 + 8 * n + 2 * (lane % 4) + e, last_query), begin = seen.begin(query), end = seen.end(query);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int key = key0 + lane / 4 + 8 * i;
+        if (key < begin || key >= end) s[4 * n + 2 * i + e] = 0.0f;
+      }
+    }
+}
+
+// dk or dv of a warp's 16 keys, in the inputs' dtype or in float32.
+template <class T, int D>
+__device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, int batch, int head, int key0, int keys,
+                                           const float (&x)[D / 2], float scale) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int key = key0 + lane / 4 + 8 * i;
+    if (key >= keys) continue;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      const int column = 8 * n + 2 * (lane % 4);
+      const float low = x[4 * n + 2 * i] * scale, high = x[4 * n + 2 * i + 1] * scale;
+      if (in_float)
+        store_pair(attention::row_of<float>(to, batch, head, key), column, D, to.paired, low, high);
+      else
+        store_pair(attention::row_of<T>(to, batch, head, key), column, D, to.paired, low, high);
+    }
+  }
+}
+
+}  // namespace effcore::cuda::hopper
