@@ -1,0 +1,156 @@
+// result = alpha * X^T X + beta * previous, one block of the upper triangle at a time, and its mirror.
+//
+// Bound: FLOPs, half of those of a general product: 256 x 256 blocks on and above the diagonal, and in a block on the diagonal
+// only the panels that reach above it. X is packed once a segment as the right operand of product.h or of the AMX tiles,
+// and read from there for both sides: X^T of the SIMD engine is the packed panel itself, walked along its columns; AMX needs its
+// left operand row-major, a transpose of 32-bit lanes of the packed tiles.
+#include "../kronecker_kernels.h"
+#include "../scratch.h"
+#include "engines.h"
+
+namespace effcore::kronecker::EFFCORE_ISA {
+namespace {
+
+namespace simd = effcore::attention::EFFCORE_ISA;
+using simd::least, simd::round_up, simd::width;
+
+// The left operand of one engine: X^T, from the packed right operand.
+template <class E>
+struct Left {  // SIMD: element (i, step) of a panel is packed[step * panel + i]
+  using Operand = typename E::Operand;
+  static constexpr std::int64_t rows = E::panel;
+  static std::int64_t elements(std::int64_t, std::int64_t) { return 0; }
+  static void pack(Operand*, const Operand*, std::int64_t, std::int64_t, std::int64_t, std::int64_t) {}
+  template <class Product>
+  static void set(Product& p, const Operand*, const Operand* right, std::int64_t depth, std::int64_t row, std::int64_t step) {
+    p.a = right + row * depth + step * E::panel;
+    p.a_row = 1;
+    p.a_column = E::panel;
+  }
+};
+
+#if defined(__AMX_BF16__)
+template <>
+struct Left<simd::Amx> {
+  using Operand = simd::bfloat16;
+  static constexpr std::int64_t rows = 2 * simd::tile;
+  // Rows an odd number of cache lines apart: the sixteen rows of a tile fall into different sets.
+  static std::int64_t stride(std::int64_t depth) { return round_up(depth, 64) + simd::tile_steps; }
+  static std::int64_t elements(std::int64_t depth, std::int64_t dim) { return round_up(dim, gram_block) * stride(depth); }
+  static void pack(Operand* left, const Operand* right, std::int64_t depth, std::int64_t dim, std::int64_t first,
+                   std::int64_t steps) {
+    for (std::int64_t j = 0; j < dim; j += simd::tile)
+      for (std::int64_t s = first; s < first + steps; s += simd::tile_steps) {
+        const Operand* from = right + j * depth + s * simd::tile;
+        simd::Vector<float> x[simd::tile];
+        for (std::int64_t i = 0; i < simd::tile; ++i) std::memcpy(&x[i], from + i * 2 * simd::tile, sizeof x[i]);
+        simd::transpose<float>(x);
+        for (std::int64_t i = 0; i < simd::tile; ++i) std::memcpy(left + (j + i) * stride(depth) + s, &x[i], sizeof x[i]);
+      }
+  }
+  template <class Product>
+  static void set(Product& p, const Operand* left, const Operand*, std::int64_t depth, std::int64_t row, std::int64_t step) {
+    p.a = left + row * stride(depth) + step;
+    p.a_row = stride(depth);
+    p.a_column = 1;
+  }
+};
+#endif
+
+// Of a block's two operands, 256 KiB each in float32: 256 columns of 256 steps. AMX takes twice the steps in the same bytes.
+template <class Operand>
+constexpr std::int64_t k_block = 1024 / sizeof(Operand);
+
+template <class E>
+struct Gram {
+  using Storage = typename E::Storage;
+  using Operand = typename E::Operand;
+  using T = typename E::Accumulator;
+
+  static std::int64_t right_elements(std::int64_t tokens, std::int64_t dim) {
+    return round_up(dim, gram_block) * simd::depth<E>(tokens);
+  }
+  static std::int64_t packed_bytes(std::int64_t tokens, std::int64_t dim) {
+    const std::int64_t left = Left<E>::elements(simd::depth<E>(tokens), dim);
+    return round_up((right_elements(tokens, dim) + left) * static_cast<std::int64_t>(sizeof(Operand)), 64);
+  }
+
+  static void pack(const GramJob& job, const Segment& s, std::int64_t first) {
+    const std::int64_t tokens = s.end - s.begin, dim = job.x.size[1], depth = simd::depth<E>(tokens);
+    const std::int64_t rows = least(gram_pack, tokens - first), stride = job.x.stride[0];
+    auto* const right = reinterpret_cast<Operand*>(s.packed);
+    const auto* from = static_cast<const Storage*>(job.x.data) + (s.begin + first) * stride;
+    E::pack_rows(right, depth, first, from, stride, rows, dim, 0, rows);
+    Left<E>::pack(right + right_elements(tokens, dim), right, depth, dim, first, simd::depth<E>(rows));
+  }
+
+  static void block(const GramJob& job, const Segment& s, std::int64_t row, std::int64_t column) {
+    const std::int64_t tokens = s.end - s.begin, dim = job.x.size[1], depth = simd::depth<E>(tokens);
+    const std::int64_t rows = least(gram_block, dim - row), columns = least(gram_block, dim - column);
+    const auto* const right = reinterpret_cast<const Operand*>(s.packed);
+    const auto* const left = right + right_elements(tokens, dim);
+    // A row of 128 floats is 512 bytes: one vector more keeps a column's rows out of one cache set.
+    constexpr std::int64_t sums_row = gram_block + width<T>;
+    auto* const sums = static_cast<T*>(scratch::get(scratch::Slot::local, gram_block * sums_row * sizeof(T)));
+    {
+      [[maybe_unused]] const typename E::Session session;
+      // Steps outermost: a block's operands for `k_block` steps stay in the second-level cache beside its sums.
+      for (std::int64_t step = 0; step == 0 || step < depth; step += k_block<Operand>)
+        for (std::int64_t r = 0; r < rows; r += Left<E>::rows) {
+          const std::int64_t skip = row == column ? r / E::panel * E::panel : 0;  // what lies below the diagonal
+          simd::Product<Operand, T> p;
+          p.m = least(Left<E>::rows, rows - r);
+          p.n = columns - skip;
+          p.k = least(k_block<Operand>, depth - step);
+          Left<E>::set(p, left, right, depth, row + r, step);
+          p.b = right + (column + skip) * depth + step * E::panel;
+          p.b_panel = depth * E::panel;
+          p.c = sums + r * sums_row + skip;
+          p.c_row = sums_row;
+          p.add = step > 0;
+          E::multiply(p);
+        }
+    }
+    write(job, s, sums, sums_row, row, column, rows, columns);
+  }
+
+  static void write(const GramJob& job, const Segment& s, const T* sums, std::int64_t sums_row, std::int64_t row,
+                    std::int64_t column, std::int64_t rows, std::int64_t columns) {
+    const std::int64_t dim = job.x.size[1];
+    const T alpha = static_cast<T>(job.alpha), beta = static_cast<T>(s.beta);
+    T* const out = static_cast<T*>(job.result) + s.expert * dim * dim;
+    const T* const previous = static_cast<const T*>(s.previous);
+    constexpr std::int64_t w = width<T>;
+    for (std::int64_t r = 0; r < rows; r += w)
+      for (std::int64_t c = row == column ? r : 0; c < columns; c += w) {
+        const std::int64_t i = row + r, j = column + c;
+        if (i != j && r + w <= rows && c + w <= columns) {
+          simd::Vector<T> x[w];
+          for (std::int64_t k = 0; k < w; ++k) {
+            x[k] = simd::load(sums + (r + k) * sums_row + c) * alpha;
+            if (previous != nullptr) x[k] += simd::load(previous + (i + k) * dim + j) * beta;
+            simd::store(out + (i + k) * dim + j, x[k]);
+          }
+          simd::transpose<T>(x);
+          for (std::int64_t k = 0; k < w; ++k) simd::store(out + (j + k) * dim + i, x[k]);
+          continue;
+        }
+        for (std::int64_t k = i; k < least(i + w, row + rows); ++k)
+          for (std::int64_t l = i == j ? k : j; l < least(j + w, column + columns); ++l) {
+            T x = sums[(k - row) * sums_row + l - column] * alpha;
+            if (previous != nullptr) x += previous[k * dim + l] * beta;
+            out[k * dim + l] = out[l * dim + k] = x;
+          }
+      }
+  }
+
+  static constexpr GramKernels kernels{packed_bytes, pack, block};
+};
+
+}  // namespace
+
+const GramKernels& gram_kernels(DType dtype) {
+  return simd::choose<Gram>(dtype);
+}
+
+}  // namespace effcore::kronecker::EFFCORE_ISA

@@ -1,0 +1,102 @@
+// Gram matrices of ragged groups on the CPU: how the work is cut. The arithmetic is in isa/kronecker_gram.cpp.
+//
+// Tokens are packed once, a wave of segments at a time; then each task multiplies one block of one upper triangle and mirrors
+// it, so that half of the products of a general matrix product are never done.
+#include "effcore/kronecker.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "effcore/cpu.h"
+#include "kronecker_kernels.h"
+#include "scratch.h"
+#include "tasks.h"
+
+namespace effcore::kronecker {
+namespace {
+
+// A segment's operands stream from the last-level cache; sums over a segment are one chain of float32 additions, so a shorter
+// one is also more accurate.
+constexpr std::int64_t segment_tokens = 4096;
+constexpr std::int64_t wave_bytes = std::int64_t{8} << 20;
+
+const GramKernels& gram_kernels(DType dtype) {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::amx: return dtype == DType::bfloat16 ? amx::gram_kernels(dtype) : v4::gram_kernels(dtype);
+    case Isa::v4: return v4::gram_kernels(dtype);
+    case Isa::v3: return v3::gram_kernels(dtype);
+    default: break;
+  }
+#endif
+  return v2::gram_kernels(dtype);
+}
+
+std::vector<Segment> segments_of(const GroupedGram& args) {
+  const auto* offsets = static_cast<const std::int32_t*>(args.offsets.data);
+  const std::int64_t experts = args.offsets.size[0] - 1, dim = args.x.size[1];
+  const std::int64_t matrix_bytes = dim * dim * (args.x.dtype == DType::float64 ? 8 : 4);
+  std::vector<Segment> segments;
+  for (std::int64_t e = 0; e < experts; ++e) {
+    std::int64_t begin = offsets[e];
+    do {  // an expert without tokens has one empty segment: its matrix is written as well
+      const std::int64_t end = std::min<std::int64_t>(begin + segment_tokens, offsets[e + 1]);
+      const bool first = begin == offsets[e];
+      const void* from = first ? args.previous : args.result;
+      const double beta = first ? args.beta : 1.0;
+      segments.push_back({e, begin, end, beta == 0.0 ? nullptr : static_cast<const char*>(from) + e * matrix_bytes, beta});
+      begin = end;
+    } while (begin < offsets[e + 1]);
+  }
+  return segments;
+}
+
+void run_wave(const GramJob& job, const GramKernels& kernels, const Segment* segments, std::int64_t count,
+              const Threads& threads) {
+  struct Task {
+    const Segment* segment;
+    std::int64_t row, column;
+  };
+  const std::int64_t dim = job.x.size[1];
+  std::vector<Task> packs, blocks;
+  for (const Segment* s = segments; s < segments + count; ++s) {
+    for (std::int64_t first = 0; first < s->end - s->begin; first += gram_pack) packs.push_back({s, first, 0});
+    for (std::int64_t row = 0; row < dim; row += gram_block)
+      for (std::int64_t column = row; column < dim; column += gram_block) blocks.push_back({s, row, column});
+  }
+  run_tasks(threads, static_cast<std::int64_t>(packs.size()),
+            [&](std::int64_t task) { kernels.pack(job, *packs[task].segment, packs[task].row); });
+  run_tasks(threads, static_cast<std::int64_t>(blocks.size()),
+            [&](std::int64_t task) { kernels.block(job, *blocks[task].segment, blocks[task].row, blocks[task].column); });
+}
+
+}  // namespace
+
+void grouped_gram(const GroupedGram& args, const Threads& threads) {
+  const std::int64_t dim = args.x.size[1];
+  if (dim == 0) return;
+  const GramJob job{args.x, args.alpha, args.result};
+  const GramKernels& kernels = gram_kernels(args.x.dtype);
+  std::vector<Segment> segments = segments_of(args);
+  // Consecutive segments of different experts that fit; a second segment of an expert reads what the first has written.
+  for (std::size_t first = 0; first < segments.size();) {
+    std::size_t last = first;
+    std::int64_t bytes = 0;
+    for (; last < segments.size(); ++last) {
+      const Segment& s = segments[last];
+      const std::int64_t more = kernels.packed_bytes(s.end - s.begin, dim);
+      if (last > first && (bytes + more > wave_bytes || s.expert == segments[last - 1].expert)) break;
+      bytes += more;
+    }
+    char* packed = static_cast<char*>(scratch::get(scratch::Slot::shared, bytes));
+    for (std::size_t i = first; i < last; ++i) {
+      segments[i].packed = packed;
+      packed += kernels.packed_bytes(segments[i].end - segments[i].begin, dim);
+    }
+    run_wave(job, kernels, segments.data() + first, static_cast<std::int64_t>(last - first), threads);
+    first = last;
+  }
+}
+
+}  // namespace effcore::kronecker

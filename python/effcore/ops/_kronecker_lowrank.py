@@ -1,0 +1,141 @@
+"""The rank-k basis of a growing Gram matrix: kernels in torch, where an eigensolver and large products are all there is to it.
+
+The dense eigenproblem is taken on the smaller side of the stacked rows R = [basisᵀ; X]: R Rᵀ = U Λ Uᵀ gives the basis Rᵀ U, whose
+columns have length √λ already. Where both sides are large, Rayleigh-Ritz in a block Krylov space of RᵀR (Musco and Musco 2015,
+arXiv:1504.05477, algorithm 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from effcore.ops import _kronecker_autograd as _autograd
+
+DENSE = 512  # rows of an eigenproblem that is solved densely
+_OVERSAMPLE, _DEPTH = 8, 3
+_WORKSPACE = 256 << 20  # bytes of Gram matrices that exist at a time on a GPU
+
+
+def krylov_dimension(rank: int) -> int:
+    return rank + _DEPTH * (rank + _OVERSAMPLE)
+
+
+def _refuse(basis: Tensor, discarded: Tensor, x: Tensor, offsets: Tensor) -> None:
+    function = "effcore.grouped_lowrank_update"
+    if x.dim() != 2:
+        raise ValueError(f"{function}: x must have 2 dimensions [tokens, features] but has shape {list(x.shape)}")
+    if offsets.dim() != 1 or offsets.dtype != torch.int32 or not len(offsets):
+        raise ValueError(f"{function}: offsets must be int32 [experts + 1] but is {offsets.dtype} {list(offsets.shape)}")
+    experts, dim = len(offsets) - 1, x.shape[1]
+    if basis.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{function}: basis must be float32 or float64 but is {basis.dtype}")
+    if basis.dim() != 3 or basis.shape[:2] != (experts, dim):
+        raise ValueError(f"{function}: basis must have shape [{experts}, {dim}, rank] but has {list(basis.shape)}")
+    if basis.shape[2] > dim:
+        raise ValueError(f"{function}: basis has rank {basis.shape[2]}, above the dimension {dim}")
+    if discarded.shape != (experts,) or discarded.dtype != basis.dtype:
+        raise ValueError(
+            f"{function}: discarded must be {basis.dtype} [{experts}] but is {discarded.dtype} {list(discarded.shape)}"
+        )
+
+
+def _top(values: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The greatest eigenvalues and their vectors, in descending order."""
+    return values[..., -rank:].flip(-1).clamp_min(0), vectors[..., -rank:].flip(-1)
+
+
+def _krylov(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor:
+    """Approximates the best basis [..., D, k] of the matrix that ``multiply`` applies; ``basis`` [..., D, k] is a first guess."""
+    rank = basis.shape[-1]
+    generator = torch.Generator().manual_seed(0)  # the same numbers in every call: results are deterministic
+    start = torch.randn(basis.shape[-2], rank + _OVERSAMPLE, generator=generator, dtype=basis.dtype).to(basis.device)
+    block = start.expand(*basis.shape[:-2], *start.shape)
+    blocks = [basis]
+    for _ in range(_DEPTH):
+        block = torch.linalg.qr(multiply(block)).Q
+        blocks.append(block)
+    space = torch.linalg.qr(torch.cat(blocks, -1)).Q
+    image = multiply(space)
+    values, vectors = _top(*torch.linalg.eigh(space.mT @ image), rank)
+    return space @ (vectors * values.sqrt().unsqueeze(-2))
+
+
+def _update_one(basis: Tensor, x: Tensor) -> Tensor:
+    """[D, k] of one expert with tokens."""
+    rank, dim = basis.shape[1], basis.shape[0]
+    rows = torch.cat([basis.mT, x.to(basis.dtype)])
+    side = min(len(rows), dim)
+    if side > max(DENSE, krylov_dimension(rank)):
+        return _krylov(lambda q: rows.mT @ (rows @ q), basis)
+    if len(rows) > dim:
+        values, vectors = _top(*torch.linalg.eigh(rows.mT @ rows), rank)
+        return vectors * values.sqrt()
+    _, vectors = _top(*torch.linalg.eigh(rows @ rows.mT), rank)
+    return rows.mT @ vectors
+
+
+@torch.library.custom_op("effcore::grouped_lowrank_update", mutates_args=(), device_types="cpu")
+def grouped_lowrank_update(basis: Tensor, discarded: Tensor, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    _refuse(basis, discarded, x, offsets)
+    basis, discarded = basis.clone(memory_format=torch.contiguous_format), discarded.clone()
+    if basis.shape[2] == 0:
+        discarded += torch.stack([x[a:b].to(basis.dtype).square().sum() for a, b in _spans(offsets, len(x))]).to(basis)
+        return basis, discarded
+    for e, (begin, end) in enumerate(_spans(offsets, len(x))):
+        if begin == end:
+            continue
+        group = x[begin:end]
+        before = basis[e].square().sum() + group.to(basis.dtype).square().sum()
+        basis[e] = _update_one(basis[e], group)
+        discarded[e] += (before - basis[e].square().sum()).clamp_min(0)
+    return basis, discarded
+
+
+def _spans(offsets: Tensor, tokens: int) -> list[tuple[int, int]]:
+    ends = offsets.tolist()
+    for e, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if not begin <= end <= tokens:
+            raise ValueError(
+                f"effcore.grouped_lowrank_update: offsets[{e}] is {end} but must be from {begin} to the {tokens} tokens of x"
+            )
+    return list(zip(ends, ends[1:], strict=False))
+
+
+@grouped_lowrank_update.register_kernel("cuda")
+def _(basis: Tensor, discarded: Tensor, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrices of some experts at a time, so that memory does not grow with experts · D²."""
+    _refuse(basis, discarded, x, offsets)
+    experts, dim, rank = basis.shape
+    some = max(1, _WORKSPACE // max(dim * dim * basis.element_size(), 1))
+    bases, left = [basis[:0]], [discarded[:0]]
+    for first in range(0, experts, some):
+        part = basis[first : first + some]
+        gram = part @ part.mT
+        fresh = _autograd.grouped_gram(x, offsets[first : first + len(part) + 1].contiguous(), 1.0, 0.0, None)
+        gram += fresh.to(gram.dtype)
+        if rank and dim > max(DENSE, krylov_dimension(rank)):
+            new = _krylov(lambda q, gram=gram: gram @ q, part)  # type: ignore[misc]
+        else:
+            values, vectors = _top(*torch.linalg.eigh(gram), rank)
+            new = vectors * values.sqrt().unsqueeze(-2)
+        trace = gram.diagonal(dim1=1, dim2=2).sum(1)
+        bases.append(new)
+        left.append(discarded[first : first + some] + (trace - new.square().sum((1, 2))).clamp_min(0))
+    return torch.cat(bases), torch.cat(left)
+
+
+@grouped_lowrank_update.register_fake
+def _(basis, discarded, x, offsets):
+    return torch.empty_like(basis, memory_format=torch.contiguous_format), torch.empty_like(discarded)
+
+
+# The Krylov path, which is where the time goes: each of its products reads the tokens twice.
+@register_flop_formula([torch.ops.effcore.grouped_lowrank_update])
+def _(basis_shape, _discarded_shape, x_shape, *_args, out_shape=None, **_kwargs) -> int:
+    experts, dim, rank = basis_shape
+    columns = _DEPTH * (rank + _OVERSAMPLE) + krylov_dimension(rank)
+    return 4 * (x_shape[0] + experts * rank) * dim * columns
