@@ -18,7 +18,9 @@ struct Cpu {
 }  // namespace effcore::binding
 
 STABLE_TORCH_LIBRARY_FRAGMENT(effcore, m) {
-  m.def("grouped_gram(Tensor x, Tensor offsets, float alpha, float beta, Tensor(a!)? out) -> Tensor");
+  // Two ops rather than one with an optional out: Inductor (torch 2.13) fails on an op that may mutate and does not.
+  m.def("grouped_gram(Tensor x, Tensor offsets, float alpha) -> Tensor");
+  m.def("grouped_gram_(Tensor(a!) out, Tensor x, Tensor offsets, float alpha, float beta) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effcore, CPU, m) {

@@ -1,8 +1,6 @@
 // The kronecker family as torch ops: check, allocate, call. One template serves the CPU and the CUDA library; a Backend says how
 // to run a kernel (`static void run(const Args&, const Tensor& on)`).
 #pragma once
-#include <optional>
-
 #include "bindings/torch/tensor.h"
 #include "effcore/kronecker.h"
 
@@ -10,23 +8,31 @@ namespace effcore::binding {
 
 template <class Backend>
 struct KroneckerOps {
-  // Writes into `out` where it is given, and then returns an empty tensor: a result may not be an alias of an argument.
-  static Tensor grouped_gram(const Tensor& x, const Tensor& offsets, double alpha, double beta, std::optional<Tensor> out) {
+  static Tensor grouped_gram(const Tensor& x, const Tensor& offsets, double alpha) {
+    const char* f = "grouped_gram";
+    kronecker::GroupedGram args{view(x, f, "x"), view(offsets, f, "offsets"), alpha};
+    kronecker::check_tokens(f, args.x, args.offsets);
+    const std::int64_t experts = args.offsets.size[0] - 1, dim = args.x.size[1];
+    Tensor gram = empty(x, {experts, dim, dim}, accumulate_type(x.scalar_type()));
+    args.result = gram.mutable_data_ptr();
+    Backend::run(args, x);
+    return gram;
+  }
+
+  static void grouped_gram_(Tensor out, const Tensor& x, const Tensor& offsets, double alpha, double beta) {
     const char* f = "grouped_gram";
     kronecker::GroupedGram args{view(x, f, "x"), view(offsets, f, "offsets"), alpha, beta};
     kronecker::check_tokens(f, args.x, args.offsets);
-    check(out.has_value() || beta == 0.0, f, "beta is ", beta, " but there is no out for it to scale");
-    const ScalarType dtype = accumulate_type(x.scalar_type());
-    const std::int64_t experts = args.offsets.size[0] - 1, dim = args.x.size[1];
-    Tensor fresh = out ? empty(x, {0}, dtype) : empty(x, {experts, dim, dim}, dtype);
-    if (out) kronecker::check_gram(f, view(*out, f, "out"), args.x, args.offsets);
-    args.result = out ? out->mutable_data_ptr() : fresh.mutable_data_ptr();
+    kronecker::check_gram(f, view(out, f, "out"), args.x, args.offsets);
+    args.result = out.mutable_data_ptr();
     args.previous = beta != 0.0 ? args.result : nullptr;
     Backend::run(args, x);
-    return fresh;
   }
 
-  static void implement(torch::stable::detail::StableLibrary& m) { EFFCORE_IMPL(m, "grouped_gram", grouped_gram); }
+  static void implement(torch::stable::detail::StableLibrary& m) {
+    EFFCORE_IMPL(m, "grouped_gram", grouped_gram);
+    EFFCORE_IMPL(m, "grouped_gram_", grouped_gram_);
+  }
 };
 
 }  // namespace effcore::binding

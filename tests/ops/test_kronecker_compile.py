@@ -53,10 +53,10 @@ def test_dynamic_lengths_take_one_graph():
 
 def samples():
     x, offsets, total, basis, discarded = arguments(9)
-    yield "grouped_gram", (x, offsets, 1.0, 0.0, None)
-    yield "grouped_gram", (x.bfloat16(), offsets, 0.5, 0.0, None)
-    yield "grouped_gram", (x, offsets, 0.5, 2.0, total)
-    yield "grouped_gram", (x.double(), offsets, 0.5, 0.0, total.double())
+    yield "grouped_gram", (x, offsets, 1.0)
+    yield "grouped_gram", (x.bfloat16(), offsets, 0.5)
+    yield "grouped_gram_", (total, x, offsets, 0.5, 2.0)
+    yield "grouped_gram_", (total.double(), x.double(), offsets, 0.5, 0.0)
     yield "grouped_lowrank_update", (basis, discarded, x, offsets)
     example = torch.arange(9) % 2
     g = torch.randn(9, 3, 4)

@@ -115,7 +115,7 @@ def _(basis: Tensor, discarded: Tensor, x: Tensor, offsets: Tensor) -> tuple[Ten
     for first in range(0, experts, some):
         part = basis[first : first + some]
         gram = part @ part.mT
-        fresh = _autograd.grouped_gram(x, offsets[first : first + len(part) + 1].contiguous(), 1.0, 0.0, None)
+        fresh = _autograd.grouped_gram(x, offsets[first : first + len(part) + 1].contiguous(), 1.0)
         gram += fresh.to(gram.dtype)
         if rank and dim > max(DENSE, krylov_dimension(rank)):
             new = _krylov(lambda q, gram=gram: gram @ q, part)  # type: ignore[misc]

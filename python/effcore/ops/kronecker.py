@@ -54,8 +54,12 @@ def grouped_gram(
         ValueError: naming the argument, what was expected and what came. On CUDA the values of ``offsets`` are not looked at:
             a group that leaves x or has no length is cut to what lies inside.
     """
-    result = _autograd.grouped_gram(x, offsets, alpha, beta, out)
-    return result if out is None else out
+    if out is None:
+        if beta != 0:
+            raise ValueError(f"effcore.grouped_gram: beta is {beta} but there is no out for it to scale")
+        return _autograd.grouped_gram(x, offsets, alpha)
+    _autograd.grouped_gram_(out, x, offsets, alpha, beta)
+    return out
 
 
 def grouped_lowrank_update(basis: Tensor, discarded: Tensor, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,421 @@
+"""A Gaussian posterior over the weights of some layers, and what follows from it: evidence, samples, calibrated predictions.
+
+For each expert's W: θ ∼ N(vec W_MAP, P⁻¹) with P = I / s² + F, F from :mod:`effcore.methods.laplace_curvature`. Logits are linear in
+θ around the MAP, so that they are Gaussian too: N(f, Σ Gᵀ P⁻¹ G).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effcore.errors import InputError
+from effcore.methods.laplace_taps import Batch, LayerTokens, Tap, find_taps, gradients, listening, logits_of
+from effcore.ops.kronecker import Factor, kron_log_det, kron_variance
+
+JITTER = 1e-6  # added to the covariance of logits
+
+
+@dataclass
+class LayerPosterior:
+    """One layer's share: its Fisher matrix as two factors or as a diagonal, and the MAP it is centred on."""
+
+    tap: Tap
+    tokens: Tensor  # int64 [E]
+    factors: tuple[Factor, Factor] | None = None
+    diagonal: Tensor | None = None  # [E, O, I]
+
+    def log_det(self, prior_variance: Tensor) -> Tensor:
+        """Σₑ log det(I + s² Fₑ)"""
+        if self.factors is None:
+            assert self.diagonal is not None
+            return torch.log1p(prior_variance * self.diagonal).sum()
+        return kron_log_det(*self.factors, prior_variance).sum()
+
+    def covariance(self, layer: LayerTokens, example: Tensor, examples: int, prior_variance: Tensor) -> Tensor:
+        """[S, B, C, C] for a list of prior variances [S]."""
+        if self.factors is not None:
+            dtype = self.factors[0].values.dtype
+            return kron_variance(
+                layer.inputs.to(dtype), layer.gradients.to(dtype), layer.offsets, example, examples, *self.factors,
+                prior_variance,
+            )  # fmt: skip
+        assert self.diagonal is not None
+        classes = layer.gradients.shape[1]
+        result = self.diagonal.new_zeros((len(prior_variance), examples, classes, classes))
+        for e, (begin, end) in enumerate(pairwise(layer.offsets.tolist())):
+            for b in example[begin:end].unique().tolist():
+                rows = (example[begin:end] == b).nonzero()[:, 0] + begin
+                g, a = layer.gradients[rows].to(result.dtype), layer.inputs[rows].to(result.dtype)
+                total = torch.einsum("tco,ti->coi", g, a)
+                for s, variance in enumerate(prior_variance):
+                    weighted = total / (1 / variance + self.diagonal[e])
+                    result[s, b] += torch.einsum("coi,doi->cd", weighted, total)
+        return result
+
+    def sample(self, prior_variance: Tensor, generator: torch.Generator | None) -> Tensor:
+        """W_MAP + P^(-1/2) ε in the layout of the parameter."""
+        mean = self.tap.matrices()
+        dtype = (self.diagonal if self.factors is None else self.factors[0].values).dtype  # type: ignore[union-attr]
+        noise = torch.randn(mean.shape, generator=generator, dtype=dtype, device=generator.device if generator else None)
+        noise = noise.to(mean.device)
+        if self.factors is None:
+            assert self.diagonal is not None
+            noise = noise * (1 / prior_variance + self.diagonal).rsqrt()
+        else:
+            (u, alpha, alpha_rest), (v, beta, beta_rest) = self.factors
+
+            def scale(left: Tensor, right: Tensor) -> Tensor:
+                return (1 / prior_variance + left * right).rsqrt()
+
+            right, left = noise @ u, v.mT @ noise  # [E, O, ka], [E, kb, I]
+            both = v.mT @ right
+            right, left, outside = (
+                right - v @ both,
+                left - both @ u.mT,
+                noise - v @ left - right @ u.mT + v @ (both @ u.mT),
+            )
+            noise = (
+                v @ (both * scale(alpha[:, None, :], beta[:, :, None])) @ u.mT
+                + (right * scale(alpha, beta_rest[:, None])[:, None, :]) @ u.mT
+                + v @ (left * scale(beta, alpha_rest[:, None])[:, :, None])
+                + outside * scale(alpha_rest, beta_rest)[:, None, None]
+            )
+        weight = (mean + noise.to(mean.dtype)).mT if self.tap.transposed else mean + noise.to(mean.dtype)
+        return weight if self.tap.stacked else weight[0]
+
+
+@dataclass
+class Posterior:
+    """What :func:`effcore.laplace` returns.
+
+    Attributes:
+        prior_variance: s² of each layer, [layers]. :meth:`fit_evidence` and :meth:`fit_heldout` set it.
+        log_likelihood: of the training labels at the MAP, or None where batches had no labels.
+        unrouted: for each layer, the experts that no token reached. They keep the prior variance.
+    """
+
+    model: nn.Module
+    layers: list[LayerPosterior]
+    hessian: str
+    answers: Tensor | None
+    classes: int
+    prior_variance: Tensor
+    prior_mean: str | dict[str, Tensor] = "map"
+    log_likelihood: float | None = None
+    examples: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def taps(self) -> list[Tap]:
+        return [layer.tap for layer in self.layers]
+
+    @property
+    def unrouted(self) -> dict[str, list[int]]:
+        found = {layer.tap.name: (layer.tokens == 0).nonzero()[:, 0].tolist() for layer in self.layers}
+        return {name: experts for name, experts in found.items() if experts}
+
+    # ---------------------------------------------------------------- evidence
+
+    def log_evidence(self, prior_variance: Tensor | float | None = None) -> Tensor:
+        """log p(labels) - ‖θ - θ₀‖² / (2 s²) - ½ Σ log det(I + s² F): 0-dim, differentiable in ``prior_variance``.
+
+        Args:
+            prior_variance: one number, or one a layer.
+
+        Raises:
+            InputError: without labels, or with ``prior_mean="map"``: then ‖θ - θ₀‖ is 0, and the evidence grows without end as s²
+                falls to 0, whatever the data say.
+        """
+        if self.log_likelihood is None:
+            raise InputError("effcore.laplace: the evidence needs the labels of the training data, and batches had none")
+        if self.prior_mean == "map":
+            raise InputError(
+                'effcore.laplace: the evidence needs a prior mean other than the MAP (prior_mean="zero", or the weights before '
+                "fine-tuning): around the MAP itself it always chooses s² = 0"
+            )
+        variance = self.prior_variance if prior_variance is None else prior_variance
+        variance = torch.as_tensor(variance, dtype=torch.float64).expand(len(self.layers))
+        terms = [self._evidence_of(i, s) for i, s in enumerate(variance)]
+        return self.log_likelihood + torch.stack(terms).sum()
+
+    def _evidence_of(self, i: int, variance: Tensor) -> Tensor:
+        layer = self.layers[i]
+        distance = layer.tap.weight.detach().double()
+        if isinstance(self.prior_mean, Mapping):
+            distance = distance - self.prior_mean[layer.tap.key].to(distance)
+        wide = LayerPosterior(layer.tap, layer.tokens, _double(layer.factors), _double_tensor(layer.diagonal))
+        return (-distance.square().sum() / (2 * variance) - wide.log_det(variance.to(distance.device)) / 2).cpu()
+
+    def fit_evidence(self, *, per_layer: bool = False, bounds: tuple[float, float] = (1e-8, 1e4)) -> Posterior:
+        """Sets the prior variance where the evidence is greatest: one for all layers, or one a layer. Returns itself."""
+        self.log_evidence()  # refuses what it must
+        groups = [[i] for i in range(len(self.layers))] if per_layer else [list(range(len(self.layers)))]
+        for group in groups:
+
+            def loss(log_variance: float, group: list[int] = group) -> float:
+                variance = torch.tensor(math.exp(log_variance), dtype=torch.float64)
+                return -sum(float(self._evidence_of(i, variance)) for i in group)
+
+            self.prior_variance[group] = math.exp(_minimum(loss, math.log(bounds[0]), math.log(bounds[1])))
+        return self
+
+    def fit_heldout(self, loader: Any, *, per_layer: bool = False, grid: Sequence[float] | None = None) -> Posterior:
+        """Sets the prior variance where the negative log-likelihood of labels that the fit has not seen is least.
+
+        One pass over ``loader`` takes the covariances for every variance of the grid; the choice costs no more passes.
+
+        Args:
+            loader: batches with labels, of data other than that of the fit.
+            per_layer: one variance a layer, by coordinate descent from the best shared one.
+            grid: candidate variances (default: 33 from 1e-8 to 1e2, evenly in the logarithm).
+        """
+        variances = torch.tensor(grid or torch.logspace(-8, 2, 33).tolist(), dtype=self.prior_variance.dtype)
+        if not bool((variances > 0).all()):
+            raise InputError("effcore.laplace: prior variances must be positive")
+        means, covariances, labels = [], [], []
+        for number, batch in enumerate(loader):
+            mean, each = self._covariances(batch, variances, number)
+            means.append(mean)
+            covariances.append(each)
+            labels.append(_checked_labels(batch, mean, number))
+        if not means:
+            raise InputError("effcore.laplace: the held-out loader is empty")
+        mean, label = torch.cat(means), torch.cat(labels)
+        each = torch.cat(covariances, 2)  # [layers, S, N, C, C]
+
+        def loss(choice: Sequence[int]) -> float:
+            covariance = sum(each[i, s] for i, s in enumerate(choice))
+            probabilities = _sampled(mean, covariance, 256, 0)  # type: ignore[arg-type]
+            return float(-probabilities.gather(1, label[:, None]).clamp_min(1e-12).log().mean())
+
+        shared = min(range(len(variances)), key=lambda s: loss([s] * len(self.layers)))
+        choice = [shared] * len(self.layers)
+        for _ in range(2 if per_layer else 0):
+            for i in range(len(self.layers)):
+                choice[i] = min(range(len(variances)), key=lambda s, i=i: loss([*choice[:i], s, *choice[i + 1 :]]))  # type: ignore[misc]
+        self.prior_variance = variances[choice].clone()
+        return self
+
+    # ---------------------------------------------------------------- prediction
+
+    def logit_distribution(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``(mean [B, C], covariance [B, C, C])`` of a batch's logits."""
+        mean, each = self._covariances(batch, None, 0)
+        return mean, each.sum(0)[0]
+
+    def predict(self, batch: Batch, *, method: str = "sampling", samples: int = 1000, seed: int = 0) -> Tensor:
+        """Probabilities [B, C] of a batch.
+
+        Args:
+            method: "sampling": the mean of the softmax over ``samples`` draws of the logits; "probit": softmax(f / √(1 + π v / 8))
+                with v the variance of each logit (MacKay 1992), with no draws.
+        """
+        mean, covariance = self.logit_distribution(batch)
+        if method == "probit":
+            variance = covariance.diagonal(dim1=1, dim2=2)
+            return (mean / (1 + math.pi / 8 * variance).sqrt()).softmax(-1)
+        if method != "sampling":
+            raise InputError(f'effcore.laplace: method must be "sampling" or "probit", got {method!r}')
+        return _sampled(mean, covariance, samples, seed)
+
+    def _covariances(self, batch: Batch, variances: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] and each layer's covariances [layers, S, B, C, C] (S = 1: with its own prior variance)."""
+        with listening(self.model, self.taps), torch.enable_grad():
+            logits = logits_of(self.model, batch, self.answers)
+            examples, classes = logits.shape
+            if classes != self.classes:
+                raise InputError(f"effcore.laplace: the model gives {classes} classes, the posterior was fitted to {self.classes}")
+            cotangents = torch.eye(classes, dtype=logits.dtype, device=logits.device)[:, None].expand(-1, examples, -1)
+            unknown = any(tap.record is None or tap.record.token is None for tap in self.taps)
+            if unknown:  # one more pass tells examples apart: their gradients come multiplied by their number
+                numbers = torch.arange(1, examples + 1, dtype=logits.dtype, device=logits.device)
+                cotangents = torch.cat([cotangents, (numbers[:, None] * _mix(classes, logits))[None]])
+            layers = gradients(logits, cotangents, self.taps, number)
+        each = []
+        for i, (posterior, layer) in enumerate(zip(self.layers, layers, strict=True)):
+            example = _example(layer, examples, classes, posterior.tap.name)
+            layer.gradients = layer.gradients[:, :classes]
+            own = self.prior_variance[i : i + 1] if variances is None else variances
+            each.append(posterior.covariance(layer, example, examples, own.to(logits.device)))
+        return logits.detach(), torch.stack([e.to(logits.dtype) for e in each])
+
+    # ---------------------------------------------------------------- weights
+
+    def sample(self, *, seed: int | None = None) -> dict[str, Tensor]:
+        """One draw of the weights, by parameter name: for ``torch.func.functional_call(model, sample, ...)``."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return {
+            layer.tap.key: layer.sample(s.to(layer.tap.weight.device), generator)
+            for layer, s in zip(self.layers, self.prior_variance, strict=True)
+        }
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file, complete or not there at all. The model's weights are not in it."""
+        tensors = {"prior_variance": self.prior_variance}
+        if self.answers is not None:
+            tensors["answers"] = self.answers
+        for layer in self.layers:
+            tensors[f"{layer.tap.key}/tokens"] = layer.tokens
+            if layer.diagonal is not None:
+                tensors[f"{layer.tap.key}/diagonal"] = layer.diagonal
+            for side, factor in zip(("input", "output"), layer.factors or (), strict=False):
+                tensors |= {f"{layer.tap.key}/{side}.{part}": t for part, t in factor._asdict().items()}
+        if isinstance(self.prior_mean, Mapping):
+            tensors |= {f"{key}/prior_mean": t for key, t in self.prior_mean.items()}
+        about = {
+            "format": "effcore laplace 1",
+            "hessian": self.hessian,
+            "layers": [layer.tap.name for layer in self.layers],
+            "classes": self.classes,
+            "prior_mean": "tensors" if isinstance(self.prior_mean, Mapping) else self.prior_mean,
+            "log_likelihood": self.log_likelihood,
+            "examples": self.examples,
+            "settings": self.settings,
+        }
+        write_safetensors(Path(path), tensors, about)
+
+    @staticmethod
+    def load(path: str | Path, model: nn.Module) -> Posterior:
+        """The posterior of a file, on a model with the weights that it was fitted to."""
+        tensors, about = read_safetensors(Path(path))
+        if about.get("format") != "effcore laplace 1":
+            raise InputError(f"{path}: not a posterior that effcore wrote")
+        layers = []
+        for tap in find_taps(model, about["layers"]):
+            mine = {k.split("/", 1)[1]: t.to(tap.weight.device) for k, t in tensors.items() if k.startswith(f"{tap.key}/")}
+            if "tokens" not in mine or len(mine["tokens"]) != tap.experts:
+                raise InputError(f"{path}: {tap.name} has {tap.experts} experts in the model, another number in the file")
+            factors = None
+            if about["hessian"] != "diag":
+                a, b = (Factor(*(mine[f"{side}.{part}"] for part in Factor._fields)) for side in ("input", "output"))
+                factors = a, b
+                if (a.vectors.shape[1], b.vectors.shape[1]) != (tap.inputs, tap.outputs):
+                    raise InputError(
+                        f"{path}: {tap.name} is {tap.outputs} x {tap.inputs} in the model but "
+                        f"{b.vectors.shape[1]} x {a.vectors.shape[1]} in the file"
+                    )
+            layers.append(LayerPosterior(tap, mine["tokens"], factors, mine.get("diagonal")))
+        means = {k.rsplit("/", 1)[0]: t for k, t in tensors.items() if k.endswith("/prior_mean")}
+        return Posterior(
+            model,
+            layers,
+            about["hessian"],
+            tensors.get("answers"),
+            about["classes"],
+            tensors["prior_variance"],
+            means if about["prior_mean"] == "tensors" else about["prior_mean"],
+            about["log_likelihood"],
+            about["examples"],
+            about["settings"],
+        )
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def _double_tensor(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
+
+
+def _double(factors: tuple[Factor, Factor] | None) -> tuple[Factor, Factor] | None:
+    if factors is None:
+        return None
+    a, b = (Factor(*(t.double() for t in factor)) for factor in factors)
+    return a, b
+
+
+def _mix(classes: int, like: Tensor) -> Tensor:
+    """A combination of classes in which no gradient is lost."""
+    return torch.linspace(1.0, 2.0, classes, dtype=like.dtype, device=like.device).cos() + 1.5
+
+
+def _example(layer: LayerTokens, examples: int, classes: int, name: str) -> Tensor:
+    """Which example each token belongs to: from its place, or from gradients that came multiplied by the example's number."""
+    if layer.record.token is not None:
+        return layer.record.example(examples, name)[layer.kept]
+    plain = torch.einsum("tco,c->to", layer.gradients[:, :classes].double(), _mix(classes, layer.gradients).double())
+    scaled = layer.gradients[:, classes].double()
+    number = (plain * scaled).sum(1) / plain.square().sum(1)
+    if not bool(((number - number.round()).abs() < 0.1).all()):
+        raise InputError(f"effcore.laplace: examples of a batch are not independent at {name}; use batches of one")
+    return (number.round().long() - 1).clamp(0, examples - 1)
+
+
+def _checked_labels(batch: Batch, mean: Tensor, number: int) -> Tensor:
+    from effcore.methods.laplace_taps import labels_of
+
+    labels = labels_of(batch)
+    if labels is None:
+        raise InputError(f"effcore.laplace: batch {number} has no labels")
+    check_labels(labels, *mean.shape, number=number)
+    return labels.to(mean.device)
+
+
+def check_labels(labels: Tensor, examples: int, classes: int, *, number: int) -> None:
+    if labels.shape != (examples,) or labels.is_floating_point():
+        raise InputError(
+            f"effcore.laplace: labels of batch {number} must be integers [{examples}] but are {labels.dtype} {list(labels.shape)}"
+        )
+    if examples and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+        raise InputError(
+            f"effcore.laplace: labels of batch {number} go from {int(labels.min())} to {int(labels.max())}, "
+            f"but the model gives {classes} classes"
+        )
+
+
+def _sampled(mean: Tensor, covariance: Tensor, samples: int, seed: int) -> Tensor:
+    """The mean of the softmax, not the softmax of the mean."""
+    generator = torch.Generator().manual_seed(seed)
+    wide, identity = covariance.double(), torch.eye(mean.shape[1], dtype=torch.float64, device=mean.device)
+    root = torch.linalg.cholesky((wide + wide.mT) / 2 + JITTER * identity * (1 + wide.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]))
+    noise = torch.randn(samples, mean.shape[1], generator=generator, dtype=torch.float64).to(mean.device)
+    total = torch.zeros_like(mean, dtype=torch.float64)
+    for some in noise.split(128):
+        total += (mean.double() + torch.einsum("bcd,sd->sbc", root, some)).softmax(-1).sum(0)
+    return (total / samples).to(mean.dtype)
+
+
+def _minimum(loss: Any, low: float, high: float) -> float:
+    """Of a function with one valley in most cases: a grid first, golden sections in the best cell's neighbourhood then."""
+    points = torch.linspace(low, high, 49, dtype=torch.float64).tolist()
+    values = [loss(x) for x in points]
+    best = values.index(min(values))
+    a, b = points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)]
+    ratio = (math.sqrt(5) - 1) / 2
+    while b - a > 1e-6:
+        c, d = b - ratio * (b - a), a + ratio * (b - a)
+        a, b = (a, d) if loss(c) < loss(d) else (c, b)
+    return (a + b) / 2
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Written beside its place and moved there: a file is complete or not there at all."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, part, {"about": json.dumps(dict(about))})
+    os.replace(part, path)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
