@@ -44,11 +44,13 @@ def test_fullgraph_gives_the_same_numbers_and_writes_into_out(backend):
 def test_dynamic_lengths_take_one_graph():
     counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(accumulate, fullgraph=True, backend=counter, dynamic=True)
+    compiled = []
     for tokens in (16, 25, 70):
         inputs = arguments(tokens)
         for a, b in zip(run(accumulate, inputs), run(function, inputs), strict=True):
             torch.testing.assert_close(a, b)
-    assert counter.frame_count == 1
+        compiled.append(counter.frame_count)
+    assert compiled == compiled[:1] * 3
 
 
 def samples():
