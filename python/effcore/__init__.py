@@ -20,6 +20,10 @@ _EXPORTS = {
     "VerifierTTT": "effcore.methods.vds_ttt",
     "factorize_conv3d": "effcore.methods.conv3d",
     "decompose": "effcore.methods.low_rank",
+    "laplace": "effcore.methods.bayesian_moe",
+    "grouped_gram": "effcore.ops.kronecker",
+    "grouped_lowrank_update": "effcore.ops.kronecker",
+    "kron_variance": "effcore.ops.kronecker",
     "attention": "effcore.ops.attention",
     "attention_with_scores": "effcore.ops.attention",
     "attention_from_scores": "effcore.ops.attention",
@@ -45,6 +49,7 @@ _EXPORTS = {
 _SUBMODULES = ("array", "cli", "data", "methods", "models", "nn", "ops", "reference", "training")
 
 if TYPE_CHECKING:
+    from effcore.methods.bayesian_moe import laplace
     from effcore.methods.conv3d import factorize_conv3d
     from effcore.methods.low_rank import decompose
     from effcore.methods.skipvit import skip_tokens
@@ -66,6 +71,7 @@ if TYPE_CHECKING:
         share_kv,
     )
     from effcore.ops.conv3d import cross_conv3d
+    from effcore.ops.kronecker import grouped_gram, grouped_lowrank_update, kron_variance
     from effcore.ops.lowrank import lowrank_linear
     from effcore.ops.routing import class_scores, gather_tokens, merge_tokens, partition_tokens, separate_tokens
     from effcore.ops.scan import causal_conv1d, selective_scan, selective_step
@@ -78,6 +84,7 @@ __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "VerifierTTT",
     "factorize_conv3d",
     "decompose",
+    "laplace",
     "attention",
     "attention_with_scores",
     "attention_from_scores",
@@ -99,6 +106,9 @@ __all__ = [  # noqa: RUF022 (grouped as the documentation groups them)
     "FlowHNConfig",
     "FlowHNForCausalLM",
     "lowrank_linear",
+    "grouped_gram",
+    "grouped_lowrank_update",
+    "kron_variance",
 ]
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import effcore
-from effcore.cli import adapt, bench, compare, compress, demo, doctor, generate, plan, train
+from effcore.cli import adapt, bench, calibrate, compare, compress, demo, doctor, generate, plan, train
 from effcore.errors import InputError, RunError
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ app.command(name="adapt")(adapt.adapt)
 app.command(name="compare")(compare.compare)
 app.command(name="compress")(compress.compress)
 app.command(name="generate")(generate.generate)
+app.command(name="calibrate")(calibrate.calibrate)
 app.command(name="doctor")(doctor.doctor)
 app.command(name="bench")(bench.bench)
 app.command(name="demo")(demo.demo)

@@ -7,4 +7,5 @@
 - :mod:`effcore.methods.ttc`: stopping where samples at test time make up for more training (arXiv 2601.01332)
 - :mod:`effcore.methods.vds_ttt`: test-time training on samples that a verifier trusts (arXiv 2505.19475)
 - :mod:`effcore.methods.conv3d`: 3D convolutions from 2D and 1D parts
+- :mod:`effcore.methods.bayesian_moe`: a Laplace posterior over experts (arXiv 2511.08968)
 """

@@ -1,0 +1,126 @@
+"""``effcore calibrate``: a Laplace posterior for a model of experts, and what it does to the honesty of its answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder with a mixture-of-experts model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for posterior, scores and picture.")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Questions as .jsonl: question, choices, answer. Default: made of Python's library."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=10, help="Questions to make where there is no --data.")] = 600,
+    targets: Annotated[str, typer.Option("--targets", help="experts, lora or last.")] = "experts",
+    hessian: Annotated[str, typer.Option("--hessian", help="lowrank, kron or diag.")] = "lowrank",
+    rank: Annotated[int, typer.Option("--rank", min=1)] = 10,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions a batch.")] = 8,
+    max_length: Annotated[int, typer.Option("--max-length", min=8, help="Tokens of a question.")] = 512,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit in --out.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Fits a posterior on 60 % of the questions, chooses its prior on 20 %, and scores the last 20 % before and after."""
+    from effcore.errors import InputError
+
+    fit_file = out / "fit.safetensors"
+    if fit_file.exists() and not resume:
+        raise InputError(f"{fit_file} is of an interrupted fit: --resume goes on with it")
+    scores = _calibrate(
+        model, out, data, count=count, targets=targets, hessian=hessian, rank=rank, batch=batch, max_length=max_length
+    )
+    if json_:
+        print(json.dumps(scores))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "accuracy", "NLL", "ECE", "Brier")
+    for name, row in scores["scores"].items():
+        table.add_row(name, *(f"{row[key]:.4f}" for key in ("accuracy", "nll", "ece", "brier")))
+    console = Console()
+    console.print(table)
+    for name, experts in scores["unrouted"].items():
+        console.print(f"{name}: no token reached experts {', '.join(map(str, experts))}; they keep the prior")
+    console.print(f"prior variance {scores['prior_variance'][0]:.3g} · {out / 'posterior.safetensors'} · {out / 'reliability.png'}")
+
+
+def _calibrate(model: str, out: Path, data: Path | None, *, count: int, batch: int, max_length: int, **settings: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from effcore.data.questions import answer_tokens, batches, next_line_questions, read_questions
+    from effcore.data.sources import standard_library
+    from effcore.errors import InputError
+    from effcore.methods.bayesian_moe import laplace
+    from effcore.methods.calibration import draw_reliability, fit_temperature, scores
+
+    if not Path(model).is_dir():
+        raise InputError(f"{model}: no such folder")
+    questions = read_questions(data) if data else next_line_questions(standard_library(), count)
+    if len(questions) < 10:
+        raise InputError(f"{data}: {len(questions)} questions; at least 10 are needed for fit, prior and test")
+    first, second = int(0.6 * len(questions)), int(0.8 * len(questions))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        network = AutoModelForCausalLM.from_pretrained(model).eval()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model}: {str(error).splitlines()[0]}") from None
+    if torch.cuda.is_available():
+        network.cuda()
+    fit, held, test = (
+        list(batches(part, tokenizer, size=batch, max_length=max_length))
+        for part in (questions[:first], questions[first:second], questions[second:])
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    posterior = laplace(
+        network,
+        fit,
+        answers=answer_tokens(tokenizer, len(questions[0].choices)),
+        checkpoint=out / "fit.safetensors",
+        progress=_bar("fit"),
+        **settings,
+    ).fit_heldout(held)
+    posterior.save(out / "posterior.safetensors")
+
+    def logits(part: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        return torch.cat([posterior.logit_distribution(b)[0].cpu() for b in part])
+
+    def labels(part: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        return torch.cat([b["labels"] for b in part])
+
+    plain, truth = logits(test), labels(test)
+    temperature = fit_temperature(logits(held), labels(held))
+    predictions = {
+        "MAP": plain.softmax(1),
+        f"temperature {temperature:.2f}": (plain / temperature).softmax(1),
+        "posterior": torch.cat([posterior.predict(b).cpu() for b in test]),
+    }
+    draw_reliability(out / "reliability.png", {name: (p, truth) for name, p in predictions.items()})
+    result = {
+        "scores": {name: scores(p, truth) for name, p in predictions.items()},
+        "questions": {"fit": first, "prior": second - first, "test": len(questions) - second},
+        "prior_variance": posterior.prior_variance.tolist(),
+        "unrouted": posterior.unrouted,
+    }
+    (out / "scores.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def _bar(label: str) -> Any:
+    import sys
+    import time
+
+    last = [0.0]
+
+    def progress(done: int, total: int | None) -> None:
+        if done == total or time.monotonic() - last[0] >= 5:
+            last[0] = time.monotonic()
+            print(f"{label}: batch {done}{f'/{total}' if total else ''}", file=sys.stderr, flush=True)
+
+    return progress
