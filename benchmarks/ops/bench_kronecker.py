@@ -1,6 +1,7 @@
 """The kronecker family: Gram matrices of experts' tokens, even loads and skewed ones.
 
-Our work is the upper triangle; a peer that computes the whole product has twice as much to do. Peers return float32, as ours does.
+Our work is the upper triangle; a peer that computes the whole product has twice as much to do. Peers return float32, as ours
+does.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// The kronecker family as torch ops: check, allocate, call. One template serves the CPU and the CUDA library; a Backend says how
-// to run a kernel (`static void run(const Args&, const Tensor& on)`).
+// The kronecker family as torch ops: check, allocate, call. One template serves the CPU and the CUDA library; a Backend says
+// how to run a kernel (`static void run(const Args&, const Tensor& on)`).
 #pragma once
 #include "bindings/torch/tensor.h"
 #include "effcore/kronecker.h"

@@ -35,8 +35,8 @@ void check_tokens(const char* function, const TensorView& x, const TensorView& o
   const auto* at = static_cast<const std::int32_t*>(offsets.data);
   for (std::int64_t e = 0; e < offsets.size[0]; ++e) {
     const std::int64_t least = e > 0 ? at[e - 1] : 0;
-    check(at[e] >= least && at[e] <= x.size[0], function, "offsets[", e, "] is ", at[e], " but must be from ", least, " to the ",
-          x.size[0], " tokens of x");
+    check(at[e] >= least && at[e] <= x.size[0], function, "offsets[", e, "] is ", at[e], " but must be from ", least,
+          " to the ", x.size[0], " tokens of x");
   }
 }
 
@@ -46,8 +46,8 @@ void check_gram(const char* function, const TensorView& out, const TensorView& x
   check(out.dtype == dtype, function, "out is ", name(out.dtype), " but must be ", name(dtype), " for tokens in ",
         name(x.dtype));
   check_device(function, "out", out, x);
-  check(out.rank == 3 && out.size[0] == experts && out.size[1] == dim && out.size[2] == dim, function,
-        "out must have shape [", experts, ", ", dim, ", ", dim, "] but has ", shape(out));
+  check(out.rank == 3 && out.size[0] == experts && out.size[1] == dim && out.size[2] == dim, function, "out must have shape [",
+        experts, ", ", dim, ", ", dim, "] but has ", shape(out));
   const bool empty = experts * dim == 0;
   check(empty || ((dim == 1 || (out.stride[2] == 1 && out.stride[1] == dim)) && (experts == 1 || out.stride[0] == dim * dim)),
         function, "out must be contiguous");

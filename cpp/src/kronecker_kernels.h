@@ -1,4 +1,5 @@
-// The contract between the baseline unit (segments, tasks, threads) and the Gram kernels compiled once for each instruction set.
+// The contract between the baseline unit (segments, tasks, threads) and the Gram kernels compiled once for each instruction
+// set.
 #pragma once
 #include <cstdint>
 

@@ -1,9 +1,10 @@
 // result[e] = alpha * x[e]^T x[e] + beta * previous[e], for ragged groups of tokens.
 //
-// Bound: FLOPs, T * D^2 for 128 x 128 tiles on and above the diagonal (a general product does 2 T D^2). A block of 8 warps takes
-// one tile and one segment of tokens (segments.cuh); x streams through a ring of stages of `steps` tokens x 128 columns, twice a
-// step off the diagonal and once on it. Both operands are read transposed by ldmatrix, so x is never copied. A warp owns 64 x 32
-// of the sums: 6 ldmatrix feed 16 mma a step of 16 tokens. Blocks of one segment are neighbours, so that its tokens come from L2.
+// Bound: FLOPs, T * D^2 for 128 x 128 tiles on and above the diagonal (a general product does 2 T D^2). A block of 8 warps
+// takes one tile and one segment of tokens (segments.cuh); x streams through a ring of stages of `steps` tokens x 128 columns,
+// twice a step off the diagonal and once on it. Both operands are read transposed by ldmatrix, so x is never copied. A warp
+// owns 64 x 32 of the sums: 6 ldmatrix feed 16 mma a step of 16 tokens. Blocks of one segment are neighbours, so that its
+// tokens come from L2.
 #include <algorithm>
 #include <stdexcept>
 
@@ -144,7 +145,8 @@ struct Plan {
     tiles = columns * (columns + 1) / 2;
     experts = args.offsets.size[0] - 1;
     tokens = args.x.size[0];
-    // About 512 blocks where there are few tiles; segments of 8192 tokens bound the last block's time where one expert has most.
+    // About 512 blocks where there are few tiles; segments of 8192 tokens bound the last block's time where one expert has
+    // most.
     length = std::clamp<std::int64_t>(tokens * tiles / 512 / 64 * 64, 512, 8192);
     segments = experts + tokens / length;
     slots = 2 * (tokens / length);  // an expert with n > 1 segments has more than (n - 1) * length tokens
@@ -203,8 +205,7 @@ void grouped_gram(const GroupedGram& args, const Launch& where) {
     case DType::float32: run<float>(p, blocks, stream); break;
     default: throw std::invalid_argument("effcore.grouped_gram: float64 is not supported on CUDA");
   }
-  if (plan.slots > 0)
-    launch(f, gram_sum_kernel, static_cast<unsigned>(plan.experts * plan.tiles), threads, 0, stream, p);
+  if (plan.slots > 0) launch(f, gram_sum_kernel, static_cast<unsigned>(plan.experts * plan.tiles), threads, 0, stream, p);
 }
 
 }  // namespace effcore::cuda::kronecker

@@ -29,7 +29,9 @@ def folder(tmp_path_factory):
 
 
 def questions_file(path, count=20, choices=3):
-    lines = [{"question": f"Line {i}?", "choices": ["x", "y", "z"][:choices], "answer": i % choices} for i in range(count)]
+    lines = [
+        {"question": f"Line {i}?", "choices": ["x", "y", "z"][:choices], "answer": i % choices} for i in range(count)
+    ]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
@@ -53,7 +55,7 @@ def test_bad_files_are_named(folder, tmp_path):
         "{": "line 1: expected",
         json.dumps(row | {"answer": 2}): "line 1: answer must be from 0 to 1, got 2",
         json.dumps(row | {"choices": ["x"]}): "expected 2 to 26 choices, got 1",
-        f"{json.dumps(row)}\n{json.dumps(row | {'choices': ['x', 'y', 'z']})}": "line 2: 3 choices, but the first question has 2",
+        f"{json.dumps(row)}\n{json.dumps(row | {'choices': ['x', 'y', 'z']})}": "line 2: 3 choices, but the first.* has 2",
     }.items():
         data.write_text(text)
         with pytest.raises(InputError, match=message):

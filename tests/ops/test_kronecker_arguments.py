@@ -78,5 +78,5 @@ def test_a_refused_call_leaves_out_alone():
 
 
 def test_no_gradient_is_lost_without_a_word():
-    with pytest.raises(RuntimeError, match="grouped_gram: not differentiable; call it under torch.no_grad"):
+    with pytest.raises(RuntimeError, match=r"grouped_gram: not differentiable; call it under torch\.no_grad"):
         ops.grouped_gram(X.clone().requires_grad_(), OFFSETS)

@@ -17,7 +17,7 @@ struct GroupedGram {
   TensorView x;        // [T, D], rows contiguous, any stride between them
   TensorView offsets;  // [E + 1]
   double alpha = 1.0, beta = 0.0;
-  void* result = nullptr;           // [E, D, D], contiguous
+  void* result = nullptr;          // [E, D, D], contiguous
   const void* previous = nullptr;  // as result; null where beta is 0
 };
 

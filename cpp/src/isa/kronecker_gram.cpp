@@ -2,8 +2,8 @@
 //
 // Bound: FLOPs, half of those of a general product: 256 x 256 blocks on and above the diagonal, and in a block on the diagonal
 // only the panels that reach above it. X is packed once a segment as the right operand of product.h or of the AMX tiles,
-// and read from there for both sides: X^T of the SIMD engine is the packed panel itself, walked along its columns; AMX needs its
-// left operand row-major, a transpose of 32-bit lanes of the packed tiles.
+// and read from there for both sides: X^T of the SIMD engine is the packed panel itself, walked along its columns; AMX needs
+// its left operand row-major, a transpose of 32-bit lanes of the packed tiles.
 #include "../kronecker_kernels.h"
 #include "../scratch.h"
 #include "engines.h"

@@ -14,7 +14,9 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for posterior, scores and picture.")],
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Questions as .jsonl: question, choices, answer. Default: made of Python's library."),
+        typer.Option(
+            "--data", help="Questions as .jsonl: question, choices, answer. Default: made of Python's library."
+        ),
     ] = None,
     count: Annotated[int, typer.Option("--count", min=10, help="Questions to make where there is no --data.")] = 600,
     targets: Annotated[str, typer.Option("--targets", help="experts, lora or last.")] = "experts",
@@ -47,10 +49,14 @@ def calibrate(
     console.print(table)
     for name, experts in scores["unrouted"].items():
         console.print(f"{name}: no token reached experts {', '.join(map(str, experts))}; they keep the prior")
-    console.print(f"prior variance {scores['prior_variance'][0]:.3g} · {out / 'posterior.safetensors'} · {out / 'reliability.png'}")
+    console.print(
+        f"prior variance {scores['prior_variance'][0]:.3g} · {out / 'posterior.safetensors'} · {out / 'reliability.png'}"
+    )
 
 
-def _calibrate(model: str, out: Path, data: Path | None, *, count: int, batch: int, max_length: int, **settings: Any) -> Any:
+def _calibrate(
+    model: str, out: Path, data: Path | None, *, count: int, batch: int, max_length: int, **settings: Any
+) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

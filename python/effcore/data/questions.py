@@ -1,7 +1,8 @@
 """Multiple-choice questions: from a ``.jsonl`` file of one's own, or made of real text.
 
-A line of the file is ``{"question": "...", "choices": ["...", ...], "answer": 0}``, with as many choices in each line. Made of text, a
-question shows some lines of a source file and asks which of four lines comes next; the other three are of the same file.
+A line of the file is ``{"question": "...", "choices": ["...", ...], "answer": 0}``, with as many choices in each line. Made
+of text, a question shows some lines of a source file and asks which of four lines comes next; the other three are of the same
+file.
 """
 
 from __future__ import annotations
@@ -54,13 +55,17 @@ def read_questions(path: Path) -> list[Question]:
                 row = json.loads(line)
                 text, choices, answer = row["question"], tuple(row["choices"]), row["answer"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise InputError(f'{place}: expected {{"question": ..., "choices": [...], "answer": n}} ({error!r})') from None
+                raise InputError(
+                    f'{place}: expected {{"question": ..., "choices": [...], "answer": n}} ({error!r})'
+                ) from None
             if not isinstance(text, str) or not all(isinstance(c, str) for c in choices):
                 raise InputError(f"{place}: question and choices must be strings")
             if not 2 <= len(choices) <= len(LETTERS):
                 raise InputError(f"{place}: expected 2 to {len(LETTERS)} choices, got {len(choices)}")
             if questions and len(choices) != len(questions[0].choices):
-                raise InputError(f"{place}: {len(choices)} choices, but the first question has {len(questions[0].choices)}")
+                raise InputError(
+                    f"{place}: {len(choices)} choices, but the first question has {len(questions[0].choices)}"
+                )
             if not isinstance(answer, int) or not 0 <= answer < len(choices):
                 raise InputError(f"{place}: answer must be from 0 to {len(choices) - 1}, got {answer!r}")
             questions.append(Question(text, choices, answer))

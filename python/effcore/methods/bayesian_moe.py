@@ -1,9 +1,9 @@
 """Bayesian mixture of experts (arXiv:2511.08968): a Laplace posterior over the second matrix of each expert of a trained model.
 
-Nothing is trained again and no parameter is added: one pass over the training data gathers each expert's Fisher matrix, Kronecker
-factored and of low rank; predictions then average over the weights that the data leave possible, which makes their probabilities
-honest. Where the paper is silent (factors, prior, evidence) this follows Laplace-LoRA (arXiv:2308.13111); docs/bayesian-moe.md says
-where, and why.
+Nothing is trained again and no parameter is added: one pass over the training data gathers each expert's Fisher matrix,
+Kronecker factored and of low rank; predictions then average over the weights that the data leave possible, which makes their
+probabilities honest. Where the paper is silent (factors, prior, evidence) this follows Laplace-LoRA (arXiv:2308.13111);
+docs/bayesian-moe.md says where, and why.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def laplace(
     """Fits a posterior to a trained model's experts (or other linear layers), in one pass over its training data.
 
     Args:
-        model: any module whose forward gives logits [B, classes], or a causal language model together with ``answers``. Experts may
-            be stacked parameters of transformers (Qwen2-MoE, Mixtral, DeepSeek and others of its experts interface) or linear
-            layers under a module called ``experts``. The model is left as it was, its weights untouched.
-        loader: batches, each a mapping of the model's inputs (``labels`` [B], where given, are class numbers and do not go to the
-            model) or a pair ``(x, labels)``. Examples of a batch must not depend on each other.
+        model: any module whose forward gives logits [B, classes], or a causal language model together with ``answers``.
+            Experts may be stacked parameters of transformers (Qwen2-MoE, Mixtral, DeepSeek and others of its experts
+            interface) or linear layers under a module called ``experts``. The model is left as it was, its weights untouched.
+        loader: batches, each a mapping of the model's inputs (``labels`` [B], where given, are class numbers and do not go to
+            the model) or a pair ``(x, labels)``. Examples of a batch must not depend on each other.
         targets: "experts", "lora" (the adapters' matrices), "last" (the output layer), or a list of module names. Biases keep
             their values.
         hessian: "lowrank" (rank ``rank`` on both sides, and the mean of what that leaves out), "kron" (full factors) or "diag".
-        fisher: "exact": the expectation over the classes, one backward pass each; "sampled": one class drawn from the model's own
-            prediction, one pass.
+        fisher: "exact": the expectation over the classes, one backward pass each; "sampled": one class drawn from the model's
+            own prediction, one pass.
         answers: token ids of the classes; the logits are those behind the last token of each row.
         prior_mean: "map", "zero", or tensors by parameter name (the weights before fine-tuning). The evidence needs one of the
             latter.
@@ -71,7 +71,8 @@ def laplace(
         The posterior. An expert that no token reached keeps the prior variance, and is listed in ``posterior.unrouted``.
 
     Raises:
-        InputError: naming what is wrong. A fit that fails returns nothing, and its checkpoint is that of the last complete batch.
+        InputError: naming what is wrong. A fit that fails returns nothing, and its checkpoint is that of the last complete
+        batch.
     """
     taps = find_taps(model, targets)
     check_rank(taps, hessian, rank)
@@ -140,7 +141,9 @@ class _Fit:
             logits = logits_of(self.model, batch, self.answers)
             examples, classes = logits.shape
             if self.classes and classes != self.classes:
-                raise InputError(f"effcore.laplace: batch {number} has {classes} classes, the ones before had {self.classes}")
+                raise InputError(
+                    f"effcore.laplace: batch {number} has {classes} classes, the ones before had {self.classes}"
+                )
             labels = labels_of(batch)
             if labels is not None:
                 check_labels(labels, examples, classes, number=number)
@@ -209,7 +212,9 @@ class _Fit:
         if about.get("format") != "effcore laplace fit 1":
             raise InputError(f"{path}: not the checkpoint of a fit")
         if about["settings"] != self.settings or {k: t.shape for k, t in tensors.items()} != expected:
-            raise InputError(f"{path}: the checkpoint of a fit with other settings ({about['settings']}); remove it to begin anew")
+            raise InputError(
+                f"{path}: the checkpoint of a fit with other settings ({about['settings']}); remove it to begin anew"
+            )
         for c in self.curvature:
             c.tensors = {key: tensors[f"{c.name}/{key}"].to(t.device) for key, t in c.tensors.items()}
         self.batches, self.examples, self.classes = about["batches"], about["examples"], about["classes"]

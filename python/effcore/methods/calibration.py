@@ -1,6 +1,7 @@
 """Are probabilities honest? Scores of predicted probabilities [N, C] against labels [N], temperature scaling, and the picture.
 
-- NLL: -mean log p(label). Brier: mean Σ_c (p_c - [c = label])². Both are proper: least in expectation for the true probabilities.
+- NLL: -mean log p(label). Brier: mean Σ_c (p_c - [c = label])². Both are proper: least in expectation for the true
+probabilities.
 - ECE (Naeini et al. 2015; 15 bins as in Guo et al. 2017, arXiv:1706.04599): predictions fall into bins of equal width by their
   confidence, the greatest probability; the mean over predictions of |accuracy - confidence| of their bin.
 - OOD AUROC: how often an input from elsewhere is less certain than one of the kind that was trained on.
@@ -28,8 +29,10 @@ def _checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if not len(labels):
         raise InputError("effcore.calibration: there are no predictions")
     p, y = probabilities.detach().double().cpu(), labels.detach().long().cpu()
-    if not (0 <= int(y.min()) and int(y.max()) < p.shape[1]):
-        raise InputError(f"effcore.calibration: labels go from {int(y.min())} to {int(y.max())} with {p.shape[1]} classes")
+    if not (int(y.min()) >= 0 and int(y.max()) < p.shape[1]):
+        raise InputError(
+            f"effcore.calibration: labels go from {int(y.min())} to {int(y.max())} with {p.shape[1]} classes"
+        )
     if not bool(((p >= 0).all(1) & ((p.sum(1) - 1).abs() < 1e-3)).all()):
         raise InputError("effcore.calibration: each row of probabilities must be from 0 to 1 and sum to 1")
     return p, y
@@ -109,7 +112,9 @@ def draw_reliability(path: str | Path, predictions: Mapping[str, tuple[Tensor, T
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, row = plt.subplots(1, len(predictions), figsize=(3.4 * len(predictions), 3.6), layout="constrained", squeeze=False)
+    figure, row = plt.subplots(
+        1, len(predictions), figsize=(3.4 * len(predictions), 3.6), layout="constrained", squeeze=False
+    )
     for axes, (name, (p, y)) in zip(row[0], predictions.items(), strict=True):
         _, right, share = reliability(p, y)
         centres = (torch.arange(BINS) + 0.5) / BINS
@@ -117,7 +122,9 @@ def draw_reliability(path: str | Path, predictions: Mapping[str, tuple[Tensor, T
         axes.plot([0, 1], [0, 1], "--", color="#000000", linewidth=1)
         filled = share > 0
         axes.plot(centres[filled], right[filled], "o-", color="#0072B2", label="accuracy")
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", title=f"{name}\nECE {ece(p, y):.3f}, NLL {nll(p, y):.3f}")
+        axes.set(
+            xlim=(0, 1), ylim=(0, 1), xlabel="confidence", title=f"{name}\nECE {ece(p, y):.3f}, NLL {nll(p, y):.3f}"
+        )
     row[0][0].set_ylabel("accuracy")
     row[0][0].legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(path, dpi=150)

@@ -4,7 +4,8 @@ For expert e, with a the input and g the gradient of log p(y|x) at the output of
 
     F_e = Σ E_{y∼p(y|x)}[a aᵀ ⊗ g gᵀ]  ≈  (1 / N_e) (Σ a aᵀ) ⊗ (Σ E[g gᵀ])
 
-(arXiv:2511.08968; Kronecker factors as in Laplace-LoRA, arXiv:2308.13111). ``kron`` keeps both sums, ``lowrank`` their best bases of
+(arXiv:2511.08968; Kronecker factors as in Laplace-LoRA, arXiv:2308.13111). ``kron`` keeps both sums, ``lowrank`` their best
+bases of
 rank k and the trace that these leave out, ``diag`` the diagonal Σ a² ⊗ E[g²]. All sums, nothing is averaged over a batch.
 """
 
@@ -46,7 +47,8 @@ class LayerCurvature:
                 self.tensors[f"{side}.discarded"] = zeros()
 
     def update(self, layer: LayerTokens) -> None:
-        """Adds a batch. Gradients of several y (weighted by the root of their probability) count as one token each in E[g gᵀ]."""
+        """Adds a batch. Gradients of several y (weighted by the root of their probability) count as one token each in E[g
+        gᵀ]."""
         state = self.tensors
         offsets, passes = layer.offsets, layer.gradients.shape[1]
         state["tokens"] += offsets.diff()

@@ -1,7 +1,7 @@
 """A Gaussian posterior over the weights of some layers, and what follows from it: evidence, samples, calibrated predictions.
 
-For each expert's W: θ ∼ N(vec W_MAP, P⁻¹) with P = I / s² + F, F from :mod:`effcore.methods.laplace_curvature`. Logits are linear in
-θ around the MAP, so that they are Gaussian too: N(f, Σ Gᵀ P⁻¹ G).
+For each expert's W: θ ∼ N(vec W_MAP, P⁻¹) with P = I / s² + F, F from :mod:`effcore.methods.laplace_curvature`. Logits are
+linear in θ around the MAP, so that they are Gaussian too: N(f, Σ Gᵀ P⁻¹ G).
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class LayerPosterior:
         """W_MAP + P^(-1/2) ε in the layout of the parameter."""
         mean = self.tap.matrices()
         dtype = (self.diagonal if self.factors is None else self.factors[0].values).dtype  # type: ignore[union-attr]
-        noise = torch.randn(mean.shape, generator=generator, dtype=dtype, device=generator.device if generator else None)
+        noise = torch.randn(
+            mean.shape, generator=generator, dtype=dtype, device=generator.device if generator else None
+        )
         noise = noise.to(mean.device)
         if self.factors is None:
             assert self.diagonal is not None
@@ -133,11 +135,13 @@ class Posterior:
             prior_variance: one number, or one a layer.
 
         Raises:
-            InputError: without labels, or with ``prior_mean="map"``: then ‖θ - θ₀‖ is 0, and the evidence grows without end as s²
-                falls to 0, whatever the data say.
+            InputError: without labels, or with ``prior_mean="map"``: then ‖θ - θ₀‖ is 0, and the evidence grows without end
+                as s² falls to 0, whatever the data say.
         """
         if self.log_likelihood is None:
-            raise InputError("effcore.laplace: the evidence needs the labels of the training data, and batches had none")
+            raise InputError(
+                "effcore.laplace: the evidence needs the labels of the training data, and batches had none"
+            )
         if self.prior_mean == "map":
             raise InputError(
                 'effcore.laplace: the evidence needs a prior mean other than the MAP (prior_mean="zero", or the weights before '
@@ -217,8 +221,8 @@ class Posterior:
         """Probabilities [B, C] of a batch.
 
         Args:
-            method: "sampling": the mean of the softmax over ``samples`` draws of the logits; "probit": softmax(f / √(1 + π v / 8))
-                with v the variance of each logit (MacKay 1992), with no draws.
+            method: "sampling": the mean of the softmax over ``samples`` draws of the logits; "probit": softmax(f / √(1 + π v
+                / 8)) with v the variance of each logit (MacKay 1992), with no draws.
         """
         mean, covariance = self.logit_distribution(batch)
         if method == "probit":
@@ -234,7 +238,9 @@ class Posterior:
             logits = logits_of(self.model, batch, self.answers)
             examples, classes = logits.shape
             if classes != self.classes:
-                raise InputError(f"effcore.laplace: the model gives {classes} classes, the posterior was fitted to {self.classes}")
+                raise InputError(
+                    f"effcore.laplace: the model gives {classes} classes, the posterior was fitted to {self.classes}"
+                )
             cotangents = torch.eye(classes, dtype=logits.dtype, device=logits.device)[:, None].expand(-1, examples, -1)
             unknown = any(tap.record is None or tap.record.token is None for tap in self.taps)
             if unknown:  # one more pass tells examples apart: their gradients come multiplied by their number
@@ -292,9 +298,13 @@ class Posterior:
             raise InputError(f"{path}: not a posterior that effcore wrote")
         layers = []
         for tap in find_taps(model, about["layers"]):
-            mine = {k.split("/", 1)[1]: t.to(tap.weight.device) for k, t in tensors.items() if k.startswith(f"{tap.key}/")}
+            mine = {
+                k.split("/", 1)[1]: t.to(tap.weight.device) for k, t in tensors.items() if k.startswith(f"{tap.key}/")
+            }
             if "tokens" not in mine or len(mine["tokens"]) != tap.experts:
-                raise InputError(f"{path}: {tap.name} has {tap.experts} experts in the model, another number in the file")
+                raise InputError(
+                    f"{path}: {tap.name} has {tap.experts} experts in the model, another number in the file"
+                )
             factors = None
             if about["hessian"] != "diag":
                 a, b = (Factor(*(mine[f"{side}.{part}"] for part in Factor._fields)) for side in ("input", "output"))
@@ -364,9 +374,10 @@ def _checked_labels(batch: Batch, mean: Tensor, number: int) -> Tensor:
 def check_labels(labels: Tensor, examples: int, classes: int, *, number: int) -> None:
     if labels.shape != (examples,) or labels.is_floating_point():
         raise InputError(
-            f"effcore.laplace: labels of batch {number} must be integers [{examples}] but are {labels.dtype} {list(labels.shape)}"
+            f"effcore.laplace: labels of batch {number} must be integers [{examples}] "
+            f"but are {labels.dtype} {list(labels.shape)}"
         )
-    if examples and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+    if examples and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
         raise InputError(
             f"effcore.laplace: labels of batch {number} go from {int(labels.min())} to {int(labels.max())}, "
             f"but the model gives {classes} classes"
@@ -377,7 +388,9 @@ def _sampled(mean: Tensor, covariance: Tensor, samples: int, seed: int) -> Tenso
     """The mean of the softmax, not the softmax of the mean."""
     generator = torch.Generator().manual_seed(seed)
     wide, identity = covariance.double(), torch.eye(mean.shape[1], dtype=torch.float64, device=mean.device)
-    root = torch.linalg.cholesky((wide + wide.mT) / 2 + JITTER * identity * (1 + wide.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]))
+    root = torch.linalg.cholesky(
+        (wide + wide.mT) / 2 + JITTER * identity * (1 + wide.diagonal(dim1=1, dim2=2).amax(1)[:, None, None])
+    )
     noise = torch.randn(samples, mean.shape[1], generator=generator, dtype=torch.float64).to(mean.device)
     total = torch.zeros_like(mean, dtype=torch.float64)
     for some in noise.split(128):
@@ -404,7 +417,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, part, {"about": json.dumps(dict(about))})
+    save_file(
+        {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, part, {"about": json.dumps(dict(about))}
+    )
     os.replace(part, path)
 
 

@@ -1,8 +1,8 @@
 """What a Laplace approximation needs of a model: the inputs of some linear layers, and the gradients at their outputs.
 
-A *tap* sits on one layer: a stack of experts' second matrices [E, O, I], or a linear layer (E = 1). During a forward pass it keeps
-the tokens' inputs, sorted by expert, and the layer's outputs before the gate weight is applied; gradients at these outputs come from
-``torch.autograd.grad``, so no parameter needs a gradient and one backward pass serves all layers.
+A *tap* sits on one layer: a stack of experts' second matrices [E, O, I], or a linear layer (E = 1). During a forward pass it
+keeps the tokens' inputs, sorted by expert, and the layer's outputs before the gate weight is applied; gradients at these
+outputs come from ``torch.autograd.grad``, so no parameter needs a gradient and one backward pass serves all layers.
 
 transformers keeps experts as one stacked parameter that never goes through a module of its own. Its experts interface takes an
 implementation by name; :func:`_experts_forward` is ours, registered while taps are in place.
@@ -11,6 +11,7 @@ implementation by name; :func:`_experts_forward` is ours, registered while taps 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Record:
 class Tap:
     """Listens to one layer."""
 
-    def __init__(self, name: str, module: nn.Module, parameter: str):
+    def __init__(self, name: str, module: Any, parameter: str):
         self.name, self.module, self.parameter = name, module, parameter
         weight = self.weight
         self.stacked = weight.dim() == 3
@@ -90,7 +91,7 @@ class Tap:
 # ---------------------------------------------------------------- finding layers
 
 
-def _is_stacked(module: nn.Module) -> bool:
+def _is_stacked(module: Any) -> bool:
     """An experts module that transformers dispatches through its interface."""
     down = getattr(module, "down_proj", None)
     return isinstance(down, nn.Parameter) and down.dim() == 3 and hasattr(module, "_is_expert_parallel")
@@ -115,7 +116,7 @@ def find_taps(model: nn.Module, targets: str | Sequence[str]) -> list[Tap]:
         taps += [Tap(name, m, "weight") for name, m in linear.items() if second.search(name)]
         if not taps:
             raise InputError(
-                f"effcore.laplace: {type(model).__name__} has no experts: neither stacked ones of transformers nor linear layers "
+                f"effcore.laplace: {type(model).__name__} has no experts: neither stacked ones nor linear layers "
                 'under "experts"; targets="last" or a list of module names take other layers'
             )
     elif targets == "lora":
@@ -123,7 +124,8 @@ def find_taps(model: nn.Module, targets: str | Sequence[str]) -> list[Tap]:
         if not taps:
             raise InputError(f"effcore.laplace: {type(model).__name__} has no LoRA adapters (lora_A, lora_B)")
     elif targets == "last":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
+        head = embeddings()
         found = [name for name, m in linear.items() if m is head] or list(linear)[-1:]
         if not found:
             raise InputError(f"effcore.laplace: {type(model).__name__} has no linear layer")
@@ -156,7 +158,7 @@ def listening(model: nn.Module, taps: Sequence[Tap]) -> Iterator[None]:
         for tap in taps:
             tap.record = None
             if tap.stacked:
-                tap.module._effcore_tap = tap  # type: ignore[assignment]
+                tap.module._effcore_tap = tap
             else:
                 hooks.append(tap.module.register_forward_hook(_linear_hook(tap)))
         if stacked:
@@ -236,7 +238,7 @@ def _experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
 
 
 def _pairs(ends: list[int]) -> Iterator[tuple[int, int]]:
-    return zip(ends, ends[1:], strict=False)
+    return itertools.pairwise(ends)
 
 
 # ---------------------------------------------------------------- one batch
@@ -297,7 +299,9 @@ def logits_of(model: nn.Module, batch: Batch, answers: Tensor | None) -> Tensor:
     """[B, classes]: what the model says about a batch. Of a language model, the logits of ``answers`` behind the last token."""
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+        inputs: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"
+        }
         if hasattr(model, "config") and getattr(model.config, "is_encoder_decoder", None) is not None:
             inputs.setdefault("use_cache", False)
         out = model(**inputs)
@@ -312,7 +316,9 @@ def logits_of(model: nn.Module, batch: Batch, answers: Tensor | None) -> Tensor:
                 "of the classes"
             )
         if int(answers.max()) >= logits.shape[2]:
-            raise InputError(f"effcore.laplace: answers has token {int(answers.max())} of a vocabulary of {logits.shape[2]}")
+            raise InputError(
+                f"effcore.laplace: answers has token {int(answers.max())} of a vocabulary of {logits.shape[2]}"
+            )
         places = torch.arange(logits.shape[1], device=logits.device)
         last = (mask * places).argmax(1) if mask is not None else places[-1:].expand(len(logits))
         logits = logits[torch.arange(len(logits), device=logits.device), last][:, answers.to(logits.device)]

@@ -1,12 +1,13 @@
 """The rank-k basis of a growing Gram matrix: kernels in torch, where an eigensolver and large products are all there is to it.
 
-The dense eigenproblem is taken on the smaller side of the stacked rows R = [basisᵀ; X]: R Rᵀ = U Λ Uᵀ gives the basis Rᵀ U, whose
-columns have length √λ already. Where both sides are large, Rayleigh-Ritz in a block Krylov space of RᵀR (Musco and Musco 2015,
-arXiv:1504.05477, algorithm 2).
+The dense eigenproblem is taken on the smaller side of the stacked rows R = [basisᵀ; X]: R Rᵀ = U Λ Uᵀ gives the basis Rᵀ U,
+whose columns have length √λ already. Where both sides are large, Rayleigh-Ritz in a block Krylov space of RᵀR (Musco and
+Musco 2015, arXiv:1504.05477, algorithm 2).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,9 @@ def _refuse(basis: Tensor, discarded: Tensor, x: Tensor, offsets: Tensor) -> Non
     if x.dim() != 2:
         raise ValueError(f"{function}: x must have 2 dimensions [tokens, features] but has shape {list(x.shape)}")
     if offsets.dim() != 1 or offsets.dtype != torch.int32 or not len(offsets):
-        raise ValueError(f"{function}: offsets must be int32 [experts + 1] but is {offsets.dtype} {list(offsets.shape)}")
+        raise ValueError(
+            f"{function}: offsets must be int32 [experts + 1] but is {offsets.dtype} {list(offsets.shape)}"
+        )
     experts, dim = len(offsets) - 1, x.shape[1]
     if basis.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{function}: basis must be float32 or float64 but is {basis.dtype}")
@@ -43,13 +46,15 @@ def _refuse(basis: Tensor, discarded: Tensor, x: Tensor, offsets: Tensor) -> Non
         )
 
 
-def _top(values: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The greatest eigenvalues and their vectors, in descending order."""
+    values, vectors = torch.linalg.eigh(matrix)
     return values[..., -rank:].flip(-1).clamp_min(0), vectors[..., -rank:].flip(-1)
 
 
 def _krylov(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor:
-    """Approximates the best basis [..., D, k] of the matrix that ``multiply`` applies; ``basis`` [..., D, k] is a first guess."""
+    """Approximates the best basis [..., D, k] of the matrix that ``multiply`` applies; ``basis`` [..., D, k] is a first
+    guess."""
     rank = basis.shape[-1]
     generator = torch.Generator().manual_seed(0)  # the same numbers in every call: results are deterministic
     start = torch.randn(basis.shape[-2], rank + _OVERSAMPLE, generator=generator, dtype=basis.dtype).to(basis.device)
@@ -60,7 +65,7 @@ def _krylov(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor:
         blocks.append(block)
     space = torch.linalg.qr(torch.cat(blocks, -1)).Q
     image = multiply(space)
-    values, vectors = _top(*torch.linalg.eigh(space.mT @ image), rank)
+    values, vectors = _top(space.mT @ image, rank)
     return space @ (vectors * values.sqrt().unsqueeze(-2))
 
 
@@ -72,9 +77,9 @@ def _update_one(basis: Tensor, x: Tensor) -> Tensor:
     if side > max(DENSE, krylov_dimension(rank)):
         return _krylov(lambda q: rows.mT @ (rows @ q), basis)
     if len(rows) > dim:
-        values, vectors = _top(*torch.linalg.eigh(rows.mT @ rows), rank)
+        values, vectors = _top(rows.mT @ rows, rank)
         return vectors * values.sqrt()
-    _, vectors = _top(*torch.linalg.eigh(rows @ rows.mT), rank)
+    _, vectors = _top(rows @ rows.mT, rank)
     return rows.mT @ vectors
 
 
@@ -102,7 +107,7 @@ def _spans(offsets: Tensor, tokens: int) -> list[tuple[int, int]]:
             raise ValueError(
                 f"effcore.grouped_lowrank_update: offsets[{e}] is {end} but must be from {begin} to the {tokens} tokens of x"
             )
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 @grouped_lowrank_update.register_kernel("cuda")
@@ -120,7 +125,7 @@ def _(basis: Tensor, discarded: Tensor, x: Tensor, offsets: Tensor) -> tuple[Ten
         if rank and dim > max(DENSE, krylov_dimension(rank)):
             new = _krylov(lambda q, gram=gram: gram @ q, part)  # type: ignore[misc]
         else:
-            values, vectors = _top(*torch.linalg.eigh(gram), rank)
+            values, vectors = _top(gram, rank) if rank else (gram[:, 0, :0], gram[:, :, :0])
             new = vectors * values.sqrt().unsqueeze(-2)
         trace = gram.diagonal(dim1=1, dim2=2).sum(1)
         bases.append(new)

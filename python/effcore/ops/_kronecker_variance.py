@@ -1,12 +1,12 @@
 """The covariance of logits under a Kronecker posterior: kernels in torch.
 
-A token's input a and output gradient g split into what lies in the factors' bases (p, q) and what is orthogonal to them (a⊥, g⊥);
-the blocks of the posterior covariance are diagonal in that split, so that
+A token's input a and output gradient g split into what lies in the factors' bases (p, q) and what is orthogonal to them (a⊥,
+g⊥); the blocks of the posterior covariance are diagonal in that split, so that
 
     Cov[c, d] = Σᵢⱼ w(αᵢ, βⱼ) H[c]ᵢⱼ H[d]ᵢⱼ + Σᵢ w(αᵢ, ρ_b) X[c]ᵢ·X[d]ᵢ + Σⱼ w(ρ_a, βⱼ) Y[c]ⱼ·Y[d]ⱼ + w(ρ_a, ρ_b) ⟨Z[c], Z[d]⟩
 
-with w(α, β) = 1 / (1 / s² + α β), H = Σ_t q pᵀ, X = Σ_t g⊥ pᵀ, Y = Σ_t q a⊥ᵀ, Z = Σ_t g⊥ a⊥ᵀ. Z is never formed: its products are sums
-over pairs of tokens, (a⊥·a⊥′)(g⊥·g⊥′).
+with w(α, β) = 1 / (1 / s² + α β), H = Σ_t q pᵀ, X = Σ_t g⊥ pᵀ, Y = Σ_t q a⊥ᵀ, Z = Σ_t g⊥ a⊥ᵀ. Z is never formed: its products
+are sums over pairs of tokens, (a⊥·a⊥′)(g⊥·g⊥′).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
-def _refuse(a: Tensor, g: Tensor, offsets: Tensor, example: Tensor, factors: list[tuple[str, Tensor, Tensor, Tensor]]) -> None:
+def _refuse(
+    a: Tensor, g: Tensor, offsets: Tensor, example: Tensor, factors: list[tuple[str, Tensor, Tensor, Tensor]]
+) -> None:
     function = "effcore.kron_variance"
     if a.dim() != 2:
         raise ValueError(f"{function}: a must have 2 dimensions [tokens, inputs] but has shape {list(a.shape)}")

@@ -1,16 +1,17 @@
-r"""Kronecker-factored curvature of grouped tokens: the Fisher matrix of an expert's weights, and the variance of what it predicts.
+r"""Kronecker-factored curvature of grouped tokens: the Fisher matrix of an expert's weights, and the variance of what it
+predicts.
 
-Tokens stand sorted by expert: ``offsets`` is int32 [E + 1], ascending, and expert e has the rows ``x[offsets[e]:offsets[e + 1]]``;
-rows outside of them belong to nobody. Experts may have any number of tokens, none included.
+Tokens stand sorted by expert: ``offsets`` is int32 [E + 1], ascending, and expert e has the rows
+``x[offsets[e]:offsets[e + 1]]``; rows outside of them belong to nobody. Experts may have any number of tokens, none included.
 
 A *factor* is a symmetric positive matrix in its eigenvectors, ``(vectors [E, D, k], values [E, k], rest [E])``:
 
     F = U diag(values) Uᵀ + rest · (I − U Uᵀ),        U orthonormal,  k ≤ D
 
-``rest`` is the mean of the eigenvalues that the k vectors leave out, so that the trace is kept; with k = D it is irrelevant. The
-posterior precision of an expert's matrix W [O, I] is P = I / s² + A ⊗ B on the column-major vec(W), A over inputs and B over outputs:
-its eigenvalues are 1 / s² + αᵢ βⱼ with α, β those of A and B, each rest counted as often as it occurs. So no k² × k² matrix is ever
-factorised: determinants, solves and samples are closed forms in the two eigenbases.
+``rest`` is the mean of the eigenvalues that the k vectors leave out, so that the trace is kept; with k = D it is irrelevant.
+The posterior precision of an expert's matrix W [O, I] is P = I / s² + A ⊗ B on the column-major vec(W), A over inputs and B
+over outputs: its eigenvalues are 1 / s² + αᵢ βⱼ with α, β those of A and B, each rest counted as often as it occurs. So no
+k² × k² matrix is ever factorised: determinants, solves and samples are closed forms in the two eigenbases.
 
 Nothing here is differentiable but :func:`kron_log_det`, which is made of torch's own ops.
 """
@@ -75,9 +76,9 @@ def grouped_lowrank_update(basis: Tensor, discarded: Tensor, x: Tensor, offsets:
         order; ``discarded`` has grown by the trace that the new basis leaves out, so that tr(basis · basisᵀ) + discarded is the
         trace of everything that was seen.
 
-    Exact (dense eigenvectors of the smaller side) where tokens + k or D is at most 512. Beyond that the eigenvectors are those of a
-    block Krylov space of dimension 4 k + 24, whose captured trace is within 0.1 % of the best; the balance of the trace is exact.
-    On the CPU the offsets are read; on a GPU nothing waits but for torch's own eigensolver.
+    Exact (dense eigenvectors of the smaller side) where tokens + k or D is at most 512. Beyond that the eigenvectors are
+    those of a block Krylov space of dimension 4 k + 24, which need not be the best ones to the last digit (the tests ask for
+    99.9 % of the best trace on a slowly falling spectrum); the balance of the trace is exact. On the CPU the offsets are read; on a GPU nothing waits but for torch's own eigensolver.
     """
     return _lowrank.grouped_lowrank_update(basis, discarded, x, offsets)
 
@@ -94,7 +95,9 @@ def kron_variance(
 ) -> Tensor:
     """The covariance of each example's logits under the posterior, for a list of prior variances.
 
-        Σₑ vec(Gₑ)ᵀ (I / s² + A ⊗ B)⁻¹ vec(Gₑ),        Gₑ[c] = ∂ logits[c] / ∂ Wₑ = Σ_t g[t, c] a[t]ᵀ over the example's tokens in e
+        Σₑ vec(Gₑ)ᵀ (I / s² + A ⊗ B)⁻¹ vec(Gₑ),        Gₑ[c] = ∂ logits[c] / ∂ Wₑ = Σ_t g[t, c] a[t]ᵀ
+
+    summed over the example's tokens t in expert e.
 
     Args:
         a: [T, I], the tokens' inputs, sorted by expert.

@@ -1,5 +1,7 @@
 """Kronecker factors of grouped tokens, as formulas in plain torch."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from torch import Tensor
 def _groups(x: Tensor, offsets: Tensor) -> list[Tensor]:
     ends = offsets.tolist()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return [x[a:b].to(dtype) for a, b in zip(ends, ends[1:], strict=False)]
+    return [x[a:b].to(dtype) for a, b in itertools.pairwise(ends)]
 
 
 def grouped_gram(
