@@ -75,6 +75,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.run conv3d
 	$(BIN)/python -m benchmarks.run scan
 	$(BIN)/python -m benchmarks.run lowrank
+	$(BIN)/python -m benchmarks.run kronecker
 
 cuda-check: setup
 	$(BIN)/python -m pytest -q tests/cuda -m cuda
@@ -83,6 +84,7 @@ cuda-check: setup
 	$(BIN)/python tests/cuda/check_conv3d.py --sanitize
 	$(BIN)/python tests/cuda/check_scan.py --sanitize
 	EFFCORE_LOWRANK_FUSED=1 $(BIN)/python tests/cuda/check_lowrank.py --sanitize
+	$(BIN)/python tests/cuda/check_kronecker.py --sanitize
 
 clean:
 	rm -rf build $(VENV)

@@ -246,8 +246,11 @@ def _pairs(ends: list[int]) -> Iterator[tuple[int, int]]:
 
 @dataclass
 class LayerTokens:
-    """The tokens of one layer that reach the logits: those whose gradient is not zero. Others add nothing to the Fisher matrix, and
-    would only dilute its Kronecker factors (padding, positions behind the answer, all but the last position of a last layer)."""
+    """The tokens of one layer that reach the logits: those whose gradient is not zero.
+
+    Others (padding, positions behind the answer, all but the last position of a last layer) add nothing to the Fisher matrix,
+    and would only dilute its Kronecker factors.
+    """
 
     inputs: Tensor  # [T, I]
     gradients: Tensor  # [T, C, O]
@@ -312,8 +315,8 @@ def logits_of(model: nn.Module, batch: Batch, answers: Tensor | None) -> Tensor:
     if logits.dim() == 3:
         if answers is None:
             raise InputError(
-                f"effcore.laplace: the model gives logits {list(logits.shape)} for each token; answers= must name the token ids "
-                "of the classes"
+                f"effcore.laplace: the model gives logits {list(logits.shape)} for each token; "
+                "answers= must name the token ids of the classes"
             )
         if int(answers.max()) >= logits.shape[2]:
             raise InputError(

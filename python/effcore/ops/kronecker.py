@@ -78,7 +78,8 @@ def grouped_lowrank_update(basis: Tensor, discarded: Tensor, x: Tensor, offsets:
 
     Exact (dense eigenvectors of the smaller side) where tokens + k or D is at most 512. Beyond that the eigenvectors are
     those of a block Krylov space of dimension 4 k + 24, which need not be the best ones to the last digit (the tests ask for
-    99.9 % of the best trace on a slowly falling spectrum); the balance of the trace is exact. On the CPU the offsets are read; on a GPU nothing waits but for torch's own eigensolver.
+    99.9 % of the best trace on a slowly falling spectrum); the balance of the trace is exact. On the CPU the offsets
+    are read; on a GPU nothing waits but for torch's own eigensolver.
     """
     return _lowrank.grouped_lowrank_update(basis, discarded, x, offsets)
 
