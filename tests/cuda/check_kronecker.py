@@ -1,7 +1,7 @@
 """The CUDA kernel of the kronecker family against effcore.reference, and its speed against torch, on a GPU.
 
-Every problem is run twice (the bits must agree) in memory filled with NaN; errors may be at most twice those of a loop of float32
-products of the same tokens. `--sanitize` runs small problems under compute-sanitizer (memcheck and racecheck). Times come from
+Every problem is run twice (the bits must agree) in memory filled with NaN; errors may be at most twice those of float32
+products, expert by expert. `--sanitize` runs small problems under compute-sanitizer (memcheck and racecheck). Times come from
 `python -m benchmarks.run kronecker --device cuda`.
 """
 
