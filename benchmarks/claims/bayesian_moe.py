@@ -17,10 +17,12 @@ import copy
 import io
 import json
 import random
+import re
 import statistics
 import sys
 import time
 import tokenize
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,10 @@ from effcore.methods.bayesian_moe import laplace  # noqa: E402
 from effcore.methods.calibration import draw_reliability, fit_temperature, ood_auroc, scores  # noqa: E402
 
 PACKAGES = ("asyncio", "email", "tkinter", "unittest", "xml", "http", "multiprocessing", "logging")
-ANSWERS = list(range(256, 256 + len(PACKAGES)))
-PAD, ASK = 256 + len(PACKAGES), 257 + len(PACKAGES)
-LENGTH = 96  # bytes of a piece
+WORDS = 4096  # a word is a token: its checksum modulo this
+ANSWERS = list(range(WORDS, WORDS + len(PACKAGES)))
+PAD, ASK = WORDS + len(PACKAGES), WORDS + len(PACKAGES) + 1
+LENGTH = 24  # words of a piece
 
 Batch = dict[str, Tensor]
 
@@ -56,19 +59,22 @@ def separate(text: str) -> tuple[str, str]:
     return " ".join(code), " ".join(prose)
 
 
-def pieces(files: list[SourceFile], kind: int) -> list[tuple[bytes, int]]:
+Piece = tuple[list[int], int]  # tokens, number of the package
+
+
+def pieces(files: list[SourceFile], kind: int) -> list[Piece]:
     """All pieces of code (kind 0) or prose (1) with the number of their package."""
     found = []
     for file in files:
         package = file.name.split("/")[0]
         text = separate(file.path.read_text(encoding="utf-8", errors="ignore"))[kind]
-        data = " ".join(text.split()).encode()
+        data = [zlib.crc32(word.encode()) % WORDS for word in re.findall(r"[A-Za-z]{2,}", text)]
         found += [(data[i : i + LENGTH], PACKAGES.index(package)) for i in range(0, len(data) - LENGTH, LENGTH)]
     return found
 
 
-def as_batches(some: list[tuple[bytes, int]], size: int) -> list[Batch]:
-    """``LENGTH`` bytes and the token that asks, padded to one length by construction."""
+def as_batches(some: list[Piece], size: int) -> list[Batch]:
+    """``LENGTH`` words and the token that asks, padded to one length by construction."""
     out = []
     for i in range(0, len(some), size):
         part = some[i : i + size]
@@ -262,8 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help="reliability diagrams of the first seed")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.seeds, options.train, options.test, options.epochs, options.members = 1, 640, 160, 3, 2
-        options.fit, options.no_lora = 8, True
+        options.seeds, options.train, options.test, options.epochs, options.members = 1, 2000, 400, 4, 2
+        options.no_lora = True
     data = make_data(options)
     rows, first = [], None
     for seed in range(options.seeds):

@@ -181,9 +181,9 @@ class Posterior:
         Args:
             loader: batches with labels, of data other than that of the fit.
             per_layer: one variance a layer, by coordinate descent from the best shared one.
-            grid: candidate variances (default: 33 from 1e-8 to 1e2, evenly in the logarithm).
+            grid: candidate variances (default: 41 from 1e-8 to 1e4, evenly in the logarithm).
         """
-        variances = torch.tensor(grid or torch.logspace(-8, 2, 33).tolist(), dtype=self.prior_variance.dtype)
+        variances = torch.tensor(grid or torch.logspace(-8, 4, 41).tolist(), dtype=self.prior_variance.dtype)
         if not bool((variances > 0).all()):
             raise InputError("effcore.laplace: prior variances must be positive")
         means, covariances, labels = [], [], []
