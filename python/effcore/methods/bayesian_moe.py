@@ -18,13 +18,9 @@ from torch import Tensor, nn
 
 from effcore.errors import InputError
 from effcore.methods.laplace_curvature import LayerCurvature, check_rank
-from effcore.methods.laplace_posterior import (
-    LayerPosterior,
-    Posterior,
-    check_labels,
-    read_safetensors,
-    write_safetensors,
-)
+from effcore.methods.laplace_file import read_safetensors, write_safetensors
+from effcore.methods.laplace_layer import LayerPosterior
+from effcore.methods.laplace_posterior import Posterior, check_labels
 from effcore.methods.laplace_taps import Batch, Tap, find_taps, gradients, labels_of, listening, logits_of
 
 __all__ = ["Posterior", "laplace"]

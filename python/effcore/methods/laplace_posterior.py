@@ -6,12 +6,9 @@ linear in θ around the MAP, so that they are Gaussian too: N(f, Σ Gᵀ P⁻¹ 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,81 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from effcore.errors import InputError
+from effcore.methods.laplace_file import read_safetensors, write_safetensors
+from effcore.methods.laplace_layer import LayerPosterior
 from effcore.methods.laplace_taps import Batch, LayerTokens, Tap, find_taps, gradients, listening, logits_of
-from effcore.ops.kronecker import Factor, kron_log_det, kron_variance
+from effcore.ops.kronecker import Factor
 
 JITTER = 1e-6  # added to the covariance of logits
-
-
-@dataclass
-class LayerPosterior:
-    """One layer's share: its Fisher matrix as two factors or as a diagonal, and the MAP it is centred on."""
-
-    tap: Tap
-    tokens: Tensor  # int64 [E]
-    factors: tuple[Factor, Factor] | None = None
-    diagonal: Tensor | None = None  # [E, O, I]
-
-    def log_det(self, prior_variance: Tensor) -> Tensor:
-        """Σₑ log det(I + s² Fₑ)"""
-        if self.factors is None:
-            assert self.diagonal is not None
-            return torch.log1p(prior_variance * self.diagonal).sum()
-        return kron_log_det(*self.factors, prior_variance).sum()
-
-    def covariance(self, layer: LayerTokens, example: Tensor, examples: int, prior_variance: Tensor) -> Tensor:
-        """[S, B, C, C] for a list of prior variances [S]."""
-        if self.factors is not None:
-            dtype = self.factors[0].values.dtype
-            return kron_variance(
-                layer.inputs.to(dtype), layer.gradients.to(dtype), layer.offsets, example, examples, *self.factors,
-                prior_variance,
-            )  # fmt: skip
-        assert self.diagonal is not None
-        classes = layer.gradients.shape[1]
-        result = self.diagonal.new_zeros((len(prior_variance), examples, classes, classes))
-        for e, (begin, end) in enumerate(pairwise(layer.offsets.tolist())):
-            for b in example[begin:end].unique().tolist():
-                rows = (example[begin:end] == b).nonzero()[:, 0] + begin
-                g, a = layer.gradients[rows].to(result.dtype), layer.inputs[rows].to(result.dtype)
-                total = torch.einsum("tco,ti->coi", g, a)
-                for s, variance in enumerate(prior_variance):
-                    weighted = total / (1 / variance + self.diagonal[e])
-                    result[s, b] += torch.einsum("coi,doi->cd", weighted, total)
-        return result
-
-    def sample(self, prior_variance: Tensor, generator: torch.Generator | None) -> Tensor:
-        """W_MAP + P^(-1/2) ε in the layout of the parameter."""
-        mean = self.tap.matrices()
-        dtype = (self.diagonal if self.factors is None else self.factors[0].values).dtype  # type: ignore[union-attr]
-        noise = torch.randn(
-            mean.shape, generator=generator, dtype=dtype, device=generator.device if generator else None
-        )
-        noise = noise.to(mean.device)
-        if self.factors is None:
-            assert self.diagonal is not None
-            noise = noise * (1 / prior_variance + self.diagonal).rsqrt()
-        else:
-            (u, alpha, alpha_rest), (v, beta, beta_rest) = self.factors
-
-            def scale(left: Tensor, right: Tensor) -> Tensor:
-                return (1 / prior_variance + left * right).rsqrt()
-
-            right, left = noise @ u, v.mT @ noise  # [E, O, ka], [E, kb, I]
-            both = v.mT @ right
-            right, left, outside = (
-                right - v @ both,
-                left - both @ u.mT,
-                noise - v @ left - right @ u.mT + v @ (both @ u.mT),
-            )
-            noise = (
-                v @ (both * scale(alpha[:, None, :], beta[:, :, None])) @ u.mT
-                + (right * scale(alpha, beta_rest[:, None])[:, None, :]) @ u.mT
-                + v @ (left * scale(beta, alpha_rest[:, None])[:, :, None])
-                + outside * scale(alpha_rest, beta_rest)[:, None, None]
-            )
-        weight = (mean + noise.to(mean.dtype)).mT if self.tap.transposed else mean + noise.to(mean.dtype)
-        return weight if self.tap.stacked else weight[0]
 
 
 @dataclass
@@ -409,28 +337,3 @@ def _minimum(loss: Any, low: float, high: float) -> float:
         c, d = b - ratio * (b - a), a + ratio * (b - a)
         a, b = (a, d) if loss(c) < loss(d) else (c, b)
     return (a + b) / 2
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Written beside its place and moved there: a file is complete or not there at all."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file(
-        {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, part, {"about": json.dumps(dict(about))}
-    )
-    os.replace(part, path)
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118 (safe_open is no mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
