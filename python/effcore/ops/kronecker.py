@@ -111,6 +111,8 @@ def kron_variance(
 
     Returns:
         [S, examples, C, C].
+
+    The offsets are read on the host, and the work goes expert by expert.
     """
     return _variance.kron_variance(
         a, g, offsets, example, examples, *input_factor, *output_factor, prior_variance.to(a.dtype)
