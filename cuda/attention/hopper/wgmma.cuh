@@ -60,9 +60,11 @@ struct SharedOperand {
   std::uint32_t low;
   std::uint32_t panel_step;  // in units of 16 bytes, as all of a descriptor
 
-  __device__ __forceinline__ SharedOperand(std::uint32_t address, int rows)
-      : panel_step(static_cast<std::uint32_t>(rows * panel_row_bytes / 16)) {
-    low = static_cast<std::uint32_t>(uniform(static_cast<int>(panel_step << 16 | (address & 0x3ffff) >> 4)));
+  // `say_uniform` where it is built before a batch of products; between batches under way its shuffle would serialise them.
+  __device__ __forceinline__ SharedOperand(std::uint32_t address, int rows, bool say_uniform = true)
+      : low(static_cast<std::uint32_t>(rows * panel_row_bytes / 16) << 16 | (address & 0x3ffff) >> 4),
+        panel_step(static_cast<std::uint32_t>(rows * panel_row_bytes / 16)) {
+    if (say_uniform) low = static_cast<std::uint32_t>(uniform(static_cast<int>(low)));
   }
 
   // Block k of 16 along the depth.

@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
           shared_address(memory + voxel_turn.stage * p.voxel_bytes) + static_cast<std::uint32_t>(warpgroup * 64 * 128);
       for (int tap = 0; tap < taps; ++tap) {
         rings.weights.wait_full(weight_turn);
-        const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>(tap * p.line * 128), 64);
-        const sm90::SharedOperand<false> b(shared_address(weight_memory + weight_turn.stage * weight_bytes), Columns);
+        const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>(tap * p.line * 128), 64, false);
+        const sm90::SharedOperand<false> b(shared_address(weight_memory + weight_turn.stage * weight_bytes), Columns, false);
         sm90::pin(sums);
         sm90::wgmma_begin();
         sm90::multiply<T, Columns, 4, false, false>(sums, a, b, true);
