@@ -1,9 +1,14 @@
 // The family's functions: arguments into kernel parameters, workspace, launches.
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
+#include <vector>
 
 #include "attention/dispatch.h"
+#ifdef EFFCORE_HOPPER
+#include "attention/hopper/backward.h"
+#endif
 #include "common/error.h"
 
 namespace effcore::cuda::attention {
@@ -136,6 +141,46 @@ constexpr const char* shared_backward_name = "attention_from_scores_bwd";
 constexpr const char* decode_name = "decode_attention";
 constexpr const char* decode_probs_name = "decode_from_probs";
 
+#ifdef EFFCORE_HOPPER
+// The backward for Hopper is asked for by EFFCORE_HOPPER_BACKWARD=1 until `make cuda-check` has passed with it.
+bool hopper_backward_wanted() {
+  static const bool wanted = [] {
+    const char* text = std::getenv("EFFCORE_HOPPER_BACKWARD");
+    return text != nullptr && text[0] == '1';
+  }();
+  return wanted;
+}
+#endif
+
+// Calls body(hopper::BackwardKernels<T, D>{}) where those serve these inputs; whether it did.
+template <class T, int D, class Body>
+bool try_hopper_backward(Kernels<T, D>, const Problem& p, const std::vector<const TensorView*>& inputs, const void* probs,
+                         const char* function, Body&& body) {
+#ifdef EFFCORE_HOPPER
+  if constexpr (sizeof(T) == 2 && D <= 128)
+    if (hopper_backward_wanted() && on_hopper(function) && hopper::serves_backward(p, inputs, probs != nullptr)) {
+      body(hopper::BackwardKernels<T, D>{});
+      return true;
+    }
+#endif
+  return false;
+}
+
+std::vector<const TensorView*> inputs_of(const Backward& args) {
+  std::vector<const TensorView*> inputs{&args.q, &args.k};
+  for (int l = 0; l < args.layers; ++l) inputs.push_back(&args.dout[l]), inputs.push_back(&args.v[l]);
+  return inputs;
+}
+
+template <class K>
+BackwardPlan backward_plan(const Backward& args, K kernels) {
+  BackwardPlan plan{};
+  const auto hopper_plan = [&](auto hopper) { plan = hopper.plan(); };
+  if (!try_hopper_backward(kernels, args.problem, inputs_of(args), args.probs, backward_name, hopper_plan))
+    plan = kernels.backward_plan(args.probs != nullptr, args.layers, backward_name);
+  return plan;
+}
+
 }  // namespace
 
 std::size_t workspace_bytes(const Forward&) {
@@ -148,10 +193,8 @@ std::size_t workspace_bytes(const SharedBackward&) {
   return 0;
 }
 std::size_t workspace_bytes(const Backward& args) {
-  return dispatch(args.problem, backward_name, [&](auto kernels) {
-    return BackwardWorkspace(args.problem, kernels.backward_plan(args.probs != nullptr, args.layers, backward_name), nullptr)
-        .bytes;
-  });
+  return dispatch(args.problem, backward_name,
+                  [&](auto kernels) { return BackwardWorkspace(args.problem, backward_plan(args, kernels), nullptr).bytes; });
 }
 std::size_t workspace_bytes(const Decode& args) {
   return DecodeWorkspace(args.problem, splits_of(args.problem, decode_name), nullptr).bytes;
@@ -216,7 +259,9 @@ void shared_backward(const SharedBackward& args, const Launch& launch) {
   params.float_dv = args.dv.dtype == DType::float32;
   dispatch(p, shared_backward_name, [&](auto kernels) {
     kernels.delta(delta, shared_backward_name, stream_of(launch));
-    kernels.shared_backward(params, shared_backward_name, stream_of(launch));
+    const auto take = [&](auto hopper) { hopper.values(params, shared_backward_name, stream_of(launch)); };
+    if (!try_hopper_backward(kernels, p, {&args.q, &args.k, &args.dout}, args.probs, shared_backward_name, take))
+      kernels.shared_backward(params, shared_backward_name, stream_of(launch));
   });
 }
 
@@ -227,7 +272,7 @@ void backward(const Backward& args, const Launch& launch) {
                                 " layers share these scores, but CUDA kernels take " + std::to_string(max_layers));
   const Shape shape = shape_of(p, backward_name);
   dispatch(p, backward_name, [&](auto kernels) {
-    const BackwardPlan plan = kernels.backward_plan(args.probs != nullptr, args.layers, backward_name);
+    const BackwardPlan plan = backward_plan(args, kernels);
     const BackwardWorkspace space(p, plan, launch.workspace);
     DeltaParams delta{};
     delta.shape = shape;
@@ -250,7 +295,9 @@ void backward(const Backward& args, const Launch& launch) {
     params.turns = space.turns;
     params.ticket = space.turns + space.turn_count - 1;
     kernels.delta(delta, backward_name, stream_of(launch));
-    kernels.backward(params, plan.compact, backward_name, stream_of(launch));
+    const auto take = [&](auto hopper) { hopper.owner(params, backward_name, stream_of(launch)); };
+    if (!try_hopper_backward(kernels, p, inputs_of(args), args.probs, backward_name, take))
+      kernels.backward(params, plan.compact, backward_name, stream_of(launch));
   });
 }
 
