@@ -1,38 +1,18 @@
-#include <cuda_runtime.h>
-
 #include "attention/hopper/tensor_map.h"
 #include "attention/hopper/wgmma.cuh"
+#include "common/tensor_map.h"
 
 namespace effcore::cuda::hopper {
 namespace {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver, so that the library needs no libcuda to load.
-Encode encoder() {
-  static const Encode function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
-      entry = nullptr;
-    return reinterpret_cast<Encode>(entry);
-  }();
-  return function;
-}
 
 // Boxes of `rows` rows of one panel.
 template <int Rank>
 bool encode(CUtensorMap* map, const void* data, DType dtype, const cuuint64_t (&size)[Rank],
             const cuuint64_t (&stride)[Rank - 1], int rows) {
-  const Encode function = encoder();
-  cuuint32_t box[Rank], step[Rank];
-  for (int d = 0; d < Rank; ++d) box[d] = 1, step[d] = 1;
+  cuuint32_t box[Rank];
+  for (cuuint32_t& d : box) d = 1;
   box[0] = panel_columns, box[1] = static_cast<cuuint32_t>(rows);
-  return function != nullptr &&
-         function(map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Rank,
-                  const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode_tensor_map(map, dtype, data, size, stride, box);
 }
 
 }  // namespace

@@ -3,38 +3,12 @@
 #include <limits>
 
 #include "common/error.h"
+#include "common/tensor_map.h"
 #include "conv3d/hopper/rows.cuh"
 #include "conv3d/hopper/rows.h"
 
 namespace effcore::cuda::conv3d::hopper {
 namespace {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver, so that the library needs no libcuda to load.
-Encode encoder() {
-  static const Encode function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
-      entry = nullptr;
-    return reinterpret_cast<Encode>(entry);
-  }();
-  return function;
-}
-
-template <int Rank>
-bool encode(CUtensorMap* map, DType dtype, const void* data, const cuuint64_t (&size)[Rank],
-            const cuuint64_t (&stride)[Rank - 1], const cuuint32_t (&box)[Rank]) {
-  const Encode function = encoder();
-  cuuint32_t step[Rank];
-  std::fill(step, step + Rank, 1);
-  return function != nullptr &&
-         function(map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Rank,
-                  const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -138,14 +112,14 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
   }
   const cuuint32_t plain[5] = {64, 1u << box.w, 1u << box.t, 1u << box.b, 1u << box.h};
   const cuuint32_t with_halo[5] = {64, 1u << box.w, 1u << box.t, 1u << box.b, (1u << box.h) + static_cast<cuuint32_t>(halo)};
-  if (!encode(&p.box, from.dtype, from.data, size, stride, plain) ||
-      !encode(&p.box_with_halo, from.dtype, from.data, size, stride, with_halo))
+  if (!encode_tensor_map(&p.box, from.dtype, from.data, size, stride, plain) ||
+      !encode_tensor_map(&p.box_with_halo, from.dtype, from.data, size, stride, with_halo))
     return false;
   const cuuint64_t weight_size[2] = {static_cast<cuuint64_t>(problem.padded_channels),
                                      static_cast<cuuint64_t>(problem.padded_columns * problem.packed_taps)};
   const cuuint64_t weight_stride[1] = {weight_size[0] * 2};
   const cuuint32_t weight_box[2] = {64, wide ? 128u : 64u};
-  if (!encode(&p.weights, from.dtype, problem.packed, weight_size, weight_stride, weight_box)) return false;
+  if (!encode_tensor_map(&p.weights, from.dtype, problem.packed, weight_size, weight_stride, weight_box)) return false;
 
   p.log_w = box.w, p.log_t = box.t, p.log_b = box.b, p.log_h = box.h;
   p.line = box.line();

@@ -12,6 +12,7 @@ the Hugging Face Trainer of any of them.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,9 +57,10 @@ def freeze(model: nn.Module, frozen: bool = True, *, inner: bool = False) -> int
     return count
 
 
-class _Schedule:
+class _Schedule(ABC):
+    @abstractmethod
     def apply(self, model: nn.Module, step: int, epoch: float, optimizer: Optimizer | None = None) -> None:
-        raise NotImplementedError
+        """Changes the model as the schedule has it at this step."""
 
     def callback(self) -> Any:
         """As a ``TrainerCallback``."""

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -41,7 +42,7 @@ def checked_scores(verifier: Verifier, prompts: Sequence[str], responses: Sequen
     return scores
 
 
-class _ModelVerifier:
+class _ModelVerifier(ABC):
     """Batches of prompt + response through a model.
 
     Args:
@@ -78,8 +79,9 @@ class _ModelVerifier:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @abstractmethod
     def _judge(self, ids: Tensor, mask: Tensor) -> Tensor:
-        raise NotImplementedError
+        """A score a row of padded tokens."""
 
 
 class ClassifierVerifier(_ModelVerifier):
