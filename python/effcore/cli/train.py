@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from effcore.cli import train_flowhn, train_skipvit
+from effcore.cli import train_skipvit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,6 +55,7 @@ METHODS = {
     "baseline": "The model as it is, transformers' own class with PyTorch's attention: what the others are compared with.",
     "epas": "Progressive activation sharing (EPAS): more and more of the upper layers share Q,K (or K,V: --set mode=kv).",
     "echo": "Gradual conversion to shared keys and values (ECHO-LLaMA): one layer a stage; usually of a checkpoint (--model).",
+    "flowhn": "Attention and a state-space model side by side, tokens dealt to them by cost (FlowHN); always from scratch.",
     "swiftlearn": "A text classifier on the samples that still move (SwiftLearn); --set keep=1 is training on all of them.",
 }
 _RECIPES = {"swiftlearn": ("snippets", "finetune")}  # from scratch, and of a checkpoint; the others: fresh, continued
@@ -83,6 +84,8 @@ def _add_command(method: str, description: str) -> None:
             given = [name for name, value in fixed.items() if value]
             if given:
                 raise InputError(f"--resume continues a run with its own settings; leave out {', '.join(given)}")
+        if method == "flowhn" and model is not None:
+            raise InputError("--model: FlowHN trains from scratch")
         default = _RECIPES.get(method, ("fresh", "continued"))[model is not None]
         loaded = load_recipe(recipe or default, settings, method=method)
         summary = run_training(
@@ -106,17 +109,17 @@ def _add_command(method: str, description: str) -> None:
                 f"trained on, {summary['seconds']:.0f} s; see {out / 'report.md'}"
             )
         elif not quiet:
+            cache = summary.get("cache_bytes_per_token")
             print(
                 f"{summary['title']}: validation loss {summary['validation_loss']:.4f}, "
-                f"{summary['tokens_per_second']:,.0f} tokens/s, "
-                f"KV cache {summary['cache_bytes_per_token']:,} bytes/token; see {out / 'report.md'}"
+                f"{summary['tokens_per_second']:,.0f} tokens/s"
+                f"{'' if cache is None else f', KV cache {cache:,} bytes/token'}; see {out / 'report.md'}"
             )
 
 
 for _method, _description in METHODS.items():
     _add_command(_method, _description)
 app.command(name="skipvit")(train_skipvit.skipvit)
-app.command(name="flowhn")(train_flowhn.flowhn)
 
 
 def is_main_process() -> bool:
