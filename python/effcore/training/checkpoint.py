@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as distributed
 
 from effcore.errors import InputError
 
@@ -101,6 +102,32 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# Without `strict`: the projections of layers that share never got a gradient, so the optimizer holds nothing of them, and of
+# tied weights only one is in the file.
+_WHOLE = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+
+
+def gathered_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """The whole state of a sharded (FSDP2) model's optimizer, by the parameters' names; to be called by all processes.
+
+    Only the first process gets it, the others get an empty dict.
+    """
+    return distributed.get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+
+
+def scatter_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Gives every process its shards of what :func:`gathered_optimizer` returned, however many processes there were then."""
+    distributed.set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
+
+
+def scatter_model(model: nn.Module, folder: Path) -> None:
+    """Gives every process its shards of the weights that ``save_pretrained`` wrote into ``folder``."""
+    weights: dict[str, Any] = {}
+    for file in folder.glob("model*.safetensors"):
+        weights |= load_file(file)
+    distributed.set_model_state_dict(model, weights, options=_WHOLE)
 
 
 @contextmanager

@@ -52,26 +52,36 @@ class CheckpointTrainer(Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
-    @property
-    def _sharded(self) -> bool:
-        """Whether optimizer state is spread over processes: then torch's distributed checkpoints hold it."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            assert self.optimizer is not None and self.lr_scheduler is not None
-            checkpoint.save_tree(Path(output_dir, OPTIMIZER_FILE), self.optimizer.state_dict())
+        assert self.model is not None and self.optimizer is not None and self.lr_scheduler is not None
+        # A sharded state is gathered by all processes.
+        state = (
+            checkpoint.gathered_optimizer(self.model, self.optimizer)
+            if self.is_fsdp_enabled
+            else self.optimizer.state_dict()
+        )
+        if self.args.should_save:
+            checkpoint.save_tree(Path(output_dir, OPTIMIZER_FILE), state)
             checkpoint.save_tree(Path(output_dir, SCHEDULER_FILE), self.lr_scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is None or self._sharded:
-            super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if checkpoint_folder is None:
             return
-        assert self.optimizer is not None and self.lr_scheduler is not None
-        self.optimizer.load_state_dict(checkpoint.load_tree(Path(checkpoint_folder, OPTIMIZER_FILE)))
+        assert self.model is not None and self.optimizer is not None and self.lr_scheduler is not None
+        state = checkpoint.load_tree(Path(checkpoint_folder, OPTIMIZER_FILE))
+        if self.is_fsdp_enabled:
+            checkpoint.scatter_optimizer(self.model, self.optimizer, state)
+        else:
+            self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(checkpoint.load_tree(Path(checkpoint_folder, SCHEDULER_FILE)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        assert model is not None
+        if self.is_fsdp_enabled:
+            checkpoint.scatter_model(model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
