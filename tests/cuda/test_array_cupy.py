@@ -170,9 +170,9 @@ def test_bad_arguments_are_refused_by_name(rng):
     q, host = heads(rng, 1, 2, 8, 64, "float16")
     with pytest.raises(ValueError, match=r"k is on cpu but q is on cuda:0"):
         ea.attention(q, host.astype("f2"), q)
-    with pytest.raises(ValueError, match=r"k is on cuda:0 but q is on cpu:0"):
+    with pytest.raises(ValueError, match=r"k is on cuda:0 but q is on cpu$"):
         ea.attention(host.astype("f2"), q, q)
-    with pytest.raises(ValueError, match="lengths is on cpu:0"):
+    with pytest.raises(ValueError, match="lengths is on cpu"):
         ea.attention(q, q, q, lengths=np.array([8], np.int32))
     with pytest.raises(ValueError, match=r"q is float64 but float32, bfloat16, float16"):
         ea.attention(*[q.astype(cp.float64)] * 3)

@@ -84,6 +84,14 @@ def test_sharding_is_refused_where_it_would_replicate(tmp_path, monkeypatch):
     assert not training_arguments(TrainingSettings(), tmp_path, shares=True).fsdp
 
 
+def test_one_process_works_on_one_device(tmp_path, monkeypatch):
+    """Where there are more GPUs the Trainer would wrap the model in DataParallel."""
+    arguments = training_arguments(TrainingSettings(), tmp_path, shares=True)
+    arguments._setup_devices  # noqa: B018  (sets what follows)
+    monkeypatch.setattr(arguments, "_n_gpu", 8)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == TrainingSettings().batch_size
+
+
 def test_recipes_that_do_not_exist():
     with pytest.raises(InputError, match="did you mean 'fresh'"):
         load_recipe("frsh")

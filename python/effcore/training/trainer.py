@@ -135,6 +135,18 @@ class SharingTrainer(CheckpointTrainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
 
 
+class OneDeviceArguments(TrainingArguments):
+    """Arguments of a process that works on one device; more of them are torchrun's affair.
+
+    The Trainer would wrap the model in ``nn.DataParallel`` where it sees several GPUs. That copies the model at every step, and
+    a step's activations and losses, which layers and schedules hand to each other, end on different devices.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
+
+
 def training_arguments(settings: TrainingSettings, output: Path, *, shares: bool) -> TrainingArguments:
     """The Trainer's arguments for a recipe's ``training`` section; ``shares`` says that layers (will) share activations.
 
@@ -143,7 +155,7 @@ def training_arguments(settings: TrainingSettings, output: Path, *, shares: bool
     """
     if settings.sharded and not (torch.cuda.is_available() and "LOCAL_RANK" in os.environ):
         raise InputError("training.sharded: Accelerate shards on GPUs, in processes that torchrun started")
-    return TrainingArguments(
+    return OneDeviceArguments(
         output_dir=str(output),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
