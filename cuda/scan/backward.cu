@@ -5,218 +5,267 @@
 //   q[t] = dh[t] decay[t] h[t - 1]                       dA = sum over tokens of dt[t] q[t]
 //   dx = dt d(dt x) + D g                                ddt = x d(dt x) + sum over states of A q
 //
-// A tile's states are made again from the kept state before it and lie in shared memory (each thread reads what it wrote
-// itself). Chunks work as in the forward, with the gradient of the state in the state's place. Sums over channels: within a
-// warp by exchanging halves, 31 shuffles for the 32 sums of a token; over the warps in shared memory; over blocks by a second
-// kernel. Bounds: bytes, x, dt, z, dout read and dx, ddt, dz written once each; instructions, some 20 a token, channel and
-// state.
-#include "scan/scan.cuh"
+// A tile is gone through twice. Forward from the kept state before it: decay h[t - 1] of each token goes to shared memory (each
+// thread reads what it wrote itself), y and dz and the warp's part of dC are made. Then back: everything else. Chunks work as in
+// the forward, with the gradient of the state in the state's place. Sums over channels: 4 within a thread, then over the lanes
+// of a warp, over the warps in shared memory, and over blocks by a second kernel. Parameters' gradients: tile by tile, which
+// keeps the roundings of long sums small, and over chunks in double precision.
+//
+// Bounds: bytes, x, dt, z, dout read and dx, ddt, dz written once each, and the kept states; instructions, 15 and two special
+// functions a token, channel and state, and a quarter of the forward's again where a piece has two tiles.
+#include "scan/tiles.cuh"
 
 namespace effcore::cuda::scan {
 namespace {
 
-constexpr int warps = threads / 32;
+constexpr int resident = 3;  // blocks of a multiprocessor: what shared memory holds, 168 registers a thread
 
-// dout and z of a token -> g
-__device__ __forceinline__ float gated(float dout, float z, bool gate) {
-  return gate ? dout * z * sigmoid(z) : dout;
-}
-
-// What each chunk but a sequence's first sends to the one before it, where nothing comes from behind.
-template <class T, int parts>
-__global__ void __launch_bounds__(threads) local_backward_kernel(const __grid_constant__ ScanParams p) {
-  __shared__ __align__(16) float C[tile * parts * lane_states];
-  const Place<parts> at(p);
-  Chunks::Chunk chunk;
-  if (!p.chunks.find(at.row, chunk) || chunk.first()) return;
-  float A[lane_states], dh[lane_states] = {}, sum = 0.0f;
-  load_rates<T>(A, p, at);
-  const float bias = p.bias.data != nullptr ? p.bias.at<T>(at.c) : 0.0f;
-  for (int t0 = chunk.begin + (chunk.end - 1 - chunk.begin) / tile * tile; t0 >= chunk.begin; t0 -= tile) {
-    float dt[tile], g[tile];
-#pragma unroll
-    for (int i = 0; i < tile; ++i) {
-      const int t = min(t0 + i, chunk.end - 1);
-      dt[i] = load<T>(p.dt, chunk.batch, t, at.c);
-      const float z = p.z.data != nullptr ? load<T>(p.z, chunk.batch, t, at.c) : 0.0f;
-      g[i] = gated(load<T>(p.dout, chunk.batch, t, at.c), z, p.z.data != nullptr);
-    }
-    __syncthreads();
-    stage<T, parts>(C, p.C, chunk.batch, t0, chunk.end, p.states);
-    __syncthreads();
-#pragma unroll
-    for (int i = tile - 1; i >= 0; --i) {
-      if (t0 + i >= chunk.end) continue;
-      float c[lane_states];
-      load_states(c, C + (i * parts + at.part) * lane_states);
-      const float step = step_size<T>(p, dt[i], bias);
-      sum += step;
-#pragma unroll
-      for (int n = 0; n < lane_states; ++n) dh[n] = exp2_approx(step * A[n]) * (dh[n] + g[i] * c[n]);
-    }
+// dout and z of a token -> g = dout silu(z), and dz / y
+struct Gate {
+  float g, slope;
+  __device__ __forceinline__ Gate(float dout, float z, bool gate) : g(dout), slope(0.0f) {
+    if (!gate) return;
+    const float open = sigmoid(z);
+    g = dout * z * open, slope = dout * open * (1.0f + z * (1.0f - open));
   }
-#pragma unroll
-  for (int n = 0; n < lane_states; ++n)
-    if (at.has(p, n)) p.carried[by_state(p, at, at.row, n)] = dh[n];
-  if (at.writes()) p.step_sum[std::int64_t{at.row} * p.channels + at.c] = sum;
-}
-
-// v[0, 32) of each lane -> the sums over the `run` lanes that hold the same states: lane l keeps those of l % run * parts + j,
-// j < parts, in v[j]. Each step sends half of what is left to the lane across and adds what comes back.
-template <int parts>
-__device__ __forceinline__ void sum_across(float (&v)[2 * lane_states]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int half = 16; half >= parts; half /= 2) {
-    const int bit = half / parts;
-    const bool upper = lane & bit;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float send = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
-      v[i] = keep + __shfl_xor_sync(~0u, send, bit);
-    }
-  }
-}
-
-template <int parts>
-struct Shared {
-  static constexpr int padded = parts * lane_states;
-  float h[tile][lane_states][threads];  // the state before each token
-  float x[tile][threads], dt[tile][threads], slope[tile][threads], g[tile][threads];
-  float B[tile * padded], C[tile * padded];
-  float sums[tile][warps][2 * padded];  // dB and dC of a warp's channels
 };
 
-template <class T, int parts>
-__global__ void __launch_bounds__(threads) scan_backward_kernel(const __grid_constant__ ScanParams p) {
-  extern __shared__ __align__(16) char memory[];
-  auto& shared = *reinterpret_cast<Shared<parts>*>(memory);
-  constexpr int padded = Shared<parts>::padded;
-  const Place<parts> at(p);
-  const int me = threadIdx.x, warp = me / 32, lane = me % 32;
+// What each chunk but a sequence's first sends to the one before it, where nothing comes from behind.
+template <class T, class L>
+__global__ void __launch_bounds__(threads, L::parts == 1 ? 4 : 1) local_backward_kernel(const __grid_constant__ ScanParams p) {
+  __shared__ __align__(16) States<L> C;
+  __shared__ __align__(16) Channels<L> steps, g;
+  const Place<L> at(p);
+  const Share<L> share(at.lane);
   Chunks::Chunk chunk;
-  float A[lane_states], dh[lane_states], dA[lane_states] = {}, dD = 0.0f, dbias = 0.0f;
+  if (!p.chunks.find(at.row, chunk) || chunk.first()) return;
+  const bool gate = p.z.data != nullptr;
+  const int mine = at.channel_in_warp();
+  float A[thread_pairs], dh[thread_pairs] = {}, sum = 0.0f;
+  load_rates<T>(A, p, at);
+  for (int t0 = chunk.begin + (chunk.end - 1 - chunk.begin) / tile * tile; t0 >= chunk.begin; t0 -= tile) {
+    const auto dt = load_share<T>(p.dt, p, at, share, chunk.batch, t0, chunk.end);
+    const auto z = load_share<T>(p.z, p, at, share, chunk.batch, t0, chunk.end);
+    const auto dout = load_share<T>(p.dout, p, at, share, chunk.batch, t0, chunk.end);
+    const StatesLoad<T, L> c_load(p.C, chunk.batch, t0, chunk.end, p.states);
+    const int tokens = min(tile, chunk.end - t0);
+    __syncthreads();
+    c_load.put(C);
+    if (share.any) {
+      put_steps(steps, dt, p, at, share, tokens);
+#pragma unroll
+      for (int i = 0; i < L::run; ++i)
+        g.at[share.token][at.warp][share.channel + i] = Gate(to_float(dout.at[i]), to_float(z.at[i]), gate).g;
+    }
+    __syncthreads();
+#pragma unroll 2
+    for (int i = tokens - 1; i >= 0; --i) {
+      float c[L::states], step[L::channels], gs[L::channels];
+      load_floats(c, &C.at[i][at.state]);
+      load_floats(step, &steps.at[i][at.warp][mine]);
+      load_floats(gs, &g.at[i][at.warp][mine]);
+#pragma unroll
+      for (int e = 0; e < thread_pairs; ++e) {
+        const int k = e % L::channels, j = e / L::channels;
+        dh[e] = exp2_approx(step[k] * A[e]) * (dh[e] + gs[k] * c[j]);
+      }
+      sum += steps.at[i][at.warp][at.own];
+    }
+  }
+  store_pairs(p.carried + std::int64_t{at.row} * p.states * p.channels, dh, p, at);
+  if (at.writes) p.step_sum[std::int64_t{at.row} * p.channels + at.c] = sum;
+}
+
+template <class L>
+struct Shared {
+  // decay h[t - 1] of each token but the last
+  float4 decayed[tile - 1][thread_pairs / 4][threads];
+  Channels<L> x, steps, g;
+  States<L> B, C;
+  // Of a token and warp: dz / y of each channel until y is known, then the sums of dC and of dB.
+  static constexpr int sums_width = L::warp_channels > 2 * L::padded ? L::warp_channels : 2 * L::padded;
+  float sums[tile][warps][sums_width];
+};
+
+// Puts the tile [t0, t0 + tokens) in shared memory; the block's threads wait for each other before and after.
+template <class T, class L>
+__device__ __forceinline__ void stage(Shared<L>& shared, const ScanParams& p, const Place<L>& at, const Share<L>& share,
+                                      const Chunks::Chunk& chunk, int t0, bool back) {
+  const auto dt = load_share<T>(p.dt, p, at, share, chunk.batch, t0, chunk.end);
+  const auto x = load_share<T>(p.x, p, at, share, chunk.batch, t0, chunk.end);
+  Run<T, L::run> dout{}, z{};
+  if (back) {
+    dout = load_share<T>(p.dout, p, at, share, chunk.batch, t0, chunk.end);
+    z = load_share<T>(p.z, p, at, share, chunk.batch, t0, chunk.end);
+  }
+  const StatesLoad<T, L> b_load(p.B, chunk.batch, t0, chunk.end, p.states), c_load(p.C, chunk.batch, t0, chunk.end, p.states);
+  __syncthreads();
+  b_load.put(shared.B), c_load.put(shared.C);
+  if (share.any) {
+    put_steps(shared.steps, dt, p, at, share, chunk.end - t0);
+#pragma unroll
+    for (int i = 0; i < L::run; ++i) {
+      shared.x.at[share.token][at.warp][share.channel + i] = to_float(x.at[i]);
+      if (back) {
+        const Gate gate(to_float(dout.at[i]), to_float(z.at[i]), p.z.data != nullptr);
+        shared.g.at[share.token][at.warp][share.channel + i] = gate.g;
+        shared.sums[share.token][at.warp][share.channel + i] = gate.slope;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+template <class T, class L>
+__global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1)
+    scan_backward_kernel(const __grid_constant__ ScanParams p) {
+  extern __shared__ __align__(16) char memory[];
+  auto& shared = *reinterpret_cast<Shared<L>*>(memory);
+  constexpr int channels = L::channels, states = L::states;
+  // Lanes that end with the same sums over channels, and how many of them.
+  constexpr int sums_left = states / L::channel_lanes > 1 ? states / L::channel_lanes : 1;
+  constexpr int sums_sharing = L::channel_lanes * sums_left / states > 1 ? L::channel_lanes * sums_left / states : 1;
+  const Place<L> at(p);
+  const Share<L> share(at.lane);
+  const int mine = at.channel_in_warp(), channel_lane = at.lane / L::state_lanes;
+  const bool writes_sums = channel_lane % sums_sharing == 0;
+  const int sums_at = at.state + channel_lane / sums_sharing * sums_left;
+  Chunks::Chunk chunk;
+  float dA[thread_pairs] = {}, dD = 0.0f, dbias = 0.0f;
   if (p.chunks.find(at.row, chunk)) {
+    float A[thread_pairs], dh[thread_pairs];
     load_rates<T>(A, p, at);
     load_entering(dh, p, at, chunk.sequence);
-    const float bias = p.bias.data != nullptr ? p.bias.at<T>(at.c) : 0.0f;
-    const float D = p.D.data != nullptr ? p.D.at<T>(at.c) : 0.0f;
+    const float D = p.D.data != nullptr && at.writes ? p.D.at<T>(at.c) : 0.0f;
     const bool gate = p.z.data != nullptr;
+    const std::int64_t rows = std::int64_t{p.chunks.offsets != nullptr ? 1 : p.chunks.sequences} * p.chunks.tokens;
     const int tiles = (chunk.end - chunk.begin + tile - 1) / tile;  // none for a sequence without tokens
     for (int t0 = chunk.begin + (tiles - 1) * tile; t0 >= chunk.begin; t0 -= tile) {
       const int tokens = min(tile, chunk.end - t0);
+      float h[thread_pairs], decayed[thread_pairs];
       // From the kept state to the tile.
-      float h[lane_states];
       const int start = chunk.sequence_begin + (t0 - chunk.sequence_begin) / p.keep * p.keep;
-#pragma unroll
-      for (int n = 0; n < lane_states; ++n) h[n] = at.has(p, n) ? p.kept[by_state(p, at, kept_row(p, chunk, start), n)] : 0.0f;
+      load_pairs(h, p.kept + kept_row(p, chunk, start) * p.states * p.channels, p, at);
       for (int before = start; before < t0; before += tile) {
-        float x[tile], dt[tile];
-#pragma unroll
-        for (int i = 0; i < tile; ++i)
-          x[i] = load<T>(p.x, chunk.batch, before + i, at.c), dt[i] = load<T>(p.dt, chunk.batch, before + i, at.c);
-        __syncthreads();
-        stage<T, parts>(shared.B, p.B, chunk.batch, before, t0, p.states);
-        __syncthreads();
-#pragma unroll
+        stage<T>(shared, p, at, share, chunk, before, false);
+#pragma unroll 2
         for (int i = 0; i < tile; ++i) {
-          float b[lane_states];
-          load_states(b, shared.B + (i * parts + at.part) * lane_states);
-          const float step = step_size<T>(p, dt[i], bias), dtx = step * x[i];
+          float b[states], step[channels], x[channels];
+          load_floats(b, &shared.B.at[i][at.state]);
+          load_floats(step, &shared.steps.at[i][at.warp][mine]);
+          load_floats(x, &shared.x.at[i][at.warp][mine]);
 #pragma unroll
-          for (int n = 0; n < lane_states; ++n) h[n] = exp2_approx(step * A[n]) * h[n] + dtx * b[n];
-        }
-      }
-      float z[tile], dout[tile];
+          for (int k = 0; k < channels; ++k) x[k] *= step[k];
 #pragma unroll
-      for (int i = 0; i < tile; ++i) {
-        const int t = min(t0 + i, chunk.end - 1);
-        const float raw = load<T>(p.dt, chunk.batch, t, at.c) + bias;
-        // Lanes behind the last channel add nothing to the sums over channels.
-        shared.x[i][me] = at.valid ? load<T>(p.x, chunk.batch, t, at.c) : 0.0f;
-        shared.dt[i][me] = p.softplus ? softplus(raw) : raw;
-        shared.slope[i][me] = p.softplus ? sigmoid(raw) : 1.0f;
-        z[i] = gate ? load<T>(p.z, chunk.batch, t, at.c) : 0.0f;
-        dout[i] = at.valid ? load<T>(p.dout, chunk.batch, t, at.c) : 0.0f;
-      }
-      __syncthreads();
-      stage<T, parts>(shared.B, p.B, chunk.batch, t0, chunk.end, p.states);
-      stage<T, parts>(shared.C, p.C, chunk.batch, t0, chunk.end, p.states);
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < tile; ++i) {
-        if (i >= tokens) break;
-        float b[lane_states], c[lane_states];
-        load_states(b, shared.B + (i * parts + at.part) * lane_states);
-        load_states(c, shared.C + (i * parts + at.part) * lane_states);
-        const float step = shared.dt[i][me], x = shared.x[i][me], dtx = step * x;
-        float y = 0.0f;
-#pragma unroll
-        for (int n = 0; n < lane_states; ++n) {
-          shared.h[i][n][me] = h[n];
-          h[n] = exp2_approx(step * A[n]) * h[n] + dtx * b[n];
-          y += h[n] * c[n];
-        }
-        shared.g[i][me] = gated(dout[i], z[i], gate);
-        if (gate) {
-          y = at.over_parts(y) + D * x;
-          const float open = sigmoid(z[i]);
-          if (at.writes()) store<T>(p.dz, chunk.batch, t0 + i, at.c, dout[i] * y * open * (1.0f + z[i] * (1.0f - open)));
-        }
-      }
-#pragma unroll 1
-      for (int i = tokens - 1; i >= 0; --i) {
-        const float step = shared.dt[i][me], x = shared.x[i][me], g = shared.g[i][me], dtx = step * x;
-        float v[2 * lane_states], ddtx = 0.0f, along = 0.0f;
-        {
-          float b[lane_states], c[lane_states];
-          load_states(b, shared.B + (i * parts + at.part) * lane_states);
-          load_states(c, shared.C + (i * parts + at.part) * lane_states);
-#pragma unroll
-          for (int n = 0; n < lane_states; ++n) {
-            const float decay = exp2_approx(step * A[n]), grad = dh[n] + g * c[n];
-            const float decayed = decay * shared.h[i][n][me], q = grad * decayed;
-            v[n] = grad * dtx;
-            v[lane_states + n] = g * (decayed + dtx * b[n]);
-            ddtx += grad * b[n];
-            along += q * A[n];
-            dA[n] += step * q;
-            dh[n] = decay * grad;
+          for (int e = 0; e < thread_pairs; ++e) {
+            const int k = e % channels, j = e / channels;
+            h[e] = exp2_approx(step[k] * A[e]) * h[e] + x[k] * b[j];
           }
         }
-        ddtx = at.over_parts(ddtx), along = at.over_parts(along);
-        const float ddt = (ddtx * x + along * ln_2) * shared.slope[i][me];
-        dD += g * x, dbias += ddt;
-        if (at.writes()) {
-          store<T>(p.dx, chunk.batch, t0 + i, at.c, ddtx * step + g * D);
-          store<T>(p.ddt, chunk.batch, t0 + i, at.c, ddt);
-        }
-        sum_across<parts>(v);
+      }
+      stage<T>(shared, p, at, share, chunk, t0, true);
+      // The outputs' rows lie next to each other, without padding.
+      const std::int64_t out = (chunk.batch * p.chunks.tokens + t0) * p.channels + at.c;
+#pragma unroll 1
+      for (int i = 0; i < tokens; ++i) {
+        float b[states], c[states], step[channels], x[channels], g[channels], y[channels] = {}, dC[states] = {};
+        load_floats(b, &shared.B.at[i][at.state]);
+        load_floats(c, &shared.C.at[i][at.state]);
+        load_floats(step, &shared.steps.at[i][at.warp][mine]);
+        load_floats(x, &shared.x.at[i][at.warp][mine]);
+        load_floats(g, &shared.g.at[i][at.warp][mine]);
 #pragma unroll
-        for (int j = 0; j < parts; ++j) {
-          const int k = lane % Place<parts>::run * parts + j;  // below 16: dB, above: dC
-          shared.sums[i][warp][(k / lane_states * parts + at.part) * lane_states + k % lane_states] = v[j];
+        for (int k = 0; k < channels; ++k) x[k] *= step[k];
+#pragma unroll
+        for (int e = 0; e < thread_pairs; ++e) {
+          const int k = e % channels, j = e / channels;
+          decayed[e] = exp2_approx(step[k] * A[e]) * h[e];
+          h[e] = decayed[e] + x[k] * b[j];
+          y[k] += h[e] * c[j];
+          dC[j] += g[k] * h[e];
+        }
+        if (i < tokens - 1) {
+#pragma unroll
+          for (int q = 0; q < thread_pairs / 4; ++q)
+            shared.decayed[i][q][threadIdx.x] =
+                make_float4(decayed[4 * q], decayed[4 * q + 1], decayed[4 * q + 2], decayed[4 * q + 3]);
+        }
+        if (gate) {
+          sum_lanes<1, L::state_lanes, 1>(y, at.lane);
+          if (at.writes)
+            static_cast<T*>(p.dz_data)[out + i * p.channels] =
+                from_float<T>(shared.sums[i][at.warp][at.own] * (y[0] + D * shared.x.at[i][at.warp][at.own]));
+          __syncwarp();
+        }
+        sum_lanes<1, L::channel_lanes, L::state_lanes>(dC, at.lane);
+        if (writes_sums) {
+#pragma unroll
+          for (int j = 0; j < sums_left; ++j) shared.sums[i][at.warp][sums_at + j] = dC[j];
         }
       }
+      float tile_dA[thread_pairs] = {};
+#pragma unroll 1
+      for (int i = tokens - 1; i >= 0; --i) {
+        float b[states], c[states], step[channels], x[channels], g[channels], dB[states] = {}, sums[2 * channels] = {};
+        load_floats(b, &shared.B.at[i][at.state]);
+        load_floats(c, &shared.C.at[i][at.state]);
+        load_floats(step, &shared.steps.at[i][at.warp][mine]);
+        load_floats(x, &shared.x.at[i][at.warp][mine]);
+        load_floats(g, &shared.g.at[i][at.warp][mine]);
+#pragma unroll
+        for (int k = 0; k < channels; ++k) x[k] *= step[k];
+#pragma unroll
+        for (int e = 0; e < thread_pairs; ++e) {
+          const int k = e % channels, j = e / channels;
+          const float grad = dh[e] + g[k] * c[j], q = grad * decayed[e];
+          dB[j] += grad * x[k];
+          sums[2 * k] += grad * b[j];
+          sums[2 * k + 1] += q * A[e];
+          tile_dA[e] += step[k] * q;
+          dh[e] = exp2_approx(step[k] * A[e]) * grad;
+        }
+        if (i > 0) {
+#pragma unroll
+          for (int q = 0; q < thread_pairs / 4; ++q) {
+            const float4 d = shared.decayed[i - 1][q][threadIdx.x];
+            decayed[4 * q] = d.x, decayed[4 * q + 1] = d.y, decayed[4 * q + 2] = d.z, decayed[4 * q + 3] = d.w;
+          }
+        }
+        sum_lanes<2, L::state_lanes, 1>(sums, at.lane);
+        if (at.writes) {
+          const float own_step = shared.steps.at[i][at.warp][at.own], own_x = shared.x.at[i][at.warp][at.own];
+          const float own_g = shared.g.at[i][at.warp][at.own];
+          // The slope of the softplus is 1 - e^-softplus.
+          const float ddt = (sums[0] * own_x + sums[1] * ln_2) * (p.softplus ? -expm1f(-own_step) : 1.0f);
+          dD += own_g * own_x, dbias += ddt;
+          static_cast<T*>(p.dx_data)[out + i * p.channels] = from_float<T>(sums[0] * own_step + own_g * D);
+          static_cast<T*>(p.ddt_data)[out + i * p.channels] = from_float<T>(ddt);
+        }
+        sum_lanes<1, L::channel_lanes, L::state_lanes>(dB, at.lane);
+        if (writes_sums) {
+#pragma unroll
+          for (int j = 0; j < sums_left; ++j) shared.sums[i][at.warp][L::padded + sums_at + j] = dB[j];
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < thread_pairs; ++e) dA[e] += tile_dA[e];
       __syncthreads();
-      const std::int64_t rows = std::int64_t{p.chunks.offsets != nullptr ? 1 : p.chunks.sequences} * p.chunks.tokens;
-      for (int i = me; i < tokens * 2 * p.states; i += threads) {
-        const int t = i / (2 * p.states), k = i % (2 * p.states), which = k / p.states, n = k % p.states;
+      for (int i = threadIdx.x; i < tokens * 2 * L::padded; i += threads) {
+        const int t = i / (2 * L::padded), which = i / L::padded % 2, n = i % L::padded;
+        if (n >= p.states) continue;
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < warps; ++w) sum += shared.sums[t][w][which * padded + n];
+        for (int w = 0; w < warps; ++w) sum += shared.sums[t][w][which * L::padded + n];
         p.input_sums[((at.block * rows + chunk.batch * p.chunks.tokens + t0 + t) * 2 + which) * p.states + n] = sum;
       }
     }
     if (chunk.first() && p.leaving != nullptr) store_leaving(dh, p, at, chunk.sequence);
   }
-  float* const to = p.parameter_sums + std::int64_t{at.row} * (p.states + 2) * p.channels + at.c;
-#pragma unroll
-  for (int n = 0; n < lane_states; ++n)
-    if (at.has(p, n)) to[std::int64_t{at.part * lane_states + n} * p.channels] = dA[n];
-  if (!at.writes()) return;
-  to[std::int64_t{p.states} * p.channels] = dD;
-  to[std::int64_t{p.states + 1} * p.channels] = dbias;
+  float* const to = p.parameter_sums + std::int64_t{at.row} * (p.states + 2) * p.channels;
+  store_pairs(to, dA, p, at);
+  if (!at.writes) return;
+  to[std::int64_t{p.states} * p.channels + at.c] = dD;
+  to[std::int64_t{p.states + 1} * p.channels + at.c] = dbias;
 }
 
 // dB and dC: the sums of all channel blocks.
@@ -233,14 +282,12 @@ __global__ void __launch_bounds__(threads) sum_inputs_kernel(const __grid_consta
   float sum = 0.0f;
   for (int b = 0; b < p.blocks; ++b) sum += p.parts[b * size + i];
   const std::int64_t row = i / (2 * p.states), k = i % (2 * p.states);
-  void* const to = k < p.states ? p.dB : p.dC;
+  void* const to = k < p.states ? p.dC : p.dB;
   static_cast<T*>(to)[row * p.states + k % p.states] = from_float<T>(sum);
 }
 
-constexpr int wanted_blocks = 4;  // a multiprocessor: shared memory holds two of them at a time
-
 ScanParams backward_params(const Scan& args, const char* function) {
-  return params_of(args, channel_blocks(args.x.size[2], args.A.size[1]), wanted_blocks, function);
+  return params_of(args, channel_blocks(args.x.size[2], args.A.size[1]), resident, function);
 }
 
 struct Workspace {
@@ -265,23 +312,23 @@ void selective_scan_backward(const ScanBackward& args, const Launch& to) {
   if (args.forward.keep % tile != 0)
     throw std::invalid_argument("effcore.selective_scan_bwd: on a GPU keep must be a multiple of 8");
   ScanParams p = backward_params(args.forward, f);
-  if (p.channels == 0) return;
   const auto stream = static_cast<cudaStream_t>(to.stream);
   const Workspace w(p, x);
   p.entering = static_cast<const float*>(args.dfinal), p.leaving = static_cast<float*>(args.dinitial);
   p.carried = static_cast<float*>(to.workspace);
   p.step_sum = p.carried + std::int64_t{p.chunks.rows} * p.states * p.channels;
   p.parameter_sums = p.carried + w.carried, p.input_sums = p.parameter_sums + w.parameters;
-  p.dout = rows_of(args.dout), p.dx = rows_of(args.dx), p.ddt = rows_of(args.ddt), p.dz = optional_rows(args.dz);
+  p.dout = rows_of(args.dout), p.vector = p.vector && routing::aligned(args.dout);
+  p.dx_data = args.dx.data, p.ddt_data = args.ddt.data, p.dz_data = args.dz != nullptr ? args.dz->data : nullptr;
   const std::int64_t pairs = std::int64_t{p.states} * p.channels, rows = x.size[0] * x.size[1];
   with_type(x.dtype, f, [&]<class T>(T) {
-    with_parts(p.states, [&]<int parts>(std::integral_constant<int, parts>) {
-      const unsigned blocks = grid(p.chunks.rows * ceil_div(p.channels, block_channels<parts>), f);
+    with_tiling(p.states, [&]<class L>(L) {
+      const unsigned blocks = grid(p.chunks.rows * ceil_div(p.channels, L::block_channels), f);
       if (!p.single && blocks > 0) {
-        launch(f, local_backward_kernel<T, parts>, blocks, threads, 0, stream, p);
+        launch(f, local_backward_kernel<T, L>, blocks, threads, 0, stream, p);
         launch(f, carry_kernel<T, true>, grid(ceil_div(p.chunks.sequences * pairs, threads), f), threads, 0, stream, p);
       }
-      launch(f, scan_backward_kernel<T, parts>, blocks, threads, sizeof(Shared<parts>), stream, p);
+      launch(f, scan_backward_kernel<T, L>, blocks, threads, sizeof(Shared<L>), stream, p);
     });
     const InputSumParams sums{
         args.dB.data, args.dC.data, p.input_sums, rows, static_cast<int>(channel_blocks(p.channels, p.states)), p.states};

@@ -4,99 +4,103 @@
 //
 // Bounds: bytes, x, dt, z and out once each (and the kept states, N / keep floats a token and channel); and instructions, a
 // special function and four others a token, channel and state, on 16 and 128 lanes of a multiprocessor.
-#include "scan/scan.cuh"
+#include "scan/tiles.cuh"
 
 namespace effcore::cuda::scan {
 namespace {
 
 constexpr int resident = 4;  // blocks of a multiprocessor: 128 registers a thread
 
-// The effect of each chunk but a sequence's last one, from a zero state.
-template <class T, int parts>
-__global__ void __launch_bounds__(threads) local_kernel(const __grid_constant__ ScanParams p) {
-  __shared__ __align__(16) float B[tile * parts * lane_states];
-  const Place<parts> at(p);
-  Chunks::Chunk chunk;
-  if (!p.chunks.find(at.row, chunk) || chunk.last()) return;
-  float A[lane_states], h[lane_states] = {}, sum = 0.0f;
-  load_rates<T>(A, p, at);
-  const float bias = p.bias.data != nullptr ? p.bias.at<T>(at.c) : 0.0f;
-  for (int t0 = chunk.begin; t0 < chunk.end; t0 += tile) {
-    float x[tile], dt[tile];
-#pragma unroll
-    for (int i = 0; i < tile; ++i) {
-      const int t = min(t0 + i, chunk.end - 1);
-      x[i] = load<T>(p.x, chunk.batch, t, at.c), dt[i] = load<T>(p.dt, chunk.batch, t, at.c);
-    }
-    __syncthreads();
-    stage<T, parts>(B, p.B, chunk.batch, t0, chunk.end, p.states);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < tile; ++i) {
-      if (t0 + i >= chunk.end) break;
-      float b[lane_states];
-      load_states(b, B + (i * parts + at.part) * lane_states);
-      const float step = step_size<T>(p, dt[i], bias), dtx = step * x[i];
-      sum += step;
-#pragma unroll
-      for (int n = 0; n < lane_states; ++n) h[n] = exp2_approx(step * A[n]) * h[n] + dtx * b[n];
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < lane_states; ++n)
-    if (at.has(p, n)) p.carried[by_state(p, at, at.row, n)] = h[n];
-  if (at.writes()) p.step_sum[std::int64_t{at.row} * p.channels + at.c] = sum;
-}
+template <class L>
+struct Shared {
+  Channels<L> steps, x, gates;
+  States<L> B, C;
+};
 
-template <class T, int parts>
-__global__ void __launch_bounds__(threads, resident) scan_kernel(const __grid_constant__ ScanParams p) {
-  __shared__ __align__(16) float B[tile * parts * lane_states], C[tile * parts * lane_states];
-  const Place<parts> at(p);
-  Chunks::Chunk chunk;
-  if (!p.chunks.find(at.row, chunk)) return;
-  float A[lane_states], h[lane_states];
-  load_rates<T>(A, p, at);
-  load_entering(h, p, at, chunk.sequence);
-  const float bias = p.bias.data != nullptr ? p.bias.at<T>(at.c) : 0.0f;
-  const float D = p.D.data != nullptr ? p.D.at<T>(at.c) : 0.0f;
-  for (int t0 = chunk.begin; t0 < chunk.end; t0 += tile) {
-    float x[tile], dt[tile], z[tile];
+// A tile on its way to shared memory: its loads are under way while the tile before it is worked on.
+template <class T, class L, bool outputs>
+struct TileLoad {
+  Run<T, L::run> x, dt, z;
+  StatesLoad<T, L> B, C;
+  __device__ __forceinline__ TileLoad(const ScanParams& p, const Place<L>& at, const Share<L>& share, std::int64_t b, int t0,
+                                      int end)
+      : x(load_share<T>(p.x, p, at, share, b, t0, end)),
+        dt(load_share<T>(p.dt, p, at, share, b, t0, end)),
+        z(outputs ? load_share<T>(p.z, p, at, share, b, t0, end) : Run<T, L::run>{}),
+        B(p.B, b, t0, end, p.states),
+        C(outputs ? p.C : p.B, b, t0, outputs ? end : t0, p.states) {}
+
+  __device__ __forceinline__ void put(Shared<L>& shared, const ScanParams& p, const Place<L>& at, const Share<L>& share,
+                                      int tokens) const {
+    B.put(shared.B);
+    if constexpr (outputs) C.put(shared.C);
+    if (!share.any) return;
+    put_steps(shared.steps, dt, p, at, share, tokens);
 #pragma unroll
-    for (int i = 0; i < tile; ++i) {
-      const int t = min(t0 + i, chunk.end - 1);
-      x[i] = load<T>(p.x, chunk.batch, t, at.c), dt[i] = load<T>(p.dt, chunk.batch, t, at.c);
-      z[i] = p.z.data != nullptr ? load<T>(p.z, chunk.batch, t, at.c) : 0.0f;
-    }
-    if (p.kept != nullptr && (t0 - chunk.sequence_begin) % p.keep == 0) {
-      const std::int64_t row = kept_row(p, chunk, t0);
-#pragma unroll
-      for (int n = 0; n < lane_states; ++n)
-        if (at.has(p, n)) p.kept[by_state(p, at, row, n)] = h[n];
-    }
-    __syncthreads();
-    stage<T, parts>(B, p.B, chunk.batch, t0, chunk.end, p.states);
-    stage<T, parts>(C, p.C, chunk.batch, t0, chunk.end, p.states);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < tile; ++i) {
-      if (t0 + i >= chunk.end) break;
-      float b[lane_states], c[lane_states];
-      load_states(b, B + (i * parts + at.part) * lane_states);
-      load_states(c, C + (i * parts + at.part) * lane_states);
-      const float step = step_size<T>(p, dt[i], bias), dtx = step * x[i];
-      float y = 0.0f, other = 0.0f;  // two chains of sums
-#pragma unroll
-      for (int n = 0; n < lane_states; n += 2) {
-        h[n] = exp2_approx(step * A[n]) * h[n] + dtx * b[n];
-        h[n + 1] = exp2_approx(step * A[n + 1]) * h[n + 1] + dtx * b[n + 1];
-        y += h[n] * c[n], other += h[n + 1] * c[n + 1];
+    for (int i = 0; i < L::run; ++i) {
+      shared.x.at[share.token][at.warp][share.channel + i] = to_float(x.at[i]);
+      if constexpr (outputs) {
+        const float gate = to_float(z.at[i]);
+        shared.gates.at[share.token][at.warp][share.channel + i] = p.z.data != nullptr ? gate * sigmoid(gate) : 1.0f;
       }
-      y = at.over_parts(y + other) + D * x[i];
-      if (p.z.data != nullptr) y *= z[i] * sigmoid(z[i]);
-      if (at.writes()) store<T>(p.out, chunk.batch, t0 + i, at.c, y);
     }
   }
-  if (chunk.last()) store_leaving(h, p, at, chunk.sequence);
+};
+
+// outputs: all that the op writes. Otherwise the effect of each chunk but a sequence's last one, from a zero state.
+template <class T, class L, bool outputs>
+__global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1) scan_kernel(const __grid_constant__ ScanParams p) {
+  __shared__ __align__(16) Shared<L> shared;
+  constexpr int channels = L::channels, states = L::states;
+  const Place<L> at(p);
+  const Share<L> share(at.lane);
+  Chunks::Chunk chunk;
+  if (!p.chunks.find(at.row, chunk) || (!outputs && chunk.last())) return;
+  const int mine = at.channel_in_warp();
+  float A[thread_pairs], h[thread_pairs] = {}, sum = 0.0f;
+  load_rates<T>(A, p, at);
+  if constexpr (outputs) load_entering(h, p, at, chunk.sequence);
+  const float D = outputs && p.D.data != nullptr && at.writes ? p.D.at<T>(at.c) : 0.0f;
+  TileLoad<T, L, outputs> load(p, at, share, chunk.batch, chunk.begin, chunk.end);
+  for (int t0 = chunk.begin; t0 < chunk.end; t0 += tile) {
+    const int tokens = min(tile, chunk.end - t0);
+    __syncthreads();
+    load.put(shared, p, at, share, tokens);
+    __syncthreads();
+    load = TileLoad<T, L, outputs>(p, at, share, chunk.batch, t0 + tile, chunk.end);
+    if (outputs && p.kept != nullptr && (t0 - chunk.sequence_begin) % p.keep == 0)
+      store_pairs(p.kept + kept_row(p, chunk, t0) * p.states * p.channels, h, p, at);
+    char* const out = outputs ? p.out(chunk.batch, t0) : nullptr;
+#pragma unroll 2
+    for (int i = 0; i < tokens; ++i) {
+      float b[states], c[states], step[channels], x[channels], y[channels] = {};
+      load_floats(b, &shared.B.at[i][at.state]);
+      load_floats(step, &shared.steps.at[i][at.warp][mine]);
+      load_floats(x, &shared.x.at[i][at.warp][mine]);
+      if constexpr (outputs) load_floats(c, &shared.C.at[i][at.state]);
+#pragma unroll
+      for (int k = 0; k < channels; ++k) x[k] *= step[k];
+#pragma unroll
+      for (int e = 0; e < thread_pairs; ++e) {
+        const int k = e % channels, j = e / channels;
+        h[e] = exp2_approx(step[k] * A[e]) * h[e] + x[k] * b[j];
+        if constexpr (outputs) y[k] += h[e] * c[j];
+      }
+      if constexpr (outputs) {
+        sum_lanes<1, L::state_lanes, 1>(y, at.lane);
+        const float own = (y[0] + D * shared.x.at[i][at.warp][at.own]) * shared.gates.at[i][at.warp][at.own];
+        if (at.writes) reinterpret_cast<T*>(out + i * p.out.token)[at.c] = from_float<T>(own);
+      } else {
+        sum += shared.steps.at[i][at.warp][at.own];
+      }
+    }
+  }
+  if constexpr (outputs) {
+    if (chunk.last()) store_leaving(h, p, at, chunk.sequence);
+  } else {
+    store_pairs(p.carried + std::int64_t{at.row} * p.states * p.channels, h, p, at);
+    if (at.writes) p.step_sum[std::int64_t{at.row} * p.channels + at.c] = sum;
+  }
 }
 
 ScanParams forward_params(const Scan& args, const char* function) {
@@ -169,13 +173,13 @@ void selective_scan(const Scan& args, const Launch& to) {
   p.leaving = static_cast<float*>(args.final_state);
   p.carried = static_cast<float*>(to.workspace), p.step_sum = p.carried + p.chunks.rows * pairs;
   with_type(args.x.dtype, f, [&]<class T>(T) {
-    with_parts(p.states, [&]<int parts>(std::integral_constant<int, parts>) {
-      const unsigned blocks = grid(p.chunks.rows * ceil_div(p.channels, block_channels<parts>), f);
+    with_tiling(p.states, [&]<class L>(L) {
+      const unsigned blocks = grid(p.chunks.rows * ceil_div(p.channels, L::block_channels), f);
       if (!p.single) {
-        launch(f, local_kernel<T, parts>, blocks, threads, 0, stream, p);
+        launch(f, scan_kernel<T, L, false>, blocks, threads, 0, stream, p);
         launch(f, carry_kernel<T, false>, grid(ceil_div(p.chunks.sequences * pairs, threads), f), threads, 0, stream, p);
       }
-      launch(f, scan_kernel<T, parts>, blocks, threads, 0, stream, p);
+      launch(f, scan_kernel<T, L, true>, blocks, threads, 0, stream, p);
     });
   });
 }

@@ -1,4 +1,5 @@
-// Sums of the blocks' parts of a parameter's gradient, in order: to[c, k] = sum over rows of partial[row][k][c].
+// Sums of the blocks' parts of a parameter's gradient, in order and in double precision: to[c, k] = sum over rows of
+// partial[row][k][c].
 // Bound: bytes, each part read once. A warp reads neighbouring channels; a block's warps take every eighth row.
 #include "scan/common.cuh"
 
@@ -15,17 +16,17 @@ struct SumParams {
 };
 
 __global__ void __launch_bounds__(32 * warps) sum_kernel(const __grid_constant__ SumParams p) {
-  __shared__ float parts[warps][33];
+  __shared__ double parts[warps][33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const std::int64_t k = blockIdx.x % p.columns, c = std::int64_t{blockIdx.x / p.columns} * 32 + lane;
-  float sum = 0.0f;
+  double sum = 0.0;
   if (c < p.channels)
     for (int r = warp; r < p.rows; r += warps) sum += p.partial[r * p.row_stride + k * p.channels + c];
   parts[warp][lane] = sum;
   __syncthreads();
   if (warp != 0 || c >= p.channels) return;
   for (int w = 1; w < warps; ++w) sum += parts[w][lane];
-  p.to[c * p.columns + k] = sum;
+  p.to[c * p.columns + k] = static_cast<float>(sum);
 }
 
 }  // namespace
