@@ -20,19 +20,14 @@ def flowhn(
 ) -> None:
     """FlowHN: how many tokens attention takes, the costs of both branches, and FLOP ratios to the other hybrids."""
     from effcore.errors import InputError
-    from effcore.methods.flowhn import branch_costs
+    from effcore.methods.flowhn import block_flops, branch_costs, model_flops
     from effcore.models.flowhn_config import SIZES, FlowHNConfig
 
     if size not in SIZES:
         raise InputError(f"--size must be one of {', '.join(SIZES)}, got {size}")
     config = FlowHNConfig.of_size(size, routing_length=length)
     costs, n = branch_costs(config), config.split
-    whole = costs.attention(length) + costs.ssm * length
-    split = costs.attention(n) + costs.ssm * (length - n)
-    fusion = 2.0 * config.hidden_size**2 * length  # of one square projection
-    head = 2.0 * config.hidden_size * config.vocab_size * length
-    layers = config.num_hidden_layers
-    blocks = {"none": whole + 3 * fusion, "fac": split + 2 * fusion, "sequential": whole}
+    whole = {k: FlowHNConfig.of_size(size, routing_length=length, strategy=k) for k in ("none", "sequential")}
     found: dict[str, Any] = {
         "size": size,
         "length": length,
@@ -41,10 +36,8 @@ def flowhn(
         "attention_gflops": costs.attention(n) / 1e9,
         "ssm_gflops": costs.ssm * (length - n) / 1e9,
         "balance": costs.attention(n) / max(costs.ssm * (length - n), 1.0),
-        "flop_ratio": {
-            k: (layers * blocks[k] + head) / (layers * blocks["fac"] + head) for k in ("none", "sequential")
-        },
-        "block_flop_ratio": {k: blocks[k] / blocks["fac"] for k in ("none", "sequential")},
+        "flop_ratio": {k: model_flops(c) / model_flops(config) for k, c in whole.items()},
+        "block_flop_ratio": {k: block_flops(c) / block_flops(config) for k, c in whole.items()},
     }
     if measure:
         found["measured"] = _measured(config, batch_size)

@@ -15,7 +15,16 @@ import torch
 
 from effcore.ops.routing import circulate, split_tokens
 
-__all__ = ["STRATEGIES", "BranchCosts", "attention_table", "attention_tokens", "branch_costs", "calibrate"]
+__all__ = [
+    "STRATEGIES",
+    "BranchCosts",
+    "attention_table",
+    "attention_tokens",
+    "block_flops",
+    "branch_costs",
+    "calibrate",
+    "model_flops",
+]
 
 # none: all tokens to both. ae: halves, swapped in each next block. fa: by cost, the same in each block. fac: circulated.
 # sequential: all tokens through the SSM, then through attention (no parallel branches; the usual hybrid).
@@ -66,6 +75,22 @@ def attention_tokens(config: Any) -> int:
     if config.attention_tokens is not None:
         return config.attention_tokens
     return branch_costs(config).split(config.routing_length, multiple=16)
+
+
+def block_flops(config: Any) -> float:
+    """FLOPs of a forward pass of one block over a routing chunk, with the projections that bring the branches together."""
+    length, costs, n = config.routing_length, branch_costs(config), attention_tokens(config)
+    square = 2.0 * config.hidden_size**2 * length
+    if config.strategy in ("none", "sequential"):
+        whole = costs.attention(length) + costs.ssm * length
+        return whole + (3 * square if config.strategy == "none" else 0.0)
+    return costs.attention(n) + costs.ssm * (length - n) + 2 * square
+
+
+def model_flops(config: Any) -> float:
+    """FLOPs of a forward pass over a routing chunk: the blocks and the language head."""
+    head = 2.0 * config.hidden_size * config.vocab_size * config.routing_length
+    return config.num_hidden_layers * block_flops(config) + head
 
 
 def attention_table(strategy: str, length: int, n: int, block: int) -> torch.Tensor:

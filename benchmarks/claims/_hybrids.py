@@ -1,0 +1,114 @@
+"""The models of FlowHN's claim: its strategies, a LLaMA and the hybrids of transformers, of the same width and about as many
+parameters; and the FLOPs of each by one count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import effcore
+from effcore.methods.flowhn import model_flops
+
+STRATEGIES = {
+    "none": "FlowHN, no split",
+    "sequential": "sequential hybrid",
+    "ae": "FlowHN, AE",
+    "fa": "FlowHN, FA",
+    "fac": "FlowHN, FAC",
+}
+QUICK = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "vocab_size": 512,
+}
+HALF_PRECISION_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOPs a second
+
+
+def config(size: str, strategy: str, length: int) -> effcore.FlowHNConfig:
+    fields: dict[str, Any] = {"strategy": strategy, "routing_length": length}
+    return effcore.FlowHNConfig(**QUICK, **fields) if size == "toy" else effcore.FlowHNConfig.of_size(size, **fields)
+
+
+def _like(size: str) -> dict[str, Any]:
+    """The fields of a FlowHN configuration that every model has."""
+    c = config(size, "none", 1024)
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    return {n: getattr(c, n) for n in names} | {"tie_word_embeddings": True}
+
+
+def _llama(size: str, layers: int) -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**_like(size), num_hidden_layers=layers, attn_implementation="sdpa"))
+
+
+def _falcon(size: str, layers: int) -> nn.Module:
+    """Mamba-2 and attention in parallel on all tokens, one MLP."""
+    fields = _like(size)
+    inner = 2 * fields["hidden_size"]
+    fields |= {"mamba_d_ssm": inner, "mamba_n_heads": inner // 32, "mamba_d_head": 32, "mamba_d_state": 16}
+    fields |= {"num_hidden_layers": layers, "mamba_n_groups": 1, "mamba_chunk_size": 128}
+    return FalconH1ForCausalLM(FalconH1Config(**fields, attn_implementation="sdpa"))
+
+
+def _jamba(size: str, layers: int) -> nn.Module:
+    """Mamba-1 and attention layers in turns, no experts."""
+    fields = _like(size) | {"num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
+    fields |= {"mamba_dt_rank": fields["hidden_size"] // 16, "num_hidden_layers": layers}
+    return JambaForCausalLM(JambaConfig(**fields, attn_implementation="sdpa"))
+
+
+OTHERS: dict[str, Callable[[str, int], nn.Module]] = {
+    "LLaMA": _llama,
+    "Falcon-H1 (transformers)": _falcon,
+    "Jamba (transformers)": _jamba,
+}
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def other(name: str, size: str, length: int, device: str, dtype: torch.dtype) -> nn.Module:
+    """One of OTHERS with as many layers as bring it nearest to the parameters of FlowHN."""
+    with torch.device("meta"):
+        goal = parameters(effcore.FlowHNForCausalLM(config(size, "fac", length)))
+        two, four = (parameters(OTHERS[name](size, n)) for n in (2, 4))
+    layers = max(2, 2 * round((goal - two) / (four - two)) + 2)
+    with torch.device(device):
+        return OTHERS[name](size, layers).to(dtype)
+
+
+def flowhn(strategy: str, size: str, length: int, device: str, dtype: torch.dtype) -> nn.Module:
+    with torch.device(device):
+        return effcore.FlowHNForCausalLM(config(size, strategy, length)).to(dtype)
+
+
+def layers_of(model: Any) -> Iterator[nn.Module]:
+    yield from model.model.layers
+
+
+def forward_flops(model: Any, length: int) -> float:
+    """Of one text: two a weight of each matrix and token, the causal half of the attention products, 7 a state of a scan."""
+    if isinstance(model, effcore.FlowHNForCausalLM):
+        return model_flops(model.config)
+    c = model.config
+    heads = c.hidden_size // c.num_attention_heads * c.num_attention_heads
+    inner = 2 * c.hidden_size
+    total = 2.0 * length * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    for layer in layers_of(model):
+        total += 2.0 * length * length * heads if hasattr(layer, "self_attn") else 0.0
+        total += 7.0 * length * inner * c.mamba_d_state if hasattr(layer, "mamba") else 0.0
+    return total
