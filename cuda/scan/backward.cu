@@ -35,10 +35,12 @@ template <class T, class L>
 __global__ void __launch_bounds__(threads, L::parts == 1 ? 4 : 1) local_backward_kernel(const __grid_constant__ ScanParams p) {
   __shared__ __align__(16) States<L> C;
   __shared__ __align__(16) Channels<L> steps, g;
+  __shared__ __align__(16) Biases<L> biases;
   const Place<L> at(p);
   const Share<L> share(at.lane);
   Chunks::Chunk chunk;
   if (!p.chunks.find(at.row, chunk) || chunk.first()) return;
+  biases.template fill<T>(p, at);
   const bool gate = p.z.data != nullptr;
   const int mine = at.channel_in_warp();
   float A[thread_pairs], dh[thread_pairs] = {}, sum = 0.0f;
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? 4 : 1) local_backward
     __syncthreads();
     c_load.put(C);
     if (share.any) {
-      put_steps(steps, dt, p, at, share, tokens);
+      put_steps(steps, dt, biases, p, at, share, tokens);
 #pragma unroll
       for (int i = 0; i < L::run; ++i)
         g.at[share.token][at.warp][share.channel + i] = Gate(to_float(dout.at[i]), to_float(z.at[i]), gate).g;
@@ -82,6 +84,7 @@ struct Shared {
   float4 decayed[tile - 1][thread_pairs / 4][threads];
   Channels<L> x, steps, g;
   States<L> B, C;
+  Biases<L> biases;
   // Of a token and warp: dz / y of each channel until y is known, then the sums of dC and of dB.
   static constexpr int sums_width = L::warp_channels > 2 * L::padded ? L::warp_channels : 2 * L::padded;
   float sums[tile][warps][sums_width];
@@ -102,7 +105,7 @@ __device__ __forceinline__ void stage(Shared<L>& shared, const ScanParams& p, co
   __syncthreads();
   b_load.put(shared.B), c_load.put(shared.C);
   if (share.any) {
-    put_steps(shared.steps, dt, p, at, share, chunk.end - t0);
+    put_steps(shared.steps, dt, shared.biases, p, at, share, chunk.end - t0);
 #pragma unroll
     for (int i = 0; i < L::run; ++i) {
       shared.x.at[share.token][at.warp][share.channel + i] = to_float(x.at[i]);
@@ -134,6 +137,7 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1)
   float dA[thread_pairs] = {}, dD = 0.0f, dbias = 0.0f;
   if (p.chunks.find(at.row, chunk)) {
     float A[thread_pairs], dh[thread_pairs];
+    shared.biases.template fill<T>(p, at);
     load_rates<T>(A, p, at);
     load_entering(dh, p, at, chunk.sequence);
     const float D = p.D.data != nullptr && at.writes ? p.D.at<T>(at.c) : 0.0f;

@@ -15,6 +15,7 @@ template <class L>
 struct Shared {
   Channels<L> steps, x, gates;
   States<L> B, C;
+  Biases<L> biases;
 };
 
 // A tile on its way to shared memory: its loads are under way while the tile before it is worked on.
@@ -35,7 +36,7 @@ struct TileLoad {
     B.put(shared.B);
     if constexpr (outputs) C.put(shared.C);
     if (!share.any) return;
-    put_steps(shared.steps, dt, p, at, share, tokens);
+    put_steps(shared.steps, dt, shared.biases, p, at, share, tokens);
 #pragma unroll
     for (int i = 0; i < L::run; ++i) {
       shared.x.at[share.token][at.warp][share.channel + i] = to_float(x.at[i]);
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1) scan_ke
   if (!p.chunks.find(at.row, chunk) || (!outputs && chunk.last())) return;
   const int mine = at.channel_in_warp();
   float A[thread_pairs], h[thread_pairs] = {}, sum = 0.0f;
+  shared.biases.template fill<T>(p, at);
   load_rates<T>(A, p, at);
   if constexpr (outputs) load_entering(h, p, at, chunk.sequence);
   const float D = outputs && p.D.data != nullptr && at.writes ? p.D.at<T>(at.c) : 0.0f;

@@ -210,17 +210,31 @@ __device__ __forceinline__ Run<T, L::run> load_share(const Rows& rows, const Sca
   return run;
 }
 
+// dt_bias of a warp's channels, zeros where there is none.
+template <class L>
+struct Biases {
+  float at[warps][L::warp_channels];
+
+  template <class T>
+  __device__ __forceinline__ void fill(const ScanParams& p, const Place<L>& place) {
+    const int c = place.warp_first + place.lane;
+    if (place.lane < L::warp_channels)
+      at[place.warp][place.lane] = p.bias.data != nullptr && c < p.channels ? p.bias.at<T>(c) : 0.0f;
+  }
+};
+
 // The step sizes of this lane's share; 0 behind the end.
 template <class T, class L>
-__device__ __forceinline__ void put_steps(Channels<L>& to, const Run<T, L::run>& dt, const ScanParams& p, const Place<L>& at,
-                                          const Share<L>& share, int tokens) {
+__device__ __forceinline__ void put_steps(Channels<L>& to, const Run<T, L::run>& dt, const Biases<L>& biases,
+                                          const ScanParams& p, const Place<L>& at, const Share<L>& share, int tokens) {
+  float bias[L::run];
+  load_floats(bias, &biases.at[at.warp][share.channel]);
+  float* const steps = &to.at[share.token][at.warp][share.channel];
 #pragma unroll
-  for (int i = 0; i < L::run; ++i) {
-    const int c = at.warp_first + share.channel + i;
-    const float bias = p.bias.data != nullptr && c < p.channels ? p.bias.at<T>(c) : 0.0f;
-    to.at[share.token][at.warp][share.channel + i] =
-        share.token < tokens && c < p.channels ? step_size(p, to_float(dt.at[i]), bias) : 0.0f;
-  }
+  for (int i = 0; i < L::run; ++i)
+    steps[i] = share.token < tokens && at.warp_first + share.channel + i < p.channels
+                   ? step_size(p, to_float(dt.at[i]), bias[i])
+                   : 0.0f;
 }
 
 // ---------------------------------------------------------------- sums over lanes
