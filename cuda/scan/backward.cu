@@ -6,10 +6,10 @@
 //   dx = dt d(dt x) + D g                                ddt = x d(dt x) + sum over states of A q
 //
 // A tile is gone through twice. Forward from the kept state before it: decay h[t - 1] of each token goes to shared memory (each
-// thread reads what it wrote itself), y and dz and the warp's part of dC are made. Then back: everything else. Chunks work as in
-// the forward, with the gradient of the state in the state's place. Sums over channels: 4 within a thread, then over the lanes
-// of a warp, over the warps in shared memory, and over blocks by a second kernel. Parameters' gradients: tile by tile, which
-// keeps the roundings of long sums small, and over chunks in double precision.
+// thread reads what it wrote itself), y and dz and the warp's part of dC are made. Then back: everything else. Chunks work as
+// in the forward, with the gradient of the state in the state's place. Sums over channels: 4 within a thread, then over the
+// lanes of a warp, over the warps in shared memory, and over blocks by a second kernel. Parameters' gradients: tile by tile,
+// which keeps the roundings of long sums small, and over chunks in double precision.
 //
 // Bounds: bytes, x, dt, z, dout read and dx, ddt, dz written once each, and the kept states; instructions, 15 and two special
 // functions a token, channel and state, and a quarter of the forward's again where a piece has two tiles.

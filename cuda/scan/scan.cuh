@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(threads) carry_kernel(const __grid_constant__ 
 // else as many as bring it there, of at least 64 tokens and a multiple of `keep`.
 inline ScanParams params_of(const Scan& args, std::int64_t blocks, int wanted, const char* function) {
   const std::int64_t tokens = args.x.size[1], keep = std::max<std::int64_t>(args.keep, tile);
-  if (const char* w = std::getenv(function[14] == '_' ? "SCAN_WANTED_B" : "SCAN_WANTED_F")) wanted = std::atoi(w);  // EXPERIMENT
+  if (const char* w = std::getenv(function[14] == '_' ? "SCAN_WANTED_B" : "SCAN_WANTED_F"))
+    wanted = std::atoi(w);  // EXPERIMENT
   const std::int64_t target = std::int64_t{wanted} * device_attribute(cudaDevAttrMultiProcessorCount, function);
   const std::int64_t present = std::max<std::int64_t>(blocks * args.x.size[0], 1);
   std::int64_t length = std::max<std::int64_t>(tokens, 1);

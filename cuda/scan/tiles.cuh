@@ -20,9 +20,9 @@ struct Tiling {
   static constexpr int state_lanes = parts == 1 ? 4 : parts == 4 ? 16 : 32;
   static constexpr int channels = parts == 16 ? 2 : 4, states = thread_pairs / channels;  // of a thread
   static constexpr int channel_lanes = 32 / state_lanes;
-  static constexpr int padded = state_lanes * states;              // 16, 64, 256
-  static constexpr int warp_channels = channel_lanes * channels;   // 32, 8, 2
-  static constexpr int block_channels = warps * warp_channels;     // 128, 32, 8
+  static constexpr int padded = state_lanes * states;                     // 16, 64, 256
+  static constexpr int warp_channels = channel_lanes * channels;          // 32, 8, 2
+  static constexpr int block_channels = warps * warp_channels;            // 128, 32, 8
   static constexpr int run = warp_channels >= 4 ? warp_channels / 4 : 1;  // channels of one token that a lane prepares
   static_assert(tile * warp_channels <= 32 * run);
 };
