@@ -36,4 +36,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_num_threads", python::set_num_threads, py::arg("count"));
   python::define_attention(m);
   python::define_routing(m);
+  python::define_scan(m);
 }

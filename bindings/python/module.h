@@ -6,5 +6,6 @@ namespace effcore::python {
 
 void define_attention(pybind11::module_& m);
 void define_routing(pybind11::module_& m);
+void define_scan(pybind11::module_& m);
 
 }  // namespace effcore::python

@@ -35,4 +35,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("attention_path", attention_path, py::arg("dtype"), py::arg("head_dim"), py::arg("value_dim"));
   effcore::python::define_attention(m);
   effcore::python::define_routing(m);
+  effcore::python::define_scan(m);
 }

@@ -1,6 +1,6 @@
-"""effcore's attention and token movement on NumPy arrays (CPU) and CuPy arrays (GPU), without torch.
+"""effcore's attention, token movement and scans on NumPy arrays (CPU) and CuPy arrays (GPU), without torch.
 
-The same kernels as ``effcore.ops.attention`` and ``effcore.ops.routing``, reached through DLPack: nothing is copied, and
+The same kernels as ``effcore.ops.attention``, ``effcore.ops.routing`` and ``effcore.ops.scan``, reached through DLPack: nothing is copied, and
 importing this module imports neither torch nor CuPy. There is no autograd here: the backward functions are called by name.
 
 All arrays of one call share a dtype of float32, float16, bfloat16 (``ml_dtypes.bfloat16``), or float64 (NumPy alone), and a
@@ -15,6 +15,9 @@ non-decreasing along Sq. A query that sees no key gives zeros.
 Token movement: ``x`` [B, N, C]; a list of tokens is int32 [B, K]; a partition is two lists, both ascending, that name each
 token of a row once. Values of indices are checked on the CPU; on the GPU a bad index reads and writes no memory of others, but
 its rows are undefined.
+
+Convolution and scan: ``x`` [B, L, E]; sums, states and gradients of parameters are float32 (float64 for float64 inputs), and
+parameters may be. With ``offsets`` int32 [S + 1] the batch has one row of S sequences that know nothing of each other.
 
 On the GPU the kernels run on CuPy's current stream, their scratch memory comes from CuPy's allocator, and nothing
 synchronises. On the CPU they run on :func:`set_num_threads` threads and release the GIL.
@@ -49,17 +52,33 @@ from effcore.array._routing import (
     score_partition,
     separate_tokens,
 )
+from effcore.array._scan import (
+    ConvolutionGradients,
+    ScanGradients,
+    ScanStates,
+    causal_conv1d,
+    causal_conv1d_backward,
+    selective_scan,
+    selective_scan_backward,
+    selective_scan_with_states,
+    selective_step,
+)
 
 __all__ = [
     "AttentionScores",
+    "ConvolutionGradients",
     "DecodeProbs",
     "GatheredNorm",
+    "ScanGradients",
+    "ScanStates",
     "attention",
     "attention_backward",
     "attention_from_scores",
     "attention_from_scores_backward",
     "attention_with_scores",
     "build_info",
+    "causal_conv1d",
+    "causal_conv1d_backward",
     "class_scores",
     "decode_attention",
     "decode_from_probs",
@@ -72,6 +91,10 @@ __all__ = [
     "merge_tokens",
     "partition_tokens",
     "score_partition",
+    "selective_scan",
+    "selective_scan_backward",
+    "selective_scan_with_states",
+    "selective_step",
     "separate_tokens",
     "set_num_threads",
 ]
