@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -40,10 +42,10 @@ def recurrence(x, dt, A, B, C, D, z, dt_bias, initial_state, offsets):
     step = np.logaddexp(0, dt + dt_bias)
     rows = [(b, 0, x.shape[1]) for b in range(len(x))]
     if offsets is not None:
-        rows = [(0, begin, end) for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
+        rows = [(0, begin, end) for begin, end in itertools.pairwise(offsets)]
     for h, (b, begin, end) in zip(h0, rows, strict=True):
         for t in range(begin, end):
-            h = np.exp(step[b, t][:, None] * A) * h + (step[b, t] * x[b, t])[:, None] * B[b, t]  # noqa: PLW2901
+            h = np.exp(step[b, t][:, None] * A) * h + (step[b, t] * x[b, t])[:, None] * B[b, t]
             out[b, t] = (h @ C[b, t] + D * x[b, t]) * z[b, t] / (1 + np.exp(-z[b, t]))
         finals.append(h)
     return out, np.stack(finals)

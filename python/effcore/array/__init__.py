@@ -1,7 +1,8 @@
 """effcore's attention, token movement and scans on NumPy arrays (CPU) and CuPy arrays (GPU), without torch.
 
-The same kernels as ``effcore.ops.attention``, ``effcore.ops.routing`` and ``effcore.ops.scan``, reached through DLPack: nothing is copied, and
-importing this module imports neither torch nor CuPy. There is no autograd here: the backward functions are called by name.
+The same kernels as ``effcore.ops.attention``, ``effcore.ops.routing`` and ``effcore.ops.scan``, reached through DLPack:
+nothing is copied, and importing this module imports neither torch nor CuPy. There is no autograd here: the backward functions
+are called by name.
 
 All arrays of one call share a dtype of float32, float16, bfloat16 (``ml_dtypes.bfloat16``), or float64 (NumPy alone), and a
 device. Any strides with a contiguous last dimension; read-only arrays are welcome. Results are fresh arrays of the same kind.
