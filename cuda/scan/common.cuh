@@ -43,6 +43,27 @@ inline Rows optional_rows(const TensorView* t) {
   return t != nullptr ? rows_of(*t) : Rows{};
 }
 
+// Neighbouring elements of a row.
+template <class T, int n>
+struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Run {
+  T at[n];
+};
+
+// Elements [c, c + n) of a row of `size`; zeros behind its end.
+template <int n, class T>
+__device__ __forceinline__ Run<T, n> load_run(const T* row, int c, int size, bool vector) {
+  Run<T, n> to;
+  if (vector) {  // all of them lie in the row, or none
+    if (c < size) return *reinterpret_cast<const Run<T, n>*>(row + c);
+#pragma unroll
+    for (int i = 0; i < n; ++i) to.at[i] = from_float<T>(0.0f);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) to.at[i] = c + i < size ? row[c + i] : from_float<T>(0.0f);
+  }
+  return to;
+}
+
 // Sequences are cut into chunks of `length` tokens, each a block's (a row of blocks along the channels). As there may be packed
 // sequences whose lengths only the device knows, chunks are numbered like kept states: a sequence's begin at row
 // offsets[s] / length + s, and rows in between that belong to none have nothing to do.

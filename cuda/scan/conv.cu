@@ -2,161 +2,203 @@
 //
 //   du = dout act'(u)    dx[t] = sum_k weight[k] du[t + K - 1 - k]    dweight[k] = sum_t du[t] x[t - K + 1 + k]
 //
-// Bound: bytes. A thread walks over a chunk of tokens of one channel with the last 8 tokens in registers, so that a warp reads
-// neighbouring channels of a token; weights of fewer than 8 taps stand at the end of 8, behind zeros. The backward walks K - 1
-// tokens further than its chunk, and makes u again.
+// Bound: bytes, if an element costs at most 30 instructions (backward: 44). A thread walks over a chunk of tokens of two
+// neighbouring channels with the last K tokens in registers. The backward walks K - 1 tokens further than its chunk, and makes
+// u again.
 #include "scan/common.cuh"
 
 namespace effcore::cuda::scan {
 namespace {
 
-constexpr int most_taps = 8, chunk_tokens = 64, ahead = 8;  // tokens loaded before the first of them is used
-static_assert(most_taps == effcore::scan::most_width);
+constexpr int chunk_tokens = 64, ahead = 8;  // tokens loaded before the first of them is used
+constexpr int pair = 2;                      // channels of a thread
 
 struct ConvParams {
   Chunks chunks;
   Rows x, out, initial, dout, dx, dinitial;  // data == nullptr: none
   Parameter weight, bias;
   int channels, taps;
-  bool silu;
-  float* partial;  // [chunk rows][taps + 1][channels]
+  bool silu, vector;  // vector: pairs of channels may be read and written at once
+  float* partial;     // [chunk rows][taps + 1][channels]
+};
+
+struct Pair {
+  float at[pair];
 };
 
 template <class T>
-__device__ __forceinline__ float load(const Rows& rows, std::int64_t b, int t, int c) {
-  return to_float(reinterpret_cast<const T*>(rows(b, t))[c]);
+__device__ __forceinline__ Pair load(const ConvParams& p, const Rows& rows, std::int64_t b, int t, int c) {
+  const auto run = load_run<pair>(reinterpret_cast<const T*>(rows(b, t)), c, p.channels, p.vector);
+  return {to_float(run.at[0]), to_float(run.at[1])};
 }
 template <class T>
-__device__ __forceinline__ void store(const Rows& rows, std::int64_t b, int t, int c, float x) {
-  reinterpret_cast<T*>(rows(b, t))[c] = from_float<T>(x);
+__device__ __forceinline__ void store(const ConvParams& p, const Rows& rows, std::int64_t b, int t, int c, Pair x) {
+  T* const to = reinterpret_cast<T*>(rows(b, t)) + c;
+  const Run<T, pair> run{from_float<T>(x.at[0]), from_float<T>(x.at[1])};
+  if (p.vector) {
+    *reinterpret_cast<Run<T, pair>*>(to) = run;
+  } else {
+    to[0] = run.at[0];
+    if (c + 1 < p.channels) to[1] = run.at[1];
+  }
 }
 
 // A token of x, of the initial state before the sequence, or zero.
 template <class T>
-__device__ __forceinline__ float token(const ConvParams& p, const Chunks::Chunk& chunk, int t, int c) {
-  if (t >= chunk.sequence_begin) return load<T>(p.x, chunk.batch, t, c);
+__device__ __forceinline__ Pair token(const ConvParams& p, const Chunks::Chunk& chunk, int t, int c) {
+  if (t >= chunk.sequence_begin) return load<T>(p, p.x, chunk.batch, t, c);
   const int i = t - chunk.sequence_begin + p.taps - 1;
-  return p.initial.data != nullptr && i >= 0 ? load<T>(p.initial, chunk.sequence, i, c) : 0.0f;
+  return p.initial.data != nullptr && i >= 0 ? load<T>(p, p.initial, chunk.sequence, i, c) : Pair{};
 }
 
-__device__ __forceinline__ void push(float (&window)[most_taps], float x) {
-#pragma unroll
-  for (int i = 0; i + 1 < most_taps; ++i) window[i] = window[i + 1];
-  window[most_taps - 1] = x;
-}
+// The last tokens, the youngest at the end.
+template <int taps>
+struct Window {
+  Pair at[taps];
 
-template <class T>
-__device__ __forceinline__ void load_weight(float (&weight)[most_taps], const ConvParams& p, int c) {
+  __device__ __forceinline__ void push(Pair x) {
 #pragma unroll
-  for (int i = 0; i < most_taps; ++i) {
-    const int k = i - (most_taps - p.taps);
-    weight[i] = k >= 0 ? p.weight.at<T>(c, k) : 0.0f;
+    for (int i = 0; i + 1 < taps; ++i) at[i] = at[i + 1];
+    at[taps - 1] = x;
   }
-}
+};
 
-__device__ __forceinline__ float product(const float (&weight)[most_taps], const float (&window)[most_taps], float sum) {
-#pragma unroll
-  for (int i = 0; i < most_taps; ++i) sum += weight[i] * window[i];
-  return sum;
-}
+template <int taps>
+struct Weights {
+  float at[pair][taps], bias[pair];
 
-// NaN times a zero weight would be NaN: the window holds no token older than taps - 1.
-template <class T>
-__device__ __forceinline__ void load_window(float (&window)[most_taps], const ConvParams& p, const Chunks::Chunk& chunk,
-                                            int c) {
+  template <class T>
+  __device__ __forceinline__ void load(const ConvParams& p, int c) {
 #pragma unroll
-  for (int i = 0; i < most_taps; ++i) {
-    const int back = most_taps - i - 1;  // the youngest has back == 0: the token before the chunk
-    window[i] = back < p.taps - 1 ? token<T>(p, chunk, chunk.begin - 1 - back, c) : 0.0f;
+    for (int j = 0; j < pair; ++j) {
+      const bool valid = c + j < p.channels;
+      bias[j] = valid && p.bias.data != nullptr ? p.bias.at<T>(c + j) : 0.0f;
+#pragma unroll
+      for (int k = 0; k < taps; ++k) at[j][k] = valid ? p.weight.at<T>(c + j, k) : 0.0f;
+    }
   }
-}
-__device__ __forceinline__ void forget(float (&window)[most_taps], int taps) {
+  __device__ __forceinline__ float u(const Window<taps>& window, int j) const {
+    float sum = bias[j];
 #pragma unroll
-  for (int i = 0; i < most_taps; ++i)
-    if (i < most_taps - taps) window[i] = 0.0f;
+    for (int k = 0; k < taps; ++k) sum += at[j][k] * window.at[k].at[j];
+    return sum;
+  }
+};
+
+template <class T, int taps>
+__device__ __forceinline__ Window<taps> window_before(const ConvParams& p, const Chunks::Chunk& chunk, int c) {
+  Window<taps> window;
+#pragma unroll
+  for (int i = 0; i < taps; ++i) window.at[i] = i > 0 ? token<T>(p, chunk, chunk.begin - taps + i, c) : Pair{};
+  return window;
 }
 
-template <class T>
+template <class T, int taps>
 __global__ void __launch_bounds__(threads) conv_kernel(const __grid_constant__ ConvParams p) {
   Chunks::Chunk chunk;
-  const int blocks = static_cast<int>(ceil_div(p.channels, threads)), c = blockIdx.x % blocks * threads + threadIdx.x;
+  const int blocks = (p.channels + pair * threads - 1) / (pair * threads);
+  const int c = (blockIdx.x % blocks * threads + threadIdx.x) * pair;
   if (!p.chunks.find(blockIdx.x / blocks, chunk) || c >= p.channels) return;
-  float weight[most_taps], window[most_taps];
-  load_weight<T>(weight, p, c);
-  load_window<T>(window, p, chunk, c);
-  const float bias = p.bias.data != nullptr ? p.bias.at<T>(c) : 0.0f;
+  Weights<taps> weights;
+  weights.template load<T>(p, c);
+  auto window = window_before<T, taps>(p, chunk, c);
   for (int t0 = chunk.begin; t0 < chunk.end; t0 += ahead) {
-    float x[ahead];
+    Pair x[ahead];
 #pragma unroll
-    for (int i = 0; i < ahead; ++i) x[i] = t0 + i < chunk.end ? load<T>(p.x, chunk.batch, t0 + i, c) : 0.0f;
+    for (int i = 0; i < ahead; ++i) x[i] = t0 + i < chunk.end ? load<T>(p, p.x, chunk.batch, t0 + i, c) : Pair{};
 #pragma unroll
     for (int i = 0; i < ahead; ++i) {
-      push(window, x[i]);
-      forget(window, p.taps);
-      float u = product(weight, window, bias);
-      if (p.silu) u *= sigmoid(u);
-      if (t0 + i < chunk.end) store<T>(p.out, chunk.batch, t0 + i, c, u);
+      window.push(x[i]);
+      Pair out;
+#pragma unroll
+      for (int j = 0; j < pair; ++j) {
+        const float u = weights.u(window, j);
+        out.at[j] = p.silu ? u * sigmoid(u) : u;
+      }
+      if (t0 + i < chunk.end) store<T>(p, p.out, chunk.batch, t0 + i, c, out);
     }
   }
 }
 
-template <class T>
+template <class T, int taps>
 __global__ void __launch_bounds__(threads) conv_backward_kernel(const __grid_constant__ ConvParams p) {
+  constexpr int halo = taps - 1;
   Chunks::Chunk chunk;
-  const int blocks = static_cast<int>(ceil_div(p.channels, threads)), c = blockIdx.x % blocks * threads + threadIdx.x;
-  const int row = blockIdx.x / blocks;
+  const int blocks = (p.channels + pair * threads - 1) / (pair * threads), row = blockIdx.x / blocks;
+  const int c = (blockIdx.x % blocks * threads + threadIdx.x) * pair;
   if (c >= p.channels) return;
-  float dweight[most_taps] = {}, dbias = 0.0f;
+  float dweight[pair][taps] = {}, dbias[pair] = {};
   if (p.chunks.find(row, chunk)) {
-    float weight[most_taps], window[most_taps], grads[most_taps] = {};  // the last du
-    load_weight<T>(weight, p, c);
-    load_window<T>(window, p, chunk, c);
-    const float bias = p.bias.data != nullptr ? p.bias.at<T>(c) : 0.0f;
-    const int halo = p.taps - 1;
+    Weights<taps> weights;
+    weights.template load<T>(p, c);
+    auto window = window_before<T, taps>(p, chunk, c);
+    Window<taps> grads{};  // the last du
     for (int t0 = chunk.begin; t0 < chunk.end + halo; t0 += ahead) {
-      float x[ahead], g[ahead];
+      Pair x[ahead], g[ahead];
+      const int inside = min(chunk.end + halo, chunk.sequence_end);
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
-        const bool inside = t0 + i < chunk.end + halo && t0 + i < chunk.sequence_end;
-        x[i] = inside ? load<T>(p.x, chunk.batch, t0 + i, c) : 0.0f;
-        g[i] = inside ? load<T>(p.dout, chunk.batch, t0 + i, c) : 0.0f;
+        x[i] = t0 + i < inside ? load<T>(p, p.x, chunk.batch, t0 + i, c) : Pair{};
+        g[i] = t0 + i < inside ? load<T>(p, p.dout, chunk.batch, t0 + i, c) : Pair{};
       }
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
-        const int t = t0 + i;
-        push(window, x[i]);
-        forget(window, p.taps);
-        float du = g[i];
-        if (p.silu) {
-          const float u = product(weight, window, bias), gate = sigmoid(u);
-          du *= gate * (1.0f + u * (1.0f - gate));
+        const int t = t0 + i, at = t - halo;
+        window.push(x[i]);
+        Pair du, dx{};
+#pragma unroll
+        for (int j = 0; j < pair; ++j) {
+          du.at[j] = g[i].at[j];
+          if (p.silu) {
+            const float u = weights.u(window, j), gate = sigmoid(u);
+            du.at[j] *= gate * (1.0f + u * (1.0f - gate));
+          }
+          if (t >= chunk.sequence_end) du.at[j] = 0.0f;
         }
-        if (t >= chunk.sequence_end) du = 0.0f;
+        grads.push(du);
         if (t < chunk.end) {
 #pragma unroll
-          for (int k = 0; k < most_taps; ++k) dweight[k] += du * window[k];
-          dbias += du;
-        }
-        push(grads, du);
-        float dx = 0.0f;  // of token t - halo: weight[k] meets the du of k tokens ago
+          for (int j = 0; j < pair; ++j) {
+            dbias[j] += du.at[j];
 #pragma unroll
-        for (int k = 0; k < most_taps; ++k)
-          if (k >= most_taps - p.taps) dx += weight[k] * grads[most_taps - 1 - (k - (most_taps - p.taps))];
-        const int at = t - halo;
+            for (int k = 0; k < taps; ++k) dweight[j][k] += du.at[j] * window.at[k].at[j];
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < pair; ++j)
+#pragma unroll
+          for (int k = 0; k < taps; ++k) dx.at[j] += weights.at[j][k] * grads.at[taps - 1 - k].at[j];
         if (at >= chunk.begin && at < chunk.end)
-          store<T>(p.dx, chunk.batch, at, c, dx);
+          store<T>(p, p.dx, chunk.batch, at, c, dx);
         else if (at < chunk.begin && chunk.first() && p.dinitial.data != nullptr && t < chunk.begin + halo)
-          store<T>(p.dinitial, chunk.sequence, at - chunk.begin + halo, c, dx);
+          store<T>(p, p.dinitial, chunk.sequence, at - chunk.begin + halo, c, dx);
       }
     }
   }
-  float* const to = p.partial + std::int64_t{row} * (p.taps + 1) * p.channels + c;
+  float* const to = p.partial + std::int64_t{row} * (taps + 1) * p.channels + c;
 #pragma unroll
-  for (int i = 0; i < most_taps; ++i) {
-    const int k = i - (most_taps - p.taps);
-    if (k >= 0) to[std::int64_t{k} * p.channels] = dweight[i];
+  for (int j = 0; j < pair; ++j) {
+    if (c + j >= p.channels) break;
+#pragma unroll
+    for (int k = 0; k < taps; ++k) to[std::int64_t{k} * p.channels + j] = dweight[j][k];
+    to[std::int64_t{taps} * p.channels + j] = dbias[j];
   }
-  to[std::int64_t{p.taps} * p.channels] = dbias;
+}
+
+// Calls body(std::integral_constant<int, taps>{}).
+template <class Body, int taps = effcore::scan::least_width>
+void with_taps(int count, Body&& body) {
+  if constexpr (taps < effcore::scan::most_width) {
+    if (count > taps) return with_taps<Body, taps + 1>(count, std::forward<Body>(body));
+  }
+  body(std::integral_constant<int, taps>{});
+}
+
+bool pairs_aligned(const TensorView* t) {
+  if (t == nullptr) return true;
+  const std::int64_t size = element_bytes(t->dtype);
+  return reinterpret_cast<std::uintptr_t>(t->data) % (pair * size) == 0 && t->stride[0] % pair == 0 &&
+         t->stride[1] % pair == 0 && t->size[2] % pair == 0;
 }
 
 ConvParams params_of(const CausalConv& args) {
@@ -164,7 +206,7 @@ ConvParams params_of(const CausalConv& args) {
   p.initial = optional_rows(args.initial_state);
   p.weight = parameter_of(&args.weight), p.bias = parameter_of(args.bias);
   p.channels = static_cast<int>(args.x.size[2]), p.taps = static_cast<int>(args.weight.size[1]);
-  p.silu = args.silu;
+  p.silu = args.silu, p.vector = pairs_aligned(&args.x) && pairs_aligned(args.initial_state);
   return p;
 }
 
@@ -183,10 +225,12 @@ void causal_conv(const CausalConv& args, const Launch& to) {
   refuse_float64(args.x.dtype, f);
   ConvParams p = params_of(args);
   if (std::int64_t{p.channels} * p.chunks.sequences * p.chunks.tokens == 0) return;
-  p.out = rows_of(args.out);
+  p.out = rows_of(args.out), p.vector = p.vector && pairs_aligned(&args.out);
   with_type(args.x.dtype, f, [&]<class T>(T) {
-    launch(f, conv_kernel<T>, grid(p.chunks.rows * ceil_div(p.channels, threads), f), threads, 0,
-           static_cast<cudaStream_t>(to.stream), p);
+    with_taps(p.taps, [&]<int taps>(std::integral_constant<int, taps>) {
+      launch(f, conv_kernel<T, taps>, grid(p.chunks.rows * ceil_div(p.channels, pair * threads), f), threads, 0,
+             static_cast<cudaStream_t>(to.stream), p);
+    });
   });
 }
 
@@ -197,10 +241,14 @@ void causal_conv_backward(const CausalConvBackward& args, const Launch& to) {
   if (p.channels == 0) return;
   const auto stream = static_cast<cudaStream_t>(to.stream);
   p.dout = rows_of(args.dout), p.dx = rows_of(args.dx), p.dinitial = optional_rows(args.dinitial);
+  p.vector = p.vector && pairs_aligned(&args.dout) && pairs_aligned(&args.dx) && pairs_aligned(args.dinitial);
   p.partial = static_cast<float*>(to.workspace);
   if (p.chunks.rows > 0)
     with_type(args.forward.x.dtype, f, [&]<class T>(T) {
-      launch(f, conv_backward_kernel<T>, grid(p.chunks.rows * ceil_div(p.channels, threads), f), threads, 0, stream, p);
+      with_taps(p.taps, [&]<int taps>(std::integral_constant<int, taps>) {
+        launch(f, conv_backward_kernel<T, taps>, grid(p.chunks.rows * ceil_div(p.channels, pair * threads), f), threads, 0,
+               stream, p);
+      });
     });
   const std::int64_t stride = std::int64_t{p.taps + 1} * p.channels;
   sum_parameters(f, static_cast<float*>(args.dweight), p.partial, p.chunks.rows, stride, p.channels, p.taps, stream);

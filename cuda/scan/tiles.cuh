@@ -67,29 +67,10 @@ struct Place {
   __device__ int channel_in_warp() const { return lane / L::state_lanes * L::channels; }
 };
 
-// ---------------------------------------------------------------- runs of neighbouring elements
+// ---------------------------------------------------------------- floats of shared memory, matrices of states
 
-template <class T, int n>
-struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Run {
-  T at[n];
-};
-
-// Elements [c, c + n) of a row of `size`; zeros behind its end.
-template <int n, class T>
-__device__ __forceinline__ Run<T, n> load_run(const T* row, int c, int size, bool vector) {
-  Run<T, n> to;
-  if (vector) {  // all of them lie in the row, or none
-    if (c < size) return *reinterpret_cast<const Run<T, n>*>(row + c);
-#pragma unroll
-    for (int i = 0; i < n; ++i) to.at[i] = from_float<T>(0.0f);
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i) to.at[i] = c + i < size ? row[c + i] : from_float<T>(0.0f);
-  }
-  return to;
-}
 template <int n>
-__device__ __forceinline__ void load_floats(float (&to)[n], const float* from) {  // from shared memory
+__device__ __forceinline__ void load_floats(float (&to)[n], const float* from) {
   const Run<float, n> run = *reinterpret_cast<const Run<float, n>*>(from);
 #pragma unroll
   for (int i = 0; i < n; ++i) to[i] = run.at[i];
