@@ -40,7 +40,7 @@ def _peak() -> float | None:
 def _compiled(model: Any) -> Any:
     if sharing.CUDA:
         for layer in hybrids.layers_of(model):
-            layer.compile()
+            layer.compile(dynamic=False)  # a size a strategy: none of them changes
     return model
 
 

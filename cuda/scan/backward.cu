@@ -55,9 +55,10 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? 4 : 1) local_backward
     c_load.put(C);
     if (share.any) {
       put_steps(steps, dt, biases, p, at, share, tokens);
+      float gs[L::run];
 #pragma unroll
-      for (int i = 0; i < L::run; ++i)
-        g.at[share.token][at.warp][share.channel + i] = Gate(to_float(dout.at[i]), to_float(z.at[i]), gate).g;
+      for (int i = 0; i < L::run; ++i) gs[i] = Gate(dout[i], z[i], gate).g;
+      store_floats(&g.at[share.token][at.warp][share.channel], gs);
     }
     __syncthreads();
 #pragma unroll 2
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? 4 : 1) local_backward
 #pragma unroll
       for (int e = 0; e < thread_pairs; ++e) {
         const int k = e % L::channels, j = e / L::channels;
-        dh[e] = exp2_approx(step[k] * A[e]) * (dh[e] + gs[k] * c[j]);
+        dh[e] = decay(step[k], A[e]) * (dh[e] + gs[k] * c[j]);
       }
       sum += steps.at[i][at.warp][at.own];
     }
@@ -106,14 +107,17 @@ __device__ __forceinline__ void stage(Shared<L>& shared, const ScanParams& p, co
   b_load.put(shared.B), c_load.put(shared.C);
   if (share.any) {
     put_steps(shared.steps, dt, shared.biases, p, at, share, chunk.end - t0);
+    float xs[L::run], gs[L::run], slopes[L::run];
 #pragma unroll
     for (int i = 0; i < L::run; ++i) {
-      shared.x.at[share.token][at.warp][share.channel + i] = to_float(x.at[i]);
-      if (back) {
-        const Gate gate(to_float(dout.at[i]), to_float(z.at[i]), p.z.data != nullptr);
-        shared.g.at[share.token][at.warp][share.channel + i] = gate.g;
-        shared.sums[share.token][at.warp][share.channel + i] = gate.slope;
-      }
+      xs[i] = x[i];
+      const Gate gate(dout[i], z[i], p.z.data != nullptr);
+      gs[i] = gate.g, slopes[i] = gate.slope;
+    }
+    store_floats(&shared.x.at[share.token][at.warp][share.channel], xs);
+    if (back) {
+      store_floats(&shared.g.at[share.token][at.warp][share.channel], gs);
+      store_floats(&shared.sums[share.token][at.warp][share.channel], slopes);
     }
   }
   __syncthreads();
@@ -163,7 +167,7 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1)
 #pragma unroll
           for (int e = 0; e < thread_pairs; ++e) {
             const int k = e % channels, j = e / channels;
-            h[e] = exp2_approx(step[k] * A[e]) * h[e] + x[k] * b[j];
+            h[e] = decay(step[k], A[e]) * h[e] + x[k] * b[j];
           }
         }
       }
@@ -183,7 +187,7 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1)
 #pragma unroll
         for (int e = 0; e < thread_pairs; ++e) {
           const int k = e % channels, j = e / channels;
-          decayed[e] = exp2_approx(step[k] * A[e]) * h[e];
+          decayed[e] = decay(step[k], A[e]) * h[e];
           h[e] = decayed[e] + x[k] * b[j];
           y[k] += h[e] * c[j];
           dC[j] += g[k] * h[e];
@@ -226,7 +230,7 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1)
           sums[2 * k] += grad * b[j];
           sums[2 * k + 1] += q * A[e];
           tile_dA[e] += step[k] * q;
-          dh[e] = exp2_approx(step[k] * A[e]) * grad;
+          dh[e] = decay(step[k], A[e]) * grad;
         }
         if (i > 0) {
 #pragma unroll

@@ -43,25 +43,68 @@ inline Rows optional_rows(const TensorView* t) {
   return t != nullptr ? rows_of(*t) : Rows{};
 }
 
-// Neighbouring elements of a row.
+// n neighbouring elements of a row, as they lie in memory: they are taken apart only where they are used, so that loads stay
+// under way until then.
 template <class T, int n>
-struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Run {
-  T at[n];
+struct alignas(sizeof(T) * n >= 16 ? 16
+               : sizeof(T) * n < 4 ? 4
+                                   : sizeof(T) * n) Run {
+  static constexpr int per_word = 4 / sizeof(T), words = (n + per_word - 1) / per_word;
+  std::uint32_t word[words];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (per_word == 1)
+      return __uint_as_float(word[i]);
+    else
+      return i % 2 == 0 ? unpack<T>(word[i / 2]).x : unpack<T>(word[i / 2]).y;
+  }
+  __device__ __forceinline__ static Run of(const float (&x)[n]) {
+    Run run;
+#pragma unroll
+    for (int i = 0; i < words; ++i) {
+      if constexpr (per_word == 1)
+        run.word[i] = __float_as_uint(x[i]);
+      else
+        run.word[i] = pack<T>(x[2 * i], 2 * i + 1 < n ? x[2 * i + 1] : 0.0f);
+    }
+    return run;
+  }
 };
 
-// Elements [c, c + n) of a row of `size`; zeros behind its end.
+// Elements [c, c + n) of a row of `size`; zeros behind its end. vector: all of them lie in the row, or none, at an address that
+// one access takes.
 template <int n, class T>
 __device__ __forceinline__ Run<T, n> load_run(const T* row, int c, int size, bool vector) {
-  Run<T, n> to;
-  if (vector) {  // all of them lie in the row, or none
-    if (c < size) return *reinterpret_cast<const Run<T, n>*>(row + c);
-#pragma unroll
-    for (int i = 0; i < n; ++i) to.at[i] = from_float<T>(0.0f);
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i) to.at[i] = c + i < size ? row[c + i] : from_float<T>(0.0f);
+  using R = Run<T, n>;
+  R run{};
+  if (vector && n >= R::per_word) {
+    if (c < size) run = *reinterpret_cast<const R*>(row + c);
+    return run;
   }
-  return to;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (c + i >= size) break;
+    if constexpr (R::per_word == 1)
+      run.word[i] = reinterpret_cast<const std::uint32_t*>(row)[c + i];
+    else
+      run.word[i / 2] |= std::uint32_t{reinterpret_cast<const std::uint16_t*>(row)[c + i]} << (16 * (i % 2));
+  }
+  return run;
+}
+template <class T, int n>
+__device__ __forceinline__ void store_run(T* row, const Run<T, n>& run, int c, int size, bool vector) {
+  if (vector && n >= Run<T, n>::per_word) {
+    if (c < size) *reinterpret_cast<Run<T, n>*>(row + c) = run;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (c + i >= size) break;
+    if constexpr (sizeof(T) == 4)
+      reinterpret_cast<std::uint32_t*>(row)[c + i] = run.word[i];
+    else
+      reinterpret_cast<std::uint16_t*>(row)[c + i] = static_cast<std::uint16_t>(run.word[i / 2] >> (16 * (i % 2)));
+  }
 }
 
 // Sequences are cut into chunks of `length` tokens, each a block's (a row of blocks along the channels). As there may be packed
@@ -120,7 +163,7 @@ inline Chunks chunks_of(const TensorView& x, const TensorView* offsets, std::int
 
 // By the accurate exponential: its error would be that of a whole token.
 __device__ __forceinline__ float sigmoid(float x) {
-  return __fdividef(1.0f, 1.0f + expf(-x));  // e^-x = inf gives 0
+  return reciprocal_approx(1.0f + expf(-x));  // e^-x = inf gives 0
 }
 
 // log(1 + e^x) = max(x, 0) + log1p(e), e = e^-|x|; log1p(e) / e on [0, 1] by a polynomial of relative error 5e-9. Not by the

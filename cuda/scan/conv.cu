@@ -24,31 +24,26 @@ struct ConvParams {
 
 struct Pair {
   float at[pair];
+  Pair() = default;
+  template <class T>
+  __device__ __forceinline__ Pair(const Run<T, pair>& run) : at{run[0], run[1]} {}
 };
 
 template <class T>
-__device__ __forceinline__ Pair load(const ConvParams& p, const Rows& rows, std::int64_t b, int t, int c) {
-  const auto run = load_run<pair>(reinterpret_cast<const T*>(rows(b, t)), c, p.channels, p.vector);
-  return {to_float(run.at[0]), to_float(run.at[1])};
+__device__ __forceinline__ Run<T, pair> load(const ConvParams& p, const Rows& rows, std::int64_t b, int t, int c) {
+  return load_run<pair>(reinterpret_cast<const T*>(rows(b, t)), c, p.channels, p.vector);
 }
 template <class T>
 __device__ __forceinline__ void store(const ConvParams& p, const Rows& rows, std::int64_t b, int t, int c, Pair x) {
-  T* const to = reinterpret_cast<T*>(rows(b, t)) + c;
-  const Run<T, pair> run{from_float<T>(x.at[0]), from_float<T>(x.at[1])};
-  if (p.vector) {
-    *reinterpret_cast<Run<T, pair>*>(to) = run;
-  } else {
-    to[0] = run.at[0];
-    if (c + 1 < p.channels) to[1] = run.at[1];
-  }
+  store_run(reinterpret_cast<T*>(rows(b, t)), Run<T, pair>::of(x.at), c, p.channels, p.vector);
 }
 
 // A token of x, of the initial state before the sequence, or zero.
 template <class T>
-__device__ __forceinline__ Pair token(const ConvParams& p, const Chunks::Chunk& chunk, int t, int c) {
+__device__ __forceinline__ Run<T, pair> token(const ConvParams& p, const Chunks::Chunk& chunk, int t, int c) {
   if (t >= chunk.sequence_begin) return load<T>(p, p.x, chunk.batch, t, c);
   const int i = t - chunk.sequence_begin + p.taps - 1;
-  return p.initial.data != nullptr && i >= 0 ? load<T>(p, p.initial, chunk.sequence, i, c) : Pair{};
+  return p.initial.data != nullptr && i >= 0 ? load<T>(p, p.initial, chunk.sequence, i, c) : Run<T, pair>{};
 }
 
 // The last tokens, the youngest at the end.
@@ -89,7 +84,7 @@ template <class T, int taps>
 __device__ __forceinline__ Window<taps> window_before(const ConvParams& p, const Chunks::Chunk& chunk, int c) {
   Window<taps> window;
 #pragma unroll
-  for (int i = 0; i < taps; ++i) window.at[i] = i > 0 ? token<T>(p, chunk, chunk.begin - taps + i, c) : Pair{};
+  for (int i = 0; i < taps; ++i) window.at[i] = i > 0 ? token<T>(p, chunk, chunk.begin - taps + i, c) : Run<T, pair>{};
   return window;
 }
 
@@ -103,9 +98,9 @@ __global__ void __launch_bounds__(threads) conv_kernel(const __grid_constant__ C
   weights.template load<T>(p, c);
   auto window = window_before<T, taps>(p, chunk, c);
   for (int t0 = chunk.begin; t0 < chunk.end; t0 += ahead) {
-    Pair x[ahead];
+    Run<T, pair> x[ahead];
 #pragma unroll
-    for (int i = 0; i < ahead; ++i) x[i] = t0 + i < chunk.end ? load<T>(p, p.x, chunk.batch, t0 + i, c) : Pair{};
+    for (int i = 0; i < ahead; ++i) x[i] = t0 + i < chunk.end ? load<T>(p, p.x, chunk.batch, t0 + i, c) : Run<T, pair>{};
 #pragma unroll
     for (int i = 0; i < ahead; ++i) {
       window.push(x[i]);
@@ -134,12 +129,12 @@ __global__ void __launch_bounds__(threads) conv_backward_kernel(const __grid_con
     auto window = window_before<T, taps>(p, chunk, c);
     Window<taps> grads{};  // the last du
     for (int t0 = chunk.begin; t0 < chunk.end + halo; t0 += ahead) {
-      Pair x[ahead], g[ahead];
+      Run<T, pair> x[ahead], g[ahead];
       const int inside = min(chunk.end + halo, chunk.sequence_end);
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
-        x[i] = t0 + i < inside ? load<T>(p, p.x, chunk.batch, t0 + i, c) : Pair{};
-        g[i] = t0 + i < inside ? load<T>(p, p.dout, chunk.batch, t0 + i, c) : Pair{};
+        x[i] = t0 + i < inside ? load<T>(p, p.x, chunk.batch, t0 + i, c) : Run<T, pair>{};
+        g[i] = t0 + i < inside ? load<T>(p, p.dout, chunk.batch, t0 + i, c) : Run<T, pair>{};
       }
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
@@ -148,7 +143,7 @@ __global__ void __launch_bounds__(threads) conv_backward_kernel(const __grid_con
         Pair du, dx{};
 #pragma unroll
         for (int j = 0; j < pair; ++j) {
-          du.at[j] = g[i].at[j];
+          du.at[j] = g[i][j];
           if (p.silu) {
             const float u = weights.u(window, j), gate = sigmoid(u);
             du.at[j] *= gate * (1.0f + u * (1.0f - gate));

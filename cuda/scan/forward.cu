@@ -37,14 +37,14 @@ struct TileLoad {
     if constexpr (outputs) C.put(shared.C);
     if (!share.any) return;
     put_steps(shared.steps, dt, shared.biases, p, at, share, tokens);
+    float xs[L::run], gates[L::run];
 #pragma unroll
     for (int i = 0; i < L::run; ++i) {
-      shared.x.at[share.token][at.warp][share.channel + i] = to_float(x.at[i]);
-      if constexpr (outputs) {
-        const float gate = to_float(z.at[i]);
-        shared.gates.at[share.token][at.warp][share.channel + i] = p.z.data != nullptr ? gate * sigmoid(gate) : 1.0f;
-      }
+      xs[i] = x[i];
+      if constexpr (outputs) gates[i] = p.z.data != nullptr ? z[i] * sigmoid(z[i]) : 1.0f;
     }
+    store_floats(&shared.x.at[share.token][at.warp][share.channel], xs);
+    if constexpr (outputs) store_floats(&shared.gates.at[share.token][at.warp][share.channel], gates);
   }
 };
 
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1) scan_ke
 #pragma unroll
       for (int e = 0; e < thread_pairs; ++e) {
         const int k = e % channels, j = e / channels;
-        h[e] = exp2_approx(step[k] * A[e]) * h[e] + x[k] * b[j];
+        h[e] = decay(step[k], A[e]) * h[e] + x[k] * b[j];
         if constexpr (outputs) y[k] += h[e] * c[j];
       }
       if constexpr (outputs) {
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(threads) step_kernel(const __grid_constant__ S
   const float x = load<T>(p.x, b, 0, c), dtx = dt * x;
   float y = 0.0f;
   for (int n = lane; n < p.states && valid; n += p.lanes) {
-    const float h = exp2_approx(dt * log2_e * p.A.at<T>(c, n)) * p.state[pair * p.states + n] + dtx * load<T>(p.B, b, 0, n);
+    const float h = decay(dt, log2_e * p.A.at<T>(c, n)) * p.state[pair * p.states + n] + dtx * load<T>(p.B, b, 0, n);
     p.next[pair * p.states + n] = h;
     y += h * load<T>(p.C, b, 0, n);
   }

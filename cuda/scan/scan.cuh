@@ -41,6 +41,12 @@ __device__ __forceinline__ void store(const Rows& rows, std::int64_t b, int t, i
   reinterpret_cast<T*>(rows(b, t))[c] = from_float<T>(x);
 }
 
+// 2^(step * rate). The special function cuts its argument off, which makes decays near 1 a sixth of a rounding too small: 2e-6
+// after a hundred tokens. What is added to the argument makes up for that.
+__device__ __forceinline__ float decay(float step, float rate) {
+  return exp2_approx(fmaf(step, rate, 0x1p-25f));
+}
+
 __device__ __forceinline__ float step_size(const ScanParams& p, float dt, float bias) {
   dt += bias;
   return p.softplus ? softplus(dt) : dt;
@@ -78,24 +84,19 @@ __global__ void __launch_bounds__(threads) carry_kernel(const __grid_constant__ 
       if (j0 + u >= count) break;
       const std::int64_t row = first + (reverse ? count - 1 - (j0 + u) : j0 + u);
       p.carried[row * pairs + pair] = h;
-      h = exp2_approx(rate * sum[u]) * h + local[u];
+      h = decay(rate, sum[u]) * h + local[u];
     }
   }
 }
 
-// Chunks for a scan whose channels take `blocks` blocks: one a sequence where that gives each multiprocessor `wanted` blocks,
-// else as many as bring it there, of at least 64 tokens and a multiple of `keep`.
-inline ScanParams params_of(const Scan& args, std::int64_t blocks, int wanted, const char* function) {
+// Chunks for a scan whose channels take `blocks` blocks: as many as run at once, `resident` a multiprocessor, but of at least
+// 64 tokens and a multiple of `keep`; one a sequence where two would be too many.
+inline ScanParams params_of(const Scan& args, std::int64_t blocks, int resident, const char* function) {
   const std::int64_t tokens = args.x.size[1], keep = std::max<std::int64_t>(args.keep, tile);
-  if (const char* w = std::getenv(function[14] == '_' ? "SCAN_WANTED_B" : "SCAN_WANTED_F"))
-    wanted = std::atoi(w);  // EXPERIMENT
-  const std::int64_t target = std::int64_t{wanted} * device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const std::int64_t present = std::max<std::int64_t>(blocks * args.x.size[0], 1);
+  const std::int64_t slots = std::int64_t{resident} * device_attribute(cudaDevAttrMultiProcessorCount, function);
+  const std::int64_t chunks = slots / std::max<std::int64_t>(blocks * args.x.size[0], 1);
   std::int64_t length = std::max<std::int64_t>(tokens, 1);
-  if (2 * present < target) {
-    const std::int64_t chunks = ceil_div(target, present);
-    length = std::max<std::int64_t>(ceil_div(tokens, chunks), 64);
-  }
+  if (chunks >= 2) length = std::max<std::int64_t>(ceil_div(tokens, chunks), 64);
   length = ceil_div(length, keep) * keep;
   ScanParams p{chunks_of(args.x, args.offsets, length)};
   p.single = length >= tokens;

@@ -71,23 +71,28 @@ struct Place {
 
 template <int n>
 __device__ __forceinline__ void load_floats(float (&to)[n], const float* from) {
-  const Run<float, n> run = *reinterpret_cast<const Run<float, n>*>(from);
+  const auto run = *reinterpret_cast<const Run<float, n>*>(from);
 #pragma unroll
-  for (int i = 0; i < n; ++i) to[i] = run.at[i];
+  for (int i = 0; i < n; ++i) to[i] = run[i];
+}
+template <int n>
+__device__ __forceinline__ void store_floats(float* to, const float (&from)[n]) {
+  *reinterpret_cast<Run<float, n>*>(to) = Run<float, n>::of(from);
 }
 
 // The thread's pairs of a [states][channels] matrix. A pair's place is state * channels + channel.
 template <class L>
 __device__ __forceinline__ void load_pairs(float (&to)[thread_pairs], const float* matrix, const ScanParams& p,
                                            const Place<L>& at) {
+  Run<float, L::channels> runs[L::states];
 #pragma unroll
   for (int j = 0; j < L::states; ++j) {
-    Run<float, L::channels> run{};
+    runs[j] = {};
     if (at.state + j < p.states)
-      run = load_run<L::channels>(matrix + std::int64_t{at.state + j} * p.channels, at.first, p.channels, p.vector);
-#pragma unroll
-    for (int i = 0; i < L::channels; ++i) to[j * L::channels + i] = run.at[i];
+      runs[j] = load_run<L::channels>(matrix + std::int64_t{at.state + j} * p.channels, at.first, p.channels, p.vector);
   }
+#pragma unroll
+  for (int e = 0; e < thread_pairs; ++e) to[e] = runs[e / L::channels][e % L::channels];
 }
 template <class L>
 __device__ __forceinline__ void store_pairs(float* matrix, const float (&from)[thread_pairs], const ScanParams& p,
@@ -95,17 +100,11 @@ __device__ __forceinline__ void store_pairs(float* matrix, const float (&from)[t
 #pragma unroll
   for (int j = 0; j < L::states; ++j) {
     if (at.state + j >= p.states) break;
-    float* const row = matrix + std::int64_t{at.state + j} * p.channels + at.first;
-    Run<float, L::channels> run;
+    float row[L::channels];
 #pragma unroll
-    for (int i = 0; i < L::channels; ++i) run.at[i] = from[j * L::channels + i];
-    if (p.vector) {
-      if (at.first < p.channels) *reinterpret_cast<Run<float, L::channels>*>(row) = run;
-    } else {
-#pragma unroll
-      for (int i = 0; i < L::channels; ++i)
-        if (at.first + i < p.channels) row[i] = run.at[i];
-    }
+    for (int i = 0; i < L::channels; ++i) row[i] = from[j * L::channels + i];
+    store_run(matrix + std::int64_t{at.state + j} * p.channels, Run<float, L::channels>::of(row), at.first, p.channels,
+              p.vector);
   }
 }
 
@@ -210,12 +209,13 @@ __device__ __forceinline__ void put_steps(Channels<L>& to, const Run<T, L::run>&
                                           const ScanParams& p, const Place<L>& at, const Share<L>& share, int tokens) {
   float bias[L::run];
   load_floats(bias, &biases.at[at.warp][share.channel]);
-  float* const steps = &to.at[share.token][at.warp][share.channel];
+  float steps[L::run];
 #pragma unroll
-  for (int i = 0; i < L::run; ++i)
-    steps[i] = share.token < tokens && at.warp_first + share.channel + i < p.channels
-                   ? step_size(p, to_float(dt.at[i]), bias[i])
-                   : 0.0f;
+  for (int i = 0; i < L::run; ++i) {
+    const bool exists = share.token < tokens && at.warp_first + share.channel + i < p.channels;
+    steps[i] = exists ? step_size(p, dt[i], bias[i]) : 0.0f;
+  }
+  store_floats(&to.at[share.token][at.warp][share.channel], steps);
 }
 
 // ---------------------------------------------------------------- sums over lanes
