@@ -161,6 +161,12 @@ inline Chunks chunks_of(const TensorView& x, const TensorView* offsets, std::int
   return c;
 }
 
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // By the accurate exponential: its error would be that of a whole token.
 __device__ __forceinline__ float sigmoid(float x) {
   return reciprocal_approx(1.0f + expf(-x));  // e^-x = inf gives 0
