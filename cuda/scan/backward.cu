@@ -18,6 +18,7 @@
 namespace effcore::cuda::scan {
 namespace {
 
+#define SPAN4 (std::getenv("SCAN_SPAN4") != nullptr)  // EXPERIMENT
 constexpr int resident = 3;  // blocks of a multiprocessor: what shared memory holds, 168 registers a thread
 
 // dout and z of a token -> g = dout silu(z), and dz / y
@@ -79,10 +80,11 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? 4 : 1) local_backward
   if (at.writes) p.step_sum[std::int64_t{at.row} * p.channels + at.c] = sum;
 }
 
-template <class L>
+template <class L, int span>
 struct Shared {
-  // decay h[t - 1] of each token but the last
-  float4 decayed[tile - 1][thread_pairs / 4][threads];
+  static constexpr int starts = span < tile ? 1 : 0;
+  // decay h[t - 1] of each token of a span but the last; the state before the tile
+  float4 decayed[span - 1 + starts][thread_pairs / 4][threads];
   Channels<L> x, steps, g;
   States<L> B, C;
   Biases<L> biases;
@@ -92,8 +94,8 @@ struct Shared {
 };
 
 // Puts the tile [t0, t0 + tokens) in shared memory; the block's threads wait for each other before and after.
-template <class T, class L>
-__device__ __forceinline__ void stage(Shared<L>& shared, const ScanParams& p, const Place<L>& at, const Share<L>& share,
+template <class T, class L, int span>
+__device__ __forceinline__ void stage(Shared<L, span>& shared, const ScanParams& p, const Place<L>& at, const Share<L>& share,
                                       const Chunks::Chunk& chunk, int t0, bool back) {
   const auto dt = load_share<T>(p.dt, p, at, share, chunk.batch, t0, chunk.end);
   const auto x = load_share<T>(p.x, p, at, share, chunk.batch, t0, chunk.end);
@@ -123,11 +125,25 @@ __device__ __forceinline__ void stage(Shared<L>& shared, const ScanParams& p, co
   __syncthreads();
 }
 
-template <class T, class L>
-__global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1)
+// Registers <-> a thread's own place in shared memory.
+__device__ __forceinline__ void put(float4 (&to)[thread_pairs / 4][threads], const float (&x)[thread_pairs]) {
+#pragma unroll
+  for (int q = 0; q < thread_pairs / 4; ++q)
+    to[q][threadIdx.x] = make_float4(x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]);
+}
+__device__ __forceinline__ void get(float (&x)[thread_pairs], const float4 (&from)[thread_pairs / 4][threads]) {
+#pragma unroll
+  for (int q = 0; q < thread_pairs / 4; ++q) {
+    const float4 v = from[q][threadIdx.x];
+    x[4 * q] = v.x, x[4 * q + 1] = v.y, x[4 * q + 2] = v.z, x[4 * q + 3] = v.w;
+  }
+}
+
+template <class T, class L, int span>
+__global__ void __launch_bounds__(threads, L::parts == 1 ? (span < tile ? 4 : 3) : 1)
     scan_backward_kernel(const __grid_constant__ ScanParams p) {
   extern __shared__ __align__(16) char memory[];
-  auto& shared = *reinterpret_cast<Shared<L>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<L, span>*>(memory);
   constexpr int channels = L::channels, states = L::states;
   // Lanes that end with the same sums over channels, and how many of them.
   constexpr int sums_left = states / L::channel_lanes > 1 ? states / L::channel_lanes : 1;
@@ -154,10 +170,9 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1)
       // From the kept state to the tile.
       const int start = chunk.sequence_begin + (t0 - chunk.sequence_begin) / p.keep * p.keep;
       load_pairs(h, p.kept + kept_row(p, chunk, start) * p.states * p.channels, p, at);
-      for (int before = start; before < t0; before += tile) {
-        stage<T>(shared, p, at, share, chunk, before, false);
+      const auto advance = [&](int count) {  // h over the first tokens in shared memory
 #pragma unroll 2
-        for (int i = 0; i < tile; ++i) {
+        for (int i = 0; i < count; ++i) {
           float b[states], step[channels], x[channels];
           load_floats(b, &shared.B.at[i][at.state]);
           load_floats(step, &shared.steps.at[i][at.warp][mine]);
@@ -170,93 +185,104 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1)
             h[e] = decay(step[k], A[e]) * h[e] + x[k] * b[j];
           }
         }
+      };
+      for (int before = start; before < t0; before += tile) {
+        stage<T>(shared, p, at, share, chunk, before, false);
+        advance(tile);
       }
       stage<T>(shared, p, at, share, chunk, t0, true);
       // The outputs' rows lie next to each other, without padding.
       const std::int64_t out = (chunk.batch * p.chunks.tokens + t0) * p.channels + at.c;
 #pragma unroll 1
-      for (int i = 0; i < tokens; ++i) {
-        float b[states], c[states], step[channels], x[channels], g[channels], y[channels] = {}, dC[states] = {};
-        load_floats(b, &shared.B.at[i][at.state]);
-        load_floats(c, &shared.C.at[i][at.state]);
-        load_floats(step, &shared.steps.at[i][at.warp][mine]);
-        load_floats(x, &shared.x.at[i][at.warp][mine]);
-        load_floats(g, &shared.g.at[i][at.warp][mine]);
-#pragma unroll
-        for (int k = 0; k < channels; ++k) x[k] *= step[k];
-#pragma unroll
-        for (int e = 0; e < thread_pairs; ++e) {
-          const int k = e % channels, j = e / channels;
-          decayed[e] = decay(step[k], A[e]) * h[e];
-          h[e] = decayed[e] + x[k] * b[j];
-          y[k] += h[e] * c[j];
-          dC[j] += g[k] * h[e];
-        }
-        if (i < tokens - 1) {
-#pragma unroll
-          for (int q = 0; q < thread_pairs / 4; ++q)
-            shared.decayed[i][q][threadIdx.x] =
-                make_float4(decayed[4 * q], decayed[4 * q + 1], decayed[4 * q + 2], decayed[4 * q + 3]);
-        }
-        if (gate) {
-          sum_lanes<1, L::state_lanes, 1>(y, at.lane);
-          if (at.writes)
-            static_cast<T*>(p.dz_data)[out + i * p.channels] =
-                from_float<T>(shared.sums[i][at.warp][at.own] * (y[0] + D * shared.x.at[i][at.warp][at.own]));
-          __syncwarp();
-        }
-        sum_lanes<1, L::channel_lanes, L::state_lanes>(dC, at.lane);
-        if (writes_sums) {
-#pragma unroll
-          for (int j = 0; j < sums_left; ++j) shared.sums[i][at.warp][sums_at + j] = dC[j];
-        }
-      }
-      float tile_dA[thread_pairs] = {};
-#pragma unroll 1
-      for (int i = tokens - 1; i >= 0; --i) {
-        float b[states], c[states], step[channels], x[channels], g[channels], dB[states] = {}, sums[2 * channels] = {};
-        load_floats(b, &shared.B.at[i][at.state]);
-        load_floats(c, &shared.C.at[i][at.state]);
-        load_floats(step, &shared.steps.at[i][at.warp][mine]);
-        load_floats(x, &shared.x.at[i][at.warp][mine]);
-        load_floats(g, &shared.g.at[i][at.warp][mine]);
-#pragma unroll
-        for (int k = 0; k < channels; ++k) x[k] *= step[k];
-#pragma unroll
-        for (int e = 0; e < thread_pairs; ++e) {
-          const int k = e % channels, j = e / channels;
-          const float grad = dh[e] + g[k] * c[j], q = grad * decayed[e];
-          dB[j] += grad * x[k];
-          sums[2 * k] += grad * b[j];
-          sums[2 * k + 1] += q * A[e];
-          tile_dA[e] += step[k] * q;
-          dh[e] = decay(step[k], A[e]) * grad;
-        }
-        if (i > 0) {
-#pragma unroll
-          for (int q = 0; q < thread_pairs / 4; ++q) {
-            const float4 d = shared.decayed[i - 1][q][threadIdx.x];
-            decayed[4 * q] = d.x, decayed[4 * q + 1] = d.y, decayed[4 * q + 2] = d.z, decayed[4 * q + 3] = d.w;
+      for (int first = (tokens - 1) / span * span; first >= 0; first -= span) {
+        const int end = min(first + span, tokens);
+        if constexpr (span < tile) {  // two spans
+          if (first > 0) {
+            put(shared.decayed[span - 1], h);
+            advance(span);
+          } else if (tokens > span) {
+            get(h, shared.decayed[span - 1]);
           }
         }
-        sum_lanes<2, L::state_lanes, 1>(sums, at.lane);
-        if (at.writes) {
-          const float own_step = shared.steps.at[i][at.warp][at.own], own_x = shared.x.at[i][at.warp][at.own];
-          const float own_g = shared.g.at[i][at.warp][at.own];
-          // The slope of the softplus is 1 - e^-softplus.
-          const float ddt = (sums[0] * own_x + sums[1] * ln_2) * (p.softplus ? -expm1f(-own_step) : 1.0f);
-          dD += own_g * own_x, dbias += ddt;
-          static_cast<T*>(p.dx_data)[out + i * p.channels] = from_float<T>(sums[0] * own_step + own_g * D);
-          static_cast<T*>(p.ddt_data)[out + i * p.channels] = from_float<T>(ddt);
-        }
-        sum_lanes<1, L::channel_lanes, L::state_lanes>(dB, at.lane);
-        if (writes_sums) {
+#pragma unroll 1
+        for (int i = first; i < end; ++i) {
+          float b[states], c[states], step[channels], x[channels], g[channels], y[channels] = {}, dC[states] = {};
+          load_floats(b, &shared.B.at[i][at.state]);
+          load_floats(c, &shared.C.at[i][at.state]);
+          load_floats(step, &shared.steps.at[i][at.warp][mine]);
+          load_floats(x, &shared.x.at[i][at.warp][mine]);
+          load_floats(g, &shared.g.at[i][at.warp][mine]);
 #pragma unroll
-          for (int j = 0; j < sums_left; ++j) shared.sums[i][at.warp][L::padded + sums_at + j] = dB[j];
+          for (int k = 0; k < channels; ++k) x[k] *= step[k];
+#pragma unroll
+          for (int e = 0; e < thread_pairs; ++e) {
+            const int k = e % channels, j = e / channels;
+            decayed[e] = decay(step[k], A[e]) * h[e];
+            h[e] = decayed[e] + x[k] * b[j];
+            y[k] += h[e] * c[j];
+            dC[j] += g[k] * h[e];
+          }
+          if (i < end - 1) put(shared.decayed[i - first], decayed);
+          if (gate) {
+            sum_lanes<1, L::state_lanes, 1>(y, at.lane);
+            if (at.writes)
+              static_cast<T*>(p.dz_data)[out + i * p.channels] =
+                  from_float<T>(shared.sums[i][at.warp][at.own] * (y[0] + D * shared.x.at[i][at.warp][at.own]));
+            __syncwarp();
+          }
+          sum_lanes<1, L::channel_lanes, L::state_lanes>(dC, at.lane);
+          if (writes_sums) {
+#pragma unroll
+            for (int j = 0; j < sums_left; ++j) shared.sums[i][at.warp][sums_at + j] = dC[j];
+          }
+        }
+        float part_dA[thread_pairs];
+        if constexpr (span == tile) {
+#pragma unroll
+          for (int e = 0; e < thread_pairs; ++e) part_dA[e] = 0.0f;
+        }
+#pragma unroll 1
+        for (int i = end - 1; i >= first; --i) {
+          float b[states], c[states], step[channels], x[channels], g[channels], dB[states] = {}, sums[2 * channels] = {};
+          load_floats(b, &shared.B.at[i][at.state]);
+          load_floats(c, &shared.C.at[i][at.state]);
+          load_floats(step, &shared.steps.at[i][at.warp][mine]);
+          load_floats(x, &shared.x.at[i][at.warp][mine]);
+          load_floats(g, &shared.g.at[i][at.warp][mine]);
+#pragma unroll
+          for (int k = 0; k < channels; ++k) x[k] *= step[k];
+#pragma unroll
+          for (int e = 0; e < thread_pairs; ++e) {
+            const int k = e % channels, j = e / channels;
+            const float grad = dh[e] + g[k] * c[j], q = grad * decayed[e];
+            dB[j] += grad * x[k];
+            sums[2 * k] += grad * b[j];
+            sums[2 * k + 1] += q * A[e];
+            (span == tile ? part_dA[e] : dA[e]) += step[k] * q;
+            dh[e] = decay(step[k], A[e]) * grad;
+          }
+          if (i > first) get(decayed, shared.decayed[i - first - 1]);
+          sum_lanes<2, L::state_lanes, 1>(sums, at.lane);
+          if (at.writes) {
+            const float own_step = shared.steps.at[i][at.warp][at.own], own_x = shared.x.at[i][at.warp][at.own];
+            const float own_g = shared.g.at[i][at.warp][at.own];
+            // The slope of the softplus is 1 - e^-softplus.
+            const float ddt = (sums[0] * own_x + sums[1] * ln_2) * (p.softplus ? -expm1f(-own_step) : 1.0f);
+            dD += own_g * own_x, dbias += ddt;
+            static_cast<T*>(p.dx_data)[out + i * p.channels] = from_float<T>(sums[0] * own_step + own_g * D);
+            static_cast<T*>(p.ddt_data)[out + i * p.channels] = from_float<T>(ddt);
+          }
+          sum_lanes<1, L::channel_lanes, L::state_lanes>(dB, at.lane);
+          if (writes_sums) {
+#pragma unroll
+            for (int j = 0; j < sums_left; ++j) shared.sums[i][at.warp][L::padded + sums_at + j] = dB[j];
+          }
+        }
+        if constexpr (span == tile) {
+#pragma unroll
+          for (int e = 0; e < thread_pairs; ++e) dA[e] += part_dA[e];
         }
       }
-#pragma unroll
-      for (int e = 0; e < thread_pairs; ++e) dA[e] += tile_dA[e];
       __syncthreads();
       for (int i = threadIdx.x; i < tokens * 2 * L::padded; i += threads) {
         const int t = i / (2 * L::padded), which = i / L::padded % 2, n = i % L::padded;
@@ -295,7 +321,7 @@ __global__ void __launch_bounds__(threads) sum_inputs_kernel(const __grid_consta
 }
 
 ScanParams backward_params(const Scan& args, const char* function) {
-  return params_of(args, channel_blocks(args.x.size[2], args.A.size[1]), resident, function);
+  return params_of(args, channel_blocks(args.x.size[2], args.A.size[1]), SPAN4 ? 4 : 3, function);
 }
 
 struct Workspace {
@@ -336,7 +362,10 @@ void selective_scan_backward(const ScanBackward& args, const Launch& to) {
         launch(f, local_backward_kernel<T, L>, blocks, threads, 0, stream, p);
         launch(f, carry_kernel<T, true>, grid(ceil_div(p.chunks.sequences * pairs, threads), f), threads, 0, stream, p);
       }
-      launch(f, scan_backward_kernel<T, L>, blocks, threads, sizeof(Shared<L>), stream, p);
+      if (SPAN4)
+        launch(f, scan_backward_kernel<T, L, 4>, blocks, threads, sizeof(Shared<L, 4>), stream, p);
+      else
+        launch(f, scan_backward_kernel<T, L, 8>, blocks, threads, sizeof(Shared<L, 8>), stream, p);
     });
     const InputSumParams sums{
         args.dB.data, args.dC.data, p.input_sums, rows, static_cast<int>(channel_blocks(p.channels, p.states)), p.states};
