@@ -1,12 +1,17 @@
-"""FlowHN's claims on one GPU: `python -m benchmarks.claims.flowhn train | blocks | peers | loss`.
+"""FlowHN's claims on one GPU: `python -m benchmarks.claims.flowhn train | blocks | peers | profile | decode | loss`.
 
 train: tokens a second and MFU of training steps (1024 tokens, bfloat16, fused AdamW) for each strategy, the sequential hybrid
-and a LLaMA of as many parameters, layers compiled; beside each FAC's ratio to it and what the FLOPs predict. Our goals at 350M:
-93 % of the predicted ratio. The paper, 65k tokens of vocabulary: FAC 1.68x no split at 350M, 1.83x at 1B.
+and a LLaMA of as many parameters, layers and loss compiled; beside each FAC's ratio to it and what the FLOPs predict. Our
+goals at 350M: 93 % of the predicted ratio. The paper, 65k tokens of vocabulary: FAC 1.68x no split at 350M, 1.83x at 1B.
 
 blocks: the same without embeddings and head, forward and backward. Our goal: FAC 1.80x no split.
 
-peers: training steps of transformers' Falcon-H1 and Jamba classes as pip installs them (their torch paths), beside FAC.
+peers: training steps of transformers' Falcon-H1 and Jamba classes as pip installs them (their torch paths), beside FAC; nothing
+is compiled.
+
+profile: where the GPU's time goes in FAC's blocks, forward and backward. Our goal: moving tokens at most 3 %.
+
+decode: milliseconds a token behind 8192 tokens, beside the LLaMA; nothing is compiled or captured.
 
 loss: the strategies at equal tokens of a real text: validation loss. The paper's 1B accuracies: no split 42.95, AE 40.17, FA
 38.50, FAC 41.97, sequential 42.06.
@@ -41,6 +46,7 @@ def _compiled(model: Any) -> Any:
     if sharing.CUDA:
         for layer in hybrids.layers_of(model):
             layer.compile(dynamic=False)  # a size a strategy: none of them changes
+        model.loss_function = torch.compile(model.loss_function, dynamic=False)
     return model
 
 
@@ -71,13 +77,13 @@ def _rows(steps: dict[str, Any], flops: dict[str, float], tokens: int, texts: in
     return rows
 
 
-def _training(names: list[str], size: str, batch: int, length: int, **more: Any) -> list[dict]:
+def _training(names: list[str], size: str, batch: int, length: int, *, compiled: bool, **more: Any) -> list[dict]:
     steps, flops, counts = {}, {}, {}
     for name in names:
         model = _make(name, size, length)
         flops[name], counts[name] = hybrids.forward_flops(model, length), hybrids.parameters(model)
         try:
-            step = sharing.Training(_compiled(model), batch, length)
+            step = sharing.Training(_compiled(model) if compiled else model, batch, length)
             step()
             sharing.synchronize()
         except Exception as error:  # one model that does not run here must not hide the others
@@ -92,14 +98,14 @@ def _training(names: list[str], size: str, batch: int, length: int, **more: Any)
 
 def train(size: str, batch: int, length: int) -> list[dict]:
     print(f"training, {size}, {batch} texts of {length} tokens", flush=True)
-    return _training([*hybrids.STRATEGIES.values(), "LLaMA"], size, batch, length, what="train")
+    return _training([*hybrids.STRATEGIES.values(), "LLaMA"], size, batch, length, compiled=True, what="train")
 
 
 def peers(size: str, batch: int, length: int) -> list[dict]:
     print(f"training beside transformers' hybrids as installed, {size}, {batch} texts of {length} tokens", flush=True)
     rows: list[dict] = []
     for name in ("Falcon-H1 (transformers)", "Jamba (transformers)"):
-        rows += _training([hybrids.STRATEGIES["fac"], name], size, batch, length, what="peers")
+        rows += _training([hybrids.STRATEGIES["fac"], name], size, batch, length, compiled=False, what="peers")
         _free()
     return rows
 
@@ -130,6 +136,64 @@ def blocks(size: str, batch: int, length: int) -> list[dict]:
         steps[name] = _Blocks(model, batch, length)
         flops[name] = model.config.num_hidden_layers * block_flops(model.config)
     return _rows(steps, flops, batch * length, batch, size=size, length=length, batch=batch, what="blocks")
+
+
+KINDS = {
+    "moving tokens": ("routing::",),
+    "scan": ("scan::",),
+    "attention": ("attention",),
+    "products": ("gemm", "nvjet", "cutlass"),
+}
+
+
+def profile(size: str, batch: int, length: int) -> list[dict]:
+    """Shares of the GPU's time, kernels sorted by their names; the rest are norms, gates and sums."""
+    print(f"where the time of FAC's blocks goes, {size}, {batch} texts of {length} tokens", flush=True)
+    step = _Blocks(_compiled(_make(hybrids.STRATEGIES["fac"], size, length)).train(), batch, length)
+    for _ in range(3):
+        step()
+    activities = [torch.profiler.ProfilerActivity.CUDA if sharing.CUDA else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as trace:
+        for _ in range(3):
+            step()
+        sharing.synchronize()
+    spent: dict[str, float] = {}
+    for event in trace.key_averages():
+        kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "rest")
+        own = event.self_device_time_total if sharing.CUDA else event.self_cpu_time_total
+        spent[kind] = spent.get(kind, 0.0) + own
+    total = sum(spent.values())
+    rows = []
+    for kind, microseconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"  {kind:<16} {microseconds / 3e3:9.2f} ms {microseconds / total:6.1%}", flush=True)
+        row = {"what": "profile", "size": size, "batch": batch, "length": length, "kind": kind}
+        rows.append(row | {"ms": microseconds / 3e3, "share": microseconds / total})
+    return rows
+
+
+@torch.no_grad()
+def decode(size: str, batch: int, length: int) -> list[dict]:
+    """Milliseconds of each of 64 steps behind ``length`` tokens: the median, and the slowest but one."""
+    print(f"decoding behind {length} tokens, {size}, {batch} rows", flush=True)
+    rows = []
+    for name in (hybrids.STRATEGIES["fac"], "LLaMA"):
+        model = _make(name, size, LENGTH).eval()
+        ids = torch.randint(0, model.config.vocab_size, (batch, length), device=sharing.DEVICE)
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        seconds = []
+        for _ in range(72):
+            sharing.synchronize()
+            begin = time.perf_counter()
+            cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
+            sharing.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        steps = sorted(1e3 * s for s in seconds[8:])
+        row = {"what": "decode", "size": size, "batch": batch, "context": length, "model": name}
+        rows.append(row | {"ms": statistics.median(steps), "slowest_ms": steps[-2]})
+        print(f"  {name:<26} {rows[-1]['ms']:8.2f} ms a token, slowest {rows[-1]['slowest_ms']:.2f}", flush=True)
+        del model, cache
+        _free()
+    return rows
 
 
 def loss(size: str, batch: int, length: int, steps: int) -> list[dict]:
@@ -188,7 +252,7 @@ def _free() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = sharing.arguments("flowhn", __doc__ or "", ("train", "blocks", "peers", "loss"))
+    parser = sharing.arguments("flowhn", __doc__ or "", ("train", "blocks", "peers", "profile", "decode", "loss"))
     parser.add_argument("--size", default="350M", help="135M, 350M or 1B")
     parser.add_argument("--batch", type=int, default=32, help="texts a step")
     parser.add_argument("--steps", type=int, default=300, help="of a training (loss)")
@@ -197,7 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.claim == "loss":
         rows = loss(size, batch, length, 4 if options.quick else options.steps)
     else:
-        rows = {"train": train, "blocks": blocks, "peers": peers}[options.claim](size, batch, length)
+        claims = {"train": train, "blocks": blocks, "peers": peers, "profile": profile, "decode": decode}
+        context = 8192 if options.claim == "decode" and not options.quick else length
+        rows = claims[options.claim](size, batch, context)
     sharing.write(options.json, f"flowhn {options.claim}", rows)
     return 0
 

@@ -5,21 +5,25 @@
 //   q[t] = dh[t] decay[t] h[t - 1]                       dA = sum over tokens of dt[t] q[t]
 //   dx = dt d(dt x) + D g                                ddt = x d(dt x) + sum over states of A q
 //
-// A tile is gone through twice. Forward from the kept state before it: decay h[t - 1] of each token goes to shared memory (each
-// thread reads what it wrote itself), y and dz and the warp's part of dC are made. Then back: everything else. Chunks work as
-// in the forward, with the gradient of the state in the state's place. Sums over channels: 4 within a thread, then over the
-// lanes of a warp, over the warps in shared memory, and over blocks by a second kernel. Parameters' gradients: tile by tile,
-// which keeps the roundings of long sums small, and over chunks in double precision.
+// Spans of tokens are gone through twice. Forward from the kept state before them: decay h[t - 1] of each token goes to shared
+// memory (each thread reads what it wrote itself), dz and the warp's part of dC are made. Then back: everything else. Chunks
+// work as in the forward, with the gradient of the state in the state's place. Sums over channels: 4 within a thread, then
+// over the lanes of a warp, over the warps in shared memory, and over blocks by a second kernel; sums over chunks in double
+// precision.
 //
-// Bounds: bytes, x, dt, z, dout read and dx, ddt, dz written once each, and the kept states; instructions, 15 and two special
-// functions a token, channel and state, and a quarter of the forward's again where a piece has two tiles.
+// Bounds: bytes, x, dt, z, dout read and dx, ddt, dz written once each, and the kept states; instructions, 20 and three special
+// functions a token, channel and state, of which a quarter makes states again to get to a span.
 #include "scan/tiles.cuh"
 
 namespace effcore::cuda::scan {
 namespace {
 
-#define SPAN4 (std::getenv("SCAN_SPAN4") != nullptr)  // EXPERIMENT
-constexpr int resident = 3;  // blocks of a multiprocessor: what shared memory holds, 168 registers a thread
+// Tokens that are gone through forth and back at once, and blocks of a multiprocessor. Shared memory holds the states of a
+// span; half a tile leaves room for four blocks, which all channels of 32 texts take at once.
+template <class L>
+constexpr int span = L::parts == 1 ? tile / 2 : tile;
+template <class L>
+constexpr int resident = L::parts == 1 ? 4 : (L::parts == 4 ? 2 : 1);
 
 // dout and z of a token -> g = dout silu(z), and dz / y
 struct Gate {
@@ -80,11 +84,11 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? 4 : 1) local_backward
   if (at.writes) p.step_sum[std::int64_t{at.row} * p.channels + at.c] = sum;
 }
 
-template <class L, int span>
+template <class L>
 struct Shared {
-  static constexpr int starts = span < tile ? 1 : 0;
+  static constexpr int starts = span<L> < tile ? 1 : 0;
   // decay h[t - 1] of each token of a span but the last; the state before the tile
-  float4 decayed[span - 1 + starts][thread_pairs / 4][threads];
+  float4 decayed[span<L> - 1 + starts][thread_pairs / 4][threads];
   Channels<L> x, steps, g;
   States<L> B, C;
   Biases<L> biases;
@@ -94,8 +98,8 @@ struct Shared {
 };
 
 // Puts the tile [t0, t0 + tokens) in shared memory; the block's threads wait for each other before and after.
-template <class T, class L, int span>
-__device__ __forceinline__ void stage(Shared<L, span>& shared, const ScanParams& p, const Place<L>& at, const Share<L>& share,
+template <class T, class L>
+__device__ __forceinline__ void stage(Shared<L>& shared, const ScanParams& p, const Place<L>& at, const Share<L>& share,
                                       const Chunks::Chunk& chunk, int t0, bool back) {
   const auto dt = load_share<T>(p.dt, p, at, share, chunk.batch, t0, chunk.end);
   const auto x = load_share<T>(p.x, p, at, share, chunk.batch, t0, chunk.end);
@@ -139,12 +143,11 @@ __device__ __forceinline__ void get(float (&x)[thread_pairs], const float4 (&fro
   }
 }
 
-template <class T, class L, int span>
-__global__ void __launch_bounds__(threads, L::parts == 1 ? (span < tile ? 4 : 3) : 1)
-    scan_backward_kernel(const __grid_constant__ ScanParams p) {
+template <class T, class L>
+__global__ void __launch_bounds__(threads, resident<L>) scan_backward_kernel(const __grid_constant__ ScanParams p) {
   extern __shared__ __align__(16) char memory[];
-  auto& shared = *reinterpret_cast<Shared<L, span>*>(memory);
-  constexpr int channels = L::channels, states = L::states;
+  auto& shared = *reinterpret_cast<Shared<L>*>(memory);
+  constexpr int channels = L::channels, states = L::states, length = span<L>;
   // Lanes that end with the same sums over channels, and how many of them.
   constexpr int sums_left = states / L::channel_lanes > 1 ? states / L::channel_lanes : 1;
   constexpr int sums_sharing = L::channel_lanes * sums_left / states > 1 ? L::channel_lanes * sums_left / states : 1;
@@ -194,14 +197,14 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? (span < tile ? 4 : 3)
       // The outputs' rows lie next to each other, without padding.
       const std::int64_t out = (chunk.batch * p.chunks.tokens + t0) * p.channels + at.c;
 #pragma unroll 1
-      for (int first = (tokens - 1) / span * span; first >= 0; first -= span) {
-        const int end = min(first + span, tokens);
-        if constexpr (span < tile) {  // two spans
+      for (int first = (tokens - 1) / length * length; first >= 0; first -= length) {
+        const int end = min(first + length, tokens);
+        if constexpr (length < tile) {  // two spans
           if (first > 0) {
-            put(shared.decayed[span - 1], h);
-            advance(span);
-          } else if (tokens > span) {
-            get(h, shared.decayed[span - 1]);
+            put(shared.decayed[length - 1], h);
+            advance(length);
+          } else if (tokens > length) {
+            get(h, shared.decayed[length - 1]);
           }
         }
 #pragma unroll 1
@@ -236,11 +239,6 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? (span < tile ? 4 : 3)
             for (int j = 0; j < sums_left; ++j) shared.sums[i][at.warp][sums_at + j] = dC[j];
           }
         }
-        float part_dA[thread_pairs];
-        if constexpr (span == tile) {
-#pragma unroll
-          for (int e = 0; e < thread_pairs; ++e) part_dA[e] = 0.0f;
-        }
 #pragma unroll 1
         for (int i = end - 1; i >= first; --i) {
           float b[states], c[states], step[channels], x[channels], g[channels], dB[states] = {}, sums[2 * channels] = {};
@@ -258,7 +256,7 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? (span < tile ? 4 : 3)
             dB[j] += grad * x[k];
             sums[2 * k] += grad * b[j];
             sums[2 * k + 1] += q * A[e];
-            (span == tile ? part_dA[e] : dA[e]) += step[k] * q;
+            dA[e] += step[k] * q;
             dh[e] = decay(step[k], A[e]) * grad;
           }
           if (i > first) get(decayed, shared.decayed[i - first - 1]);
@@ -277,10 +275,6 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? (span < tile ? 4 : 3)
 #pragma unroll
             for (int j = 0; j < sums_left; ++j) shared.sums[i][at.warp][L::padded + sums_at + j] = dB[j];
           }
-        }
-        if constexpr (span == tile) {
-#pragma unroll
-          for (int e = 0; e < thread_pairs; ++e) dA[e] += part_dA[e];
         }
       }
       __syncthreads();
@@ -321,7 +315,9 @@ __global__ void __launch_bounds__(threads) sum_inputs_kernel(const __grid_consta
 }
 
 ScanParams backward_params(const Scan& args, const char* function) {
-  return params_of(args, channel_blocks(args.x.size[2], args.A.size[1]), SPAN4 ? 4 : 3, function);
+  ScanParams p;
+  with_tiling(args.A.size[1], [&]<class L>(L) { p = params_of<L>(args, resident<L>, function); });
+  return p;
 }
 
 struct Workspace {
@@ -362,10 +358,7 @@ void selective_scan_backward(const ScanBackward& args, const Launch& to) {
         launch(f, local_backward_kernel<T, L>, blocks, threads, 0, stream, p);
         launch(f, carry_kernel<T, true>, grid(ceil_div(p.chunks.sequences * pairs, threads), f), threads, 0, stream, p);
       }
-      if (SPAN4)
-        launch(f, scan_backward_kernel<T, L, 4>, blocks, threads, sizeof(Shared<L, 4>), stream, p);
-      else
-        launch(f, scan_backward_kernel<T, L, 8>, blocks, threads, sizeof(Shared<L, 8>), stream, p);
+      launch(f, scan_backward_kernel<T, L>, blocks, threads, sizeof(Shared<L>), stream, p);
     });
     const InputSumParams sums{
         args.dB.data, args.dC.data, p.input_sums, rows, static_cast<int>(channel_blocks(p.channels, p.states)), p.states};

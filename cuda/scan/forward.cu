@@ -9,7 +9,8 @@
 namespace effcore::cuda::scan {
 namespace {
 
-constexpr int resident = 4;  // blocks of a multiprocessor: 128 registers a thread
+template <class L>
+constexpr int resident = L::parts == 16 ? 2 : 4;  // blocks of a multiprocessor: 128 registers a thread
 
 template <class L>
 struct Shared {
@@ -50,7 +51,7 @@ struct TileLoad {
 
 // outputs: all that the op writes. Otherwise the effect of each chunk but a sequence's last one, from a zero state.
 template <class T, class L, bool outputs>
-__global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1) scan_kernel(const __grid_constant__ ScanParams p) {
+__global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid_constant__ ScanParams p) {
   __shared__ __align__(16) Shared<L> shared;
   constexpr int channels = L::channels, states = L::states;
   const Place<L> at(p);
@@ -106,7 +107,9 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? resident : 1) scan_ke
 }
 
 ScanParams forward_params(const Scan& args, const char* function) {
-  return params_of(args, channel_blocks(args.x.size[2], args.A.size[1]), resident, function);
+  ScanParams p;
+  with_tiling(args.A.size[1], [&]<class L>(L) { p = params_of<L>(args, resident<L>, function); });
+  return p;
 }
 
 // One token: lanes along the states, which lie next to each other in memory, so that they are moved in whole lines. Bound:

@@ -89,12 +89,14 @@ __global__ void __launch_bounds__(threads) carry_kernel(const __grid_constant__ 
   }
 }
 
-// Chunks for a scan whose channels take `blocks` blocks: as many as run at once, `resident` a multiprocessor, but of at least
-// 64 tokens and a multiple of `keep`; one a sequence where two would be too many.
-inline ScanParams params_of(const Scan& args, std::int64_t blocks, int resident, const char* function) {
+// L: the tiling (tiles.cuh). Chunks: as many as run at once, `resident` blocks a multiprocessor, but of at least 64 tokens and
+// a multiple of `keep`; one a sequence where two would be too many.
+template <class L>
+ScanParams params_of(const Scan& args, int resident, const char* function) {
   const std::int64_t tokens = args.x.size[1], keep = std::max<std::int64_t>(args.keep, tile);
   const std::int64_t slots = std::int64_t{resident} * device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const std::int64_t chunks = slots / std::max<std::int64_t>(blocks * args.x.size[0], 1);
+  const std::int64_t blocks = ceil_div(args.x.size[2], L::block_channels) * args.x.size[0];
+  const std::int64_t chunks = slots / std::max<std::int64_t>(blocks, 1);
   std::int64_t length = std::max<std::int64_t>(tokens, 1);
   if (chunks >= 2) length = std::max<std::int64_t>(ceil_div(tokens, chunks), 64);
   length = ceil_div(length, keep) * keep;

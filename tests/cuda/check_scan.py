@@ -216,12 +216,14 @@ def check_edges() -> Results:
 
 
 def times(calls: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds, the calls in turn, the second-level cache flushed before each."""
+    """Median milliseconds on the GPU, the calls in turn, the second-level cache flushed before each; the GPU waits a little
+    before each, so that launches are queued and a slow host does not count."""
     flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
     found: dict[str, list[float]] = {n: [] for n in calls}
     for i in range(rounds + 2):
         for name, call in calls.items():
             flush.zero_()
+            torch.cuda._sleep(3_000_000)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             call()
