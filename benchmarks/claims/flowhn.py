@@ -211,7 +211,6 @@ def loss(size: str, batch: int, length: int, steps: int) -> list[dict]:
         torch.manual_seed(0)
         model = hybrids.flowhn(strategy, size, length, sharing.DEVICE, torch.float32)
         model.resize_token_embeddings(len(tokenizer))
-        _compiled(model)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=sharing.CUDA
         )
