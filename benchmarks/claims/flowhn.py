@@ -59,7 +59,7 @@ def _make(name: str, size: str, length: int) -> Any:
 
 def _rows(steps: dict[str, Any], flops: dict[str, float], tokens: int, texts: int, **more: Any) -> list[dict]:
     """Measures the steps in turns; FAC's ratio to each, with the ratio of their FLOPs (forward, of one text)."""
-    times = sharing.in_turns(steps, rounds=3 if more["size"] == "toy" else 7, repeats=3)
+    times = sharing.in_turns(steps, rounds=3 if more["size"] == "toy" else 5, repeats=2)
     fac, peak, rows = hybrids.STRATEGIES["fac"], _peak(), []
     for name, values in times.items():
         row: dict[str, Any] = {**more, "model": name, "tokens/s": tokens / statistics.median(values)}
