@@ -11,12 +11,13 @@
 #include "common/error.h"
 #include "common/tile.cuh"
 #include "effcore/cuda/kronecker.h"
-#include "kronecker/segments.cuh"
+#include "kronecker/gram.cuh"
+#include "kronecker/hopper/gram.h"
 
 namespace effcore::cuda::kronecker {
 namespace {
 
-constexpr int block = 128, warps = 8, threads = 32 * warps;
+constexpr int warps = 8, threads = 32 * warps;
 
 // 96 KiB in 16-bit dtypes: what the GPUs with least shared memory allow, and two blocks an SM on an H100.
 template <class T>
@@ -25,36 +26,6 @@ struct Ring {
   static constexpr int operand_bytes = steps * block * static_cast<int>(sizeof(T));
   static constexpr int bytes = stages * 2 * operand_bytes;
 };
-
-struct GramParams {
-  Groups groups;
-  const void* x;
-  std::int64_t stride;
-  int dim, tiles;  // tiles of the triangle
-  bool aligned;
-  float alpha, beta;
-  float* result;
-  const float* previous;  // or null
-  float* partial;         // [slots, tiles, block, block]
-};
-
-// Tile number -> (row, column) of the upper triangle with n columns, row by row.
-__device__ __forceinline__ int2 triangle(int tile, int n) {
-  int row = 0;
-  for (int length = n; tile >= length; ++row, --length) tile -= length;
-  return {row, row + tile};
-}
-
-// Writes the element and its mirror. Previous values come from the upper triangle alone, which no other thread writes.
-__device__ __forceinline__ void store_element(const GramParams& p, int expert, int i, int j, float sum) {
-  if (i > j || j >= p.dim) return;
-  const std::int64_t matrix = static_cast<std::int64_t>(expert) * p.dim * p.dim;
-  const std::int64_t upper = matrix + static_cast<std::int64_t>(i) * p.dim + j;
-  float value = p.alpha * sum;
-  if (p.previous != nullptr) value = fmaf(p.beta, p.previous[upper], value);
-  p.result[upper] = value;
-  if (i != j) p.result[matrix + static_cast<std::int64_t>(j) * p.dim + i] = value;
-}
 
 template <class T>
 __global__ void __launch_bounds__(threads, is_16bit<T> ? 2 : 1) gram_kernel(GramParams p) {
@@ -156,6 +127,14 @@ struct Plan {
   }
 };
 
+bool run_on_hopper([[maybe_unused]] const GramParams& p, [[maybe_unused]] DType dtype, [[maybe_unused]] cudaStream_t stream) {
+#ifdef EFFCORE_HOPPER
+  return hopper::grouped_gram("grouped_gram", p, dtype, stream);
+#else
+  return false;
+#endif
+}
+
 template <class T>
 void run(const GramParams& p, unsigned blocks, cudaStream_t stream) {
   launch("grouped_gram", gram_kernel<T>, blocks, threads, Ring<T>::bytes, stream, p);
@@ -199,11 +178,13 @@ void grouped_gram(const GroupedGram& args, const Launch& where) {
   plan_segments<<<1, 32, 0, stream>>>(p.groups);
   check_launch(f);
   const auto blocks = static_cast<unsigned>(plan.segments * plan.tiles);
-  switch (args.x.dtype) {
-    case DType::bfloat16: run<bf16>(p, blocks, stream); break;
-    case DType::float16: run<fp16>(p, blocks, stream); break;
-    case DType::float32: run<float>(p, blocks, stream); break;
-    default: throw std::invalid_argument("effcore.grouped_gram: float64 is not supported on CUDA");
+  if (!run_on_hopper(p, args.x.dtype, stream)) {
+    switch (args.x.dtype) {
+      case DType::bfloat16: run<bf16>(p, blocks, stream); break;
+      case DType::float16: run<fp16>(p, blocks, stream); break;
+      case DType::float32: run<float>(p, blocks, stream); break;
+      default: throw std::invalid_argument("effcore.grouped_gram: float64 is not supported on CUDA");
+    }
   }
   if (plan.slots > 0) launch(f, gram_sum_kernel, static_cast<unsigned>(plan.experts * plan.tiles), threads, 0, stream, p);
 }
