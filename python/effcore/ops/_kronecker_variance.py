@@ -103,12 +103,25 @@ def _add_expert(
         covariance += torch.einsum("bcoi,si,bdoi->sbcd", x, weight(alpha, beta_rest), x)
     if inputs_left and outputs_left:
         outside = weight(alpha_rest, beta_rest)
-        for b in range(len(present)):
-            rows = number == b
-            pairs = a[rows] @ a[rows].mT
-            products = torch.einsum("tu,tco,udo->cd", pairs, g[rows], g[rows])
-            covariance[:, b] += outside[:, None, None] * products
+        covariance += outside[:, None, None, None] * _pair_sums(a, g, number, len(present))
     result.index_add_(1, present, covariance)
+
+
+def _pair_sums(a: Tensor, g: Tensor, number: Tensor, examples: int) -> Tensor:
+    """Σ over pairs t, u of an example's tokens of (a_t · a_u) g_t g_uᵀ: [B, C, C].
+
+    Examples with about as many tokens are padded to one length and multiplied together; at most half of a row is padding.
+    """
+    order, count = number.argsort(stable=True), torch.bincount(number, minlength=examples)
+    first, width = count.cumsum(0) - count, count.double().log2().ceil()
+    result = g.new_empty((examples, g.shape[1], g.shape[1]))
+    for some in [(width == w).nonzero()[:, 0] for w in width.unique()]:
+        place = torch.arange(int(count[some].max()), device=a.device)
+        token = order[(first[some, None] + place).clamp_max(len(order) - 1)]
+        left, right = a[token] * (place < count[some, None])[..., None], g[token]
+        mixed = (left @ left.mT @ right.flatten(2)).view_as(right)
+        result[some] = torch.einsum("btco,btdo->bcd", mixed, right)
+    return result
 
 
 @kron_variance.register_fake

@@ -1,0 +1,74 @@
+"""The models of Bayesian-MoE's claim: a small Qwen2-MoE, its training, and the baselines that need more than logits."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.claims._bayesian_data import ANSWERS, ASK, LENGTH, PAD, Batch
+
+
+def fresh(seed: int, device: str) -> Any:
+    import transformers as hf
+
+    torch.manual_seed(seed)
+    config = hf.Qwen2MoeConfig(
+        vocab_size=ASK + 1, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, num_experts=8,
+        num_experts_per_tok=2, moe_intermediate_size=64, intermediate_size=128, shared_expert_intermediate_size=32,
+        max_position_embeddings=LENGTH + 8, attention_dropout=0.1, pad_token_id=PAD, tie_word_embeddings=False,
+        experts_implementation="eager",
+    )  # fmt: skip
+    return hf.Qwen2MoeForCausalLM(config).to(device)
+
+
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    device = next(model.parameters()).device
+    # No mask: pieces have one length. It would be compared on the host in each layer.
+    out = model(input_ids=batch["input_ids"].to(device), logits_to_keep=1, use_cache=False)
+    return out.logits[:, -1, ANSWERS].float()
+
+
+def train(model: Any, data: list[Batch], epochs: int, rate: float, seed: int) -> Any:
+    """AdamW and one cycle of the learning rate, for so many epochs."""
+    device = next(model.parameters()).device
+    data = [{name: t.to(device) for name, t in batch.items()} for batch in data]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.01, foreach=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * len(data))
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    model.train()
+    for _ in range(epochs):
+        for batch in rng.sample(data, len(data)):
+            loss = torch.nn.functional.cross_entropy(logits_of(model, batch), batch["labels"])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def all_logits(model: Any, data: list[Batch]) -> Tensor:
+    return torch.cat([logits_of(model, batch) for batch in data]).cpu()
+
+
+def dropout(model: Any, data: list[Batch], passes: int = 20) -> Tensor:
+    """MC dropout: the mean of the softmax over forward passes with dropout on."""
+    model.train()
+    mean = torch.stack([all_logits(model, data).softmax(1) for _ in range(passes)]).mean(0)
+    model.eval()
+    return mean
+
+
+def with_adapters(model: Any, data: list[Batch], epochs: int, seed: int) -> Any:
+    """A copy with LoRA adapters on attention, trained on from the same weights."""
+    import peft
+
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    return train(peft.get_peft_model(copy.deepcopy(model), config), data, epochs, 1e-3, seed)
