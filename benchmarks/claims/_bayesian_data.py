@@ -54,8 +54,11 @@ def _files(package: str, rng: random.Random) -> list[Path]:
 
 
 def make_data(train: int, test: int, batch: int) -> dict[str, list[Batch]]:
-    """Batches of "train", "held" (to choose priors and temperatures), "test", and "other" (of the test files): as many pieces of
-    each package, at most ``train`` or ``test`` in all."""
+    """Batches of "train", "held" (to choose priors and temperatures), "test", and "other" (of the test files).
+
+    Args:
+        train, test: at most so many pieces of a part, as many of each package.
+    """
     rng = random.Random(0)
     found: dict[str, list[Piece]] = {"train": [], "held": [], "test": [], "other": []}
     for label, package in enumerate(PACKAGES):

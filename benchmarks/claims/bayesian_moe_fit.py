@@ -152,7 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
         run_seconds, peak, result = measured(run, options.device)
         kept = state_bytes(result) if hasattr(result, "layers") else sum(t.nbytes for f in result for d in f for t in d)
         results[name] = {"seconds": run_seconds, "peak_bytes": peak, "posterior_bytes": kept}
-        print(f"{name:24s} {run_seconds:8.2f} s   peak {peak / 2**30:6.2f} GiB   kept {kept / 2**30:6.3f} GiB", flush=True)
+        print(
+            f"{name:24s} {run_seconds:8.2f} s   peak {peak / 2**30:6.2f} GiB   kept {kept / 2**30:6.3f} GiB", flush=True
+        )
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             settings = {k: v for k, v in vars(options).items() if not isinstance(v, Path)}
