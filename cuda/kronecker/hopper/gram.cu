@@ -22,6 +22,17 @@ void run(const char* function, TiledGramParams& p, cudaStream_t stream) {
   check_launch(function);
 }
 
+template <class T>
+void run_pairs(const char* function, TiledGramParams& p, cudaStream_t stream) {
+  p.items = 0;
+  for (int length = (p.gram.dim + block - 1) / block; length > 0; --length) p.items += (length + 1) / 2;
+  constexpr int bytes = Stages<block>::shared_bytes;
+  check(cudaFuncSetAttribute(paired_gram_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), function);
+  const auto blocks = static_cast<unsigned>(2 * p.gram.groups.max_segments * p.items);
+  paired_gram_kernel<T><<<blocks, tile_threads, bytes, stream>>>(p);
+  check_launch(function);
+}
+
 }  // namespace
 
 bool grouped_gram(const char* function, const GramParams& gram, DType dtype, cudaStream_t stream) {
@@ -37,6 +48,10 @@ bool grouped_gram(const char* function, const GramParams& gram, DType dtype, cud
   const char* const trial = std::getenv("EFFCORE_GRAM_TRIAL");
   const bool narrow = trial != nullptr && trial[0] == '1';
   if (trial != nullptr && trial[0] == '0') return false;
+  if (trial != nullptr && trial[0] == '3') {
+    dtype == DType::bfloat16 ? run_pairs<bf16>(function, p, stream) : run_pairs<fp16>(function, p, stream);
+    return true;
+  }
   if (dtype == DType::bfloat16)
     narrow ? run<bf16, 128>(function, p, stream) : run<bf16, 256>(function, p, stream);
   else

@@ -12,6 +12,7 @@
 #pragma once
 #include <cuda.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "attention/hopper/pipeline.cuh"
@@ -52,9 +53,9 @@ __device__ __forceinline__ Place place_of(int item, int n) {
 }
 
 // One tile by the two warpgroups of consumers.
-template <class T, int Columns, int Wide>
+template <class T, int Columns, int Wide, class Release>
 __device__ __forceinline__ void consume(const GramParams& p, const Segment& segment, const Place& place, char* memory,
-                                        sm90::Ring<Stages<Wide>::count>& ring) {
+                                        sm90::Ring<Stages<Wide>::count>& ring, const Release& release) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
   const bool diagonal = place.row == place.column;
   const int count = (segment.end - segment.begin + steps - 1) / steps;
@@ -66,13 +67,14 @@ __device__ __forceinline__ void consume(const GramParams& p, const Segment& segm
   sm90::Turn<Stages<Wide>::count> turn, read;
   for (int step = 0; step < count; ++step) {
     ring.wait_full(turn);
-    char* const columns = memory + turn.stage * Stages<Wide>::bytes;
-    char* const rows = diagonal ? columns : columns + Wide / 64 * panel_bytes;
+    char* const stage = memory + turn.stage * Stages<Wide>::bytes;
+    char* const rows = diagonal && Wide > block ? stage : stage + Wide / 64 * panel_bytes;
+    char* const columns = diagonal && Wide == block ? rows : stage;
     if (step + 1 == count && tail < steps) {
       const int chunks = (steps - tail) * sm90::panel_row_bytes / 16;
       for (int panel = 0; panel < (Wide + block) / 64; ++panel)
         for (int i = threadIdx.x; i < chunks; i += consumers)
-          reinterpret_cast<uint4*>(columns + panel * panel_bytes + tail * sm90::panel_row_bytes)[i] = make_uint4(0, 0, 0, 0);
+          reinterpret_cast<uint4*>(stage + panel * panel_bytes + tail * sm90::panel_row_bytes)[i] = make_uint4(0, 0, 0, 0);
       sm90::fence_async();
       asm volatile("bar.sync 1, 256;" ::: "memory");
     }
@@ -83,7 +85,7 @@ __device__ __forceinline__ void consume(const GramParams& p, const Segment& segm
     sm90::multiply<T, Columns, steps / 16, true, true>(sums, a, b, true);
     sm90::wgmma_commit();
     sm90::wgmma_wait<1>();
-    if (thread == 0 && step > 0) ring.release(read);
+    if (step > 0) release(read);
     read = turn;
     turn.next();
   }
@@ -137,12 +139,17 @@ __global__ void __launch_bounds__(tile_threads, Columns == 256 ? 1 : 2) tiled_gr
   __syncthreads();
 
   if (threadIdx.x < consumers) {
+    const auto release = [&](const sm90::Turn<stages>& turn) {
+      if (threadIdx.x % 128 == 0) ring.release(turn);
+    };
     if (place.blocks * block == Columns)
-      consume<T, Columns, Columns>(p.gram, segment, place, memory, ring);
+      consume<T, Columns, Columns>(p.gram, segment, place, memory, ring, release);
     else
-      consume<T, block, Columns>(p.gram, segment, place, memory, ring);
+      consume<T, block, Columns>(p.gram, segment, place, memory, ring, release);
   } else if (threadIdx.x == consumers) {
-    const int panels = 2 * place.blocks, row_panels = place.row == place.column ? 0 : 2;
+    const bool diagonal = place.row == place.column;
+    const int panels = diagonal && Columns == block ? 0 : 2 * place.blocks;
+    const int row_panels = diagonal && Columns > block ? 0 : 2;
     sm90::Turn<stages> turn;
     for (int token = segment.begin; token < segment.end; token += steps) {
       ring.wait_empty(turn);
@@ -157,6 +164,66 @@ __global__ void __launch_bounds__(tile_threads, Columns == 256 ? 1 : 2) tiled_gr
       turn.next();
     }
   }
+}
+
+// Two tiles of 128 columns, neighbours in a row, by two blocks of a cluster that share the row's panels.
+template <class T>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(tile_threads, 2) paired_gram_kernel(
+    const __grid_constant__ TiledGramParams p) {
+  constexpr int Columns = block;
+  extern __shared__ __align__(1024) char memory[];
+  const int rank = static_cast<int>(cute::block_rank_in_cluster());
+  const int item = blockIdx.x / 2;
+  const Segment segment = p.gram.groups.segments[item / p.items];
+  if (segment.expert < 0) return;
+  Place place = place_of<2 * block>(item % p.items, (p.gram.dim + block - 1) / block);
+  const bool alone = place.blocks == 1;
+  if (alone && rank == 1) return;
+  place.column += rank;
+  const bool diagonal = place.row == place.column;
+  constexpr int stages = Stages<Columns>::count;
+  auto& ring = *reinterpret_cast<sm90::Ring<stages>*>(memory + stages * Stages<Columns>::bytes);
+  if (threadIdx.x == 0) {
+    ring.init(alone ? 2 : 4);
+    cutlass::arch::fence_barrier_init();
+  }
+  if (alone)
+    __syncthreads();
+  else
+    cute::cluster_sync();
+
+  if (threadIdx.x < consumers) {
+    const auto release = [&](const sm90::Turn<stages>& turn) {
+      const int thread = threadIdx.x % 128;
+      if (alone) {
+        if (thread == 0) ring.release(turn);
+      } else if (thread < 2) {
+        sm90::Barrier::arrive(&ring.empty[turn.stage], static_cast<std::uint32_t>(thread), 1u);
+      }
+    };
+    consume<T, Columns, Columns>(p.gram, segment, place, memory, ring, release);
+  } else if (threadIdx.x == consumers) {
+    sm90::Turn<stages> turn;
+    for (int token = segment.begin; token < segment.end; token += steps) {
+      ring.wait_empty(turn);
+      ring.expect(turn, (diagonal ? 2 : 4) * panel_bytes);
+      char* const stage = memory + turn.stage * Stages<Columns>::bytes;
+      if (alone) {
+        for (int panel = 0; panel < 2; ++panel)
+          cute::SM90_TMA_LOAD_2D::copy(&p.x, &ring.full[turn.stage], static_cast<std::uint64_t>(sm90::Keep::last),
+                                       stage + (2 + panel) * panel_bytes, place.row * block + panel * 64, token);
+      } else {
+        cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&p.x, &ring.full[turn.stage], 3, static_cast<std::uint64_t>(sm90::Keep::last),
+                                               stage + (2 + rank) * panel_bytes, place.row * block + rank * 64, token);
+      }
+      for (int panel = 0; panel < (diagonal ? 0 : 2); ++panel)
+        cute::SM90_TMA_LOAD_2D::copy(&p.x, &ring.full[turn.stage], static_cast<std::uint64_t>(sm90::Keep::last),
+                                     stage + panel * panel_bytes, place.column * block + panel * 64, token);
+      turn.next();
+    }
+  }
+  __syncwarp();
+  if (!alone) cute::cluster_sync();  // a block's memory must be there as long as its partner writes to it
 }
 
 }  // namespace effcore::cuda::kronecker::hopper
