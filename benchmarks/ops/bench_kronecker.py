@@ -1,7 +1,7 @@
 """The kronecker family: Gram matrices of experts' tokens, even loads and skewed ones.
 
 Our work is the upper triangle; a peer that computes the whole product has twice as much to do. Peers return float32, as ours
-does.
+does; on a GPU, where that is a pass of its own, also as they are without it, in the tokens' dtype, which halves what they write.
 """
 
 from __future__ import annotations
@@ -59,19 +59,24 @@ def _gram(settings: Settings, shape: Shape, dtype: torch.dtype, *, skewed: bool)
         out = torch.empty(experts, features, features, dtype=x.dtype, device=x.device)
         for e, (a, b) in enumerate(pairwise(ends)):
             torch.mm(x[a:b].mT, x[a:b], out=out[e])
-        return out.float()
+        return out
 
     def grouped(x: Inputs) -> Tensor:
-        return torch._grouped_mm(x["x"].mT, x["x"], offs=x["offsets"][1:]).float()
+        return torch._grouped_mm(x["x"].mT, x["x"], offs=x["offsets"][1:])
 
     peers = [
-        Candidate("loop of mm", lambda x: [into(x["x"])]),
+        Candidate("loop of mm", lambda x: [into(x["x"]).float()]),
         Candidate("loop, stack", lambda x: [loop(x["x"])]),
         Candidate("loop, float32", lambda x: [into(x["x"].float())]),
-        Candidate("_grouped_mm", lambda x: [grouped(x)]),
+        Candidate("_grouped_mm", lambda x: [grouped(x).float()]),
     ]
     if dtype == torch.float32:
         peers = peers[:2]
+    elif settings.cuda:
+        peers += [
+            Candidate("loop of mm, not cast", lambda x: [into(x["x"])]),
+            Candidate("_grouped_mm, not cast", lambda x: [grouped(x)]),
+        ]
     load = "half in one" if skewed else "even"
     against, ratio = ("_grouped_mm", 1.5 if skewed else 1.6) if settings.cuda else ("loop", 1.5)
     return Case(
