@@ -1,7 +1,7 @@
 """The kronecker family: Gram matrices of experts' tokens, even loads and skewed ones.
 
 Our work is the upper triangle; a peer that computes the whole product has twice as much to do. Peers return float32, as ours
-does; on a GPU, where that is a pass of its own, also as they are without it, in the tokens' dtype, which halves what they write.
+does; on a GPU, where that is a pass of its own, also as they are without it, in the tokens' dtype.
 """
 
 from __future__ import annotations

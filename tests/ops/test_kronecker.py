@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effcore.ops import _kronecker_lowrank
 from effcore.ops import kronecker as ops
 from effcore.reference import kronecker as ref
 from tests.support import assert_accurate, poisoned_memory
@@ -135,8 +136,11 @@ def test_lowrank_update(problem):
     )
 
 
-def test_lowrank_update_of_large_sides_captures_what_there_is():
+@pytest.mark.parametrize("orthonormal", ["QR", "Cholesky's, as on a GPU"])
+def test_lowrank_update_of_large_sides_captures_what_there_is(orthonormal, monkeypatch):
     """Both sides beyond the dense limit: a slowly falling spectrum, the hard case of a Krylov space."""
+    if orthonormal != "QR":
+        monkeypatch.setattr(_kronecker_lowrank, "_orthonormal", _kronecker_lowrank._cholesky_qr)
     torch.manual_seed(0)
     dim, count, rank = 700, 900, 10
     x = torch.randn(count, dim) * torch.arange(1, dim + 1).float().rsqrt()
@@ -149,6 +153,15 @@ def test_lowrank_update_of_large_sides_captures_what_there_is():
     torch.testing.assert_close(captured + discarded.double()[0], x.double().square().sum(), rtol=1e-5, atol=0)
     again = ops.grouped_lowrank_update(*zeros, x, offsets_of([count]))
     assert torch.equal(basis, again[0])
+
+
+def test_cholesky_qr_of_columns_that_depend_on_each_other():
+    x = torch.randn(2, 50, 6)
+    x[0, :, 3] = x[0, :, 1] + 1e-4 * x[0, :, 2]
+    x[1] = 0
+    q = _kronecker_lowrank._cholesky_qr(x)
+    torch.testing.assert_close(q[0] @ (q[0].mT @ x[0]), x[0])  # the same columns are reached
+    assert (torch.linalg.eigvalsh(q.mT @ q) < 1 + 1e-5).all() and not q[1].any()
 
 
 def test_updates_in_pieces_equal_one_update_at_full_rank():

@@ -52,6 +52,28 @@ def _top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return values[..., -rank:].flip(-1).clamp_min(0), vectors[..., -rank:].flip(-1)
 
 
+def _orthonormal(x: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of [..., D, n]; where they depend on each other, columns of it may be shorter.
+
+    On a GPU QR goes matrix by matrix, so there it is Cholesky's, in float64 and twice, which is batched (float32 would lose the
+    directions in which the blocks of a Krylov space differ).
+    """
+    if not x.is_cuda:
+        return torch.linalg.qr(x).Q
+    return _cholesky_qr(x)
+
+
+def _cholesky_qr(x: Tensor) -> Tensor:
+    q = x.double()
+    identity = torch.eye(x.shape[-1], dtype=q.dtype, device=x.device)
+    for _ in range(2):
+        gram = q.mT @ q
+        shift = (1e-15 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp_min(1e-300)
+        root = torch.linalg.cholesky_ex(gram + shift[..., None, None] * identity).L
+        q = torch.linalg.solve_triangular(root.mT, q, upper=True, left=False)
+    return q.to(x.dtype)
+
+
 def _krylov(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor:
     """Approximates the best basis [..., D, k] of the matrix that ``multiply`` applies; ``basis`` [..., D, k] is a first
     guess."""
@@ -61,9 +83,9 @@ def _krylov(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor:
     block = start.expand(*basis.shape[:-2], *start.shape)
     blocks = [basis]
     for _ in range(_DEPTH):
-        block = torch.linalg.qr(multiply(block)).Q
+        block = _orthonormal(multiply(block))
         blocks.append(block)
-    space = torch.linalg.qr(torch.cat(blocks, -1)).Q
+    space = _orthonormal(torch.cat(blocks, -1))
     image = multiply(space)
     values, vectors = _top(space.mT @ image, rank)
     return space @ (vectors * values.sqrt().unsqueeze(-2))
