@@ -4,7 +4,7 @@
 // takes one tile and one segment of tokens (segments.cuh); x streams through a ring of stages of `steps` tokens x 128 columns,
 // twice a step off the diagonal and once on it. Both operands are read transposed by ldmatrix, so x is never copied. A warp
 // owns 64 x 32 of the sums: 6 ldmatrix feed 16 mma a step of 16 tokens. Blocks of one segment are neighbours, so that its
-// tokens come from L2.
+// tokens come from L2. 16-bit tokens on sm_90a whose rows start at multiples of 16 bytes go to hopper/gram.cuh.
 #include <algorithm>
 #include <stdexcept>
 
@@ -17,7 +17,7 @@
 namespace effcore::cuda::kronecker {
 namespace {
 
-constexpr int warps = 8, threads = 32 * warps;
+constexpr int warps = 8, threads = 32 * warps, sum_blocks = 8;
 
 // 96 KiB in 16-bit dtypes: what the GPUs with least shared memory allow, and two blocks an SM on an H100.
 template <class T>
@@ -87,18 +87,28 @@ __global__ void __launch_bounds__(threads, is_16bit<T> ? 2 : 1) gram_kernel(Gram
       }
 }
 
-// Adds up the partial sums of experts with several segments, in their order.
+// Adds up the partial sums of experts with several segments, in their order. A block takes an eighth of a tile.
 __global__ void __launch_bounds__(threads) gram_sum_kernel(GramParams p) {
-  const int expert = blockIdx.x / p.tiles, number = blockIdx.x % p.tiles;
-  const Slots slots = p.groups.slots[expert];
-  if (slots.slots == 0) return;
+  const int tile = blockIdx.x / sum_blocks, split = tile / p.tiles, number = tile % p.tiles;
+  const Split all = p.groups.splits[split];
+  if (all.slots == 0) return;
   const int2 place = triangle(number, (p.dim + block - 1) / block);
-  const std::int64_t step = static_cast<std::int64_t>(p.tiles) * block * block;
-  const float* partial = p.partial + slots.first * step + static_cast<std::int64_t>(number) * block * block;
-  for (int i = threadIdx.x; i < block * block; i += threads) {
-    float sum = 0.0f;
-    for (int s = 0; s < slots.slots; ++s) sum += partial[s * step + i];
-    store_element(p, expert, place.x * block + i / block, place.y * block + i % block, sum);
+  const std::int64_t step = static_cast<std::int64_t>(p.tiles) * block * block / 4;
+  const auto* partial =
+      reinterpret_cast<const float4*>(p.partial) + all.first * step + static_cast<std::int64_t>(number) * block * block / 4;
+  constexpr int count = block * block / 4 / sum_blocks;
+  const int begin = blockIdx.x % sum_blocks * count;
+  for (int i = begin + threadIdx.x; i < begin + count; i += threads) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int s = 0; s < all.slots; ++s) {
+      const float4 x = partial[s * step + i];
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    const int row = place.x * block + i * 4 / block, column = place.y * block + i * 4 % block;
+    store_element(p, all.expert, row, column, sum.x);
+    store_element(p, all.expert, row, column + 1, sum.y);
+    store_element(p, all.expert, row, column + 2, sum.z);
+    store_element(p, all.expert, row, column + 3, sum.w);
   }
 }
 
@@ -108,28 +118,30 @@ constexpr std::int64_t align(std::int64_t bytes) {
 
 // Everything that follows from shapes alone, so that results are the same on every GPU.
 struct Plan {
-  std::int64_t tiles, experts, tokens, length, segments, slots;
-  std::int64_t slots_at, partial_at, bytes;
+  std::int64_t tiles, experts, tokens, length, segments, splits, slots;
+  std::int64_t splits_at, partial_at, bytes;
 
   explicit Plan(const GroupedGram& args) {
     const std::int64_t columns = (args.x.size[1] + block - 1) / block;
     tiles = columns * (columns + 1) / 2;
     experts = args.offsets.size[0] - 1;
     tokens = args.x.size[0];
-    // About 512 blocks where there are few tiles; segments of 8192 tokens bound the last block's time where one expert has
+    // About 512 blocks where there are few tiles; segments of 16384 tokens bound the last block's time where one expert has
     // most.
-    length = std::clamp<std::int64_t>(tokens * tiles / 512 / 64 * 64, 512, 8192);
-    segments = experts + tokens / length;
-    slots = 2 * (tokens / length);  // an expert with n > 1 segments has more than (n - 1) * length tokens
-    slots_at = align(segments * static_cast<std::int64_t>(sizeof(Segment)));
-    partial_at = slots_at + align(experts * static_cast<std::int64_t>(sizeof(Slots)));
+    length = std::clamp<std::int64_t>(tokens * tiles / 512 / 64 * 64, 512, 16384);
+    splits = tokens / length;  // an expert with n > 1 segments has more than (n - 1) * length tokens
+    segments = experts + splits;
+    slots = 2 * splits;
+    splits_at = align(segments * static_cast<std::int64_t>(sizeof(Segment)));
+    partial_at = splits_at + align(splits * static_cast<std::int64_t>(sizeof(Split)));
     bytes = partial_at + slots * tiles * block * block * 4;
   }
 };
 
-bool run_on_hopper([[maybe_unused]] const GramParams& p, [[maybe_unused]] DType dtype, [[maybe_unused]] cudaStream_t stream) {
+bool run_on_hopper([[maybe_unused]] const GramParams& p, [[maybe_unused]] unsigned blocks, [[maybe_unused]] DType dtype,
+                   [[maybe_unused]] cudaStream_t stream) {
 #ifdef EFFCORE_HOPPER
-  return hopper::grouped_gram("grouped_gram", p, dtype, stream);
+  return hopper::grouped_gram("grouped_gram", p, blocks, dtype, stream);
 #else
   return false;
 #endif
@@ -160,9 +172,10 @@ void grouped_gram(const GroupedGram& args, const Launch& where) {
               static_cast<int>(plan.tokens),
               static_cast<int>(plan.length),
               static_cast<int>(plan.segments),
+              static_cast<int>(plan.splits),
               static_cast<int>(plan.slots),
               reinterpret_cast<Segment*>(memory),
-              reinterpret_cast<Slots*>(memory + plan.slots_at)};
+              reinterpret_cast<Split*>(memory + plan.splits_at)};
   p.x = args.x.data;
   p.stride = args.x.stride[0];
   p.dim = static_cast<int>(args.x.size[1]);
@@ -178,7 +191,7 @@ void grouped_gram(const GroupedGram& args, const Launch& where) {
   plan_segments<<<1, 32, 0, stream>>>(p.groups);
   check_launch(f);
   const auto blocks = static_cast<unsigned>(plan.segments * plan.tiles);
-  if (!run_on_hopper(p, args.x.dtype, stream)) {
+  if (!run_on_hopper(p, blocks, args.x.dtype, stream)) {
     switch (args.x.dtype) {
       case DType::bfloat16: run<bf16>(p, blocks, stream); break;
       case DType::float16: run<fp16>(p, blocks, stream); break;
@@ -186,7 +199,7 @@ void grouped_gram(const GroupedGram& args, const Launch& where) {
       default: throw std::invalid_argument("effcore.grouped_gram: float64 is not supported on CUDA");
     }
   }
-  if (plan.slots > 0) launch(f, gram_sum_kernel, static_cast<unsigned>(plan.experts * plan.tiles), threads, 0, stream, p);
+  launch(f, gram_sum_kernel, static_cast<unsigned>(plan.splits * plan.tiles * sum_blocks), threads, 0, stream, p);
 }
 
 }  // namespace effcore::cuda::kronecker

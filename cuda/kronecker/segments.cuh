@@ -2,7 +2,8 @@
 //
 // An expert's tokens are cut into segments of at most `length`; an expert without tokens has one empty segment. A segment that
 // is its expert's only one writes the result; others write partial sums into numbered slots, which a second kernel adds up in
-// their order: the same sums in every run.
+// their order: the same sums in every run. Segments of full length come first, so that none of them begins when the others
+// end.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -16,50 +17,67 @@ struct Segment {
   int slot;  // of partial sums; -1: the expert's only segment
 };
 
-// Of one expert, for the sum over its segments. slots == 0: nothing to add up.
-struct Slots {
-  int first, slots;
+// Of an expert with several segments, for the sum over them. slots == 0: no such expert.
+struct Split {
+  int expert, first, slots;
 };
 
 struct Groups {
   const std::int32_t* offsets;  // [experts + 1]
   int experts, tokens, length;
-  int max_segments, max_slots;
+  int max_segments, max_splits, max_slots;
   Segment* segments;  // [max_segments]
-  Slots* slots;       // [experts]
+  Split* splits;      // [max_splits]
 };
+
+// Sums over the lanes before this one, and adds all lanes to `total`.
+__device__ __forceinline__ int count_before(int x, int& total) {
+  const int lane = threadIdx.x % 32;
+  int to = x;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(~0u, to, offset);
+    if (lane >= offset) to += other;
+  }
+  const int before = total + to - x;
+  total += __shfl_sync(~0u, to, 31);
+  return before;
+}
 
 // One warp, 32 experts at a time.
 static __global__ void plan_segments(Groups g) {
   const int lane = threadIdx.x;
-  int first_segment = 0, first_slot = 0;
+  const auto tokens_of = [&](int e, int& begin) {
+    begin = 0;
+    if (e >= g.experts) return 0;
+    begin = min(max(g.offsets[e], 0), g.tokens);
+    return max(min(g.offsets[e + 1], g.tokens) - begin, 0);
+  };
+  int begin = 0, all_full = 0;
+  for (int base = 0; base < g.experts; base += 32) count_before(tokens_of(base + lane, begin) / g.length, all_full);
+
+  int full = 0, rest = all_full, slots = 0, splits = 0;
   for (int base = 0; base < g.experts; base += 32) {
-    const int e = base + lane;
-    int begin = 0, count = 0, end = 0;
-    if (e < g.experts) {
-      begin = min(max(g.offsets[e], 0), g.tokens);
-      end = max(min(g.offsets[e + 1], g.tokens), begin);
-      count = max((end - begin + g.length - 1) / g.length, 1);
-    }
-    const int slots = count > 1 ? count : 0;
-    int segments_to = count, slots_to = slots;  // running sums over the lanes
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int a = __shfl_up_sync(~0u, segments_to, offset), b = __shfl_up_sync(~0u, slots_to, offset);
-      if (lane >= offset) segments_to += a, slots_to += b;
-    }
-    const int segment = first_segment + segments_to - count, slot = first_slot + slots_to - slots;
-    if (e < g.experts) {
-      // Overlapping groups could ask for more than there is: what does not fit is left out.
-      const bool fits = segment + count <= g.max_segments && slot + slots <= g.max_slots;
-      g.slots[e] = {slot, fits ? slots : 0};
-      for (int i = 0; fits && i < count; ++i)
-        g.segments[segment + i] = {e, begin + i * g.length, min(begin + (i + 1) * g.length, end), slots > 0 ? slot + i : -1};
-    }
-    first_segment += __shfl_sync(~0u, segments_to, 31);
-    first_slot += __shfl_sync(~0u, slots_to, 31);
+    const int e = base + lane, tokens = tokens_of(e, begin), end = begin + tokens;
+    const int my_full = tokens / g.length;
+    const int my_rest = e < g.experts && (tokens % g.length > 0 || tokens == 0) ? 1 : 0;
+    const int my_slots = my_full + my_rest > 1 ? my_full + my_rest : 0;
+    const int first_full = count_before(my_full, full), first_rest = count_before(my_rest, rest);
+    const int first_slot = count_before(my_slots, slots), split = count_before(my_slots > 0, splits);
+    // Overlapping groups could ask for more than there is: what does not fit is left out.
+    const bool fits = first_full + my_full <= g.max_segments && first_rest + my_rest <= g.max_segments &&
+                      first_slot + my_slots <= g.max_slots && split + (my_slots > 0) <= g.max_splits;
+    if (my_slots > 0 && split < g.max_splits) g.splits[split] = {e, first_slot, fits ? my_slots : 0};
+    for (int i = 0; fits && i < my_full; ++i)
+      g.segments[first_full + i] = {e, begin + i * g.length, begin + (i + 1) * g.length, my_slots > 0 ? first_slot + i : -1};
+    if (fits && my_rest > 0)
+      g.segments[first_rest] = {e, begin + my_full * g.length, end, my_slots > 0 ? first_slot + my_full : -1};
+    else if (my_rest > 0 && first_rest < g.max_segments)
+      g.segments[first_rest].expert = -1;
+    for (int i = 0; !fits && i < my_full && first_full + i < g.max_segments; ++i) g.segments[first_full + i].expert = -1;
   }
-  for (int i = first_segment + lane; i < g.max_segments; i += 32) g.segments[i].expert = -1;
+  for (int i = rest + lane; i < g.max_segments; i += 32) g.segments[i].expert = -1;
+  for (int i = splits + lane; i < g.max_splits; i += 32) g.splits[i].slots = 0;
 }
 
 }  // namespace effcore::cuda::kronecker

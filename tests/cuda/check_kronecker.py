@@ -52,7 +52,8 @@ def check(loads: list[int], dim: int, dtype: torch.dtype, sliced: bool) -> None:
     assert torch.equal(ours, again), "two runs differ"
     assert torch.equal(ours, ours.mT), "not symmetric"
     same, exact = same_dtype(x, offsets), ref.grouped_gram(x.double(), offsets)
-    terms = x[1:-1].double().square().sum().item()
+    # Tensor cores cut sums where others round them; torch takes other units where there are few features.
+    terms = x[1:-1].double().square().sum().item() * max(1.0, 8 / dim)
     assert_accurate(ours, same, exact, terms=terms)
     out = same + same.mT
     before = out.double()

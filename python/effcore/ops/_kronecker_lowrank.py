@@ -17,7 +17,9 @@ from torch.utils.flop_counter import register_flop_formula
 from effcore.ops import _kronecker_autograd as _autograd
 
 DENSE = 512  # rows of an eigenproblem that is solved densely
-_OVERSAMPLE, _DEPTH = 8, 3
+_DENSE_BATCHED = 32  # the same where they are solved in one batch, on a GPU
+_OVERSAMPLE, _DEPTH = 8, 3  # of the Krylov space
+_EXTRA, _ITERATIONS = 12, 6  # of the subspace iteration
 _WORKSPACE = 256 << 20  # bytes of Gram matrices that exist at a time on a GPU
 
 
@@ -52,18 +54,28 @@ def _top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return values[..., -rank:].flip(-1).clamp_min(0), vectors[..., -rank:].flip(-1)
 
 
+def _krylov(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor:
+    """Approximates the best basis [..., D, k] of the matrix that ``multiply`` applies; ``basis`` [..., D, k] is a first
+    guess."""
+    rank = basis.shape[-1]
+    generator = torch.Generator().manual_seed(0)  # the same numbers in every call: results are deterministic
+    start = torch.randn(basis.shape[-2], rank + _OVERSAMPLE, generator=generator, dtype=basis.dtype).to(basis.device)
+    block = start.expand(*basis.shape[:-2], *start.shape)
+    blocks = [basis]
+    for _ in range(_DEPTH):
+        block = torch.linalg.qr(multiply(block)).Q
+        blocks.append(block)
+    space = torch.linalg.qr(torch.cat(blocks, -1)).Q
+    image = multiply(space)
+    values, vectors = _top(space.mT @ image, rank)
+    return space @ (vectors * values.sqrt().unsqueeze(-2))
+
+
 def _orthonormal(x: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of [..., D, n]; where they depend on each other, columns of it may be shorter.
+    """An orthonormal basis of the columns of [..., D, n], some of it shorter where columns depend on each other.
 
-    On a GPU QR goes matrix by matrix, so there it is Cholesky's, in float64 and twice, which is batched (float32 would lose the
-    directions in which the blocks of a Krylov space differ).
+    Batched, as QR on a GPU is not: Cholesky's, in float64 and twice.
     """
-    if not x.is_cuda:
-        return torch.linalg.qr(x).Q
-    return _cholesky_qr(x)
-
-
-def _cholesky_qr(x: Tensor) -> Tensor:
     q = x.double()
     identity = torch.eye(x.shape[-1], dtype=q.dtype, device=x.device)
     for _ in range(2):
@@ -74,21 +86,21 @@ def _cholesky_qr(x: Tensor) -> Tensor:
     return q.to(x.dtype)
 
 
-def _krylov(multiply: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor:
-    """Approximates the best basis [..., D, k] of the matrix that ``multiply`` applies; ``basis`` [..., D, k] is a first
-    guess."""
-    rank = basis.shape[-1]
-    generator = torch.Generator().manual_seed(0)  # the same numbers in every call: results are deterministic
-    start = torch.randn(basis.shape[-2], rank + _OVERSAMPLE, generator=generator, dtype=basis.dtype).to(basis.device)
-    block = start.expand(*basis.shape[:-2], *start.shape)
-    blocks = [basis]
-    for _ in range(_DEPTH):
-        block = _orthonormal(multiply(block))
-        blocks.append(block)
-    space = _orthonormal(torch.cat(blocks, -1))
-    image = multiply(space)
-    values, vectors = _top(space.mT @ image, rank)
-    return space @ (vectors * values.sqrt().unsqueeze(-2))
+def _iterate(gram: Tensor, basis: Tensor) -> Tensor:
+    """The best basis [E, D, k] of matrices [E, D, D] by subspace iteration from ``basis`` and random columns.
+
+    For a GPU: its products are batched, and so are eigenproblems of up to 32 columns (cuSOLVER's; larger ones go one by one).
+    In tests it captures what :func:`_krylov` does, with more products and a third of the columns.
+    """
+    dim, rank = basis.shape[-2:]
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(dim, min(rank + _EXTRA, dim), generator=generator, dtype=basis.dtype) / dim**0.5
+    block = 0.1 * random.to(basis.device).repeat(len(basis), 1, 1)  # also beside the basis, whose columns may be zero
+    block[..., :rank] += torch.nn.functional.normalize(basis, dim=-2, eps=1e-30)
+    for _ in range(_ITERATIONS):
+        block = _orthonormal(gram @ block)
+    values, vectors = _top(block.mT @ (gram @ block), basis.shape[-1])
+    return block @ (vectors * values.sqrt().unsqueeze(-2))
 
 
 def _update_one(basis: Tensor, x: Tensor) -> Tensor:
@@ -141,13 +153,14 @@ def _(basis: Tensor, discarded: Tensor, x: Tensor, offsets: Tensor) -> tuple[Ten
     bases, left = [basis[:0]], [discarded[:0]]
     for first in range(0, experts, some):
         part = basis[first : first + some]
-        gram = part @ part.mT
-        fresh = _autograd.grouped_gram(x, offsets[first : first + len(part) + 1].contiguous(), 1.0)
-        gram += fresh.to(gram.dtype)
-        if rank and dim > max(DENSE, krylov_dimension(rank)):
-            new = _krylov(lambda q, gram=gram: gram @ q, part)  # type: ignore[misc]
+        gram = _autograd.grouped_gram(x, offsets[first : first + len(part) + 1].contiguous(), 1.0).to(basis.dtype)
+        gram.baddbmm_(part, part.mT)
+        if rank == 0:
+            new = part
+        elif dim > max(_DENSE_BATCHED, rank + _EXTRA):
+            new = _iterate(gram, part)
         else:
-            values, vectors = _top(gram, rank) if rank else (gram[:, 0, :0], gram[:, :, :0])
+            values, vectors = _top(gram, rank)
             new = vectors * values.sqrt().unsqueeze(-2)
         trace = gram.diagonal(dim1=1, dim2=2).sum(1)
         bases.append(new)
