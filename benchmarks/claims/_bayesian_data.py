@@ -54,10 +54,12 @@ def _files(package: str, rng: random.Random) -> list[Path]:
 
 
 def make_data(train: int, test: int, batch: int) -> dict[str, list[Batch]]:
-    """Batches of "train", "held" (to choose priors and temperatures), "test", and "other" (of the test files).
+    """Batches of "train", "held" (to choose priors and temperatures), "test", and "other" (of the test files); "fit" is "train"
+    again.
 
     Args:
         train, test: at most so many pieces of a part, as many of each package.
+        batch: of "train"; the others', where nothing is learnt, are four times as large.
     """
     rng = random.Random(0)
     found: dict[str, list[Piece]] = {"train": [], "held": [], "test": [], "other": []}
@@ -74,7 +76,8 @@ def make_data(train: int, test: int, batch: int) -> dict[str, list[Batch]]:
                 found[name] += rng.sample(pieces, min(most, len(pieces)))
     for pieces in found.values():
         rng.shuffle(pieces)
-    return {name: _batches(pieces, batch) for name, pieces in found.items()}
+    data = {name: _batches(pieces, 4 * batch) for name, pieces in found.items()}
+    return data | {"fit": data["train"], "train": _batches(found["train"], batch)}
 
 
 def _batches(pieces: list[Piece], size: int) -> list[Batch]:

@@ -63,6 +63,25 @@ def check(loads: list[int], dim: int, dtype: torch.dtype, sliced: bool) -> None:
     assert_accurate(out, 0.5 * same - 0.25 * before.float(), exact, what="with previous sums", terms=terms)
 
 
+def check_lowrank() -> None:
+    """The GPU's own way to a basis: as much captured as by the best one, in two updates, the same bits twice."""
+    torch.manual_seed(0)
+    loads, dim, rank = [900, 0, 300, 5], 704, 10
+    offsets = torch.tensor([0, *loads], device="cuda").cumsum(0, dtype=torch.int32)
+    x = torch.randn(sum(loads), dim, device="cuda") * torch.arange(1, dim + 1, device="cuda").float().rsqrt()
+    x = x @ torch.linalg.qr(torch.randn(dim, dim, device="cuda")).Q
+    zeros = torch.zeros(len(loads), dim, rank, device="cuda"), torch.zeros(len(loads), device="cuda")
+    once = ops.grouped_lowrank_update(*zeros, x, offsets)
+    twice = ops.grouped_lowrank_update(*once, x, offsets)
+    assert all(torch.equal(a, b) for a, b in zip(once, ops.grouped_lowrank_update(*zeros, x, offsets), strict=True))
+    for e, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        values = torch.linalg.svdvals(x[begin:end].double()).square()
+        for count, (basis, discarded) in ((1, once), (2, twice)):
+            captured, best = basis[e].double().square().sum(), count * values[:rank].sum()
+            assert captured >= (1 - 1e-3) * best, f"expert {e}, update {count}: captured {captured / best:.6f}"
+            torch.testing.assert_close(captured + discarded[e], count * values.sum(), rtol=1e-4, atol=1e-6)
+
+
 def run_all(dims: tuple[int, ...], loads: tuple[list[int], ...]) -> int:
     """The number of problems that failed; each is printed."""
     failed = checked = 0
@@ -73,6 +92,12 @@ def run_all(dims: tuple[int, ...], loads: tuple[list[int], ...]) -> int:
         except Exception as error:
             failed += 1
             print(f"D={dim} loads={load} {dtype} sliced={sliced}: {type(error).__name__}: {error}", flush=True)
+    checked += 1
+    try:
+        check_lowrank()
+    except Exception as error:
+        failed += 1
+        print(f"low rank: {type(error).__name__}: {error}", flush=True)
     print(f"{checked - failed} passed, {failed} failed", flush=True)
     return failed
 
@@ -98,8 +123,8 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="few and small problems")
     parser.add_argument("--sanitize", action="store_true", help="small problems under compute-sanitizer too")
     options = parser.parse_args()
-    dims = (1, 8, 130, 320) if options.small else (1, 7, 8, 64, 128, 129, 136, 320, 704, 1408)
-    failed = run_all(dims, LOADS[:3] + LOADS[-1:] if options.small else LOADS)
+    dims = (1, 130, 320) if options.small else (1, 7, 8, 64, 128, 129, 136, 320, 704, 1408)
+    failed = run_all(dims, (*LOADS[:1], *LOADS[-1:]) if options.small else LOADS)
     if options.sanitize:
         failed += sanitize()
     return 1 if failed else 0
