@@ -17,7 +17,7 @@
 namespace effcore::cuda::kronecker {
 namespace {
 
-constexpr int warps = 8, threads = 32 * warps, sum_blocks = 8;
+constexpr int warps = 8, threads = 32 * warps, sum_blocks = 1024;
 
 // 96 KiB in 16-bit dtypes: what the GPUs with least shared memory allow, and two blocks an SM on an H100.
 template <class T>
@@ -87,28 +87,32 @@ __global__ void __launch_bounds__(threads, is_16bit<T> ? 2 : 1) gram_kernel(Gram
       }
 }
 
-// Adds up the partial sums of experts with several segments, in their order. A block takes an eighth of a tile.
+// Adds up the partial sums of experts with several segments, in their order. A block takes an eighth of a tile, and more of
+// them in turn: mostly there are none.
 __global__ void __launch_bounds__(threads) gram_sum_kernel(GramParams p) {
-  const int tile = blockIdx.x / sum_blocks, split = tile / p.tiles, number = tile % p.tiles;
-  const Split all = p.groups.splits[split];
-  if (all.slots == 0) return;
-  const int2 place = triangle(number, (p.dim + block - 1) / block);
   const std::int64_t step = static_cast<std::int64_t>(p.tiles) * block * block / 4;
-  const auto* partial =
-      reinterpret_cast<const float4*>(p.partial) + all.first * step + static_cast<std::int64_t>(number) * block * block / 4;
-  constexpr int count = block * block / 4 / sum_blocks;
-  const int begin = blockIdx.x % sum_blocks * count;
-  for (int i = begin + threadIdx.x; i < begin + count; i += threads) {
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int s = 0; s < all.slots; ++s) {
-      const float4 x = partial[s * step + i];
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+  constexpr int pieces = 8, count = block * block / 4 / pieces;
+  const std::int64_t all_work = static_cast<std::int64_t>(p.groups.max_splits) * p.tiles * pieces;
+  for (std::int64_t work = blockIdx.x; work < all_work; work += gridDim.x) {
+    const int tile = static_cast<int>(work / pieces), number = tile % p.tiles;
+    const Split all = p.groups.splits[tile / p.tiles];
+    if (all.slots == 0) return;  // the list's end
+    const int2 place = triangle(number, (p.dim + block - 1) / block);
+    const auto* partial =
+        reinterpret_cast<const float4*>(p.partial) + all.first * step + static_cast<std::int64_t>(number) * block * block / 4;
+    const int begin = static_cast<int>(work % pieces) * count;
+    for (int i = begin + threadIdx.x; i < begin + count; i += threads) {
+      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      for (int s = 0; s < all.slots; ++s) {
+        const float4 x = partial[s * step + i];
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+      }
+      const int row = place.x * block + i * 4 / block, column = place.y * block + i * 4 % block;
+      store_element(p, all.expert, row, column, sum.x);
+      store_element(p, all.expert, row, column + 1, sum.y);
+      store_element(p, all.expert, row, column + 2, sum.z);
+      store_element(p, all.expert, row, column + 3, sum.w);
     }
-    const int row = place.x * block + i * 4 / block, column = place.y * block + i * 4 % block;
-    store_element(p, all.expert, row, column, sum.x);
-    store_element(p, all.expert, row, column + 1, sum.y);
-    store_element(p, all.expert, row, column + 2, sum.z);
-    store_element(p, all.expert, row, column + 3, sum.w);
   }
 }
 
@@ -199,7 +203,7 @@ void grouped_gram(const GroupedGram& args, const Launch& where) {
       default: throw std::invalid_argument("effcore.grouped_gram: float64 is not supported on CUDA");
     }
   }
-  launch(f, gram_sum_kernel, static_cast<unsigned>(plan.splits * plan.tiles * sum_blocks), threads, 0, stream, p);
+  launch(f, gram_sum_kernel, plan.splits > 0 ? sum_blocks : 0, threads, 0, stream, p);
 }
 
 }  // namespace effcore::cuda::kronecker

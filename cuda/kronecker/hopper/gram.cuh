@@ -72,7 +72,8 @@ __device__ __forceinline__ void sum_tokens(float (&sums)[block / 2], const Segme
   sm90::pin(sums);
 }
 
-// Four lanes write 32 bytes of a row, eight lanes 32 bytes of a column.
+// Four lanes write 32 bytes of a row, eight lanes 32 bytes of a column; results leave the second-level cache first, where
+// tokens are read again.
 __device__ __forceinline__ void store_tile(const GramParams& p, const Segment& segment, int number, int2 place,
                                            const float (&sums)[block / 2]) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
@@ -90,9 +91,9 @@ __device__ __forceinline__ void store_tile(const GramParams& p, const Segment& s
       const std::int64_t i = place.x * block + r, j = place.y * block + c;
       if (j >= p.dim) return;
       x *= p.alpha, y *= p.alpha;
-      *reinterpret_cast<float2*>(matrix + i * p.dim + j) = make_float2(x, y);
-      matrix[j * p.dim + i] = x;
-      matrix[(j + 1) * p.dim + i] = y;
+      __stcs(reinterpret_cast<float2*>(matrix + i * p.dim + j), make_float2(x, y));
+      __stcs(matrix + j * p.dim + i, x);
+      __stcs(matrix + (j + 1) * p.dim + i, y);
     });
   } else {
     each([&](int r, int c, float x, float y) {
