@@ -34,7 +34,6 @@ from effcore.methods.calibration import draw_reliability, fit_temperature, ood_a
 from effcore.methods.laplace_file import read_safetensors, write_safetensors
 
 TESTS = ("test", "other")
-GRID = torch.logspace(-8, 8, 49).tolist()  # of prior variances; adapters' and last layers' go beyond the default's 1e4
 PICTURED = ("MAP", "temperature", "Bayesian-MoE")
 Predictions = dict[str, Tensor]  # probabilities [N, C] of each test set
 
@@ -108,7 +107,7 @@ def run_seed(seed: int, data: dict[str, list[Batch]], options: argparse.Namespac
         posterior = laplace(network, data["fit"], answers=ANSWERS, targets=targets, rank=options.rank)
         seconds = time.perf_counter() - start
         for suffix, per_layer in (("", True), (", one prior", False))[: 2 if targets == "experts" else 1]:
-            posterior.fit_heldout(data["held"], per_layer=per_layer, grid=GRID)
+            posterior.fit_heldout(data["held"], per_layer=per_layer)
             record.add(
                 name + suffix,
                 {part: torch.cat([posterior.predict(b).cpu() for b in data[part]]) for part in TESTS},

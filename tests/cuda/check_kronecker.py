@@ -83,7 +83,7 @@ def check_lowrank() -> None:
 
 
 def run_all(dims: tuple[int, ...], loads: tuple[list[int], ...]) -> int:
-    """The number of problems that failed; each is printed."""
+    """The number of Gram matrices that failed; each is printed."""
     failed = checked = 0
     for dim, load, dtype, sliced in itertools.product(dims, loads, DTYPES, (False, True)):
         checked += 1
@@ -92,12 +92,6 @@ def run_all(dims: tuple[int, ...], loads: tuple[list[int], ...]) -> int:
         except Exception as error:
             failed += 1
             print(f"D={dim} loads={load} {dtype} sliced={sliced}: {type(error).__name__}: {error}", flush=True)
-    checked += 1
-    try:
-        check_lowrank()
-    except Exception as error:
-        failed += 1
-        print(f"low rank: {type(error).__name__}: {error}", flush=True)
     print(f"{checked - failed} passed, {failed} failed", flush=True)
     return failed
 
@@ -123,8 +117,11 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="few and small problems")
     parser.add_argument("--sanitize", action="store_true", help="small problems under compute-sanitizer too")
     options = parser.parse_args()
-    dims = (1, 130, 320) if options.small else (1, 7, 8, 64, 128, 129, 136, 320, 704, 1408)
+    dims = (1, 130) if options.small else (1, 7, 8, 64, 128, 129, 136, 320, 704, 1408)
     failed = run_all(dims, (*LOADS[:1], *LOADS[-1:]) if options.small else LOADS)
+    if not options.small:
+        check_lowrank()
+        print("low-rank updates passed")
     if options.sanitize:
         failed += sanitize()
     return 1 if failed else 0
