@@ -24,14 +24,15 @@ from effcore.training.images import small_vit
 
 IMAGES = 20_000  # of the test
 DROP, LEAVE, REJOIN = 0.55, 3, 5  # of 6 blocks: the same halves as 6 and 10 of 12
+PATCH, KEPT = 8, 64 - int(DROP * 64)  # of the 64 patches of a picture
 
 
-def merge_most_alike(x: Tensor, count: int) -> Tensor:
-    """ToMe's step (arXiv 2210.09461) without weights: `count` patches join the one that is most like them."""
+def merge_most_alike(x: Tensor, patches: int) -> Tensor:
+    """ToMe's step (arXiv 2210.09461) without weights: patches join the one most like them until `patches` are left, or half."""
     with torch.no_grad():
         metric = F.normalize(x, dim=-1)
         a, b = metric[:, 1::2], metric[:, 2::2]
-        count = min(count, a.shape[1])
+        count = min(max(x.shape[1] - 1 - patches, 0), a.shape[1])
         best, to = (a @ b.mT).max(-1)
         order = best.argsort(1, descending=True)
     a, b = x[:, 1::2], x[:, 2::2]
@@ -44,11 +45,10 @@ def merge_most_alike(x: Tensor, count: int) -> Tensor:
 
 
 def _with_merging(model: nn.Module) -> nn.Module:
-    """ToMe in the same blocks. What was merged stays merged: nothing rejoins."""
+    """ToMe before the same blocks, down to as many patches as SkipViT keeps, in two steps: one merges half of them at most.
+    What was merged stays merged: nothing rejoins."""
     for block in list(vit_blocks.architecture(model).blocks.children())[LEAVE:REJOIN]:
-        block.register_forward_pre_hook(
-            lambda _, args: (merge_most_alike(args[0], int(DROP * (args[0].shape[1] - 1))), *args[1:])
-        )
+        block.register_forward_pre_hook(lambda _, args: (merge_most_alike(args[0], KEPT), *args[1:]))
     return model
 
 
@@ -67,17 +67,25 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
 def vit(source: str, data: ClutteredDigits) -> nn.Module:
     """Six blocks of width 96 on patches of 8²: timm's, or Hugging Face's of the same shape."""
     if source == "hf":
-        return small_vit(data)
+        return small_vit(data, patch=PATCH)
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
-        img_size=data.size, patch_size=8, in_chans=data.channels, num_classes=data.classes,
+        img_size=data.size, patch_size=PATCH, in_chans=data.channels, num_classes=data.classes,
         embed_dim=96, depth=6, num_heads=3, mlp_ratio=2,
     )  # fmt: skip
 
 
-def measure(source: str, device: str, steps: int, seeds: int, batch: int, picture: Path | None) -> list[dict]:
-    """All methods begin after a tenth of the steps without (the paper's warm-up)."""
+def measure(
+    source: str,
+    device: str,
+    steps: int,
+    seeds: int,
+    batch: int,
+    picture: Path | None,
+    keep: Callable[[list[dict]], None] = lambda rows: None,
+) -> list[dict]:
+    """All methods begin after a tenth of the steps without (the paper's warm-up). ``keep`` gets the rows as they come."""
     torch.set_float32_matmul_precision("high")
     training, test = (ClutteredDigits(split, device=device) for split in ("train", "test"))
     runs = []
@@ -91,7 +99,7 @@ def measure(source: str, device: str, steps: int, seeds: int, batch: int, pictur
         print(f"step {step} of {steps}: loss {min(losses):.3f} to {max(losses):.3f}", file=sys.stderr, flush=True)
 
     train_together(runs, training, steps=steps, batch=batch, learning_rate=1e-3, device=device, listener=show)
-    rows = []
+    rows: list[dict] = []
     exam = test.sample(IMAGES, torch.Generator(device=device).manual_seed(10_000))  # the same for all
     for name in METHODS:
         of_method = [run for run in runs if run.name == name]
@@ -100,15 +108,15 @@ def measure(source: str, device: str, steps: int, seeds: int, batch: int, pictur
         row["spread"] = statistics.stdev(found) if len(found) > 1 else 0.0
         print(f"{name:<18} {row['accuracy']:7.2%} ± {row['spread']:.2%}", end="", flush=True)
         if name == "SkipViT":
-            if picture is not None:
-                draw(picture, of_method[0].model, test, device)
             for run in of_method:
-                skipvit.keep_all_tokens(run.model)
-            whole = [accuracy(run.model, *exam) for run in of_method]
-            row["accuracy_on_all_patches"] = statistics.mean(whole)
-            print(f"; on all patches {statistics.mean(whole):7.2%}", end="")
+                skipvit.skipping(run.model).inference = False
+            row["accuracy_on_all_patches"] = statistics.mean(accuracy(run.model, *exam) for run in of_method)
+            print(f"; on all patches {row['accuracy_on_all_patches']:7.2%}", end="")
         print(flush=True)
         rows.append(row)
+        keep(rows)
+    if picture is not None:
+        draw(picture, next(run.model for run in runs if run.name == "SkipViT"), test, device)
     return rows
 
 
@@ -123,11 +131,10 @@ def draw(path: Path, model: nn.Module, data: ClutteredDigits, device: str) -> No
     (skipped,) = skipvit.skipped_patches(model.eval(), images)
     images = images.cpu()
     side = int(skipped.shape[1] ** 0.5)
-    seen = (~skipped).view(-1, 1, side, side).float().cpu()
-    seen = F.interpolate(seen, size=images.shape[-1])[:, 0]
+    seen = F.interpolate((~skipped).view(-1, 1, side, side).float().cpu(), size=images.shape[-1])[:, 0].numpy()
     figure, axes = pyplot.subplots(2, 8, figsize=(12, 3.3))
     for i in range(8):
-        picture = images[i, 0] * 0.5 + 0.5
+        picture = images[i, 0].numpy() * 0.5 + 0.5
         axes[0, i].imshow(picture, cmap="gray")
         axes[0, i].set_title(str(int(labels[i])))
         axes[1, i].imshow(picture * seen[i] + 0.85 * (1 - seen[i]), cmap="gray", vmin=0, vmax=1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.claims._skipvit_speed import Contender
+from benchmarks.claims._skipvit_speed import Contender, name_of
 
 # Names of kernels that belong to a kind; the first that fits counts.
 KINDS = {
@@ -34,22 +34,31 @@ def summarise(kernels: Iterable[tuple[str, float]], steps: int) -> dict[str, flo
     return sums
 
 
-def measure(source: str, batch: int, setting: tuple, steps: int = 3) -> list[dict]:
+def measure(
+    source: str,
+    batch: int,
+    setting: tuple,
+    embeddings: Sequence[str],
+    steps: int = 3,
+    keep: Callable[[list[dict]], None] = lambda rows: None,
+) -> list[dict]:
     torch.backends.cudnn.benchmark = True
-    rows = []
-    for name, skips in (("baseline", None), (f"drop {setting[0]}, {setting[1]} to {setting[2]}", setting)):
-        contender = Contender(source, "cuda", batch, True, skips)
+    rows: list[dict] = []
+    for embedding, skips in ((embedding, skips) for embedding in embeddings for skips in (None, setting)):
+        contender = Contender(source, "cuda", batch, True, embedding, skips)
         for kind in ("train", "infer"):
             contender.seconds(kind, 5)
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 contender.seconds(kind, steps)
             kernels = [(e.name, e.time_range.elapsed_us()) for e in profiler.events() if e.device_type.name == "CUDA"]
-            rows.append({"what": kind, "model": name, "microseconds": summarise(kernels, steps)})
+            spent = summarise(kernels, steps)
+            rows.append({"what": kind, "embedding": embedding, "model": name_of(skips), "microseconds": spent})
             print_row(rows[-1])
+            keep(rows)
         del contender
     return rows
 
 
 def print_row(row: dict) -> None:
     spent = "  ".join(f"{kind} {value:,.0f}" for kind, value in row["microseconds"].items())
-    print(f"{row['what']:<6} {row['model']:<20} {spent}", flush=True)
+    print(f"{row['what']:<6} {row['embedding']:<12} {row['model']:<20} {spent}", flush=True)

@@ -1,8 +1,9 @@
 """SkipViT's speed: ViT-S/16 at 224², training steps and inference in images a second, against the compiled baseline.
 
 Training runs under bfloat16 autocast, inference with bfloat16 weights, both as fast as the baseline can be had: compiled, with
-fused attention and optimizer, and cuDNN free to choose how to embed the patches. Each model has a process of its own, so that
-all compile at once; then they run in turns.
+fused attention and optimizer. Patches are embedded by the model's own convolution, with cuDNN free to choose how, and by the
+matrix product that it is, as its stride is as long as its kernel. Each model has a process of its own, so that all compile at
+once; then they run in turns.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import effcore
 from benchmarks.claims._skipvit_training import logits
@@ -40,13 +41,34 @@ def vit_small(source: str) -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
+class PatchProduct(nn.Conv2d):
+    """A convolution whose stride is its kernel, as one matrix product: [B, C, H, W] -> [B, O, H/k, W/k]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (height, width), (k, l) = x.shape[2:], self.kernel_size
+        patches = x.unflatten(3, (width // l, l)).unflatten(2, (height // k, k)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+EMBEDDINGS: dict[str, type[nn.Conv2d]] = {"product": PatchProduct, "convolution": nn.Conv2d}
+
+
+def embed_as(model: nn.Module, embedding: str) -> nn.Module:
+    """The same model and parameters; only how its patches are embedded changes."""
+    (convolution,) = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    convolution.__class__ = EMBEDDINGS[embedding]
+    return model
+
+
 class Contender:
     """A model to train, one to infer with, and a step of each."""
 
-    def __init__(self, source: str, device: str, batch: int, compiled: bool, setting: tuple | None = None):
+    def __init__(
+        self, source: str, device: str, batch: int, compiled: bool, embedding: str, setting: tuple | None = None
+    ):
         torch.manual_seed(0)
         self.device, self.cuda = device, device == "cuda"
-        model, served = (vit_small(source).to(device) for _ in range(2))
+        model, served = (embed_as(vit_small(source), embedding).to(device) for _ in range(2))
         if setting is not None:
             effcore.skip_tokens(model, *setting)
             effcore.skip_tokens(served, *setting)
@@ -81,6 +103,10 @@ class Contender:
         return (time.perf_counter() - start) / repeats
 
 
+def name_of(setting: tuple | None) -> str:
+    return "baseline" if setting is None else "drop {}, {} to {}".format(*setting)
+
+
 def _serve(connection: Any, *arguments: Any) -> None:
     """A contender's process: answers (kind, repeats) with seconds a step, until None comes."""
     torch.backends.cudnn.benchmark = True
@@ -95,42 +121,50 @@ def measure(
     *,
     batch: int,
     compiled: bool = True,
-    settings: list[tuple] | None = None,
+    settings: Sequence[tuple] = SETTINGS,
+    embeddings: Sequence[str] = tuple(EMBEDDINGS),
     kinds: tuple[str, ...] = ("train", "infer"),
     rounds: int = 9,
     repeats: int = 5,
+    keep: Callable[[list[dict]], None] = lambda rows: None,
 ) -> list[dict]:
-    """Alternating rounds of all contenders; ratios are medians of the rounds' ratios."""
-    plan: dict[str, tuple | None] = {"baseline": None}
-    plan |= {f"drop {s[0]}, {s[1]} to {s[2]}": s for s in settings or SETTINGS}
+    """Alternating rounds of all contenders; ratios are medians of the rounds' ratios to the baseline of the same embedding."""
+    plan = [(embedding, setting) for embedding in embeddings for setting in (None, *settings)]
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max((os.cpu_count() or 1) // len(plan), 1)))
     spawn = multiprocessing.get_context("spawn")
     contenders = {}
-    for name, setting in plan.items():
+    for embedding, setting in plan:
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_serve, args=(theirs, source, device, batch, compiled, setting), daemon=True)
-        process.start()
+        arguments = (theirs, source, device, batch, compiled, embedding, setting)
+        spawn.Process(target=_serve, args=arguments, daemon=True).start()
         theirs.close()
-        contenders[name] = ours
-    rows = []
+        contenders[embedding, setting] = ours
     for kind in kinds:
         for connection in contenders.values():  # together: this compiles
             connection.send((kind, 3))
         for connection in contenders.values():
             connection.recv()
     print("all are compiled; now in turns", file=sys.stderr, flush=True)
+    rows: list[dict] = []
     for kind in kinds:
-        times: dict[str, list[float]] = {name: [] for name in contenders}
+        times: dict[tuple, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, connection in contenders.items():
                 connection.send((kind, repeats))
                 times[name].append(connection.recv())
-        for name, values in times.items():
-            ratio = statistics.median(b / t for b, t in zip(times["baseline"], values, strict=True))
-            rows.append(
-                {"what": kind, "model": name, "images_per_s": batch / statistics.median(values), "ratio": ratio}
-            )
-            print(f"{kind:<6} {name:<24} {rows[-1]['images_per_s']:9.1f} images/s  {ratio:.3f}x", flush=True)
+        for (embedding, setting), values in times.items():
+            baseline = times[embedding, None]
+            row = {
+                "what": kind,
+                "embedding": embedding,
+                "model": name_of(setting),
+                "images_per_s": batch / statistics.median(values),
+                "ratio": statistics.median(b / t for b, t in zip(baseline, values, strict=True)),
+            }
+            rows.append(row)
+            rate, ratio = row["images_per_s"], row["ratio"]
+            print(f"{kind:<6} {embedding:<12} {row['model']:<20} {rate:9.1f} images/s  {ratio:.3f}x", flush=True)
+        keep(rows)
     for connection in contenders.values():
         connection.send(None)
     return rows

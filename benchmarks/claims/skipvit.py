@@ -37,41 +37,51 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="images a step (default 256 on cuda, 8 on cpu; accuracy: 128)")
     parser.add_argument("--eager", action="store_true", help="without torch.compile (speed)")
     parser.add_argument("--kind", choices=("train", "infer"), help="only this (speed)")
+    parser.add_argument("--embedding", choices=tuple(_skipvit_speed.EMBEDDINGS), help="only this (speed, profile)")
     parser.add_argument("--only", type=int, help="only so many of the settings (speed)")
     parser.add_argument("--steps", type=int, default=3000, help="training steps (accuracy)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (accuracy)")
     parser.add_argument("--picture", type=Path, help="draw which patches skipped, as PNG (accuracy)")
     parser.add_argument("--json", type=Path, help="write the numbers")
     options = parser.parse_args(arguments)
+    cuda = options.device == "cuda"
+    if options.claim == "profile" and not cuda:
+        parser.error("profile needs a GPU")
+    batch = options.batch or (128 if options.claim == "accuracy" else 256 if cuda else 8)
+    machine = torch.cuda.get_device_name() if cuda else "cpu"
+    report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "batch": batch}
+    report["source"] = options.source
+    if options.claim == "accuracy":
+        report["steps"] = options.steps
+
+    def keep(rows: list[dict]) -> None:  # after each finished measurement: a run that is cut off loses nothing
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+
+    embeddings = (options.embedding,) if options.embedding else tuple(_skipvit_speed.EMBEDDINGS)
     if options.claim == "speed":
-        rows = _skipvit_speed.measure(
+        _skipvit_speed.measure(
             options.source,
             options.device,
-            batch=options.batch or (256 if options.device == "cuda" else 8),
+            batch=batch,
             compiled=not options.eager,
             settings=_skipvit_speed.SETTINGS[: options.only],
+            embeddings=embeddings,
             kinds=(options.kind,) if options.kind else ("train", "infer"),
-            **({} if options.device == "cuda" else {"rounds": 5, "repeats": 1}),
+            keep=keep,
+            **({} if cuda else {"rounds": 5, "repeats": 1}),
         )
     elif options.claim == "profile":
         from benchmarks.claims import _skipvit_profile
 
-        if options.device != "cuda":
-            parser.error("profile needs a GPU")
-        rows = _skipvit_profile.measure(options.source, options.batch or 256, _skipvit_speed.SETTINGS[0])
+        _skipvit_profile.measure(options.source, batch, _skipvit_speed.SETTINGS[0], embeddings, keep=keep)
     else:
         from benchmarks.claims import _skipvit_accuracy
 
-        rows = _skipvit_accuracy.measure(
-            options.source, options.device, options.steps, options.seeds, options.batch or 128, options.picture
+        _skipvit_accuracy.measure(
+            options.source, options.device, options.steps, options.seeds, batch, options.picture, keep
         )
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "rows": rows}
-    if options.claim == "accuracy":
-        report |= {"steps": options.steps, "batch": options.batch or 128, "source": options.source}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1))
     return 0
 
 
