@@ -1,4 +1,4 @@
-"""SkipViT's claims: the embedding is the same function, merging keeps what it says, and the accuracy run writes its findings."""
+"""What the claims of SkipViT are made of: embedding by a product, merging, and an accuracy run that writes its results."""
 
 import json
 
