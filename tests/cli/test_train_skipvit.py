@@ -40,6 +40,12 @@ def test_trains_on_a_folder_of_pictures(tmp_path):
         raise invoke("--data", data, "--out", out).exception
 
 
+def test_a_folder_that_cannot_be_made_is_found_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("--data", pictures(tmp_path / "data"), "--out", tmp_path / "file" / "run", "--steps", 1)
+    assert isinstance(result.exception, OSError) and "loss" not in result.output
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -338,6 +338,14 @@ def test_other_refusals():
     with pytest.raises(TypeError, match="Linear is not supported; supported are Hugging Face ViT and DeiT"):
         effcore.skip_tokens(nn.Linear(3, 3))
     model = MODELS["timm pooled"]()
+    for wrong, message in [
+        ({"leave": 2.5}, "leave must be an int, got 2.5"),
+        ({"drop": "half"}, "drop must be a number, got 'half'"),
+        ({"stages": [3]}, r"a stage is \(leave, drop\) or"),
+        ({"warmup": "long"}, "warmup must be a SkipWarmup or a number of steps, got 'long'"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            effcore.skip_tokens(MODELS["timm"](), **({"leave": 2, "rejoin": 4} | wrong))
     with pytest.raises(ValueError, match="needs a class token"):
         effcore.skip_tokens(model, leave=2, rejoin=4, scores="class")
     with pytest.raises(ValueError, match="no tokens skip in this VisionTransformer"):

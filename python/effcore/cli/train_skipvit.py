@@ -58,6 +58,7 @@ def skipvit(
         skip_tokens(models["skipvit"], drop, leave, rejoin, warmup=start)
     except ValueError as error:
         raise InputError(str(error).removeprefix("effcore.skip_tokens: ")) from error
+    out.mkdir(parents=True, exist_ok=True)  # fails before the training, not after
     rows: list[dict[str, Any]] = []
     for name, model in models.items():
         speed = train_classifier(

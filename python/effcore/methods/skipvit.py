@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,7 +108,7 @@ def skip_tokens(
         The model. :func:`keep_all_tokens` undoes it; :func:`skipping` gives the settings that can change.
 
     Raises:
-        TypeError: another kind of model; says which are supported.
+        TypeError: another kind of model; says which are supported. Or an argument of another type; named.
         ValueError: an argument out of range, or stages that overlap; named.
     """
     architecture = vit_blocks.architecture(model)
@@ -119,12 +120,14 @@ def skip_tokens(
         raise ValueError(
             f"effcore.skip_tokens: scores='class' needs a class token, which this {type(model).__name__} has not"
         )
+    if isinstance(warmup, int):
+        warmup = SkipWarmup(steps=warmup)
+    if not isinstance(warmup, SkipWarmup | None):
+        raise TypeError(f"effcore.skip_tokens: warmup must be a SkipWarmup or a number of steps, got {warmup!r}")
     if not inplace:
         model = copy.deepcopy(model)
         blocks = list(vit_blocks.architecture(model).blocks.children())
     keep_all_tokens(model)
-    if isinstance(warmup, int):
-        warmup = SkipWarmup(steps=warmup)
     scores = ("class" if architecture.class_token else "mean") if scores == "auto" else scores
     skip = Skip(plan, scores, architecture.prefix, inference, warmup)
     for number in range(plan[0].leave - 1, max(stage.rejoin for stage in plan)):
@@ -188,12 +191,19 @@ def _plan(drop: float, leave: int, rejoin: int, stages: Iterable[tuple] | None, 
     function = "effcore.skip_tokens"
     plan = []
     for given in [(leave, drop)] if stages is None else stages:
-        if len(given) not in (2, 3):
+        if not isinstance(given, tuple | list) or len(given) not in (2, 3):
             raise ValueError(f"{function}: a stage is (leave, drop) or (leave, drop, rejoin), got {given!r}")
         plan.append(Stage(given[0], given[2] if len(given) == 3 else rejoin, given[1]))
     if not plan:
         raise ValueError(f"{function}: stages must hold at least one stage")
     for stage in plan:
+        for name, kind, value in (
+            ("drop", Real, stage.drop),
+            ("leave", Integral, stage.leave),
+            ("rejoin", Integral, stage.rejoin),
+        ):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{function}: {name} must be {'a number' if kind is Real else 'an int'}, got {value!r}")
         if not 0 <= stage.drop < 1:
             raise ValueError(f"{function}: drop must be at least 0 and below 1, got {stage.drop}")
         if stage.leave < 1:
