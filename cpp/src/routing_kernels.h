@@ -18,6 +18,9 @@ struct RowKernels {
   // probs[0, tokens) += softmax(scale * q . k[n]) / heads, with `scores` [tokens] of T as scratch memory
   void (*score)(void* probs, void* scores, const void* q, const void* k, std::int64_t k_stride, std::int64_t tokens,
                 std::int64_t dim, double scale, double weight);
+  // kept [keep] and rest get the partition of scores [tokens] of T; keys [tokens] of T's size is scratch memory
+  void (*select)(const void* scores, std::int64_t tokens, std::int64_t keep, std::int64_t protect, void* keys,
+                 std::int32_t* kept, std::int32_t* rest);
   // normed = xhat * weight + bias; statistics are written. x [n] of T.
   void (*norm)(void* normed, const void* x, const void* weight, const void* bias, std::int64_t n, double eps, bool rms,
                void* mean, void* rstd);

@@ -1,11 +1,5 @@
-// Which tokens stay, on the CPU: the class token's scores, and an exact selection in linear time.
-//
-// A score becomes an unsigned integer of the same order (NaN 0, protected tokens the greatest), std::nth_element finds the key
-// of the last one that stays, and one pass writes both lists: those above it, and of those equal to it the first few.
-#include <algorithm>
+// Which tokens stay, on the CPU: the class token's scores, and an exact selection in linear time (isa/routing_select.h).
 #include <cstring>
-#include <functional>
-#include <type_traits>
 
 #include "routing_kernels.h"
 #include "routing_rows.h"
@@ -13,43 +7,6 @@
 
 namespace effcore::routing {
 namespace {
-
-template <class Key, class T>
-Key key_of(T x) {
-  Key bits;
-  x += T{0};  // -0 and 0 are equal
-  std::memcpy(&bits, &x, sizeof x);
-  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
-  return x != x ? 0 : bits & sign ? ~bits : bits | sign;
-}
-
-// `scores` [tokens] of T. Memory: keys [2 * tokens].
-template <class T>
-void select(const T* scores, std::int64_t tokens, std::int64_t keep, std::int64_t protect, void* memory, std::int32_t* kept,
-            std::int32_t* rest) {
-  using Key = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t>;
-  auto* const keys = static_cast<Key*>(memory);
-  auto* const order = keys + tokens;
-  for (std::int64_t n = 0; n < tokens; ++n) keys[n] = n < protect ? ~Key{0} : key_of<Key>(scores[n]);
-  Key last = ~Key{0};
-  std::int64_t equal = 0;  // tokens with the last key that stay
-  if (keep > 0 && keep < tokens) {
-    std::copy(keys, keys + tokens, order);
-    std::nth_element(order, order + keep - 1, order + tokens, std::greater<Key>());
-    last = order[keep - 1];
-    equal = keep - std::count_if(order, order + keep, [&](Key key) { return key > last; });
-  } else if (keep == tokens) {
-    last = 0, equal = tokens;
-  }
-  for (std::int64_t n = 0; n < tokens; ++n) {
-    const bool tie = keys[n] == last && equal > 0;
-    const bool stays = keys[n] > last || tie;
-    equal -= tie;
-    *(stays ? kept : rest) = static_cast<std::int32_t>(n);
-    kept += stays;
-    rest += !stays;
-  }
-}
 
 struct Scratch {
   std::int64_t probs, scores, q, keys, total;
@@ -59,18 +16,15 @@ struct Scratch {
     scores = probs + round_up(tokens * size);
     q = scores + round_up(tokens * size);
     keys = q + round_up(dim * size);
-    total = keys + round_up(2 * tokens * size);
+    total = keys + round_up(tokens * size);
   }
 };
 
-// A row's scores as T, and the partition of them.
-void select_row(const Partition& args, std::int64_t b, const void* scores, void* memory) {
+// The partition of a row's scores, given as T.
+void select_row(const Partition& args, std::int64_t b, const void* scores, void* keys) {
   const std::int64_t tokens = args.scores.size[1];
-  std::int32_t *kept = args.kept + b * args.keep, *rest = args.rest + b * (tokens - args.keep);
-  if (args.scores.dtype == DType::float64)
-    select(static_cast<const double*>(scores), tokens, args.keep, args.protect, memory, kept, rest);
-  else
-    select(static_cast<const float*>(scores), tokens, args.keep, args.protect, memory, kept, rest);
+  row_kernels(args.scores.dtype)
+      .select(scores, tokens, args.keep, args.protect, keys, args.kept + b * args.keep, args.rest + b * (tokens - args.keep));
 }
 
 void score_row(const ClassScores& args, std::int64_t b, char* memory, const Scratch& at, void* probs) {

@@ -2,6 +2,7 @@
 //
 // Bound: memory. Each row is read once into registers or into a row of scratch memory that stays in the first-level cache.
 #include "../routing_kernels.h"
+#include "routing_select.h"
 #include "simd.h"
 
 namespace effcore::routing::EFFCORE_ISA {
@@ -171,7 +172,7 @@ struct Rows {
     for (std::int64_t i = 0; i < n; ++i) sums[i] += rstd * (g[i] - level - xhat[i] * along);
   }
 
-  static constexpr RowKernels table = {load, store, add, sum, score, norm, norm_backward};
+  static constexpr RowKernels table = {load, store, add, sum, score, Selection<T>::run, norm, norm_backward};
 };
 
 }  // namespace
