@@ -20,26 +20,31 @@ struct SumOf<double> {
   using type = double;
 };
 
+// Sums in four chains: one would wait for each addition.
+template <class T, class Term, class Last>
+T sum_of(std::int64_t n, const Term& vector, const Last& scalar) {
+  Vector<T> sums[4] = {};
+  std::int64_t i = 0;
+  for (; i + 4 * width<T> <= n; i += 4 * width<T>)
+    for (int j = 0; j < 4; ++j) sums[j] += vector(i + j * width<T>);
+  for (; i + width<T> <= n; i += width<T>) sums[0] += vector(i);
+  T sum = simd::horizontal_sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; ++i) sum += scalar(i);
+  return sum;
+}
+
 template <class T>
 T total(const T* x, std::int64_t n) {
-  Vector<T> sums{};
-  std::int64_t i = 0;
-  for (; i + width<T> <= n; i += width<T>) sums += simd::load(x + i);
-  T sum = simd::horizontal_sum<T>(sums);
-  for (; i < n; ++i) sum += x[i];
-  return sum;
+  return sum_of<T>(n, [=](std::int64_t i) { return simd::load(x + i); }, [=](std::int64_t i) { return x[i]; });
 }
 
 // sum of (x - shift) * (y - shift)
 template <class T>
 T dot(const T* x, const T* y, std::int64_t n, T shift) {
-  Vector<T> sums{};
   const Vector<T> shifts = simd::broadcast(shift);
-  std::int64_t i = 0;
-  for (; i + width<T> <= n; i += width<T>) sums += (simd::load(x + i) - shifts) * (simd::load(y + i) - shifts);
-  T sum = simd::horizontal_sum<T>(sums);
-  for (; i < n; ++i) sum += (x[i] - shift) * (y[i] - shift);
-  return sum;
+  return sum_of<T>(
+      n, [=](std::int64_t i) { return (simd::load(x + i) - shifts) * (simd::load(y + i) - shifts); },
+      [=](std::int64_t i) { return (x[i] - shift) * (y[i] - shift); });
 }
 
 template <class T>
