@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,15 @@ def measure(
     seeds: int,
     batch: int,
     picture: Path | None,
+    methods: Iterable[str] = tuple(METHODS),
     keep: Callable[[list[dict]], None] = lambda rows: None,
 ) -> list[dict]:
     """All methods begin after a tenth of the steps without (the paper's warm-up). ``keep`` gets the rows as they come."""
     torch.set_float32_matmul_precision("high")
     training, test = (ClutteredDigits(split, device=device) for split in ("train", "test"))
     runs = []
-    for name, convert in METHODS.items():
+    for name in methods:
+        convert = METHODS[name]
         for seed in range(seeds):
             torch.manual_seed(seed)
             model = vit(source, training)
@@ -101,7 +103,7 @@ def measure(
     train_together(runs, training, steps=steps, batch=batch, learning_rate=1e-3, device=device, listener=show)
     rows: list[dict] = []
     exam = test.sample(IMAGES, torch.Generator(device=device).manual_seed(10_000))  # the same for all
-    for name in METHODS:
+    for name in methods:
         of_method = [run for run in runs if run.name == name]
         found = [accuracy(run.model, *exam) for run in of_method]
         row = {"method": name, "accuracy": statistics.mean(found), "runs": found}
@@ -115,8 +117,9 @@ def measure(
         print(flush=True)
         rows.append(row)
         keep(rows)
-    if picture is not None:
-        draw(picture, next(run.model for run in runs if run.name == "SkipViT"), test, device)
+    skipping = next((run.model for run in runs if run.name == "SkipViT"), None)
+    if picture is not None and skipping is not None:
+        draw(picture, skipping, test, device)
     return rows
 
 

@@ -128,8 +128,10 @@ def measure(
     repeats: int = 5,
     keep: Callable[[list[dict]], None] = lambda rows: None,
 ) -> list[dict]:
-    """Alternating rounds of all contenders; ratios are medians of the rounds' ratios to the baseline of the same embedding."""
-    plan = [(embedding, setting) for embedding in embeddings for setting in (None, *settings)]
+    """Alternating rounds of all contenders; ratios are medians of the rounds' ratios to the baseline of the same embedding. All
+    settings with the first embedding; the first one with the others."""
+    plan = [(embeddings[0], setting) for setting in (None, *settings)]
+    plan += [(embedding, setting) for embedding in embeddings[1:] for setting in (None, *settings[:1])]
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max((os.cpu_count() or 1) // len(plan), 1)))
     spawn = multiprocessing.get_context("spawn")
     contenders = {}

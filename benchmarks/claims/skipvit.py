@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="only so many of the settings (speed)")
     parser.add_argument("--steps", type=int, default=3000, help="training steps (accuracy)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (accuracy)")
+    parser.add_argument("--method", action="append", help="only this, or these where given again (accuracy)")
     parser.add_argument("--picture", type=Path, help="draw which patches skipped, as PNG (accuracy)")
     parser.add_argument("--json", type=Path, help="write the numbers")
     options = parser.parse_args(arguments)
@@ -79,8 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         from benchmarks.claims import _skipvit_accuracy
 
+        methods = options.method or list(_skipvit_accuracy.METHODS)
+        if unknown := set(methods) - set(_skipvit_accuracy.METHODS):
+            parser.error(f"--method is one of {', '.join(_skipvit_accuracy.METHODS)}; got {', '.join(unknown)}")
         _skipvit_accuracy.measure(
-            options.source, options.device, options.steps, options.seeds, batch, options.picture, keep
+            options.source, options.device, options.steps, options.seeds, batch, options.picture, methods, keep
         )
     return 0
 
