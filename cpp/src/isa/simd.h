@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12: its own _mm512_undefined_*
@@ -252,11 +253,18 @@ inline T horizontal_max(Vector<T> x) {
   for (int i = 1; i < width<T>; ++i) m = x[i] > m ? x[i] : m;
   return m;
 }
-template <class T>
-inline T horizontal_sum(Vector<T> x) {
-  for (int half = width<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
+// x[i] + x[i ^ apart] in each lane
+template <int apart, class T, int... lane>
+[[gnu::always_inline]] inline Vector<T> add_lanes(Vector<T> x, std::integer_sequence<int, lane...>) {
+  return x + __builtin_shufflevector(x, x, (lane ^ apart)...);
+}
+// By shuffles of whole vectors: a loop over lanes goes through memory.
+template <class T, int apart = width<T> / 2>
+[[gnu::always_inline]] inline T horizontal_sum(Vector<T> x) {
+  if constexpr (apart == 0)
+    return x[0];
+  else
+    return horizontal_sum<T, apart / 2>(add_lanes<apart, T>(x, std::make_integer_sequence<int, width<T>>()));
 }
 
 // 2^x for x <= 0 or barely above: 0 for -inf, NaN for NaN; results below 2^-126 may come out as 0. With base 2 the reduction
