@@ -1,7 +1,6 @@
 // The family's functions: arguments into kernel parameters, workspace, launches.
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
 #include <vector>
 
@@ -141,24 +140,13 @@ constexpr const char* shared_backward_name = "attention_from_scores_bwd";
 constexpr const char* decode_name = "decode_attention";
 constexpr const char* decode_probs_name = "decode_from_probs";
 
-#ifdef EFFCORE_HOPPER
-// The backward for Hopper is asked for by EFFCORE_HOPPER_BACKWARD=1 until `make cuda-check` has passed with it.
-bool hopper_backward_wanted() {
-  static const bool wanted = [] {
-    const char* text = std::getenv("EFFCORE_HOPPER_BACKWARD");
-    return text != nullptr && text[0] == '1';
-  }();
-  return wanted;
-}
-#endif
-
 // Calls body(hopper::BackwardKernels<T, D>{}) where those serve these inputs; whether it did.
 template <class T, int D, class Body>
 bool try_hopper_backward(Kernels<T, D>, const Problem& p, const std::vector<const TensorView*>& inputs, const void* probs,
                          const char* function, Body&& body) {
 #ifdef EFFCORE_HOPPER
   if constexpr (sizeof(T) == 2 && D <= 128)
-    if (hopper_backward_wanted() && on_hopper(function) && hopper::serves_backward(p, inputs, probs != nullptr)) {
+    if (on_hopper(function) && hopper::serves_backward(p, inputs, probs != nullptr)) {
       body(hopper::BackwardKernels<T, D>{});
       return true;
     }

@@ -126,6 +126,7 @@ __device__ __forceinline__ void values_from_lse(const ValuesParams& p, char* sha
                             s.queries - 1);
       wgmma_wait<0>();
       pin(dv);
+      __syncwarp();  // every lane has read lse
       if (before >= 0 && lane == 0) Barrier::arrive(&control.ring.empty[before]);
       before = item.stage;
       std::uint32_t pa[queries / 16][4];
@@ -170,6 +171,7 @@ __device__ __forceinline__ void values_from_probs(const ValuesParams& p, char* s
     multiply<T, D, queries / 16>(high, SharedOperand<true>(tiles + tile_bytes, queries), dout, true);
     wgmma_commit();
     wgmma_wait<1>();
+    __syncwarp();  // every lane has read whether there is more
     if (before >= 0 && lane == 0) Barrier::arrive(&control.ring.empty[before]);
     before = item.stage;
     item.next();
