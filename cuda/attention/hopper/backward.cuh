@@ -11,12 +11,12 @@
 // behind: by then the other warpgroup's dS is there, nobody waits for it, and the two warpgroups need not run in step, so that
 // one multiplies while the other exponentiates.
 //
-// dq is added up in device memory over the blocks of keys, in turns (turns.cuh), from registers. A pass of its own for dq would
-// recompute S and every dP: layers + 2 products more. A warp of its own waits for turns and passes them on, so that no consumer
-// waits for memory to settle. What the additions cost (H100, length 8192, 16k tokens of H * D = 2048, one layer, causal): at
-// D = 128 3.2 ms with them, 3.0 without waiting for turns, 2.2 with no addition at all; at D = 64 3.7, 3.2 and 2.7. Adding
-// through shared memory (a bulk reduction) would take that off the consumers where there is room for 32 KiB more, which at
-// D = 128 the values of four layers do not leave.
+// dq is added up in device memory over the blocks of keys, in turns (turns.cuh). A pass of its own for dq would recompute S and
+// every dP: layers + 2 products more. Where shared memory has 32 KiB to spare (all but four layers and more at D = 128, five
+// and more at D = 64), a part of dq waits there for its turn, one helper warp adds it by a bulk reduction and passes the turn
+// on, and the consumers go on; else, and for the last part, which is scaled and rounded, they add from registers. From
+// registers alone (H100, length 8192, 16k tokens of H * D = 2048, one layer, causal) the kernel takes 3.2 ms at D = 128, 3.0
+// without waiting for turns, 2.2 with no addition at all; 3.7, 3.2 and 2.7 at D = 64.
 //
 // Shared memory (OwnerTiles): K; V of all layers, or a ring of them; rings of Q, of dout_l, and of slots that hold dS
 // [queries x keys] and, before it, kept P. Layers go from the last to the first, and dP before S where there are several: one
@@ -99,7 +99,7 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     return base + (Tiles::pooled ? Tiles::dout_at : Tiles::scores_at) + stage * Tiles::scores_bytes;
   };
   StepInfo before{};
-  std::uint32_t count = 0;  // of steps
+  std::uint32_t count = 0, staged = 0, direct = 0;  // steps; of them with dq through shared memory, and without
 
   const auto start_dq = [&] {
     if (count > 0) Barrier::wait(&control.ds[(count - 1) % 2], (count - 1) / 2 % 2);
@@ -114,8 +114,16 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     pin(dq);
     if (count == 0) return;
     if (lane == 0) control.q.release(q_before), scores_ring.release(scores_before);
-    Barrier::wait(&control.turn, (count - 1) % 2);
-    add_dq<T, D, queries>(p, before, dq, warpgroup);
+    if (p.dq_at > 0 && !(before.flags & step_last)) {
+      Barrier::wait(&control.dq_free, staged++ % 2 ^ 1);
+      float4* const to = reinterpret_cast<float4*>(shared + p.dq_at) + warpgroup * (Tiles::dq_elements / 8) + threadIdx.x % 128;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) to[n * 128] = make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]);
+      fence_async();
+    } else {
+      Barrier::wait(&control.turn, direct++ % 2);
+      add_dq<T, D, queries>(p, before, dq, warpgroup);
+    }
     __syncwarp();
     if (lane == 0) Barrier::arrive(&control.added);
   };
@@ -271,7 +279,8 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
     control.number = atomicAdd(p.ticket, 1);
     control.q.init(consumer_warps), control.dout.init(consumer_warps), control.scores.init(consumer_warps);
     for (BarrierWord& ds : control.ds) Barrier::init(&ds, consumer_warps);
-    Barrier::init(&control.k, 1), Barrier::init(&control.turn, 1), Barrier::init(&control.added, consumer_warps);
+    Barrier::init(&control.k, 1), Barrier::init(&control.turn, 1), Barrier::init(&control.added, consumer_warps),
+        Barrier::init(&control.dq_free, 1);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
@@ -283,7 +292,7 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
     if (threadIdx.x < 32)
       owner_produce<T, D, from_probs, values>(p, shared, control, seen, batch, kv_head, work.block);
     else if (threadIdx.x < 64)
-      owner_take_turns<D, values>(p, control, seen, batch, kv_head, work.block);
+      owner_take_turns<D, values>(p, shared, control, seen, batch, kv_head, work.block);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();
     owner_consume<T, D, from_probs, values>(p, shared, control, seen, batch, kv_head, work.block);

@@ -107,10 +107,29 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
   }
 }
 
-// Warp 1: waits for this block's turn to add to dq, and passes the turn on when its part is in.
+// Adds 4 * elements bytes of shared memory to the sums, or stores them there with the `first` part; returns when the shared
+// memory has been read, and the sums are complete after sums_complete.
+__device__ __forceinline__ void send_to_sums(float* sums, std::uint32_t from, int bytes, bool first) {
+  asm volatile("fence.proxy.async.global;" ::: "memory");  // behind what other blocks have added
+  if (first)
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(sums), "r"(from), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(sums), "r"(from), "r"(bytes)
+                 : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void sums_complete() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// Warp 1: waits for this block's turn to add to dq, adds what stands in shared memory or lets the consumers add, and passes the
+// turn on.
 template <int D, Values values>
-__device__ __forceinline__ void owner_take_turns(const OwnerParams& p, OwnerControl<OwnerTiles<D, values>>& control,
-                                                 const Visibility& seen, int batch, int kv_head, int block) {
+__device__ __forceinline__ void owner_take_turns(const OwnerParams& p, char* shared,
+                                                 OwnerControl<OwnerTiles<D, values>>& control, const Visibility& seen,
+                                                 int batch, int kv_head, int block) {
   using Tiles = OwnerTiles<D, values>;
   const Shape& s = p.shape;
   const int query_blocks = (s.queries + Tiles::queries - 1) / Tiles::queries;
@@ -119,12 +138,21 @@ __device__ __forceinline__ void owner_take_turns(const OwnerParams& p, OwnerCont
   for (attention::Step step = steps.next(); step.exists(); step = steps.next(), phase ^= 1) {
     if (threadIdx.x % 32 == 0) {
       const attention::KeyBlocks met(seen, s.queries, step.block, Tiles::queries, Tiles::keys);
-      int* const turns =
-          p.turns + (batch * s.heads + kv_head * s.group + step.head) * static_cast<std::int64_t>(query_blocks) + step.block;
+      const std::int64_t slot =
+          (batch * s.heads + kv_head * s.group + step.head) * static_cast<std::int64_t>(query_blocks) + step.block;
+      int* const turns = p.turns + slot;
       const int turn = block - met.first;
-      if (turn > 0) attention::wait_for_turn(turns, turn);
-      Barrier::arrive(&control.turn);
-      Barrier::wait(&control.added, phase);
+      if (p.dq_at > 0 && block != met.last) {
+        Barrier::wait(&control.added, phase);  // to shared memory
+        if (turn > 0) attention::wait_for_turn(turns, turn);
+        send_to_sums(p.dq_sums + slot * Tiles::dq_elements, shared_address(shared + p.dq_at), Tiles::dq_bytes, turn == 0);
+        Barrier::arrive(&control.dq_free);
+        sums_complete();
+      } else {
+        if (turn > 0) attention::wait_for_turn(turns, turn);
+        Barrier::arrive(&control.turn);
+        Barrier::wait(&control.added, phase);
+      }
       if (block != met.last) {
         __threadfence();
         attention::store_release(turns, turn + 1);

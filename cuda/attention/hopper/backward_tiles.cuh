@@ -58,15 +58,20 @@ struct OwnerTiles {
   static constexpr int dout_at = (control_at + control_bytes + 1023) / 1024 * 1024;
   static constexpr int stage_bytes = queries_bytes + (values == Values::streamed ? keys_bytes : 0);
 
-  // As many stages of dout as there is room for; behind them stand the values.
+  // As many stages of dout as there is room for; behind them stand the values and, where there is room for it too, the part of
+  // dq that is on its way to its sums.
+  static constexpr int dq_bytes = dq_elements * 4;
+  static constexpr int values_bytes(int layers) { return values == Values::streamed ? 0 : layers * keys_bytes; }
+  static constexpr int stages_in(int room) { return room / stage_bytes < most_stages ? room / stage_bytes : most_stages; }
+  static constexpr bool staged(int layers) {
+    return stages_in(shared_limit - dout_at - values_bytes(layers) - dq_bytes) >= least_stages;
+  }
   static constexpr int dout_stages(int layers) {
-    const int room = shared_limit - dout_at - (values == Values::streamed ? 0 : layers * keys_bytes);
-    return room / stage_bytes < most_stages ? room / stage_bytes : most_stages;
+    return stages_in(shared_limit - dout_at - values_bytes(layers) - (staged(layers) ? dq_bytes : 0));
   }
   static constexpr bool fits(int layers) { return dout_stages(layers) >= least_stages; }
-  static constexpr int shared_bytes(int layers) {
-    return dout_at + dout_stages(layers) * stage_bytes + (values == Values::streamed ? 0 : layers * keys_bytes);
-  }
+  static constexpr int dq_at(int layers) { return dout_at + dout_stages(layers) * stage_bytes + values_bytes(layers); }
+  static constexpr int shared_bytes(int layers) { return dq_at(layers) + (staged(layers) ? dq_bytes : 0); }
   static_assert(fits(1));
 };
 
@@ -84,7 +89,7 @@ struct OwnerControl {
   Ring<Tiles::most_stages> dout;
   Ring<Tiles::scores_stages> scores;  // kept P arrives; the slot, which dS takes over, is free
   BarrierWord ds[2];                  // dS has been written, of even and of odd steps
-  BarrierWord k, turn, added;
+  BarrierWord k, turn, added, dq_free;
   StepInfo info[Tiles::q_stages];
   bool more[Tiles::most_stages];
   int number;
@@ -95,6 +100,7 @@ struct OwnerParams {
   Schedule schedule;
   const float *lse, *delta;
   int layers, dout_stages;
+  int dq_at;  // where a part of dq waits for its turn in shared memory; 0: it waits in registers
   Tensor4 dq, dk, dv;
   bool float_dk, float_dv;
   float* dq_sums;

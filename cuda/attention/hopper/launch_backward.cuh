@@ -60,6 +60,7 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
                                    D == 64 && values == Values::one ? 6 : 12, function);
   params.lse = p.lse, params.delta = p.delta;
   params.layers = p.layers, params.dout_stages = Tiles::dout_stages(p.layers);
+  params.dq_at = Tiles::staged(p.layers) ? Tiles::dq_at(p.layers) : 0;
   params.dq = p.dq, params.dk = p.dk, params.dv = p.dv;
   params.float_dk = p.float_dk, params.float_dv = p.float_dv;
   params.dq_sums = p.dq_sums;
