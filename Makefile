@@ -80,7 +80,6 @@ bench: setup
 cuda-check: setup
 	$(BIN)/python -m pytest -q tests/cuda -m cuda
 	$(BIN)/python tests/cuda/check_attention.py
-	EFFCORE_HOPPER_BACKWARD=1 $(BIN)/python tests/cuda/check_attention.py
 	$(BIN)/python tests/cuda/check_routing.py --sanitize
 	$(BIN)/python tests/cuda/check_conv3d.py --sanitize
 	$(BIN)/python tests/cuda/check_scan.py --sanitize
