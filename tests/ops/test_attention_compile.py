@@ -24,6 +24,7 @@ FUNCTIONS = {
     "plain": plain,
     "qk lse": lambda q, k, v, w: qk_group(ops, q, k, [v, w], keep="lse", causal=True),
     "qk probs": lambda q, k, v, w: qk_group(ops, q, k, [v, w], keep="probs", causal=True),
+    "qk auto": lambda q, k, v, w: qk_group(ops, q, k, [v, w], keep="auto", causal=True),
     "kv": lambda q, k, v, w: kv_group(ops, [q, w], k, v, causal=True),
 }
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from effcore.ops import _attention_plan as plan
 from effcore.ops import attention as ops
 from effcore.reference import attention as ref
 from tests.ops.test_attention import gradient_terms, size
@@ -241,8 +242,25 @@ def test_auto_is_a_function_of_shapes_and_budget():
         assert "probs" in repr(ops.attention_with_scores(q, q, q)[1][0])
         ops.set_probs_budget(1000)
         assert "lse" in repr(ops.attention_with_scores(q, q, q)[1][0])
+        assert "GiB" in ops.explain_keep(q, q, causal=False, consumers=1)
     finally:
         ops.set_probs_budget(2 << 30)
+    assert "no layer" in ops.explain_keep(q, q, causal=False, consumers=0)
+    assert ops.plan_keep(q, q, causal=False, consumers=0) == "lse"
+
+
+@pytest.mark.parametrize("kernels", ["CPU", "portable CUDA", "Hopper"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_plan_and_its_reason_agree(kernels, head_dim):
+    plans = {}
+    for consumers in (1, 3, 15):
+        for num_bytes in (1 << 20, 1 << 32):
+            question = (kernels, head_dim, consumers, num_bytes, 2 << 30)
+            plans[consumers, num_bytes] = chosen = plan.choose(*question)
+            assert (chosen == "probs") == ("was faster with" in plan.explain(*question))
+            assert chosen == "lse" or num_bytes <= 2 << 30
+    small = [plans[n, 1 << 20] for n in (1, 3, 15)]
+    assert small == sorted(small)  # from some number of consumers on
 
 
 def test_statistics_refuse_another_dtype():

@@ -48,7 +48,7 @@ def examine() -> dict[str, Any]:
     findings["build"] = _build(findings["problems"])
     findings["cpu"] = _cpu()
     findings["cuda"] = _cuda(findings["problems"])
-    findings["ops"] = _ops(findings)
+    findings["ops"] = _ops(findings) + _groups(findings)
     return findings
 
 
@@ -206,8 +206,27 @@ def _cuda_rows(devices: list[dict[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
-def _row(device: str, dtypes: str, path: str, reason: str) -> dict[str, str]:
-    return {"family": "attention", "device": device, "dtypes": dtypes, "path": path, "reason": reason}
+def _groups(findings: dict[str, Any]) -> list[dict[str, str]]:
+    """What ``keep="auto"`` does in QK groups whose probabilities fit the budget."""
+    if not findings["build"]:
+        return []
+    from effcore.ops import _attention_plan as plan
+
+    devices: list[tuple[str, int | None]] = [("cpu", None)]
+    if findings["cuda"]["available"]:
+        devices += [("cuda", index) for index in range(len(findings["cuda"]["devices"]))]
+    rows = []
+    for device, index in devices:
+        kernels = plan.kernels_of(device, index)
+        for head_dim, consumers in ((64, 3), (64, 15), (128, 3), (128, 15)):
+            question = (kernels, head_dim, consumers, 0, 0)
+            text = f"16-bit, {head_dim}, {consumers} consumers"
+            rows.append(_row(device, text, f"keep {plan.choose(*question)}", plan.explain(*question), "QK group"))
+    return rows
+
+
+def _row(device: str, dtypes: str, path: str, reason: str, family: str = "attention") -> dict[str, str]:
+    return {"family": family, "device": device, "dtypes": dtypes, "path": path, "reason": reason}
 
 
 def _show(findings: dict[str, Any]) -> None:

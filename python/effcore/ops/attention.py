@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from effcore.ops import _attention_autograd as _autograd
+from effcore.ops import _attention_plan as _plan
 from effcore.ops._attention_autograd import KEEP_LSE, KEEP_PROBS
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "attention_with_scores",
     "decode_attention",
     "decode_from_probs",
+    "explain_keep",
     "plan_keep",
     "set_probs_budget",
     "share_kv",
@@ -266,18 +268,21 @@ def set_probs_budget(num_bytes: int) -> None:
 
 
 def plan_keep(q: Tensor, k: Tensor, *, causal: bool, consumers: int) -> str:
-    """What ``keep="auto"`` means: ``"lse"`` or ``"probs"``.
+    """What ``keep="auto"`` means: ``"lse"`` or ``"probs"``; :func:`explain_keep` says why.
 
-    A function of shapes, dtype, device kind and the budget alone, so that fake tensors and checkpoint recomputation decide
-    alike. On the CPU reading P costs less than computing it wherever it fits the budget. The portable CUDA kernels write P
-    in a pass of its own, which by the times in docs/ops.md pays with head dims above 64 and two consumers or more.
+    A function of shapes, dtype, the device's kernels and the budget alone, so that fake tensors and checkpoint recomputation
+    decide alike. On the CPU reading P costs less than computing it wherever it fits the budget; on a GPU a measured table
+    decides (docs/ops.md).
     """
-    if consumers == 0:
-        return "lse"
+    return _plan.choose(*_keep_question(q, k, causal, consumers))
+
+
+def explain_keep(q: Tensor, k: Tensor, *, causal: bool, consumers: int) -> str:
+    """The reason of :func:`plan_keep` in words."""
+    return _plan.explain(*_keep_question(q, k, causal, consumers))
+
+
+def _keep_question(q: Tensor, k: Tensor, causal: bool, consumers: int) -> tuple[str, int, int, int, int]:
     batch, heads, queries, head_dim = q.shape
     num_bytes = batch * heads * _autograd.probs_elements(queries, k.shape[2], causal) * q.element_size()
-    if num_bytes > _budget_bytes:
-        return "lse"
-    if q.device.type == "cuda":
-        return "probs" if head_dim > 64 and consumers > 1 else "lse"
-    return "probs"
+    return _plan.kernels_of(q.device.type, q.device.index), head_dim, consumers, num_bytes, _budget_bytes

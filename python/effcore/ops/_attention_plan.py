@@ -1,0 +1,47 @@
+"""Whether a layer group keeps its probabilities or recomputes them: a small measured table, and the reason in words."""
+
+from __future__ import annotations
+
+import torch
+
+# The fewest consumers with which a group's forward and backward is faster with P kept, by kernels and head dimension (up to
+# so many). None: never, as far as it was measured.
+_FEWEST_CONSUMERS: dict[str, dict[int, int | None]] = {
+    "CPU": {1 << 30: 1},  # reading P costs less than computing it
+    "portable CUDA": {64: None, 1 << 30: 2},  # P is written in a pass of its own
+    "Hopper": {64: None, 128: None, 1 << 30: 2},  # above 128 the portable kernels serve the backward
+}
+
+
+@torch.compiler.assume_constant_result
+def kernels_of(device_type: str, index: int | None) -> str:
+    """Which kernels serve there, as the table names them."""
+    if device_type != "cuda":
+        return "CPU"
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(index)[0] == 9
+    return "Hopper" if hopper else "portable CUDA"
+
+
+def _fewest(kernels: str, head_dim: int) -> int | None:
+    return next(fewest for dim, fewest in _FEWEST_CONSUMERS[kernels].items() if head_dim <= dim)
+
+
+def choose(kernels: str, head_dim: int, consumers: int, num_bytes: int, budget: int) -> str:
+    """``"lse"`` or ``"probs"`` for a group with so many consumers, whose probabilities take ``num_bytes``."""
+    fewest = _fewest(kernels, head_dim)
+    return "lse" if fewest is None or consumers < fewest or num_bytes > budget else "probs"
+
+
+def explain(kernels: str, head_dim: int, consumers: int, num_bytes: int, budget: int) -> str:
+    """Why :func:`choose` says what it says. Apart from it, since text of a symbolic size would fix that size."""
+    fewest = _fewest(kernels, head_dim)
+    if consumers == 0:
+        return "no layer consumes the probabilities"
+    where = f"{kernels} kernels at head dimension {head_dim}"
+    if fewest is None:
+        return f"{where}: computing P again was faster at every group size measured"
+    if consumers < fewest:
+        return f"{where}: reading P pays from {fewest} consumers on"
+    if num_bytes > budget:
+        return f"P takes {num_bytes / 2**30:.1f} GiB, the budget is {budget / 2**30:.1f} GiB (set_probs_budget)"
+    return f"{where}: reading P was faster with {fewest} or more consumers"
