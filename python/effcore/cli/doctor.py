@@ -218,9 +218,9 @@ def _groups(findings: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
     for device, index in devices:
         kernels = plan.kernels_of(device, index)
-        for head_dim, consumers in ((64, 3), (64, 15), (128, 3), (128, 15)):
-            question = (kernels, head_dim, consumers, 0, 0)
-            text = f"16-bit, {head_dim}, {consumers} consumers"
+        for head_dim in (64, 128):
+            question = (kernels, head_dim, 15, 0, 0)
+            text = f"head dimension {head_dim}, 15 consumers"
             rows.append(_row(device, text, f"keep {plan.choose(*question)}", plan.explain(*question), "QK group"))
     return rows
 
