@@ -2,8 +2,8 @@
 //
 // Bound: K and V of the visible keys are read once from device memory (V alone, and the weights, from probabilities). The query
 // heads of a kv head are packed as the rows of one 16-row operand, so the cache is read once for all of them. The visible
-// chunks of decode_chunk keys are dealt out evenly over `splits` blocks, by the lengths found on the device; combine_kernel
-// puts the splits together.
+// chunks of decode_chunk keys are dealt out evenly over `splits` blocks, by the lengths found on the device. Where those are
+// one block, or a cluster of blocks, they put their results together themselves (decode_combine.cuh); else combine_kernel does.
 //
 // Shared memory: Q [16 x D]; a ring of `stages` tiles [keys x D], through which K and V of a chunk pass one after the other;
 // all but one of them are on their way. Of each tile a warp owns keys / 4: its scores stay in registers, are rounded and
@@ -12,11 +12,10 @@
 // The weights of a chunk are exp(score - maximum of the chunk and head), and the products with V are of these rounded weights,
 // scaled in float32: a consumer that reads the weights gets the same product.
 #pragma once
+#include "attention/decode_combine.cuh"
 #include "attention/visibility.cuh"
 
 namespace effcore::cuda::attention {
-
-constexpr int decode_heads = 16;  // query heads that one block serves: the rows of an operand
 
 template <class T, int D, bool from_probs, bool compact>
 struct DecodeTiles {
@@ -71,15 +70,16 @@ __global__ void __launch_bounds__(DecodeTiles<T, D, from_probs, compact>::thread
   const Matrix<T> k = matrix<T>(p.k, batch, kv_head), v = matrix<T>(p.v, batch, kv_head);
   const std::int64_t row0 = static_cast<std::int64_t>(batch) * s.heads + head0;  // of weights, scales and partial results
   T* const weights = static_cast<T*>(p.weights);
+  const bool clustered = p.statistics == nullptr;
 
-  // Chunks that nobody sees: weights 0; the combining kernel turns a maximum of -inf into a scale of 0.
+  // Chunks that nobody sees: weights 0, and a scale of 0, into which combine_kernel turns a maximum of -inf.
   if (!from_probs && weights != nullptr) {
     for (int chunk = split; chunk < all_chunks; chunk += p.splits) {
       if (chunk >= first_chunk && chunk < first_chunk + chunks) continue;
       const int key0 = chunk * decode_chunk, width = min(decode_chunk, s.keys - key0);
       for (int i = threadIdx.x; i < heads * width; i += threads)
         weights[(row0 + i / width) * s.keys + key0 + i % width] = from_float<T>(0.0f);
-      if (threadIdx.x < heads) p.scales[(row0 + threadIdx.x) * all_chunks + chunk] = -infinity;
+      if (threadIdx.x < heads) p.scales[(row0 + threadIdx.x) * all_chunks + chunk] = clustered ? 0.0f : -infinity;
     }
   }
 
@@ -243,71 +243,28 @@ __global__ void __launch_bounds__(DecodeTiles<T, D, from_probs, compact>::thread
           make_float2(out[n][2 * i], out[n][2 * i + 1]);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < heads * s.value_dim; i += threads) {
-    const int head = i / s.value_dim, column = i % s.value_dim;
-    float x = 0.0f, total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < Tiles::warps; ++w) x += outputs[(w * Tiles::heads + head) * D + column], total += sums[w][head];
-    if (p.splits > 1)
-      p.partial[((row0 + head) * p.splits + split) * s.value_dim + column] = x;
-    else
-      row_of<T>(p.out, batch, head0 + head, 0)[column] = from_float<T>(from_probs ? x : total == 0.0f ? 0.0f : x / total);
-  }
-  if (!from_probs && p.statistics != nullptr && threadIdx.x < heads) {
+  if (threadIdx.x < heads) {
     const int head = threadIdx.x;
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < Tiles::warps; ++w) total += sums[w][head];
-    p.statistics[(row0 + head) * p.splits + split] = make_float2(maxima[0][0][head], total);
+    sums[0][head] = total;
+    if (!from_probs && !clustered) p.statistics[(row0 + head) * p.splits + split] = make_float2(maxima[0][0][head], total);
   }
-}
-
-// Puts the splits of one head together and turns the chunks' maxima into scales:
-//   out = sum_s 2^(m_s - m) out_s / sum_s 2^(m_s - m) l_s,   scale of a chunk = 2^(its maximum - m) / sum.
-constexpr int combine_threads = 128;
-
-template <class T, bool from_probs>
-__global__ void __launch_bounds__(combine_threads) combine_kernel(const __grid_constant__ DecodeParams p) {
-  constexpr float infinity = INFINITY;
-  extern __shared__ float factors[];  // [splits]
-  const Shape& s = p.shape;
-  const std::int64_t row = blockIdx.x;
-  const int batch = blockIdx.x / s.heads, head = blockIdx.x % s.heads;
-  float maximum = -infinity, sum = 0.0f;
-  if constexpr (!from_probs) {
-    const float2* statistics = p.statistics + row * p.splits;
-    for (int i = threadIdx.x % 32; i < p.splits; i += 32) maximum = fmaxf(maximum, statistics[i].x);
+  for (int i = threadIdx.x; i < heads * s.value_dim; i += threads) {
+    const int head = i / s.value_dim, column = i % s.value_dim;
+    float* const output = outputs + head * D + column;
+    float x = 0.0f;
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, offset));
-    if (maximum == -infinity) maximum = 0.0f;
-    for (int i = threadIdx.x % 32; i < p.splits; i += 32) {
-      const float2 split = statistics[i];
-      const float factor = exp2_approx(split.x - maximum);
-      sum = fmaf(split.y, factor, sum);
-      if (threadIdx.x < 32) factors[i] = factor;
-    }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-    __syncthreads();
+    for (int w = 0; w < Tiles::warps; ++w) x += output[w * Tiles::heads * D];
+    if (clustered)
+      *output = x;
+    else
+      p.partial[((row0 + head) * p.splits + split) * s.value_dim + column] = x;
   }
-  const float inverse = from_probs ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum;
-  if (p.splits > 1) {
-    for (int column = threadIdx.x; column < s.value_dim; column += combine_threads) {
-      const float* partial = p.partial + row * p.splits * s.value_dim + column;
-      float x = 0.0f;
-#pragma unroll 16
-      for (int i = 0; i < p.splits; ++i)
-        x = fmaf(partial[static_cast<std::int64_t>(i) * s.value_dim], from_probs ? 1.0f : factors[i], x);
-      row_of<T>(p.out, batch, head, 0)[column] = from_float<T>(x * inverse);
-    }
-  }
-  if (!from_probs && p.weights != nullptr) {
-    const int chunks = (s.keys + decode_chunk - 1) / decode_chunk;
-    for (int i = threadIdx.x; i < chunks; i += combine_threads) {
-      float& scale = p.scales[row * chunks + i];
-      scale = exp2_approx(scale - maximum) * inverse;
-    }
-  }
+  if (!clustered) return;
+  float* const factors = outputs + Tiles::heads * D;  // [splits][heads], where the second warp's outputs were
+  combine_cluster<T, D, from_probs>(p, outputs, maxima[0][0], sums[0], factors, batch, head0, heads, split, chunk0, chunk1);
 }
 
 }  // namespace effcore::cuda::attention

@@ -20,15 +20,36 @@ int Kernels<T, D>::decode_splits(const Shape& s, int processors) {
   return static_cast<int>(std::clamp<std::int64_t>(splits, 1, chunks));
 }
 
+// Launches clusters of so many blocks.
+template <class Kernel>
+void launch_clusters(const char* function, Kernel* kernel, unsigned blocks, int threads, int shared_bytes, cudaStream_t stream,
+                     const DecodeParams& p, unsigned cluster) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), function);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes), config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, p), function);
+}
+
 template <class T, int D, bool from_probs>
 void launch_decode(const DecodeParams& p, const char* function, cudaStream_t stream) {
   using Tiles = DecodeTiles<T, D, from_probs, false>;
   using Compact = DecodeTiles<T, D, from_probs, true>;
-  const unsigned blocks = static_cast<unsigned>(p.shape.batch) * p.shape.kv_heads * p.head_tiles * p.splits;
+  const auto run = [&](auto* kernel, int threads, int shared_bytes) {
+    const unsigned blocks = static_cast<unsigned>(p.shape.batch) * p.shape.kv_heads * p.head_tiles * p.splits;
+    if (p.statistics == nullptr && p.splits > 1)
+      launch_clusters(function, kernel, blocks, threads, shared_bytes, stream, p, static_cast<unsigned>(p.splits));
+    else
+      launch(function, kernel, blocks, threads, shared_bytes, stream, p);
+  };
   if (Tiles::shared_bytes == Compact::shared_bytes || Tiles::shared_bytes <= shared_memory_limit(function))
-    launch(function, decode_kernel<T, D, from_probs, false>, blocks, Tiles::threads, Tiles::shared_bytes, stream, p);
+    run(decode_kernel<T, D, from_probs, false>, Tiles::threads, Tiles::shared_bytes);
   else if constexpr (Tiles::shared_bytes != Compact::shared_bytes)
-    launch(function, decode_kernel<T, D, from_probs, true>, blocks, Compact::threads, Compact::shared_bytes, stream, p);
+    run(decode_kernel<T, D, from_probs, true>, Compact::threads, Compact::shared_bytes);
 }
 
 template <class T, int D>
@@ -36,8 +57,11 @@ void Kernels<T, D>::decode(const DecodeParams& p, bool from_probs, const char* f
   const Shape& s = p.shape;
   DecodeParams params = p;
   params.head_tiles = (s.group + decode_heads - 1) / decode_heads;
+  const bool clustered =
+      p.splits == 1 || (p.splits <= max_cluster && device_attribute(cudaDevAttrComputeCapabilityMajor, function) >= 9);
+  if (clustered) params.partial = nullptr, params.statistics = nullptr;
   from_probs ? launch_decode<T, D, true>(params, function, stream) : launch_decode<T, D, false>(params, function, stream);
-  if (p.splits > 1 || (p.weights != nullptr && !from_probs))
+  if (!clustered)
     launch(function, from_probs ? combine_kernel<T, true> : combine_kernel<T, false>, static_cast<unsigned>(s.batch) * s.heads,
            combine_threads, p.splits * sizeof(float), stream, params);
 }

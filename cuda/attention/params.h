@@ -88,7 +88,7 @@ struct DecodeParams {
   void* weights;
   float* scales;
   float* partial;      // [batch, heads, splits, value_dim]
-  float2* statistics;  // [batch, heads, splits]: maximum (in units of log2) and sum
+  float2* statistics;  // [batch, heads, splits]: maximum (in units of log2) and sum; null: the splits are a cluster
 };
 
 // Tiles of blocks of rows that come before `block`, and tiles of that block (see effcore/attention.h).
