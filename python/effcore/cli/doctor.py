@@ -183,7 +183,8 @@ def _ops(findings: dict[str, Any]) -> list[dict[str, str]]:
 
 
 _CUDA_PATHS = {
-    "wgmma sm_90a": "Hopper's tensor cores and copy engine; rows that are no multiple of 16 bytes apart take mma sm_80",
+    "wgmma sm_90a": "Hopper's tensor cores and copy engine, forward, and backward at head dimensions 64 and 128; "
+    "rows that are no multiple of 16 bytes apart take mma sm_80",
     "mma sm_80": "tensor cores; head dims are padded to 64, 128 or 256",
     "fma sm_80": "no tensor cores: float32 is not rounded to TF32",
 }
