@@ -187,12 +187,30 @@ def group_seconds(batch: int, heads: int, length: int, dim: int, layers: int) ->
     return seconds(group, repeats=2)
 
 
-def projection_seconds(tokens: int, width: int, outputs: int) -> float:
-    """Forward and backward of one projection of ``tokens`` rows."""
-    x = torch.randn(tokens, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    w = torch.randn(outputs, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    grad = torch.randn(tokens, outputs, device=DEVICE, dtype=DTYPE)
-    return seconds(lambda: torch.autograd.grad(F.linear(x, w), (x, w), grad))
+def piece_seconds(model: Any, batch: int, length: int) -> dict[str, float]:
+    """Forward and backward of what stands before attention in a compiled layer of ours: norm, projections and RoPE of an owner
+    (``project_qkv``), norm and the value projection of a consumer (``project_v``)."""
+    layer = model.model.layers[-1]
+    hidden = torch.randn(batch, length, model.config.hidden_size, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    positions = torch.arange(length, device=DEVICE)[None]
+    with torch.no_grad():
+        angles = model.model.rotary_emb(hidden, position_ids=positions)
+    norm, attention = layer.input_layernorm.weight, layer.self_attn
+    weights = {
+        "project_qkv": [norm, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight],
+        "project_v": [norm, attention.v_proj.weight],
+    }
+    found = {}
+    for name, leaves in weights.items():
+        piece, more = getattr(layer.pieces, name), angles if name == "project_qkv" else ()
+
+        def call(piece: Any = piece, more: Any = more, leaves: Any = leaves) -> None:
+            out = piece(layer, hidden, *more)
+            outs = out if isinstance(out, tuple) else (out,)
+            torch.autograd.grad(outs, (hidden, *leaves), [torch.ones_like(x) for x in outs])
+
+        found[name] = seconds(call)
+    return found
 
 
 class Report:

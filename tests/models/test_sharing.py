@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from effcore import share_activations
+from effcore.models import layer
 from tests.models.tiny import (
     FAMILIES,
     SHARINGS,
@@ -227,3 +228,30 @@ def test_a_row_of_padding_alone_changes_nothing_else():
     logits = model(ids, attention_mask=mask).logits
     assert torch.isfinite(logits).all()
     torch.testing.assert_close(logits[1:], model(ids[1:]).logits, **CLOSE)
+
+
+def test_layers_that_share_nothing_give_the_same_with_sdpa(monkeypatch):
+    model, ids = shared_model("qk", "llama-mha-bias", torch.bfloat16), tokens(length=12)
+    results, calls = {}, []
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return torch.nn.functional.scaled_dot_product_attention(*arguments, **options)
+
+    monkeypatch.setattr(layer, "scaled_dot_product_attention", counted)
+    for faster in (False, True):
+        monkeypatch.setattr(layer.plan, "sdpa_is_faster", lambda *_, faster=faster: faster)
+        model.zero_grad()
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        results[faster] = out.logits, model.model.layers[0].self_attn.q_proj.weight.grad
+    assert len(calls) == 2  # layers 0 and 1 of 0_1_2_2_2; layer 2 owns a group
+    for a, b in zip(results[False], results[True], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    model(input_ids=ids, attention_mask=torch.tensor([[0] * 3 + [1] * 9, [1] * 12]), use_cache=False)
+    assert len(calls) == 2  # bits that repeat, and padding, take our kernels

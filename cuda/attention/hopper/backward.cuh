@@ -14,9 +14,10 @@
 // dq is added up in device memory over the blocks of keys, in turns (turns.cuh). A pass of its own for dq would recompute S and
 // every dP: layers + 2 products more. Where shared memory has 32 KiB to spare (all but four layers and more at D = 128, five
 // and more at D = 64), a part of dq waits there for its turn, one helper warp adds it by a bulk reduction and passes the turn
-// on, and the consumers go on; else, and for the last part, which is scaled and rounded, they add from registers. From
-// registers alone (H100, length 8192, 16k tokens of H * D = 2048, one layer, causal) the kernel takes 3.2 ms at D = 128, 3.0
-// without waiting for turns, 2.2 with no addition at all; 3.7, 3.2 and 2.7 at D = 64.
+// on, and the consumers go on; else, and for the last part, which is scaled and rounded, they add from registers. What the
+// additions cost (H200, length 8192, 16k tokens of H * D = 2048, one layer, causal): at D = 128 3.12 ms with them, 2.89 without
+// waiting for turns, 2.83 with nothing sent; at D = 64 3.35, 3.26 and 3.29. (With the kernel that
+// makes delta 3.11 and 3.33, against 3.18 and 3.55 from registers alone.)
 //
 // Shared memory (OwnerTiles): K; V of all layers, or a ring of them; rings of Q, of dout_l, and of slots that hold dS
 // [queries x keys] and, before it, kept P. Layers go from the last to the first, and dP before S where there are several: one
@@ -277,7 +278,7 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
   if (threadIdx.x == 0) {
     // In the order in which blocks start, so that nobody waits for a block that has not.
     control.number = atomicAdd(p.ticket, 1);
-    control.q.init(consumer_warps), control.dout.init(consumer_warps), control.scores.init(consumer_warps);
+    control.q.init(consumer_warps, 32), control.dout.init(consumer_warps), control.scores.init(consumer_warps);
     for (BarrierWord& ds : control.ds) Barrier::init(&ds, consumer_warps);
     Barrier::init(&control.k, 1), Barrier::init(&control.turn, 1), Barrier::init(&control.added, consumer_warps),
         Barrier::init(&control.dq_free, 1);

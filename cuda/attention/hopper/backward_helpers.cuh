@@ -89,8 +89,7 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
           row * query_blocks + step.block, query0,
           (masked ? step_masked : 0) | (block == met.first ? step_first : 0) | (block == met.last ? step_last : 0)};
     }
-    __syncwarp();
-    if (lane == 0) control.q.expect(q, Tiles::queries_bytes);
+    control.q.expect_by_warp(q, Tiles::queries_bytes);
     if (!Tiles::pooled && from_probs && p.layers == 1) load_slot();
     if constexpr (values != Values::one)
       for (int l = p.layers - 2; l >= 0; --l) {
@@ -143,8 +142,8 @@ __device__ __forceinline__ void owner_take_turns(const OwnerParams& p, char* sha
       int* const turns = p.turns + slot;
       const int turn = block - met.first;
       if (p.dq_at > 0 && block != met.last) {
-        Barrier::wait(&control.added, phase);  // to shared memory
-        if (turn > 0) attention::wait_for_turn(turns, turn);
+        if (turn > 0) attention::wait_for_turn(turns, turn);  // while the consumers still compute
+        Barrier::wait(&control.added, phase);                 // to shared memory
         send_to_sums(p.dq_sums + slot * Tiles::dq_elements, shared_address(shared + p.dq_at), Tiles::dq_bytes, turn == 0);
         Barrier::arrive(&control.dq_free);
         sums_complete();
@@ -153,10 +152,7 @@ __device__ __forceinline__ void owner_take_turns(const OwnerParams& p, char* sha
         Barrier::arrive(&control.turn);
         Barrier::wait(&control.added, phase);
       }
-      if (block != met.last) {
-        __threadfence();
-        attention::store_release(turns, turn + 1);
-      }
+      if (block != met.last) attention::store_release(turns, turn + 1);
     }
     __syncwarp();
   }

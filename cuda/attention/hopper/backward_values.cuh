@@ -77,14 +77,11 @@ __device__ __forceinline__ void values_produce(const ValuesParams& p, char* shar
         statistics[i] = lse == -INFINITY ? INFINITY : lse * log2e;
       }
     }
-    __syncwarp();
-    if (lane == 0) control.ring.expect(item, Tiles::scores_bytes + Tiles::queries_bytes);
+    control.ring.expect_by_warp(item, Tiles::scores_bytes + Tiles::queries_bytes);
   }
   control.ring.wait_empty(item);
-  if (lane == 0) {
-    control.more[item.stage] = false;
-    Barrier::arrive(&control.ring.full[item.stage]);
-  }
+  if (lane == 0) control.more[item.stage] = false;
+  Barrier::arrive(&control.ring.full[item.stage]);
 }
 
 template <class T, int D>
@@ -190,7 +187,7 @@ __global__ void __launch_bounds__(backward_threads, 1) values_kernel(const __gri
   auto& control = *reinterpret_cast<ValuesControl<Tiles>*>(shared + Tiles::control_at);
   static_assert(sizeof(control) <= 256);
   if (threadIdx.x == 0) {
-    control.ring.init(consumer_warps);
+    control.ring.init(consumer_warps, 32);
     Barrier::init(&control.k, 1);
     cutlass::arch::fence_barrier_init();
   }

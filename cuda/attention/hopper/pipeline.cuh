@@ -29,10 +29,10 @@ template <int Stages>
 struct Ring {
   BarrierWord full[Stages], empty[Stages];
 
-  // By one thread, before a barrier of the block.
-  __device__ void init(int consumers) {
+  // By one thread, before a barrier of the block. `producers` and `consumers` arrive at a stage.
+  __device__ void init(int consumers, int producers = 1) {
     for (int i = 0; i < Stages; ++i) {
-      Barrier::init(&full[i], 1);
+      Barrier::init(&full[i], producers);
       Barrier::init(&empty[i], consumers);
     }
   }
@@ -40,6 +40,14 @@ struct Ring {
   __device__ __forceinline__ void wait_full(const Turn<Stages>& turn) { Barrier::wait(&full[turn.stage], turn.phase); }
   __device__ __forceinline__ void expect(const Turn<Stages>& turn, int bytes) {
     Barrier::arrive_and_expect_tx(&full[turn.stage], static_cast<std::uint32_t>(bytes));
+  }
+  // By a whole warp where each lane is a producer, for it has stored something: each answers for its own stores. (One lane could
+  // for all, behind __syncwarp; but where the bytes of TMA complete the stage, racecheck loses sight of the others' stores.)
+  __device__ __forceinline__ void expect_by_warp(const Turn<Stages>& turn, int bytes) {
+    if (threadIdx.x % 32 == 0)
+      expect(turn, bytes);
+    else
+      Barrier::arrive(&full[turn.stage]);
   }
   // By one thread of each consumer, when its reads have ended.
   __device__ __forceinline__ void release(const Turn<Stages>& turn) { Barrier::arrive(&empty[turn.stage]); }

@@ -1,4 +1,6 @@
-"""Whether a layer group keeps its probabilities or recomputes them: a small measured table, and the reason in words."""
+"""Measured tables (docs/ops.md): whether a layer group keeps its probabilities or recomputes them, with the reason in words;
+and whose kernels a layer that shares nothing runs on.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,11 @@ import torch
 _FEWEST_CONSUMERS: dict[str, dict[int, int | None]] = {
     "CPU": {1 << 30: 1},  # reading P costs less than computing it
     "portable CUDA": {64: None, 1 << 30: 2},  # P is written in a pass of its own
-    "Hopper": {64: None, 128: None, 1 << 30: 2},  # above 128 the portable kernels serve the backward
+    "Hopper": {64: None, 128: 7, 1 << 30: 2},  # above 128 the portable kernels serve the backward
 }
+
+# Up to how many tokens SDPA's cuDNN kernels are faster than ours, forward and backward together, by head dimension.
+_SDPA_FASTER_UP_TO: dict[str, dict[int, int]] = {"Hopper": {64: 4096, 128: 1 << 30}}
 
 
 @torch.compiler.assume_constant_result
@@ -20,6 +25,19 @@ def kernels_of(device_type: str, index: int | None) -> str:
         return "CPU"
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(index)[0] == 9
     return "Hopper" if hopper else "portable CUDA"
+
+
+@torch.compiler.assume_constant_result
+def default_budget(device_type: str, index: int | None) -> int:
+    """Bytes that one group's probabilities may take: 2 GiB, on a GPU one part in 32 of its memory."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return 2 << 30
+    return int(torch.cuda.get_device_properties(index).total_memory) // 32
+
+
+def sdpa_is_faster(kernels: str, head_dim: int, tokens: int) -> bool:
+    """Whether a causal layer that shares nothing is faster with SDPA's cuDNN kernels, in 16 bits and without padding."""
+    return tokens <= _SDPA_FASTER_UP_TO.get(kernels, {}).get(head_dim, 0)
 
 
 def _fewest(kernels: str, head_dim: int) -> int | None:

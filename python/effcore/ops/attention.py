@@ -38,7 +38,7 @@ __all__ = [
     "share_kv",
 ]
 
-_budget_bytes = 2 << 30
+_budget_bytes: int | None = None  # None: the default of the device
 
 
 class SharedScores:
@@ -260,7 +260,10 @@ def decode_from_probs(probs: DecodeProbs, v: Tensor, lengths: Tensor) -> Tensor:
 
 
 def set_probs_budget(num_bytes: int) -> None:
-    """Bytes of kept probabilities that ``keep="auto"`` may choose for one layer group (default 2 GiB)."""
+    """Bytes of kept probabilities that ``keep="auto"`` may choose for one layer group.
+
+    Without it: 2 GiB on the CPU, one part in 32 of a GPU's memory.
+    """
     global _budget_bytes
     if num_bytes < 0:
         raise ValueError(f"effcore.set_probs_budget: bytes must not be negative, got {num_bytes}")
@@ -285,4 +288,6 @@ def explain_keep(q: Tensor, k: Tensor, *, causal: bool, consumers: int) -> str:
 def _keep_question(q: Tensor, k: Tensor, causal: bool, consumers: int) -> tuple[str, int, int, int, int]:
     batch, heads, queries, head_dim = q.shape
     num_bytes = batch * heads * _autograd.probs_elements(queries, k.shape[2], causal) * q.element_size()
-    return _plan.kernels_of(q.device.type, q.device.index), head_dim, consumers, num_bytes, _budget_bytes
+    device = q.device.type, q.device.index
+    budget = _plan.default_budget(*device) if _budget_bytes is None else _budget_bytes
+    return _plan.kernels_of(*device), head_dim, consumers, num_bytes, budget
