@@ -3,9 +3,8 @@
 train: tokens a second of a training step of a 1.26B LLaMA whose upper two thirds share Q and K, against the same model compiled
 with the best SDPA backend, and against ours with nothing shared; and beside it the saving that measured parts predict: what a
 consumer does less before attention (Q and K projections, RoPE), and attention, once by its products at the best backend's
-speed,
-once as our kernels take it. At length 2048 with 32 heads of 64, and at 8192 with 16 heads of 128. The paper: up to +11.1 %
-training throughput; our goals 1.09x and 1.14x.
+speed, once as our kernels take it. At length 2048 with 32 heads of 64, and at 8192 with 16 heads of 128. The paper: up to
++11.1 % training throughput; our goals 1.09x and 1.14x.
 
 decode: tokens a second behind a context of 8192 tokens, batch 32, one CUDA graph a step, against the same model with nothing
 shared. The paper: up to +29 %; our goal 1.40x (bytes allow 1.48x).

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,7 @@ def sanitize(tool: str) -> tuple[bool, str]:
         "compute-sanitizer",
         f"--tool={tool}",
         "--error-exitcode=9",
+        "--print-limit=2000",
         "--kernel-name=kernel_substring=effcore",
         sys.executable,
         __file__,
@@ -272,7 +274,8 @@ def sanitize(tool: str) -> tuple[bool, str]:
     lines = [
         line for line in done.stdout.splitlines() if "ERROR" in line or "hazard" in line.lower() or "=========" in line
     ]
-    return done.returncode == 0, "\n".join(lines[:20] + lines[-3:]) + (
+    kernels = sorted(set(re.findall(r"(\w+_kernel)<", "\n".join(lines))))
+    return done.returncode == 0, "\n".join([f"in {' '.join(kernels)}", *lines[:20], *lines[-3:]]) + (
         "" if done.returncode in (0, 9) else done.stdout[-1500:] + done.stderr[-1500:]
     )
 
