@@ -57,7 +57,10 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   OwnerParams params;
   params.shape = s;
   params.schedule = heads_together(s.batch * s.kv_heads, attention::ceil_div(s.keys, Tiles::keys),
-                                   values != Values::one ? 12 : D == 64 ? 4 : 16, function);
+                                   values != Values::one ? 12
+                                   : D == 64             ? 4
+                                                         : 16,
+                                   function);
   params.lse = p.lse, params.delta = p.delta;
   params.layers = p.layers, params.dout_stages = Tiles::dout_stages(p.layers);
   params.dq_at = Tiles::staged(p.layers) ? Tiles::dq_at(p.layers) : 0;
