@@ -84,20 +84,26 @@ class Workspace {
   std::size_t used_ = 0;
 };
 
+struct PlannedBackward {
+  BackwardPlan plan;
+  bool on_hopper;
+};
+
 struct BackwardWorkspace {
   std::size_t bytes;
   float *delta, *dq_sums;
   int* turns;
   int turn_count;
 
-  BackwardWorkspace(const Problem& p, const BackwardPlan& plan, void* memory) {
+  BackwardWorkspace(const Problem& p, const PlannedBackward& planned, void* memory) {
+    const BackwardPlan& plan = planned.plan;
     Workspace space(memory);
     const std::int64_t rows = p.batch * p.heads, blocks = (p.queries + plan.queries - 1) / plan.queries;
     delta = space.take<float>(rows * p.queries);
     turns = space.take<int>(rows * blocks + 1);
     turn_count = static_cast<int>(rows * blocks + 1);
-    // Where a block of queries meets but one block of keys, its dq never leaves the registers.
-    dq_sums = space.take<float>(p.keys > plan.keys ? rows * blocks * plan.dq_elements : 0);
+    // Where a block of queries meets but one block of keys, the portable kernels' dq never leaves the registers.
+    dq_sums = space.take<float>(planned.on_hopper || p.keys > plan.keys ? rows * blocks * plan.dq_elements : 0);
     bytes = space.used();
   }
 };
@@ -161,12 +167,12 @@ std::vector<const TensorView*> inputs_of(const Backward& args) {
 }
 
 template <class K>
-BackwardPlan backward_plan(const Backward& args, K kernels) {
-  BackwardPlan plan{};
-  const auto hopper_plan = [&](auto hopper) { plan = hopper.plan(); };
-  if (!try_hopper_backward(kernels, args.problem, inputs_of(args), args.probs, backward_name, hopper_plan))
-    plan = kernels.backward_plan(args.probs != nullptr, args.layers, backward_name);
-  return plan;
+PlannedBackward backward_plan(const Backward& args, K kernels) {
+  PlannedBackward planned{};
+  const auto hopper_plan = [&](auto hopper) { planned.plan = hopper.plan(); };
+  planned.on_hopper = try_hopper_backward(kernels, args.problem, inputs_of(args), args.probs, backward_name, hopper_plan);
+  if (!planned.on_hopper) planned.plan = kernels.backward_plan(args.probs != nullptr, args.layers, backward_name);
+  return planned;
 }
 
 }  // namespace
@@ -260,8 +266,9 @@ void backward(const Backward& args, const Launch& launch) {
                                 " layers share these scores, but CUDA kernels take " + std::to_string(max_layers));
   const Shape shape = shape_of(p, backward_name);
   dispatch(p, backward_name, [&](auto kernels) {
-    const BackwardPlan plan = backward_plan(args, kernels);
-    const BackwardWorkspace space(p, plan, launch.workspace);
+    const PlannedBackward planned = backward_plan(args, kernels);
+    const BackwardPlan& plan = planned.plan;
+    const BackwardWorkspace space(p, planned, launch.workspace);
     DeltaParams delta{};
     delta.shape = shape;
     delta.dout = tensor(args.dout[0]), delta.out = tensor(args.out), delta.dq = tensor(args.dq);

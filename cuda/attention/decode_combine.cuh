@@ -11,7 +11,7 @@
 namespace effcore::cuda::attention {
 
 constexpr int decode_heads = 16;  // query heads that one block serves: the rows of an operand
-constexpr int max_cluster = 8;    // blocks that every GPU with clusters has room for
+constexpr int max_cluster = 2;    // four are slower than two launches (H200: 269 against 253 us, 8192 keys, batch 32)
 
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900

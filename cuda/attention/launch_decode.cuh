@@ -8,15 +8,15 @@
 
 namespace effcore::cuda::attention {
 
-// Splits of the cache: four blocks for each place that the GPU has for one, so that rows of different length do not leave it
-// idle (one, where there is one row), of at least four chunks each, so that the ring fills; but where the cache is short, one
-// block a place.
+// Splits of the cache: two blocks for each place that the GPU has for one, so that rows of different length do not leave it
+// idle (one, where there is one row), of at least eight chunks each, so that the ring stays full; but where the cache is short,
+// one block a place.
 template <class T, int D>
 int Kernels<T, D>::decode_splits(const Shape& s, int processors) {
   const std::int64_t head_tiles = (s.group + decode_heads - 1) / decode_heads;
   const std::int64_t rows = std::max<std::int64_t>(1, static_cast<std::int64_t>(s.batch) * s.kv_heads * head_tiles);
   const std::int64_t chunks = std::max(1, (s.keys + decode_chunk - 1) / decode_chunk), places = 2 * processors;
-  const std::int64_t splits = std::max(places / rows, std::min((s.batch > 1 ? 4 : 1) * places / rows, chunks / 4));
+  const std::int64_t splits = std::max(places / rows, std::min((s.batch > 1 ? 2 : 1) * places / rows, chunks / 8));
   return static_cast<int>(std::clamp<std::int64_t>(splits, 1, chunks));
 }
 

@@ -14,16 +14,17 @@
 // dq is added up in device memory over the blocks of keys, in turns (turns.cuh). A pass of its own for dq would recompute S and
 // every dP: layers + 2 products more. Where shared memory has 32 KiB to spare (all but four layers and more at D = 128, five
 // and more at D = 64), a part of dq waits there for its turn, one helper warp adds it by a bulk reduction and passes the turn
-// on, and the consumers go on; else, and for the last part, which is scaled and rounded, they add from registers. What the
-// additions cost (H200, length 8192, 16k tokens of H * D = 2048, one layer, causal): at D = 128 3.12 ms with them, 2.89 without
-// waiting for turns, 2.83 with nothing sent; at D = 64 3.35, 3.26 and 3.29. (With the kernel that
-// makes delta 3.11 and 3.33, against 3.18 and 3.55 from registers alone.)
+// on, and the consumers go on; a small kernel then scales and rounds the sums (backward_dq.cuh). Else the consumers add from
+// registers, and the last of them rounds. What this is worth (H200, length 8192, 16k tokens of H * D = 2048, one layer,
+// causal): D = 128 2.58 ms against 3.1 from registers, D = 64 3.17 against 3.5; where only the last part comes from
+// registers, 2.73 and 3.26.
 //
 // Shared memory (OwnerTiles): K; V of all layers, or a ring of them; rings of Q, of dout_l, and of slots that hold dS
 // [queries x keys] and, before it, kept P. Layers go from the last to the first, and dP before S where there are several: one
 // stage of Q is then enough, since the next Q arrives behind layers - 1 products. dout wants a deep ring: an item is multiplied
 // in less time than it takes to arrive (four layers at D = 128: 348 TFLOP/s with two stages, 387 with three).
 #pragma once
+#include "attention/hopper/backward_dq.cuh"
 #include "attention/hopper/backward_helpers.cuh"
 
 namespace effcore::cuda::hopper {
@@ -31,38 +32,22 @@ namespace effcore::cuda::hopper {
 // The warpgroup's half of a block's dq [queries x D]: 64 rows or 64 columns of it, to the sums or, with the last part, to dq.
 template <class T, int D, int queries>
 __device__ __forceinline__ void add_dq(const OwnerParams& p, const StepInfo& info, float (&dq)[32], int warpgroup) {
-  constexpr int dq_elements = queries * D;
-  float4* const sums = reinterpret_cast<float4*>(p.dq_sums + static_cast<std::int64_t>(info.slot) * dq_elements) +
-                       warpgroup * (dq_elements / 8) + threadIdx.x % 128;
+  float4* const sums = sums_of<queries * D>(p.dq_sums, info.slot, warpgroup);
   const bool first = info.flags & step_first, last = info.flags & step_last;
-  if (!last) {
-    if (first) {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) __stcg(sums + n * 128, make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]));
-    } else {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const float part[4] = {dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]};
-        attention::add_in_turn(sums + n * 128, part);
-      }
-    }
+  if (last) {
+    store_dq<T, D, queries>(p.shape, p.dq, info.slot, info.query0, warpgroup, [&](int n) {
+      const float4 before = first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg(sums + n * 128);
+      return make_float4(before.x + dq[4 * n], before.y + dq[4 * n + 1], before.z + dq[4 * n + 2], before.w + dq[4 * n + 3]);
+    });
     return;
   }
-  const Shape& s = p.shape;
-  const float scale = s.negative ? -s.scale : s.scale;
-  const int query_blocks = (s.queries + queries - 1) / queries, row = info.slot / query_blocks;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int query = info.query0 + (queries == 128 ? 64 * warpgroup : 0) + 16 * warp + lane / 4;
-  const int column0 = (D == 128 ? 64 * warpgroup : 0) + 2 * (lane % 4);
-  T* const to = attention::row_of<T>(p.dq, row / s.heads, row % s.heads, query);
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
-    const float4 before = first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg(sums + n * 128);
-    if (query < s.queries)
-      store_pair(to, column0 + 8 * n, D, p.dq.paired, (before.x + dq[4 * n]) * scale, (before.y + dq[4 * n + 1]) * scale);
-    if (query + 8 < s.queries)
-      store_pair(to + 8 * p.dq.stride[2], column0 + 8 * n, D, p.dq.paired, (before.z + dq[4 * n + 2]) * scale,
-                 (before.w + dq[4 * n + 3]) * scale);
+    const float part[4] = {dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]};
+    if (first)
+      __stcg(sums + n * 128, make_float4(part[0], part[1], part[2], part[3]));
+    else
+      attention::add_in_turn(sums + n * 128, part);
   }
 }
 
@@ -100,7 +85,7 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     return base + (Tiles::pooled ? Tiles::dout_at : Tiles::scores_at) + stage * Tiles::scores_bytes;
   };
   StepInfo before{};
-  std::uint32_t count = 0, staged = 0, direct = 0;  // steps; of them with dq through shared memory, and without
+  std::uint32_t count = 0;  // of steps
 
   const auto start_dq = [&] {
     if (count > 0) Barrier::wait(&control.ds[(count - 1) % 2], (count - 1) / 2 % 2);
@@ -115,14 +100,14 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     pin(dq);
     if (count == 0) return;
     if (lane == 0) control.q.release(q_before), scores_ring.release(scores_before);
-    if (p.dq_at > 0 && !(before.flags & step_last)) {
-      Barrier::wait(&control.dq_free, staged++ % 2 ^ 1);
+    if (values == Values::one || p.dq_at > 0) {
+      Barrier::wait(&control.dq_free, (count - 1) % 2 ^ 1);
       float4* const to = reinterpret_cast<float4*>(shared + p.dq_at) + warpgroup * (Tiles::dq_elements / 8) + threadIdx.x % 128;
 #pragma unroll
       for (int n = 0; n < 8; ++n) to[n * 128] = make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]);
       fence_async();
     } else {
-      Barrier::wait(&control.turn, direct++ % 2);
+      Barrier::wait(&control.turn, (count - 1) % 2);
       add_dq<T, D, queries>(p, before, dq, warpgroup);
     }
     __syncwarp();

@@ -141,7 +141,7 @@ __device__ __forceinline__ void owner_take_turns(const OwnerParams& p, char* sha
           (batch * s.heads + kv_head * s.group + step.head) * static_cast<std::int64_t>(query_blocks) + step.block;
       int* const turns = p.turns + slot;
       const int turn = block - met.first;
-      if (p.dq_at > 0 && block != met.last) {
+      if (values == Values::one || p.dq_at > 0) {
         if (turn > 0) attention::wait_for_turn(turns, turn);  // while the consumers still compute
         Barrier::wait(&control.added, phase);                 // to shared memory
         send_to_sums(p.dq_sums + slot * Tiles::dq_elements, shared_address(shared + p.dq_at), Tiles::dq_bytes, turn == 0);

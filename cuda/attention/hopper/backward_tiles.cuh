@@ -72,7 +72,7 @@ struct OwnerTiles {
   static constexpr bool fits(int layers) { return dout_stages(layers) >= least_stages; }
   static constexpr int dq_at(int layers) { return dout_at + dout_stages(layers) * stage_bytes + values_bytes(layers); }
   static constexpr int shared_bytes(int layers) { return dq_at(layers) + (staged(layers) ? dq_bytes : 0); }
-  static_assert(fits(1));
+  static_assert(fits(1) && (values != Values::one || staged(1)));
 };
 
 // What the producer says about a step.

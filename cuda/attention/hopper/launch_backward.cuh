@@ -78,6 +78,11 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   }
   launch(function, owner_kernel<T, D, from_probs, values>, attention::blocks_of(params.schedule), backward_threads,
          Tiles::shared_bytes(p.layers), stream, params);
+  if (params.dq_at > 0) {
+    const unsigned blocks = static_cast<unsigned>(s.batch) * s.heads * attention::ceil_div(s.queries, Tiles::queries);
+    launch(function, round_dq_kernel<T, D, Tiles::queries, Tiles::keys>, blocks, round_threads, 0, stream,
+           RoundParams{s, p.dq, p.dq_sums});
+  }
 }
 
 template <class T, int D, bool from_probs>
