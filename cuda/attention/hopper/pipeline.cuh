@@ -41,9 +41,7 @@ struct Ring {
   __device__ __forceinline__ void expect(const Turn<Stages>& turn, int bytes) {
     Barrier::arrive_and_expect_tx(&full[turn.stage], static_cast<std::uint32_t>(bytes));
   }
-  // By a whole warp where each lane is a producer, for it has stored something: each answers for its own stores. (One lane
-  // could for all, behind __syncwarp; but where the bytes of TMA complete the stage, racecheck loses sight of the others'
-  // stores.)
+  // By a whole warp where each lane is a producer, for it has stored something: each answers for its own stores.
   __device__ __forceinline__ void expect_by_warp(const Turn<Stages>& turn, int bytes) {
     if (threadIdx.x % 32 == 0)
       expect(turn, bytes);
