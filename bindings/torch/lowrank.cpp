@@ -17,6 +17,8 @@ struct Cpu {
   static constexpr auto addmm_out = aoti_torch_cpu_addmm_out;
   static lowrank::Limits limits(DType dtype) { return lowrank::limits(dtype); }
   static bool takes(const lowrank::Linear&) { return true; }
+  static bool takes(const lowrank::InputGradient&) { return false; }
+  static void run(const lowrank::InputGradient&, const Tensor&) {}
   static void run(const lowrank::Linear& args, const Tensor&) { lowrank::linear(args, threads()); }
   static void run(const lowrank::Activate& args, const Tensor&) { lowrank::activate(args, threads()); }
   static void run(const lowrank::ActivateBackward& args, const Tensor&) { lowrank::activate_backward(args, threads()); }

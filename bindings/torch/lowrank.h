@@ -1,5 +1,5 @@
 // The lowrank family as torch ops: check, choose, allocate, call. One template serves the CPU and the CUDA library; a Backend
-// says where its fused kernel is the fastest way (`limits`) and how to run a kernel (`run`). The products beyond it are
+// says where its fused kernel is the fastest way (`limits`) and (`takes`) and how to run a kernel (`run`). The products beyond it are
 // torch's.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -132,9 +132,20 @@ struct LowrankOps {
     if (want_up) dup = product(transposed(dz), hidden);
     if (want_bias) dbias = torch::stable::sum(dz, std::array<std::int64_t, 1>{0});
     if (want_x || want_down) {
-      const Tensor dhidden = product(dz, up);
+      Tensor dhidden;
+      lowrank::InputGradient args{view(dz, f, "dz"), vdown, vup, {}, nullptr};
+      if (want_x && Backend::takes(args)) {
+        dx = empty(x, {vx.size[0], vx.size[1]}, x.scalar_type());
+        args.dx = view(dx, f, "dx");
+        if (want_down)
+          args.dhidden = (dhidden = empty(x, {vx.size[0], vdown.size[0]}, x.scalar_type())).mutable_data_ptr();
+        Backend::run(args, x);
+      } else {
+        dhidden = product(dz, up);
+        if (want_x) dx = product(dhidden, down);
+      }
+      if (want_x) dx = as_shape(dx, x, vx.size[1]);
       if (want_down) ddown = product(transposed(dhidden), rows);
-      if (want_x) dx = as_shape(product(dhidden, down), x, vx.size[1]);
     }
     for (Tensor* t : {&dx, &ddown, &dup, &dbias})
       if (!t->defined()) *t = empty(x, {0}, x.scalar_type());

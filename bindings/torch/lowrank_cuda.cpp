@@ -22,6 +22,8 @@ struct Cuda {
   static lowrank::Limits limits(DType dtype) { return cuda::lowrank::limits(dtype); }
   static bool takes(const lowrank::Linear& args) { return cuda::lowrank::takes(args); }
   static void run(const lowrank::Linear& args, const Tensor& on) { call(cuda::lowrank::linear, args, on); }
+  static bool takes(const lowrank::InputGradient& args) { return cuda::lowrank::takes(args); }
+  static void run(const lowrank::InputGradient& args, const Tensor& on) { call(cuda::lowrank::input_gradient, args, on); }
   static void run(const lowrank::Activate& args, const Tensor& on) { call(cuda::lowrank::activate, args, on); }
   static void run(const lowrank::ActivateBackward& args, const Tensor& on) { call(cuda::lowrank::activate_backward, args, on); }
 };

@@ -41,6 +41,15 @@ struct ActivateBackward {
   Activation activation = Activation::none;
 };
 
+// dhidden = dz up, dx = dhidden down
+struct InputGradient {
+  TensorView dz;            // [rows, out]
+  TensorView down;          // [rank, in]
+  TensorView up;            // [out, rank]
+  TensorView dx;            // [rows, in]
+  void* dhidden = nullptr;  // [rows, rank] contiguous in dz's dtype, or null
+};
+
 // Throw std::invalid_argument with `function` in front.
 void check_linear(const char* function, const TensorView& x, const TensorView& down, const TensorView& up,
                   const TensorView* bias, std::int64_t activation);

@@ -8,6 +8,7 @@ namespace effcore::cuda::lowrank {
 
 using effcore::lowrank::Activate;
 using effcore::lowrank::ActivateBackward;
+using effcore::lowrank::InputGradient;
 using effcore::lowrank::Limits;
 using effcore::lowrank::Linear;
 
@@ -15,8 +16,11 @@ using effcore::lowrank::Linear;
 Limits limits(DType dtype);
 // Whether the kernel can take this problem's memory: rows at multiples of 16 bytes.
 bool takes(const Linear& args);
+// The same, and whether it is the faster way. dx and dhidden are not looked at.
+bool takes(const InputGradient& args);
 
 void linear(const Linear& args, const Launch& launch);
+void input_gradient(const InputGradient& args, const Launch& launch);
 void activate(const Activate& args, const Launch& launch);
 void activate_backward(const ActivateBackward& args, const Launch& launch);
 

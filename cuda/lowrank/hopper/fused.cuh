@@ -1,0 +1,361 @@
+// out [M, N] = f(x first second + bias) in one pass over x on sm_90a: the intermediate H = x first [M, R] stays in registers.
+//
+// A cluster of two blocks owns 256 rows of x, a block 128, a warpgroup 64:
+//   1.  H [64, R] += x tile [64, 64] first tile [64, R]          over the depth in steps of 64, operands in shared memory
+//   2.  out tile [64, 128] = H second tile [R, 128]              over N in steps of 128; H, rounded, is the register operand
+// All operands come as panels of 16 KiB through one ring, which a producer warp fills by TMA across steps, phases and pieces of
+// work, so that the next one's panels arrive while a result is still on its way out. Panels of the factors serve both blocks:
+// each fetches one half and multicasts it. A product of phase 2 runs while the tile before it gets its bias and activation,
+// and leaves by TMA, a warp at a time.
+//
+// Bound, M = 16384, 768 -> 3072 in bf16: x and out are 126 MB, 29 us at 4.3 TB/s; 2 M R (768 + 3072) operations are 16 us at R
+// = 128 and 32 us at 256 of 1 PFLOP/s; a cluster reads the factors from the L2 cache, M / 256 times 2 R (768 + 3072) bytes: 11
+// and 23 us at 5.5 TB/s. Two library products move H as well, and out's bound is met by the second of them alone.
+#pragma once
+#include <cute/arch/cluster_sm90.hpp>
+
+#include "attention/hopper/pipeline.cuh"
+#include "attention/hopper/wgmma.cuh"
+#include "lowrank/activation.cuh"
+
+namespace effcore::cuda::lowrank::hopper {
+
+namespace sm90 = effcore::cuda::hopper;
+
+// A panel is two boxes of 64 x 64. Its rows are rows of x or of a factor; of a transposed factor, one box's columns follow the
+// other's.
+constexpr int cluster_blocks = 2, warpgroups = 2, block_rows = 64 * warpgroups, cluster_rows = cluster_blocks * block_rows;
+constexpr int box = 64, box_elements = box * box, panel_elements = 2 * box_elements, panel_bytes = 2 * panel_elements;
+constexpr int tile_columns = 128, warp_rows = 16, staged_elements = warp_rows * box;
+constexpr int stages = 12, consumer_warps = 4 * warpgroups, threads = 128 * (warpgroups + 1);
+constexpr int consumer_registers = 240, producer_registers = 24;
+
+struct FusedParams {
+  CUtensorMap x, first, second;     // boxes of 64 x 64
+  CUtensorMap out, hidden, before;  // boxes of 16 rows
+  const void* bias;
+  int rows, rank, columns;
+  int first_steps;    // of 64, along the depth
+  int split_columns;  // of one piece of work; a multiple of the tile's
+  int splits, pieces;
+  Activation activation;
+  bool keeps_hidden, keeps_before;
+};
+
+template <class T>
+struct FusedShared {
+  T panels[stages][panel_elements];
+  T staged[consumer_warps][2][staged_elements];  // a warp's rows of a tile, in columns of 64
+  sm90::Ring<stages> ring;
+};
+
+// The part of the result that a cluster computes at a time.
+struct Piece {
+  int row0, column0, column_end;
+  __device__ Piece(const FusedParams& p, int piece)
+      : row0(piece / p.splits * cluster_rows),
+        column0(piece % p.splits * p.split_columns),
+        column_end(min(column0 + p.split_columns, p.columns)) {}
+};
+
+// H's columns come in parts of one instruction's width.
+template <int Rank>
+struct Parts {
+  static constexpr int count = (Rank + 127) / 128, width = Rank / count;
+};
+
+template <class T, int Rank, bool transposed>
+struct FusedProducer {
+  FusedShared<T>& shared;
+  const FusedParams& p;
+  const int block;  // of the cluster
+  sm90::Turn<stages> turn;
+
+  // By one thread.
+  __device__ void run(int cluster, int clusters) {
+    // Pieces of the same rows run side by side and find x in the L2 cache.
+    const auto keep = p.splits > 1 ? sm90::Keep::last : sm90::Keep::first;
+    for (int i = cluster; i < p.pieces; i += clusters) {
+      const Piece piece(p, i);
+#pragma unroll 1
+      for (int step = 0; step < p.first_steps; ++step) {
+        T* const to = begin();
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half)
+          cute::SM90_TMA_LOAD_2D::copy(&p.x, full(), static_cast<std::uint64_t>(keep), to + half * box_elements, step * box,
+                                       piece.row0 + block * block_rows + half * box);
+        turn.next();
+#pragma unroll 1
+        for (int part = 0; part < Parts<Rank>::count; ++part) factor(p.first, step * box, part * Parts<Rank>::width);
+      }
+#pragma unroll 1
+      for (int n = piece.column0; n < piece.column_end; n += tile_columns)
+#pragma unroll 1
+        for (int r = 0; r < Rank; r += box) factor(p.second, r, n);
+    }
+  }
+
+ private:
+  __device__ T* begin() {
+    shared.ring.wait_empty(turn);
+    shared.ring.expect(turn, panel_bytes);
+    return shared.panels[turn.stage];
+  }
+  __device__ sm90::BarrierWord* full() { return &shared.ring.full[turn.stage]; }
+
+  // 64 of the product's depth, 128 of its columns: this block's half of them, for both blocks.
+  __device__ void factor(const CUtensorMap& map, int depth, int column) {
+    T* const to = begin() + block * box_elements;
+    column += block * box;
+    cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, full(), (1 << cluster_blocks) - 1, static_cast<std::uint64_t>(sm90::Keep::last),
+                                           to, transposed ? column : depth, transposed ? depth : column);
+    turn.next();
+  }
+};
+
+template <class T, int Rank, bool transposed>
+struct FusedConsumer {
+  static constexpr int parts = Parts<Rank>::count, width = Parts<Rank>::width, panels = Rank / box;
+  using Factor = sm90::SharedOperand<transposed>;
+  using Block = std::uint32_t[4][4];  // 64 columns of a warpgroup's rows, rounded: a register operand of four products
+  using Tile = float[tile_columns / 2];
+
+  FusedShared<T>& shared;
+  const FusedParams& p;
+  const int block, warpgroup, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+  sm90::Turn<stages> turn, read;  // the next panel; the next to be released
+  int row = 0;                    // of the warp
+
+  __device__ FusedConsumer(FusedShared<T>& shared_, const FusedParams& p_, int block_, int warpgroup_)
+      : shared(shared_), p(p_), block(block_), warpgroup(warpgroup_) {}
+
+  __device__ __forceinline__ void run(int cluster, int clusters) {
+    for (int i = cluster; i < p.pieces; i += clusters) {
+      const Piece piece(p, i);
+      row = piece.row0 + block * block_rows + warp * warp_rows;
+      Block h[panels];
+      intermediate(h);
+      if (p.keeps_hidden && piece.column0 == 0) {
+#pragma unroll
+        for (int q = 0; q < panels; ++q) {
+          if (q * box >= p.rank) break;
+          stage<1>(q % 2, h[q]);
+          send(p.hidden, q % 2, q * box);
+        }
+        if (lane == 0) cute::tma_store_wait<0>();  // whichever half was the last
+      }
+      columns(h, piece);
+    }
+    if (lane == 0) cute::tma_store_wait<0>();
+  }
+
+ private:
+  __device__ __forceinline__ std::uint32_t panel() {
+    shared.ring.wait_full(turn);
+    const std::uint32_t address = shared_address(shared.panels[turn.stage]);
+    turn.next();
+    return address;
+  }
+  // Awaited all at once: a wait among products would cost them a fence each.
+  template <int Count>
+  __device__ __forceinline__ void factors(std::uint32_t (&addresses)[Count]) {
+#pragma unroll
+    for (std::uint32_t& address : addresses) address = panel();
+  }
+  __device__ __forceinline__ static Factor factor(std::uint32_t address) {
+    return Factor(address, transposed ? box : 2 * box, false);
+  }
+
+  // To the producers of both blocks.
+  __device__ __forceinline__ void release(int count) {
+    for (int i = 0; i < count; ++i, read.next())
+      if (lane < cluster_blocks) sm90::Barrier::arrive(&shared.ring.empty[read.stage], static_cast<std::uint32_t>(lane), 1);
+  }
+
+  // Accumulators begin as something known, or what they held in the piece before would have to stay.
+  template <int Tiles, int Count>
+  __device__ __forceinline__ static void clear(float (&tiles)[Tiles][Count]) {
+#pragma unroll
+    for (auto& tile : tiles)
+#pragma unroll
+      for (float& x : tile) x = 0.0f;
+  }
+
+  __device__ __forceinline__ void intermediate(Block (&h)[panels]) {
+    float sums[parts][width / 2];
+    clear(sums);
+    for (int step = 0; step < p.first_steps; ++step) {
+      const sm90::SharedOperand<false> x(panel() + static_cast<std::uint32_t>(warpgroup * box * 128), box, false);
+      std::uint32_t first[parts];
+      factors(first);
+#pragma unroll
+      for (int part = 0; part < parts; ++part) sm90::pin(sums[part]);
+      sm90::wgmma_begin();
+#pragma unroll
+      for (int part = 0; part < parts; ++part)
+        sm90::multiply<T, width, 4, false, transposed>(sums[part], x, factor(first[part]), true);
+      sm90::wgmma_commit();
+      sm90::wgmma_wait<1>();
+      if (step > 0) release(1 + parts);
+    }
+    sm90::wgmma_wait<0>();
+    release(1 + parts);
+#pragma unroll
+    for (int part = 0; part < parts; ++part) {
+      sm90::pin(sums[part]);
+#pragma unroll
+      for (int k = 0; k < width / 16; ++k) {
+        constexpr int blocks = width / 16;
+        const int at = part * blocks + k;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) h[at / 4][at % 4][e] = pack<T>(sums[part][8 * k + 2 * e], sums[part][8 * k + 2 * e + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void columns(const Block (&h)[panels], const Piece& piece) {
+    Tile tile_of[2];
+    clear(tile_of);
+    Tile &even = tile_of[0], &odd = tile_of[1];
+    const int tiles = (piece.column_end - piece.column0 + tile_columns - 1) / tile_columns;
+    const auto column = [&](int tile) { return piece.column0 + tile * tile_columns; };
+    start(even, h);
+    int tile = 1;
+    for (; tile + 1 < tiles; tile += 2) {
+      start(odd, h);
+      finish<1>(even, column(tile - 1));
+      start(even, h);
+      finish<1>(odd, column(tile));
+    }
+    if (tile < tiles) {
+      start(odd, h);
+      finish<1>(even, column(tile - 1));
+      finish<0>(odd, column(tile));
+    } else {
+      finish<0>(even, column(tile - 1));
+    }
+  }
+
+  __device__ __forceinline__ void start(Tile& tile, const Block (&h)[panels]) {
+    std::uint32_t second[panels];
+    factors(second);
+    sm90::pin(tile);
+    sm90::wgmma_begin();
+#pragma unroll
+    for (int q = 0; q < panels; ++q)
+      sm90::multiply<T, tile_columns, 4, transposed>(tile, h[q], factor(second[q]), q > 0);
+    sm90::wgmma_commit();
+  }
+
+  // A tile whose product is the last but `Pending`.
+  template <int Pending>
+  __device__ __forceinline__ void finish(Tile& tile, int column) {
+    std::uint32_t bias[tile_columns / 8];
+#pragma unroll
+    for (int j = 0; j < tile_columns / 8; ++j) {
+      const int c = column + 8 * j + 2 * (lane % 4);
+      bias[j] = 0;
+      if (p.bias != nullptr && c < p.columns)
+        bias[j] = __ldg(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(p.bias) + c));
+    }
+    sm90::wgmma_wait<Pending>();
+    sm90::pin(tile);
+    release(panels);
+    const bool plain = p.activation == Activation::none;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Block values;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const int j = half * 8 + i / 2;  // pairs of eight columns: the row's and that of the row eight below
+        const float2 b = unpack<T>(bias[j]);
+        values[i / 4][i % 4] = pack<T>(tile[half * 32 + 2 * i] + b.x, tile[half * 32 + 2 * i + 1] + b.y);
+      }
+      if (plain) {
+        stage<1>(half, values);
+        send(p.out, half, column + half * box);
+      } else {
+        stage<0>(half, values);
+      }
+    }
+    if (plain) return;
+    // The activation comes last, on what is rounded, as it does where layers are separate: its code exists once a tile instead
+    // of once an accumulator.
+    if (p.keeps_before) {
+      send(p.before, 0, column);
+      send(p.before, 1, column + box);
+      if (lane == 0) cute::tma_store_wait<0>();
+    }
+    __syncwarp();
+    dispatch(p.activation, [&](auto f) { activate<decltype(f)::value>(); });
+    send(p.out, 0, column);
+    send(p.out, 1, column + box);
+  }
+
+  // Into the warp's own memory, once all but `Pending` of what it sent from there have left.
+  template <int Pending>
+  __device__ __forceinline__ void stage(int half, const Block& values) {
+    if (lane == 0) cute::tma_store_wait<Pending>();
+    __syncwarp();
+    const int place = lane % 16, across = lane / 16;  // the row and chunk that the lane addresses
+    const std::uint32_t to = shared_address(shared.staged[warp][half]) + place * 128;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      asm volatile(
+          "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + ((2 * j + across) ^ place % 8) * 16),
+          "r"(values[j][0]), "r"(values[j][1]), "r"(values[j][2]), "r"(values[j][3])
+          : "memory");
+  }
+
+  __device__ __forceinline__ void send(const CUtensorMap& map, int half, int column) {
+    sm90::fence_async();
+    __syncwarp();
+    if (lane == 0) {
+      cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warp][half], column, row);  // what lies outside is left out
+      cute::tma_store_arrive();
+    }
+  }
+
+  template <Activation activation>
+  __device__ __forceinline__ void activate() {
+    if constexpr (activation != Activation::none) {
+      constexpr int count = 2 * staged_elements / (4 * 32);
+      uint2* const values = reinterpret_cast<uint2*>(shared.staged[warp][0]) + lane;
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        uint2 x = values[32 * i];
+        const float2 low = unpack<T>(x.x), high = unpack<T>(x.y);
+        x.x = pack<T>(value<activation>(low.x), value<activation>(low.y));
+        x.y = pack<T>(value<activation>(high.x), value<activation>(high.y));
+        values[32 * i] = x;
+      }
+    }
+  }
+};
+
+template <class T, int Rank, bool transposed>
+__global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(threads, 1)
+    lowrank_fused_kernel(const __grid_constant__ FusedParams p) {
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<FusedShared<T>*>(memory);
+  if (threadIdx.x == 0) {
+    shared.ring.init(cluster_blocks * consumer_warps);
+    cutlass::arch::fence_barrier_init();
+  }
+  cute::cluster_sync();
+  const int block = static_cast<int>(cute::block_rank_in_cluster());
+  const int cluster = static_cast<int>(blockIdx.x) / cluster_blocks, clusters = static_cast<int>(gridDim.x) / cluster_blocks;
+  const int warpgroup = sm90::uniform(static_cast<int>(threadIdx.x) / 128) - 1;
+  if (warpgroup < 0) {
+    cutlass::arch::warpgroup_reg_dealloc<producer_registers>();
+    if (threadIdx.x == 0) FusedProducer<T, Rank, transposed>{shared, p, block, {}}.run(cluster, clusters);
+    __syncwarp();
+    cute::cluster_sync();  // nobody ends while the other block still writes its memory or signals its barriers
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<consumer_registers>();
+    FusedConsumer<T, Rank, transposed>(shared, p, block, warpgroup).run(cluster, clusters);
+    cute::cluster_sync();
+  }
+}
+
+}  // namespace effcore::cuda::lowrank::hopper

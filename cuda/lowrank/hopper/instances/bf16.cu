@@ -1,0 +1,5 @@
+#include "lowrank/hopper/launch.cuh"
+
+namespace effcore::cuda::lowrank::hopper {
+template bool fused_instance<bf16>(const FusedProblem&, const Launch&);
+}  // namespace effcore::cuda::lowrank::hopper
