@@ -1,4 +1,7 @@
-"""ResNets at 2×: vanilla, timed ranks, freezing, merging, branching; images a second against the same model dense."""
+"""ResNets at 2×: vanilla, timed ranks, freezing, merging, branching; images a second against the same model dense.
+
+Beside each: what the paper gained, and what a roofline of every layer predicts on this chip (_low_rank_roofline).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import ceilings
+from benchmarks.claims import _low_rank_roofline as roofline
 from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import freeze
 from effcore.methods.low_rank_merge import branch, merge
@@ -47,7 +52,7 @@ def variants(dense: nn.Module, x: Tensor, training: bool) -> dict[str, Callable[
     multiple = 32 if x.is_cuda else 16
 
     def frozen(model: nn.Module) -> None:
-        low_rank.decompose(model, 2.0, multiple=1)
+        low_rank.decompose(model, 2.0, multiple=multiple)
         freeze(model)
 
     def branched(model: nn.Module) -> None:
@@ -56,7 +61,8 @@ def variants(dense: nn.Module, x: Tensor, training: bool) -> dict[str, Callable[
 
     timed = {"data": [x], "measure": "training" if training else "inference", "weighted": False}
     return {
-        "vanilla": made(lambda m: low_rank.decompose(m, 2.0, multiple=1)),
+        "vanilla": made(lambda m: low_rank.decompose(m, 2.0, multiple=1)),  # the paper's ranks: 38, 77, 154, 309
+        "multiples": made(lambda m: low_rank.decompose(m, 2.0, multiple=multiple)),
         "timed ranks": made(lambda m: low_rank.decompose(m, 2.0, **timed)),  # type: ignore[arg-type]
         "freezing": made(frozen),
         "merging": made(lambda m: merge(m, 2.0, multiple=multiple)),
@@ -85,8 +91,8 @@ def measure(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     dense = resnet(depth).to(device=device, dtype=dtype, memory_format=torch.channels_last).train(training)
     x = torch.randn(batch, 3, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    wrap = (lambda m: torch.compile(m)) if compiled else (lambda m: m)
-    baseline = wrap(dense)
+    rates = ceilings.measure(device, [dtype])
+    predicted_dense = roofline.seconds(dense, x, training, rates)
     rows: list[dict[str, Any]] = []
     for name, make in variants(dense, x, training).items():
         if only and only not in name:
@@ -94,7 +100,8 @@ def measure(
         begin = time.perf_counter()
         model = make()
         took = time.perf_counter() - begin
-        runs = {"dense": baseline, name: wrap(model)}
+        torch._dynamo.reset()  # or both share one limit of recompilations, and what comes last runs eager
+        runs = {n: torch.compile(m) if compiled else m for n, m in {"dense": dense, name: model}.items()}
         times: dict[str, list[float]] = {n: [] for n in runs}
         for _ in range(2):
             for m in runs.values():
@@ -104,6 +111,7 @@ def measure(
                 times[n].append(_seconds(m, x, training))
         ratio = statistics.median(a / b for a, b in zip(times["dense"], times[name], strict=True))
         paper = PAPER.get((depth, name))
+        predicted = predicted_dense / roofline.seconds(model, x, training, rates)
         rows.append(
             {
                 "model": f"ResNet-{depth}",
@@ -116,6 +124,8 @@ def measure(
                 "images_s_dense": batch / statistics.median(times["dense"]),
                 "images_s": batch / statistics.median(times[name]),
                 "ratio": ratio,
+                "ratio_roofline": predicted,
+                "seconds_dense_roofline": predicted_dense,
                 "paper_gain_percent": None if paper is None else paper[0 if training else 1],
                 "seconds_to_make": took,
             }
@@ -124,7 +134,8 @@ def measure(
         print(
             f"ResNet-{depth} {r['what']:9} {name:18} {r['parameters'] / 1e6:6.1f} of {r['parameters_dense'] / 1e6:.1f} M  "
             f"{r['gflops']:.2f} of {r['gflops_dense']:.2f} GFLOP  {r['images_s']:7.1f} of {r['images_s_dense']:.1f} images/s  "
-            f"{ratio:.2f}x" + ("" if paper is None else f"  (paper {1 + r['paper_gain_percent'] / 100:.2f}x)"),
+            f"{ratio:.2f}x  (roofline {predicted:.2f}x)"
+            + ("" if paper is None else f"  (paper {1 + r['paper_gain_percent'] / 100:.2f}x)"),
             flush=True,
         )
     return rows

@@ -23,6 +23,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
+from benchmarks import ceilings  # noqa: E402
+from benchmarks.case import Work  # noqa: E402
 from benchmarks.run import use_carried_libraries  # noqa: E402
 
 SHAPES = ((768, 3072), (3072, 768), (2048, 5632), (5632, 2048), (4096, 4096), (768, 768))
@@ -48,20 +50,9 @@ def times(ways: dict[str, Callable[[], Any]], flush: Tensor) -> dict[str, float]
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def ceilings(flush: Tensor) -> dict[str, float]:
-    """Bytes a second of a copy (read and written) and of a fill, and operations a second of a large product."""
-    source, to = (torch.zeros(256 << 20, dtype=torch.uint8, device="cuda") for _ in range(2))
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    t = times({"copy": lambda: to.copy_(source), "fill": to.zero_, "product": lambda: a @ b}, flush)
-    size = float(source.numel())
-    return {
-        "copy_bytes_s": 2 * size / t["copy"] * 1e6,
-        "fill_bytes_s": size / t["fill"] * 1e6,
-        "flops_s": 2 * 8192.0**3 / t["product"] * 1e6,
-    }
-
-
-def case(rows: int, features: int, rank: int, out: int, rates: dict[str, float], flush: Tensor) -> list[dict[str, Any]]:
+def case(
+    rows: int, features: int, rank: int, out: int, rates: ceilings.Ceilings, flush: Tensor
+) -> list[dict[str, Any]]:
     from effcore.ops.lowrank import lowrank_linear
 
     def random(*size: int, scale: float = 1.0) -> Tensor:
@@ -89,7 +80,7 @@ def case(rows: int, features: int, rank: int, out: int, rates: dict[str, float],
         ("forward", {name: forward(layer) for name, (layer, _) in layers.items()}, once, flops),
         ("forward and backward", {name: both(*layer) for name, layer in layers.items()}, once + again, 3 * flops),
     ):
-        bound = 1e6 * max(size / rates["copy_bytes_s"], work / rates["flops_s"])
+        bound = 1e6 * rates.seconds(Work(flops=work, bytes=size, dtype="bfloat16"))
         row = {"what": what, "rows": rows, "in": features, "rank": rank, "out": out, "bound": bound}
         result.append(row | times(ways, flush))
     return result
@@ -101,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     use_carried_libraries()
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    rates = ceilings(flush)
-    print({name: f"{rate / 1e12:.2f} T" for name, rate in rates.items()})
+    rates = ceilings.measure("cuda", [torch.bfloat16])
+    print(f"copy {rates.copy / 1e12:.2f} TB/s, product {rates.matmul['bfloat16'] / 1e12:.0f} TFLOP/s")
     table: list[dict[str, Any]] = []
     for features, out in SHAPES:
         for rank in RANKS:
@@ -118,7 +109,13 @@ def main(arguments: list[str] | None = None) -> int:
                         flush=True,
                     )
         if options.json:
-            report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rates": rates, "rows": table}
+            report = {
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "copy_bytes_s": rates.copy,
+                "product_flops_s": rates.matmul["bfloat16"],
+                "rows": table,
+            }
             options.json.write_text(json.dumps(report, indent=1))
     return 0
 

@@ -135,6 +135,15 @@ def test_merging_shrinks_and_trains():
         merge(model, 0.5)
 
 
+def test_merged_and_branched_convolutions_stay_channels_last():
+    model = resnet_with_statistics(True).to(memory_format=torch.channels_last)
+    merge(model, 2.0, multiple=1)
+    branched = nn.Sequential(LowRankConv2d(24, 32, 3, (16, 24), padding=1)).to(memory_format=torch.channels_last)
+    branch(branched, 4)
+    for name, weight in [*model.named_parameters(), *branched.named_parameters()]:
+        assert weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last), name
+
+
 def test_branching_keeps_the_blocks_and_says_what_it_drops():
     model = nn.Sequential(LowRankConv2d(24, 32, 3, (16, 24), padding=1))
     dense, x = model[0].weight.detach(), torch.randn(2, 24, 8, 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from effcore.methods.low_rank_factor import KernelFactors, MatrixFactors, svd_rank, tucker_ranks
 from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
 
+M = TypeVar("M", bound=nn.Module)
 Kind = Literal["linear", "conv1d", "pointwise", "conv"]
 Rank = int | tuple[int, int]
 # An image's colours or ten classes have no low rank to speak of; such layers are decomposed only where they are named.
@@ -96,9 +97,7 @@ class Layer:
             padding_mode=conv.padding_mode,
             **factory,
         )
-        if conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous():
-            new = new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return new
+        return as_laid_out(conv.weight, new)
 
     @torch.no_grad()
     def build(self, rank: Rank, factors: MatrixFactors | KernelFactors) -> LowRankLinear | LowRankConv2d:
@@ -206,6 +205,13 @@ def find(
         if pattern not in used:
             raise ValueError(f"effcore.decompose: include {pattern!r} matches no linear or convolution layer")
     return layers, stay
+
+
+def as_laid_out(weight: Tensor, new: M) -> M:
+    """``new`` in channels_last where a convolution's ``weight`` is; that of a 1×1 convolution says neither."""
+    if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+        return new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return new
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from effcore.methods.low_rank_factor import KernelFactors, relative_error, reorder, tucker_ranks
-from effcore.methods.low_rank_layers import replace
+from effcore.methods.low_rank_layers import as_laid_out, replace
 from effcore.methods.low_rank_ranks import snap
 from effcore.nn.low_rank import LowRankConv2d
 
@@ -83,7 +83,7 @@ def _conv(like: Conv, weight: Tensor, bias: Tensor) -> Conv:
         new.weight.copy_(weight)
         assert new.bias is not None
         new.bias.copy_(bias)
-    return new.train(like.training)
+    return as_laid_out(like.weight, new).train(like.training)
 
 
 def _norm(channels: int, like: Norm) -> Norm:
@@ -171,7 +171,7 @@ def branch(model: nn.Module, branches: int) -> dict[str, float]:
         if new.last.bias is not None and module.last.bias is not None:
             new.last.bias.copy_(module.last.bias)
         errors[name] = relative_error(module.weight, new.weight)
-        replace(model, name, new.train(module.training))
+        replace(model, name, as_laid_out(core, new).train(module.training))
     if not errors:
         raise ValueError(f"effcore.branch: no low-rank convolution has a core whose ranks {branches} divides")
     return errors
