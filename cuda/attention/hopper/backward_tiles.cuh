@@ -7,8 +7,8 @@
 #include <cuda.h>
 
 #include "attention/backward_tiles.cuh"
-#include "attention/hopper/pipeline.cuh"
-#include "attention/hopper/wgmma.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/wgmma.cuh"
 
 namespace effcore::cuda::hopper {
 

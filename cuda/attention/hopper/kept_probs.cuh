@@ -1,9 +1,9 @@
 // How a warp writes its 16 rows of probabilities to kept tiles of 64 x 64 (params.h: probs_tiles): through shared memory, where
 // TMA takes them, so that nobody waits for device memory.
 #pragma once
-#include "attention/hopper/pipeline.cuh"
 #include "attention/hopper/tensor_map.h"
-#include "attention/hopper/wgmma.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/wgmma.cuh"
 
 namespace effcore::cuda::hopper {
 

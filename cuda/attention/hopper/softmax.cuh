@@ -1,9 +1,9 @@
 // What a warpgroup does with a tile of scores in registers (layout: wgmma.cuh): mask, exponentials, row statistics; and how its
 // output leaves.
 #pragma once
-#include "attention/hopper/pipeline.cuh"
-#include "attention/hopper/wgmma.cuh"
 #include "attention/visibility.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/wgmma.cuh"
 
 namespace effcore::cuda::hopper {
 

@@ -1,6 +1,6 @@
 #include "attention/hopper/tensor_map.h"
-#include "attention/hopper/wgmma.cuh"
 #include "common/tensor_map.h"
+#include "hopper/wgmma.cuh"
 
 namespace effcore::cuda::hopper {
 namespace {

@@ -1,9 +1,9 @@
 // Tiles of a tensor in shared memory, in panels (wgmma.cuh), and which of them a block needs.
 #pragma once
-#include "attention/hopper/pipeline.cuh"
 #include "attention/hopper/tensor_map.h"
-#include "attention/hopper/wgmma.cuh"
 #include "attention/visibility.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/wgmma.cuh"
 
 namespace effcore::cuda::hopper {
 

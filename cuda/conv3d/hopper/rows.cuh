@@ -16,9 +16,9 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "attention/hopper/pipeline.cuh"
-#include "attention/hopper/wgmma.cuh"
 #include "conv3d/params.h"
+#include "hopper/pipeline.cuh"
+#include "hopper/wgmma.cuh"
 
 namespace effcore::cuda::conv3d::hopper {
 
