@@ -50,7 +50,9 @@ def _train(
         optimizer.step()
 
 
-def progressive(steps: int, recovery: int, seeds: int, width: int, layers: int, device: str) -> list[dict[str, Any]]:
+def progressive(
+    steps: int, recovery: int, seeds: list[int], width: int, layers: int, device: str
+) -> list[dict[str, Any]]:
     """A byte-level LLaMA trained on the standard library, its MLPs then a half and a quarter: equal size, equal tokens."""
     import transformers
 
@@ -62,7 +64,7 @@ def progressive(steps: int, recovery: int, seeds: int, width: int, layers: int, 
     train, held = (_windows(t, 256).to(device) for t in (corpus.train, corpus.validation))
     held = held[:: max(1, len(held) // 128)][:128]
     rows = []
-    for seed in range(seeds):
+    for seed in seeds:
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(
             vocab_size=len(tokenizer),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.case import Work, dtype_name
 from benchmarks.ceilings import Ceilings
+from effcore.nn.low_rank import LowRankConv2d
 
 KINDS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
@@ -24,21 +25,24 @@ def layers(model: nn.Module, x: Tensor, training: bool, ceilings: Ceilings) -> d
     seconds: dict[str, float] = {}
     batch = x.shape[0]
 
-    def product(name: str, module: Any, size: float, flops: float) -> None:
-        wanted = 1
+    def product(name: str, weights: list[Tensor], size: float, flops: float) -> None:
+        passes = 1.0
         if training:
-            wanted += (name != first) + module.weight.requires_grad
-        work = Work(flops=flops, bytes=size, dtype=dtype_name(module.weight.dtype))
-        seconds[name] = seconds.get(name, 0.0) + wanted * ceilings.seconds(work)
+            passes += (name != first) + sum(w.requires_grad for w in weights) / len(weights)
+        work = Work(flops=flops, bytes=size, dtype=dtype_name(weights[0].dtype))
+        seconds[name] = seconds.get(name, 0.0) + passes * ceilings.seconds(work)
 
     def hook(name: str) -> Any:
         def after(module: Any, inputs: tuple[Tensor, ...], out: Tensor) -> None:
             item = out.element_size()
             read, written = inputs[0].numel() * batch * item, out.numel() * batch * item
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                per_output = module.weight[0].numel()
-                flops = 2.0 * out.numel() * batch * per_output
-                product(name, module, read + written + module.weight.numel() * item, flops)
+            if isinstance(module, LowRankConv2d):  # a pair of 1x1 convolutions, with nothing in memory between them
+                pixels, rank = out.numel() * batch // out.shape[1], module.ranks[0]
+                flops = 2.0 * pixels * rank * (module.in_channels + module.out_channels)
+                product(name, [module.first.weight, module.last.weight], read + written, flops)
+            elif isinstance(module, nn.Conv2d | nn.Linear):
+                flops = 2.0 * out.numel() * batch * module.weight[0].numel()
+                product(name, [module.weight], read + written + module.weight.numel() * item, flops)
             else:
                 passes = 1 if not training else 4 if isinstance(module, nn.BatchNorm2d) else 2
                 residual = (2 if training else 1) * written if name in last_norms else 0
@@ -46,7 +50,9 @@ def layers(model: nn.Module, x: Tensor, training: bool, ceilings: Ceilings) -> d
 
         return after
 
-    names = [(n, m) for n, m in model.named_modules() if isinstance(m, KINDS)]
+    pairs = [(n, m) for n, m in model.named_modules() if isinstance(m, LowRankConv2d) and m.core is None]
+    inside = {id(child) for _, pair in pairs for child in pair.children()}
+    names = pairs + [(n, m) for n, m in model.named_modules() if isinstance(m, KINDS) and id(m) not in inside]
     first = next(n for n, m in names if isinstance(m, nn.Conv2d))
     blocks = [n for n, m in model.named_modules() if type(m).__name__ == "ResNetBottleNeckLayer"]
     last_norms = {f"{n}.layer.2.normalization" for n in blocks}

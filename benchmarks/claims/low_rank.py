@@ -32,9 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="(speed)")
     parser.add_argument("--only", default="", help="variants whose name holds this (speed)")
     parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
+    parser.add_argument("--no-inference", action="store_true", help="training alone (speed)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the dense model (progressive)")
     parser.add_argument("--recovery", type=int, default=200, help="training steps after decomposing (progressive)")
-    parser.add_argument("--seeds", type=int, default=3, help="(progressive)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(progressive)")
     parser.add_argument("--width", type=int, default=192, help="(progressive)")
     parser.add_argument("--layers", type=int, default=4, help="(progressive)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.25, 1.5, 2.0], help="(smollm)")
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [
             row
             for depth in options.depths
-            for training in ((False,) if options.no_training else (False, True))
+            for training in (False, True)
+            if not (options.no_training if training else options.no_inference)
             for row in _low_rank_resnet.measure(
                 depth,
                 options.device,

@@ -1,9 +1,9 @@
 """`lowrank_linear` on a GPU over a grid of shapes and ranks, against two products of cuBLAS and against the dense layer.
 
-`python benchmarks/ops/lowrank_cuda.py [--json FILE]`. bfloat16, forward, and forward with all gradients. Times are a GPU's
-alone: work is queued behind a pause, so that launches hide; the L2 cache is cold. Beside them the bound: the larger of what the
-bytes (x, factors, out; x, out's gradient, x's gradient) take at the copy rate and the operations at a large product's rate,
-both measured here.
+`python benchmarks/ops/lowrank_cuda.py [--json FILE]`. bfloat16, forward, and forward with all gradients. Each way is a CUDA
+graph of its own, so that no time is one of launching; the L2 cache holds other data, which need not be written back. Beside
+them the bound: the larger of what the bytes (x, factors, out; x, out's gradient, x's gradient) take at the copy rate and the
+operations at a large product's rate, both measured here; and the rate of a fill, for most of these bytes are written.
 """
 
 from __future__ import annotations
@@ -33,25 +33,38 @@ ROWS = (1024, 2048, 4096, 8192, 16384, 65536)
 ROUNDS = 9
 
 
+def graph_of(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Its result with it: that memory must stay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
 def times(ways: dict[str, Callable[[], Any]], flush: Tensor) -> dict[str, float]:
     """Median microseconds of each, alternating."""
+    graphs = {name: graph_of(call) for name, call in ways.items()}
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(ROUNDS + 2):
-        for name, call in ways.items():
-            flush.zero_()
-            torch.cuda._sleep(300_000)
+    for _ in range(ROUNDS):
+        for name, (graph, _) in graphs.items():
+            flush.sum()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            call()
+            graph.replay()
             end.record()
             end.synchronize()
-            if round_ > 1:
-                taken[name].append(start.elapsed_time(end) * 1e3)
+            taken[name].append(start.elapsed_time(end) * 1e3)
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def case(
-    rows: int, features: int, rank: int, out: int, rates: ceilings.Ceilings, flush: Tensor
+    rows: int, features: int, rank: int, out: int, rates: ceilings.Ceilings, flush: Tensor, gradients: bool
 ) -> list[dict[str, Any]]:
     from effcore.ops.lowrank import lowrank_linear
 
@@ -75,11 +88,13 @@ def case(
     def both(layer: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(layer(), leaves, dout)
 
+    ways = {name: forward(layer) for name, (layer, _) in layers.items()}
+    passes = [("forward", ways, once, flops)]
+    if gradients:
+        ways = {name: both(*layer) for name, layer in layers.items()}
+        passes.append(("forward and backward", ways, once + again, 3 * flops))
     result = []
-    for what, ways, size, work in (
-        ("forward", {name: forward(layer) for name, (layer, _) in layers.items()}, once, flops),
-        ("forward and backward", {name: both(*layer) for name, layer in layers.items()}, once + again, 3 * flops),
-    ):
+    for what, ways, size, work in passes:
         bound = 1e6 * rates.seconds(Work(flops=work, bytes=size, dtype="bfloat16"))
         row = {"what": what, "rows": rows, "in": features, "rank": rank, "out": out, "bound": bound}
         result.append(row | times(ways, flush))
@@ -89,18 +104,24 @@ def case(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the numbers")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many")
+    parser.add_argument("--forward", action="store_true", help="no gradients")
     options = parser.parse_args(arguments)
     use_carried_libraries()
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    flush = torch.zeros(64 << 20, device="cuda")
+    fill = flush.nbytes / times({"fill": flush.clone().zero_}, flush)["fill"] * 1e6
     rates = ceilings.measure("cuda", [torch.bfloat16])
-    print(f"copy {rates.copy / 1e12:.2f} TB/s, product {rates.matmul['bfloat16'] / 1e12:.0f} TFLOP/s")
+    product = rates.matmul["bfloat16"]
+    print(f"copy {rates.copy / 1e12:.2f} TB/s, fill {fill / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s")
     table: list[dict[str, Any]] = []
-    for features, out in SHAPES:
-        for rank in RANKS:
+    for features, out in SHAPES[: options.shapes]:
+        for rank in options.ranks:
             if 2 * rank * (features + out) > features * out * 2:
                 continue
-            for rows in ROWS:
-                for row in case(rows, features, rank, out, rates, flush):
+            for rows in options.rows:
+                for row in case(rows, features, rank, out, rates, flush, not options.forward):
                     table.append(row)
                     print(
                         f"{row['what']:21} M={rows:6} {features:4}->{out:4} r={rank:3}  effcore {row['effcore']:7.1f} us  "
@@ -113,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
                 "device": torch.cuda.get_device_name(),
                 "torch": torch.__version__,
                 "copy_bytes_s": rates.copy,
-                "product_flops_s": rates.matmul["bfloat16"],
+                "fill_bytes_s": fill,
+                "product_flops_s": product,
                 "rows": table,
             }
             options.json.write_text(json.dumps(report, indent=1))

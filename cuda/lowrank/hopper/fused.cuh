@@ -5,8 +5,9 @@
 //   2.  out tile [64, 128] = H second tile [R, 128]              over N in steps of 128; H, rounded, is the register operand
 // All operands come as panels of 16 KiB through one ring, which a producer warp fills by TMA across steps, phases and pieces of
 // work, so that the next one's panels arrive while a result is still on its way out. Panels of the factors serve both blocks:
-// each fetches one half and multicasts it. A product of phase 2 runs while the tile before it gets its bias and activation,
-// and leaves by TMA, a warp at a time.
+// each fetches one half and multicasts it. In phase 2 the warpgroups take turns: one multiplies while the other gives its tile
+// bias and activation and sends it off by TMA. (Both in step, products and the rest added up instead of overlapping: a warp that
+// multiplies from registers is held until the product before has begun.)
 //
 // Bound, M = 16384, 768 -> 3072 in bf16: x and out are 126 MB, 29 us at 4.3 TB/s; 2 M R (768 + 3072) operations are 16 us at R
 // = 128 and 32 us at 256 of 1 PFLOP/s; a cluster reads the factors from the L2 cache, M / 256 times 2 R (768 + 3072) bytes: 11
@@ -14,8 +15,8 @@
 #pragma once
 #include <cute/arch/cluster_sm90.hpp>
 
-#include "attention/hopper/pipeline.cuh"
-#include "attention/hopper/wgmma.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/wgmma.cuh"
 #include "lowrank/activation.cuh"
 
 namespace effcore::cuda::lowrank::hopper {
@@ -26,13 +27,12 @@ namespace sm90 = effcore::cuda::hopper;
 // other's.
 constexpr int cluster_blocks = 2, warpgroups = 2, block_rows = 64 * warpgroups, cluster_rows = cluster_blocks * block_rows;
 constexpr int box = 64, box_elements = box * box, panel_elements = 2 * box_elements, panel_bytes = 2 * panel_elements;
-constexpr int tile_columns = 128, warp_rows = 16, staged_elements = warp_rows * box;
+constexpr int tile_columns = 128, warp_rows = 16;
 constexpr int stages = 12, consumer_warps = 4 * warpgroups, threads = 128 * (warpgroups + 1);
-constexpr int consumer_registers = 240, producer_registers = 24;
+constexpr int consumer_registers = 232, producer_registers = 40;
 
 struct FusedParams {
-  CUtensorMap x, first, second;     // boxes of 64 x 64
-  CUtensorMap out, hidden, before;  // boxes of 16 rows
+  CUtensorMap x, first, second, out, hidden, before;  // in boxes of 64 x 64
   const void* bias;
   int rows, rank, columns;
   int first_steps;    // of 64, along the depth
@@ -45,7 +45,7 @@ struct FusedParams {
 template <class T>
 struct FusedShared {
   T panels[stages][panel_elements];
-  T staged[consumer_warps][2][staged_elements];  // a warp's rows of a tile, in columns of 64
+  T staged[warpgroups][2][box_elements];  // a warpgroup's tile on its way out
   sm90::Ring<stages> ring;
 };
 
@@ -124,32 +124,40 @@ struct FusedConsumer {
   const FusedParams& p;
   const int block, warpgroup, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   sm90::Turn<stages> turn, read;  // the next panel; the next to be released
-  int row = 0;                    // of the warp
+  int row = 0;                    // of the warpgroup
 
   __device__ FusedConsumer(FusedShared<T>& shared_, const FusedParams& p_, int block_, int warpgroup_)
-      : shared(shared_), p(p_), block(block_), warpgroup(warpgroup_) {}
+      : shared(shared_), p(p_), block(block_), warpgroup(warpgroup_) {
+    if (warpgroup == 1) give_turn();
+  }
 
   __device__ __forceinline__ void run(int cluster, int clusters) {
     for (int i = cluster; i < p.pieces; i += clusters) {
       const Piece piece(p, i);
-      row = piece.row0 + block * block_rows + warp * warp_rows;
+      row = piece.row0 + block * block_rows + warpgroup * box;
       Block h[panels];
       intermediate(h);
       if (p.keeps_hidden && piece.column0 == 0) {
 #pragma unroll
-        for (int q = 0; q < panels; ++q) {
-          if (q * box >= p.rank) break;
-          stage<1>(q % 2, h[q]);
-          send(p.hidden, q % 2, q * box);
+        for (int q = 0; q < panels; q += 2) {
+          begin_staging();
+          stage(0, h[q]);
+          if (q + 1 < panels) stage(1, h[q + 1 < panels ? q + 1 : q]);
+          send(p.hidden, q * box, p.rank);
         }
-        if (lane == 0) cute::tma_store_wait<0>();  // whichever half was the last
       }
       columns(h, piece);
     }
-    if (lane == 0) cute::tma_store_wait<0>();
+    if (leader()) cute::tma_store_wait<0>();
   }
 
  private:
+  // Named barriers: whose turn it is to multiply; one of each warpgroup's own.
+  __device__ __forceinline__ void await_turn() const { cutlass::arch::NamedBarrier::sync(256, warpgroup); }
+  __device__ __forceinline__ void give_turn() const { cutlass::arch::NamedBarrier::arrive(256, 1 - warpgroup); }
+  __device__ __forceinline__ void meet() const { cutlass::arch::NamedBarrier::sync(128, 2 + warpgroup); }
+  __device__ __forceinline__ bool leader() const { return threadIdx.x % 128 == 0; }
+
   __device__ __forceinline__ std::uint32_t panel() {
     shared.ring.wait_full(turn);
     const std::uint32_t address = shared_address(shared.panels[turn.stage]);
@@ -237,6 +245,7 @@ struct FusedConsumer {
   }
 
   __device__ __forceinline__ void start(Tile& tile, const Block (&h)[panels]) {
+    await_turn();
     std::uint32_t second[panels];
     factors(second);
     sm90::pin(tile);
@@ -245,60 +254,60 @@ struct FusedConsumer {
     for (int q = 0; q < panels; ++q)
       sm90::multiply<T, tile_columns, 4, transposed>(tile, h[q], factor(second[q]), q > 0);
     sm90::wgmma_commit();
+    give_turn();
   }
 
   // A tile whose product is the last but `Pending`.
   template <int Pending>
   __device__ __forceinline__ void finish(Tile& tile, int column) {
-    std::uint32_t bias[tile_columns / 8];
+    std::uint32_t bias[tile_columns / 8] = {};
+    if (p.bias != nullptr) {
 #pragma unroll
-    for (int j = 0; j < tile_columns / 8; ++j) {
-      const int c = column + 8 * j + 2 * (lane % 4);
-      bias[j] = 0;
-      if (p.bias != nullptr && c < p.columns)
-        bias[j] = __ldg(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(p.bias) + c));
+      for (int j = 0; j < tile_columns / 8; ++j) {
+        const int c = column + 8 * j + 2 * (lane % 4);
+        if (c < p.columns) bias[j] = __ldg(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(p.bias) + c));
+      }
     }
     sm90::wgmma_wait<Pending>();
     sm90::pin(tile);
     release(panels);
-    const bool plain = p.activation == Activation::none;
+    if (p.bias != nullptr) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Block values;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int j = half * 8 + i / 2;  // pairs of eight columns: the row's and that of the row eight below
+      for (int j = 0; j < tile_columns / 8; ++j) {
         const float2 b = unpack<T>(bias[j]);
-        values[i / 4][i % 4] = pack<T>(tile[half * 32 + 2 * i] + b.x, tile[half * 32 + 2 * i + 1] + b.y);
+        tile[4 * j] += b.x, tile[4 * j + 1] += b.y, tile[4 * j + 2] += b.x, tile[4 * j + 3] += b.y;
       }
-      if (plain) {
-        stage<1>(half, values);
-        send(p.out, half, column + half * box);
+    }
+    Block values[2];
+#pragma unroll
+    for (int i = 0; i < tile_columns / 4; ++i) values[i / 16][i / 4 % 4][i % 4] = pack<T>(tile[2 * i], tile[2 * i + 1]);
+    begin_staging();
+    stage(0, values[0]);
+    stage(1, values[1]);
+    if (p.activation != Activation::none) {
+      // It comes last, on what is rounded, as it does where layers are separate: its code exists once a tile instead of once an
+      // accumulator.
+      if (p.keeps_before) {
+        send(p.before, column, p.columns);
+        begin_staging();
       } else {
-        stage<0>(half, values);
+        __syncwarp();
       }
+      dispatch(p.activation, [&](auto f) { activate<decltype(f)::value>(); });
     }
-    if (plain) return;
-    // The activation comes last, on what is rounded, as it does where layers are separate: its code exists once a tile instead
-    // of once an accumulator.
-    if (p.keeps_before) {
-      send(p.before, 0, column);
-      send(p.before, 1, column + box);
-      if (lane == 0) cute::tma_store_wait<0>();
-    }
-    __syncwarp();
-    dispatch(p.activation, [&](auto f) { activate<decltype(f)::value>(); });
-    send(p.out, 0, column);
-    send(p.out, 1, column + box);
+    send(p.out, column, p.columns);
   }
 
-  // Into the warp's own memory, once all but `Pending` of what it sent from there have left.
-  template <int Pending>
-  __device__ __forceinline__ void stage(int half, const Block& values) {
-    if (lane == 0) cute::tma_store_wait<Pending>();
-    __syncwarp();
+  // Once what the warpgroup sent from its memory before has left it.
+  __device__ __forceinline__ void begin_staging() const {
+    if (leader()) cute::tma_store_wait<0>();
+    meet();
+  }
+
+  // 64 columns of the warp's rows.
+  __device__ __forceinline__ void stage(int half, const Block& values) const {
     const int place = lane % 16, across = lane / 16;  // the row and chunk that the lane addresses
-    const std::uint32_t to = shared_address(shared.staged[warp][half]) + place * 128;
+    const std::uint32_t to = shared_address(shared.staged[warpgroup][half]) + (warp % 4 * warp_rows + place) * 128;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       asm volatile(
@@ -307,11 +316,13 @@ struct FusedConsumer {
           : "memory");
   }
 
-  __device__ __forceinline__ void send(const CUtensorMap& map, int half, int column) {
+  // What lies outside of the tensor is left out.
+  __device__ __forceinline__ void send(const CUtensorMap& map, int column, int columns) const {
     sm90::fence_async();
-    __syncwarp();
-    if (lane == 0) {
-      cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warp][half], column, row);  // what lies outside is left out
+    meet();
+    if (leader()) {
+      cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warpgroup][0], column, row);
+      if (column + box < columns) cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warpgroup][1], column + box, row);
       cute::tma_store_arrive();
     }
   }
@@ -319,15 +330,14 @@ struct FusedConsumer {
   template <Activation activation>
   __device__ __forceinline__ void activate() {
     if constexpr (activation != Activation::none) {
-      constexpr int count = 2 * staged_elements / (4 * 32);
-      uint2* const values = reinterpret_cast<uint2*>(shared.staged[warp][0]) + lane;
+      constexpr int values_of_lane = 4, count = warp_rows * box / (values_of_lane * 32);  // in one half
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        uint2 x = values[32 * i];
-        const float2 low = unpack<T>(x.x), high = unpack<T>(x.y);
-        x.x = pack<T>(value<activation>(low.x), value<activation>(low.y));
-        x.y = pack<T>(value<activation>(high.x), value<activation>(high.y));
-        values[32 * i] = x;
+      for (int i = 0; i < 2 * count; ++i) {
+        T* const half = shared.staged[warpgroup][i / count] + warp % 4 * warp_rows * box;
+        uint2& at = reinterpret_cast<uint2*>(half)[i % count * 32 + lane];
+        const float2 low = unpack<T>(at.x), high = unpack<T>(at.y);
+        at = make_uint2(pack<T>(value<activation>(low.x), value<activation>(low.y)),
+                        pack<T>(value<activation>(high.x), value<activation>(high.y)));
       }
     }
   }

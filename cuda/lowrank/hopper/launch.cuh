@@ -22,14 +22,14 @@ inline int splits(std::int64_t tiles, std::int64_t clusters, std::int64_t depth,
 }
 
 inline bool encode(CUtensorMap* map, DType dtype, const void* data, std::int64_t rows, std::int64_t columns,
-                   std::int64_t row_stride, int box_rows) {
+                   std::int64_t row_stride) {
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(rows > 1 ? row_stride : (columns + 7) / 8 * 8) * 2};
-  const cuuint32_t boxes[2] = {box, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t boxes[2] = {box, box};
   return encode_tensor_map(map, dtype, data, size, stride, boxes);
 }
-inline bool encode(CUtensorMap* map, const TensorView& t, int box_rows) {
-  return encode(map, t.dtype, t.data, t.size[0], t.size[1], t.stride[0], box_rows);
+inline bool encode(CUtensorMap* map, const TensorView& t) {
+  return encode(map, t.dtype, t.data, t.size[0], t.size[1], t.stride[0]);
 }
 
 template <class T, int Rank, bool transposed>
@@ -41,10 +41,10 @@ bool run(const FusedProblem& problem, const Launch& launch) {
   const std::int64_t rows = problem.out.size[0], columns = problem.out.size[1], depth = problem.x.size[1];
   const std::int64_t rank = problem.first.size[transposed ? 1 : 0];
   FusedParams p{};
-  if (!encode(&p.x, problem.x, box) || !encode(&p.first, problem.first, box) || !encode(&p.second, problem.second, box) ||
-      !encode(&p.out, problem.out, warp_rows) ||
-      (problem.hidden != nullptr && !encode(&p.hidden, dtype, problem.hidden, rows, rank, rank, warp_rows)) ||
-      (problem.before != nullptr && !encode(&p.before, dtype, problem.before, rows, columns, columns, warp_rows)))
+  if (!encode(&p.x, problem.x) || !encode(&p.first, problem.first) || !encode(&p.second, problem.second) ||
+      !encode(&p.out, problem.out) ||
+      (problem.hidden != nullptr && !encode(&p.hidden, dtype, problem.hidden, rows, rank, rank)) ||
+      (problem.before != nullptr && !encode(&p.before, dtype, problem.before, rows, columns, columns)))
     return false;
   p.bias = problem.bias;
   p.rows = static_cast<int>(rows), p.rank = static_cast<int>(rank), p.columns = static_cast<int>(columns);

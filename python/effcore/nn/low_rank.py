@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effcore.ops.lowrank import lowrank_linear
+from effcore.ops.lowrank import lowrank_linear, stays_on_chip
 
 Pair = tuple[int, int]
 
@@ -147,8 +147,19 @@ class LowRankConv2d(nn.Module):
         return self.last.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.last(x if self.core is None else self.core(x))
+        if self.core is not None:
+            return self.last(self.core(self.first(x)))
+        if self._is_linear and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            # A linear layer on pixels whose channels lie together: where one kernel does both products, it takes them as rows.
+            rows, down, up = x.permute(0, 2, 3, 1), self.first.weight.flatten(1), self.last.weight.flatten(1)
+            if stays_on_chip(rows, down, up):
+                return lowrank_linear(rows, down, up, self.last.bias).permute(0, 3, 1, 2)
+        return self.last(self.first(x))
+
+    @property
+    def _is_linear(self) -> bool:
+        first = self.first
+        return first.stride == (1, 1) and (first.padding in ("valid", "same", (0, 0)))
 
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments."""

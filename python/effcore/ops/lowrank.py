@@ -63,6 +63,11 @@ def lowrank_linear(
     return _autograd.lowrank_linear(x, down, up, bias, code)
 
 
+def stays_on_chip(x: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Whether :func:`lowrank_linear` of these is one kernel of a GPU, with x · downᵀ never in memory."""
+    return x.is_cuda and x.dtype == down.dtype == up.dtype and not _left_to_torch(x, down, up)
+
+
 def _left_to_torch(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Whether two products of torch's are the faster way. Called for each call of a layer, so it looks at little."""
     limits = _LIMITS.get((x.dtype, x.is_cuda))
