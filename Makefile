@@ -83,7 +83,7 @@ cuda-check: setup
 	$(BIN)/python tests/cuda/check_routing.py --sanitize
 	$(BIN)/python tests/cuda/check_conv3d.py --sanitize
 	$(BIN)/python tests/cuda/check_scan.py --sanitize
-	EFFCORE_LOWRANK_FUSED=1 $(BIN)/python tests/cuda/check_lowrank.py --sanitize
+	$(BIN)/python tests/cuda/check_lowrank.py --sanitize
 	$(BIN)/python tests/cuda/check_kronecker.py --sanitize
 
 clean:

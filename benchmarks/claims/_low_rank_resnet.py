@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ceilings
 from benchmarks.claims import _low_rank_roofline as roofline
+from benchmarks.ops import lowrank_cuda
 from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import freeze
 from effcore.methods.low_rank_merge import branch, merge
@@ -78,6 +79,12 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Any]:
     return torch.compile(space["call"])
 
 
+def _rates(device: str, dtype: torch.dtype) -> ceilings.Ceilings:
+    if device == "cuda":
+        return lowrank_cuda.ceilings(torch.zeros(64 << 20, device=device))[0]
+    return ceilings.measure(device, [dtype])
+
+
 def _seconds(model: nn.Module, call: Callable[[Tensor], Any], x: Tensor, training: bool) -> float:
     model.zero_grad(set_to_none=True)
     begin = time.perf_counter()
@@ -93,17 +100,16 @@ def _seconds(model: nn.Module, call: Callable[[Tensor], Any], x: Tensor, trainin
 
 def measure(
     depth: int, device: str, batch: int, *, training: bool, compiled: bool, rounds: int, only: str = "", size: int = 224
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     dense = resnet(depth).to(device=device, dtype=dtype, memory_format=torch.channels_last).train(training)
     x = torch.randn(batch, 3, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    rates = ceilings.measure(device, [dtype])
+    rates = _rates(device, dtype)
     baseline = _compiled(dense) if compiled else dense
     predicted_dense = roofline.seconds(dense, x, training, rates)
-    rows: list[dict[str, Any]] = []
     for name, make in variants(dense, x, training).items():
-        if only and only not in name:
+        if only and name not in only.split(","):
             continue
         begin = time.perf_counter()
         model = make()
@@ -119,25 +125,22 @@ def measure(
         ratio = statistics.median(a / b for a, b in zip(times["dense"], times[name], strict=True))
         paper = PAPER.get((depth, name))
         predicted = predicted_dense / roofline.seconds(model, x, training, rates)
-        rows.append(
-            {
-                "model": f"ResNet-{depth}",
-                "variant": name,
-                "what": "training" if training else "inference",
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "parameters_dense": sum(p.numel() for p in dense.parameters()),
-                "gflops": _gflops(model, x),
-                "gflops_dense": _gflops(dense, x),
-                "images_s_dense": batch / statistics.median(times["dense"]),
-                "images_s": batch / statistics.median(times[name]),
-                "ratio": ratio,
-                "ratio_roofline": predicted,
-                "seconds_dense_roofline": predicted_dense,
-                "paper_gain_percent": None if paper is None else paper[0 if training else 1],
-                "seconds_to_make": took,
-            }
-        )
-        r = rows[-1]
+        r: dict[str, Any] = {
+            "model": f"ResNet-{depth}",
+            "variant": name,
+            "what": "training" if training else "inference",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters_dense": sum(p.numel() for p in dense.parameters()),
+            "gflops": _gflops(model, x),
+            "gflops_dense": _gflops(dense, x),
+            "images_s_dense": batch / statistics.median(times["dense"]),
+            "images_s": batch / statistics.median(times[name]),
+            "ratio": ratio,
+            "ratio_roofline": predicted,
+            "seconds_dense_roofline": predicted_dense,
+            "paper_gain_percent": None if paper is None else paper[0 if training else 1],
+            "seconds_to_make": took,
+        }
         print(
             f"ResNet-{depth} {r['what']:9} {name:18} {r['parameters'] / 1e6:6.1f} of {r['parameters_dense'] / 1e6:.1f} M  "
             f"{r['gflops']:.2f} of {r['gflops_dense']:.2f} GFLOP  {r['images_s']:7.1f} of {r['images_s_dense']:.1f} images/s  "
@@ -145,7 +148,7 @@ def measure(
             + ("" if paper is None else f"  (paper {1 + r['paper_gain_percent'] / 100:.2f}x)"),
             flush=True,
         )
-    return rows
+        yield r
 
 
 def _gflops(model: nn.Module, x: Tensor) -> float:

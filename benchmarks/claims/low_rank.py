@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--depths", type=int, nargs="+", default=[50], choices=(50, 101, 152))
     parser.add_argument("--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu)")
     parser.add_argument("--rounds", type=int, default=7, help="(speed)")
-    parser.add_argument("--only", default="", help="variants whose name holds this (speed)")
+    parser.add_argument("--only", default="", help="some variants: merging,freezing (speed)")
     parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
     parser.add_argument("--no-inference", action="store_true", help="training alone (speed)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the dense model (progressive)")
@@ -43,36 +45,41 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the numbers")
     options = parser.parse_args(arguments)
     use_carried_libraries()
+    rows: list[dict[str, Any]] = []
+    for row in _rows(options):
+        rows.append(row)
+        if options.json:  # after each: these runs are long
+            machine = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+            report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "rows": rows}
+            options.json.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+def _rows(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     from benchmarks.claims import _low_rank_language, _low_rank_resnet
 
     cuda = options.device == "cuda"
-    if options.claim == "speed":
-        rows = [
-            row
-            for depth in options.depths
-            for training in (False, True)
-            if not (options.no_training if training else options.no_inference)
-            for row in _low_rank_resnet.measure(
-                depth,
-                options.device,
-                options.batch or (256 if cuda else 4),
-                training=training,
-                compiled=cuda,
-                rounds=options.rounds,
-                only=options.only,
-            )
-        ]
-    elif options.claim == "progressive":
-        rows = _low_rank_language.progressive(
+    if options.claim == "progressive":
+        return _low_rank_language.progressive(
             options.steps, options.recovery, options.seeds, options.width, options.layers, options.device
         )
-    else:
-        rows = _low_rank_language.smollm(tuple(options.ratios), options.device, options.windows)
-    if options.json:
-        machine = torch.cuda.get_device_name() if cuda else "cpu"
-        report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "rows": rows}
-        options.json.write_text(json.dumps(report, indent=1))
-    return 0
+    if options.claim == "smollm":
+        return _low_rank_language.smollm(tuple(options.ratios), options.device, options.windows)
+    return (
+        row
+        for depth in options.depths
+        for training in (False, True)
+        if not (options.no_training if training else options.no_inference)
+        for row in _low_rank_resnet.measure(
+            depth,
+            options.device,
+            options.batch or (256 if cuda else 4),
+            training=training,
+            compiled=cuda,
+            rounds=options.rounds,
+            only=options.only,
+        )
+    )
 
 
 if __name__ == "__main__":

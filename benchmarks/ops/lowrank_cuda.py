@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,13 +24,27 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
-from benchmarks import ceilings  # noqa: E402
 from benchmarks.case import Work  # noqa: E402
+from benchmarks.ceilings import Ceilings  # noqa: E402
 from benchmarks.run import use_carried_libraries  # noqa: E402
 
 SHAPES = ((768, 3072), (3072, 768), (2048, 5632), (5632, 2048), (4096, 4096), (768, 768))
 RANKS = (32, 64, 128, 192, 256)
 ROWS = (1024, 2048, 4096, 8192, 16384, 65536)
+# (rows, in, rank, out) of the 1x1 convolutions of ResNet-50 at 2x, 256 images
+POINTWISE = (
+    (802816, 64, 24, 256),
+    (802816, 256, 24, 64),
+    (802816, 256, 40, 128),
+    (200704, 128, 48, 512),
+    (200704, 512, 48, 128),
+    (200704, 512, 88, 256),
+    (50176, 256, 104, 1024),
+    (50176, 1024, 104, 256),
+    (50176, 1024, 168, 512),
+    (12544, 512, 208, 2048),
+    (12544, 2048, 208, 512),
+)
 ROUNDS = 9
 
 
@@ -63,8 +78,17 @@ def times(ways: dict[str, Callable[[], Any]], flush: Tensor) -> dict[str, float]
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
+def ceilings(flush: Tensor) -> tuple[Ceilings, float]:
+    """A large product's rate and a copy's, and a fill's bytes a second; as graphs, since a busy host is slow to launch."""
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    to = torch.empty_like(flush)
+    t = times({"product": lambda: a @ b, "copy": lambda: to.copy_(flush), "fill": to.zero_}, flush)
+    product, copy = 2 * 8192.0**3 / t["product"] * 1e6, 2 * flush.nbytes / t["copy"] * 1e6
+    return Ceilings({"bfloat16": product}, copy), flush.nbytes / t["fill"] * 1e6
+
+
 def case(
-    rows: int, features: int, rank: int, out: int, rates: ceilings.Ceilings, flush: Tensor, gradients: bool
+    rows: int, features: int, rank: int, out: int, rates: Ceilings, flush: Tensor, gradients: bool
 ) -> list[dict[str, Any]]:
     from effcore.ops.lowrank import lowrank_linear
 
@@ -107,32 +131,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many")
+    parser.add_argument("--everywhere", action="store_true", help="one kernel also where two products are faster")
+    parser.add_argument("--pointwise", action="store_true", help="ResNet-50's 1x1 convolutions as well")
     parser.add_argument("--forward", action="store_true", help="no gradients")
     options = parser.parse_args(arguments)
+    if options.everywhere:
+        os.environ["EFFCORE_LOWRANK_EVERYWHERE"] = "1"
     use_carried_libraries()
     flush = torch.zeros(64 << 20, device="cuda")
-    fill = flush.nbytes / times({"fill": flush.clone().zero_}, flush)["fill"] * 1e6
-    rates = ceilings.measure("cuda", [torch.bfloat16])
+    rates, fill = ceilings(flush)
     product = rates.matmul["bfloat16"]
     print(f"copy {rates.copy / 1e12:.2f} TB/s, fill {fill / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s")
     table: list[dict[str, Any]] = []
-    for features, out in SHAPES[: options.shapes]:
-        for rank in options.ranks:
-            if 2 * rank * (features + out) > features * out * 2:
-                continue
-            for rows in options.rows:
-                for row in case(rows, features, rank, out, rates, flush, not options.forward):
-                    table.append(row)
-                    print(
-                        f"{row['what']:21} M={rows:6} {features:4}->{out:4} r={rank:3}  effcore {row['effcore']:7.1f} us  "
-                        f"two {row['two']:7.1f} ({row['two'] / row['effcore']:.2f}x)  dense {row['dense']:7.1f} "
-                        f"({row['dense'] / row['effcore']:.2f}x)  {row['bound'] / row['effcore']:.0%} of the bound",
-                        flush=True,
-                    )
+    problems = [
+        (rows, features, rank, out)
+        for features, out in SHAPES[: options.shapes]
+        for rank in options.ranks
+        for rows in options.rows
+    ]
+    if options.pointwise:
+        problems = [*POINTWISE, *problems]
+    for problem in problems:
+        for row in case(*problem, rates, flush, not options.forward):
+            table.append(row)
+            print(
+                f"{row['what']:21} M={row['rows']:6} {row['in']:4}->{row['out']:4} r={row['rank']:3}  effcore "
+                f"{row['effcore']:7.1f} us  two {row['two']:7.1f} ({row['two'] / row['effcore']:.2f}x)  dense "
+                f"{row['dense']:7.1f} ({row['dense'] / row['effcore']:.2f}x)  {row['bound'] / row['effcore']:.0%} of the bound",
+                flush=True,
+            )
         if options.json:
             report = {
                 "device": torch.cuda.get_device_name(),
                 "torch": torch.__version__,
+                "everywhere": options.everywhere,
                 "copy_bytes_s": rates.copy,
                 "fill_bytes_s": fill,
                 "product_flops_s": product,

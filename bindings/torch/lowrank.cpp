@@ -15,7 +15,7 @@ struct Cpu {
   }
   static constexpr auto mm_out = aoti_torch_cpu_mm_out;
   static constexpr auto addmm_out = aoti_torch_cpu_addmm_out;
-  static lowrank::Limits limits(DType dtype) { return lowrank::limits(dtype); }
+  static std::span<const lowrank::Limits> limits(DType dtype) { return lowrank::limits(dtype); }
   static bool takes(const lowrank::Linear&) { return true; }
   static bool takes(const lowrank::InputGradient&) { return false; }
   static void run(const lowrank::InputGradient&, const Tensor&) {}

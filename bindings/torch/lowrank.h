@@ -1,5 +1,5 @@
 // The lowrank family as torch ops: check, choose, allocate, call. One template serves the CPU and the CUDA library; a Backend
-// says where its fused kernel is the fastest way (`limits`) and (`takes`) and how to run a kernel (`run`). The products beyond it are
+// says where its fused kernel is the fastest way (`limits`, `takes`) and how to run a kernel (`run`). The products beyond it are
 // torch's.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -72,7 +72,8 @@ struct LowrankOps {
     const ScalarType type = x.scalar_type();
     const bool save_before = save && args.activation > lowrank_activation::relu;
     Result r;
-    if (lowrank::within(Backend::limits(args.x.dtype), args) && Backend::takes(args)) {
+    if (lowrank::within(Backend::limits(args.x.dtype), args.x.dtype, n, args.x.size[1], rank, out_features) &&
+        Backend::takes(args)) {
       r.out = empty(x, {n, out_features}, type);
       args.out = view(r.out, f, "out");
       if (save) args.hidden = (r.hidden = empty(x, {n, rank}, type)).mutable_data_ptr();
@@ -152,10 +153,14 @@ struct LowrankOps {
     return {dx, ddown, dup, dbias};
   }
 
-  // [least_rows, most_rows, least_bytes, most_rank] for the dtype of `like`
+  // Of each box, in the order of Limits, for the dtype of `like`.
   static std::vector<std::int64_t> limits(const Tensor& like) {
-    const lowrank::Limits l = Backend::limits(dtype_of(like.scalar_type()));
-    return {l.least_rows, l.most_rows, l.least_bytes, l.most_rank};
+    std::vector<std::int64_t> all;
+    for (const lowrank::Limits& b : Backend::limits(dtype_of(like.scalar_type())))
+      for (const std::int64_t x : {b.least_rows, b.most_rows, b.least_bytes, b.least_rank, b.most_rank, b.least_in, b.most_in,
+                                   b.least_out, b.most_out})
+        all.push_back(x);
+    return all;
   }
 
   static void implement(torch::stable::detail::StableLibrary& m) {

@@ -9,12 +9,36 @@ namespace {
 
 constexpr const char* function = "lowrank_linear";
 
+// Measured on an H200 by benchmarks/ops/lowrank_cuda.py --everywhere, with launches hidden.
+constexpr Limits forward[] = {
+    {.least_rows = 4096, .most_rows = Limits::any, .least_rank = 193, .most_rank = 256, .least_in = 512, .most_in = 1024, .least_out = 2048, .most_out = 4096},
+    {.least_rows = 4096, .most_rows = 8192, .least_rank = 97, .most_rank = 128, .least_in = 512, .most_in = 1024, .least_out = 2048, .most_out = 4096},
+    {.least_rows = 16384, .most_rows = Limits::any, .least_rank = 97, .most_rank = 128, .least_in = 2048, .most_in = 4096, .least_out = 512, .most_out = 1024},
+    {.least_rows = 16384, .most_rows = Limits::any, .least_rank = 193, .most_rank = 256, .least_in = 2048, .most_in = 4096, .least_out = 512, .most_out = 1024},
+};
+constexpr Limits gradient[] = {
+    {.least_rows = 16384, .most_rows = Limits::any, .least_rank = 97, .most_rank = 256, .least_in = 512, .most_in = 1024, .least_out = 2048, .most_out = 4096},
+};
+constexpr Limits everywhere[] = {{.least_rows = 1, .most_rows = Limits::any, .most_rank = hopper::most_rank}};
+
+std::span<const Limits> boxes(std::span<const Limits> measured) {
+  static const bool all = [] {
+    const char* text = std::getenv("EFFCORE_LOWRANK_EVERYWHERE");
+    return text != nullptr && text[0] == '1';
+  }();
+  return all ? everywhere : measured;
+}
+
 bool on_hopper() {
 #ifdef EFFCORE_HOPPER
   return device_attribute(cudaDevAttrComputeCapabilityMajor, function) == 9;
 #else
   return false;
 #endif
+}
+
+bool usable(DType dtype) {
+  return (dtype == DType::bfloat16 || dtype == DType::float16) && on_hopper();
 }
 
 bool fused(const hopper::FusedProblem& problem, const Launch& launch) {
@@ -39,13 +63,8 @@ bool aligned(const TensorView& t) {
 
 }  // namespace
 
-Limits limits(DType dtype) {
-  Limits l;
-  if ((dtype != DType::bfloat16 && dtype != DType::float16) || !on_hopper()) return l;
-  l.least_rows = 256;
-  l.most_rows = std::int64_t{1} << 30;
-  l.most_rank = hopper::most_rank;
-  return l;
+std::span<const Limits> limits(DType dtype) {
+  return usable(dtype) ? boxes(forward) : std::span<const Limits>{};
 }
 
 bool takes(const Linear& args) {
@@ -62,9 +81,9 @@ void linear(const Linear& args, const Launch& launch) {
 }
 
 bool takes(const InputGradient& args) {
-  const Limits l = limits(args.dz.dtype);
-  const std::int64_t rows = args.dz.size[0];
-  if (rows < l.least_rows || rows > l.most_rows || args.down.size[0] > l.most_rank) return false;
+  if (!usable(args.dz.dtype) || !effcore::lowrank::within(boxes(gradient), args.dz.dtype, args.dz.size[0], args.up.size[0],
+                                                          args.down.size[0], args.down.size[1]))
+    return false;
   return aligned(args.dz) && aligned(args.up) && aligned(args.down);
 }
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+os.environ["EFFCORE_LOWRANK_EVERYWHERE"] = "1"  # small shapes too
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "python"))
 import effcore  # noqa: E402

@@ -5,6 +5,7 @@
 // threads.
 #pragma once
 #include <cstdint>
+#include <span>
 
 #include "effcore/tensor.h"
 #include "effcore/threads.h"
@@ -56,20 +57,27 @@ void check_linear(const char* function, const TensorView& x, const TensorView& d
 void check_like(const char* function, const char* argument, const TensorView& t, const TensorView& like, std::int64_t rows,
                 std::int64_t columns);
 
-// Where `linear` is faster than two products of a library, which packs the weights first: measured, and constants of the
-// machine and the dtype, so that a choice depends on shapes alone.
+// Shapes for which a kernel is faster than two products of a library: a box, measured. A few of them, constants of the machine
+// and the dtype, make the choice: it depends on shapes alone.
 struct Limits {
+  static constexpr std::int64_t any = std::int64_t{1} << 40;
   std::int64_t least_rows = 1, most_rows = 0;
   std::int64_t least_bytes = 0;  // of both factors
-  std::int64_t most_rank = std::int64_t{1} << 40;
+  std::int64_t least_rank = 0, most_rank = any;
+  std::int64_t least_in = 0, most_in = any, least_out = 0, most_out = any;
 };
-Limits limits(DType dtype);
-inline bool within(const Limits& limits, const Linear& args) {
-  const std::int64_t rows = args.x.size[0], rank = args.down.size[0], features = args.x.size[1] + args.up.size[0];
-  const std::int64_t size = args.x.dtype == DType::float64 ? 8 : args.x.dtype == DType::float32 ? 4 : 2;
-  return rows >= limits.least_rows && rows <= limits.most_rows && rank <= limits.most_rank &&
-         rank * features * size >= limits.least_bytes;
+inline bool within(std::span<const Limits> boxes, DType dtype, std::int64_t rows, std::int64_t in, std::int64_t rank,
+                   std::int64_t out) {
+  const std::int64_t bytes = rank * (in + out) * (dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2);
+  for (const Limits& b : boxes)
+    if (rows >= b.least_rows && rows <= b.most_rows && bytes >= b.least_bytes && rank >= b.least_rank && rank <= b.most_rank &&
+        in >= b.least_in && in <= b.most_in && out >= b.least_out && out <= b.most_out)
+      return true;
+  return false;
 }
+
+// Where `linear` is the faster way: the library packs the weights first.
+std::span<const Limits> limits(DType dtype);
 
 void linear(const Linear& args, const Threads& threads);
 void activate(const Activate& args, const Threads& threads);

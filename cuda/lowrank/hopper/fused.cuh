@@ -86,29 +86,34 @@ struct FusedProducer {
                                        piece.row0 + block * block_rows + half * box);
         turn.next();
 #pragma unroll 1
-        for (int part = 0; part < Parts<Rank>::count; ++part) factor(p.first, step * box, part * Parts<Rank>::width);
+        for (int part = 0; part < Parts<Rank>::count; ++part)
+          factor<Rank == box>(p.first, step * box, part * Parts<Rank>::width, step % cluster_blocks);
       }
 #pragma unroll 1
       for (int n = piece.column0; n < piece.column_end; n += tile_columns)
 #pragma unroll 1
-        for (int r = 0; r < Rank; r += box) factor(p.second, r, n);
+        for (int r = 0; r < Rank; r += box) factor<false>(p.second, r, n, 0);
     }
   }
 
  private:
-  __device__ T* begin() {
+  __device__ T* begin(int bytes = panel_bytes) {
     shared.ring.wait_empty(turn);
-    shared.ring.expect(turn, panel_bytes);
+    shared.ring.expect(turn, bytes);
     return shared.panels[turn.stage];
   }
   __device__ sm90::BarrierWord* full() { return &shared.ring.full[turn.stage]; }
 
-  // 64 of the product's depth, 128 of its columns: this block's half of them, for both blocks.
-  __device__ void factor(const CUtensorMap& map, int depth, int column) {
-    T* const to = begin() + block * box_elements;
-    column += block * box;
-    cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, full(), (1 << cluster_blocks) - 1, static_cast<std::uint64_t>(sm90::Keep::last),
-                                           to, transposed ? column : depth, transposed ? depth : column);
+  // 64 of the product's depth, 128 of its columns: this block's half of them, for both blocks. Or 64 columns: all from block
+  // `whose`.
+  template <bool half>
+  __device__ void factor(const CUtensorMap& map, int depth, int column, int whose) {
+    T* to = begin(half ? panel_bytes / 2 : panel_bytes);
+    if (!half) to += block * box_elements, column += block * box;
+    if (!half || whose == block)
+      cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, full(), (1 << cluster_blocks) - 1,
+                                             static_cast<std::uint64_t>(sm90::Keep::last), to, transposed ? column : depth,
+                                             transposed ? depth : column);
     turn.next();
   }
 };
@@ -222,29 +227,17 @@ struct FusedConsumer {
   }
 
   __device__ __forceinline__ void columns(const Block (&h)[panels], const Piece& piece) {
-    Tile tile_of[2];
-    clear(tile_of);
-    Tile &even = tile_of[0], &odd = tile_of[1];
-    const int tiles = (piece.column_end - piece.column0 + tile_columns - 1) / tile_columns;
-    const auto column = [&](int tile) { return piece.column0 + tile * tile_columns; };
-    start(even, h);
-    int tile = 1;
-    for (; tile + 1 < tiles; tile += 2) {
-      start(odd, h);
-      finish<1>(even, column(tile - 1));
-      start(even, h);
-      finish<1>(odd, column(tile));
-    }
-    if (tile < tiles) {
-      start(odd, h);
-      finish<1>(even, column(tile - 1));
-      finish<0>(odd, column(tile));
-    } else {
-      finish<0>(even, column(tile - 1));
+    Tile tile[1];
+    clear(tile);
+    for (int n = piece.column0; n < piece.column_end; n += tile_columns) {
+      multiply(tile[0], h);
+      finish(tile[0], n);
     }
   }
 
-  __device__ __forceinline__ void start(Tile& tile, const Block (&h)[panels]) {
+  // One tile at a time, and not a second set of sums for the next one's product: a warpgroup that is a tile ahead holds panels,
+  // and the ring has none to spare (2-7 % lost on an H200).
+  __device__ __forceinline__ void multiply(Tile& tile, const Block (&h)[panels]) {
     await_turn();
     std::uint32_t second[panels];
     factors(second);
@@ -257,8 +250,6 @@ struct FusedConsumer {
     give_turn();
   }
 
-  // A tile whose product is the last but `Pending`.
-  template <int Pending>
   __device__ __forceinline__ void finish(Tile& tile, int column) {
     std::uint32_t bias[tile_columns / 8] = {};
     if (p.bias != nullptr) {
@@ -268,7 +259,7 @@ struct FusedConsumer {
         if (c < p.columns) bias[j] = __ldg(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(p.bias) + c));
       }
     }
-    sm90::wgmma_wait<Pending>();
+    sm90::wgmma_wait<0>();
     sm90::pin(tile);
     release(panels);
     if (p.bias != nullptr) {

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# eigh on a GPU takes as long for any small matrix; up to about this size LAPACK is done before it (an H200 and two host cores).
+HOST_EIGH = 512
+
 
 def svd_rank(out_features: int, in_features: int, ratio: float) -> int:
     """The rank at which two factors have 1 / ratio of the weight's parameters, rounded down."""
@@ -60,8 +63,11 @@ def _undo(factor: Tensor, l: Tensor | None) -> Tensor:
 
 def _leading(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, greatest first, and their eigenvectors as columns."""
+    device = gram.device
+    if gram.is_cuda and len(gram) <= HOST_EIGH:
+        gram = gram.cpu()
     values, vectors = torch.linalg.eigh(gram)
-    return values.flip(0).clamp_min(0), vectors.flip(1)
+    return values.flip(0).clamp_min(0).to(device), vectors.flip(1).to(device)
 
 
 @dataclass

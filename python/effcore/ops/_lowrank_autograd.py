@@ -48,8 +48,8 @@ def _(dout, x, down, up, hidden, before, activation, want_x, want_down, want_up,
 
 
 @functools.cache
-def limits(device: str, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(least rows, most rows, least bytes of both factors, most rank) of the fused kernel."""
+def limits(device: str, dtype: torch.dtype) -> tuple[int, ...]:
+    """Nine numbers for each box of shapes that the fused kernel serves (Limits in effcore/lowrank.h)."""
     return tuple(_ops.lowrank_limits.default(torch.empty(0, dtype=dtype, device=device)))
 
 

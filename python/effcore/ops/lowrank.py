@@ -20,7 +20,7 @@ __all__ = ["ACTIVATIONS", "lowrank_linear"]
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_LIMITS: dict[tuple[torch.dtype, bool], tuple[int, int, int, int]] = {}
+_LIMITS: dict[tuple[torch.dtype, bool], tuple[tuple[int, ...], ...]] = {}
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
@@ -65,22 +65,40 @@ def lowrank_linear(
 
 def stays_on_chip(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Whether :func:`lowrank_linear` of these is one kernel of a GPU, with x · downᵀ never in memory."""
-    return x.is_cuda and x.dtype == down.dtype == up.dtype and not _left_to_torch(x, down, up)
+    if not x.is_cuda or not x.dtype == down.dtype == up.dtype or x.dtype not in _DTYPES:
+        return False
+    return _within(_boxes(True, x.dtype), x, down, up)
 
 
 def _left_to_torch(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Whether two products of torch's are the faster way. Called for each call of a layer, so it looks at little."""
-    limits = _LIMITS.get((x.dtype, x.is_cuda))
-    if limits is None:
+    boxes = _LIMITS.get((x.dtype, x.is_cuda))
+    if boxes is None:
         if not (x.is_cpu or x.is_cuda) or x.dtype not in _DTYPES:
             return False
-        least_rows, most_rows, least_bytes, most_rank = _autograd.limits(x.device.type, x.dtype)
-        limits = _LIMITS[x.dtype, x.is_cuda] = (least_rows, most_rows, least_bytes // x.itemsize, most_rank)
+        boxes = _LIMITS[x.dtype, x.is_cuda] = _boxes(x.is_cuda, x.dtype)
     shape = x.shape
-    if not shape or not shape[-1]:
-        return False
-    least_rows, most_rows, least_numbers, most_rank = limits
-    rows = x.numel() // shape[-1]
-    if not least_rows <= rows <= most_rows or down.shape[0] > most_rank:
-        return True
-    return down.numel() + up.numel() < least_numbers
+    return bool(shape) and shape[-1] > 0 and not _within(boxes, x, down, up)
+
+
+def _within(boxes: tuple[tuple[int, ...], ...], x: Tensor, down: Tensor, up: Tensor) -> bool:
+    features = x.shape[-1]
+    rows, rank, out, numbers = x.numel() // features, down.shape[0], up.shape[0], down.numel() + up.numel()
+    for least_rows, most_rows, least_numbers, least_rank, most_rank, least_in, most_in, least_out, most_out in boxes:
+        if (
+            least_rows <= rows <= most_rows
+            and numbers >= least_numbers
+            and least_rank <= rank <= most_rank
+            and least_in <= features <= most_in
+            and least_out <= out <= most_out
+        ):
+            return True
+    return False
+
+
+@torch.compiler.assume_constant_result
+def _boxes(cuda: bool, dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
+    """Boxes of shapes (effcore/lowrank.h), with the factors' least bytes as numbers."""
+    item = torch.empty(0, dtype=dtype).itemsize
+    flat = _autograd.limits("cuda" if cuda else "cpu", dtype)
+    return tuple((*flat[i : i + 2], flat[i + 2] // item, *flat[i + 3 : i + 9]) for i in range(0, len(flat), 9))

@@ -12,8 +12,9 @@ using effcore::lowrank::InputGradient;
 using effcore::lowrank::Limits;
 using effcore::lowrank::Linear;
 
-// Where `linear` beats two products of cuBLAS, on the current device; nothing lies within the limits of one that has no kernel.
-Limits limits(DType dtype);
+// Where `linear` beats two products of cuBLAS, on the current device; nowhere on one that has no kernel.
+// EFFCORE_LOWRANK_EVERYWHERE=1: wherever it can run, for tests and benchmarks.
+std::span<const Limits> limits(DType dtype);
 // Whether the kernel can take this problem's memory: rows at multiples of 16 bytes.
 bool takes(const Linear& args);
 // The same, and whether it is the faster way. dx and dhidden are not looked at.
