@@ -1,6 +1,6 @@
 // The lowrank family as torch ops: check, choose, allocate, call. One template serves the CPU and the CUDA library; a Backend
-// says where its fused kernel is the fastest way (`limits`, `takes`) and how to run a kernel (`run`). The products beyond it are
-// torch's.
+// says where its fused kernel is the fastest way (`limits`, `takes`) and how to run a kernel (`run`). The products beyond it
+// are torch's.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -138,8 +138,7 @@ struct LowrankOps {
       if (want_x && Backend::takes(args)) {
         dx = empty(x, {vx.size[0], vx.size[1]}, x.scalar_type());
         args.dx = view(dx, f, "dx");
-        if (want_down)
-          args.dhidden = (dhidden = empty(x, {vx.size[0], vdown.size[0]}, x.scalar_type())).mutable_data_ptr();
+        if (want_down) args.dhidden = (dhidden = empty(x, {vx.size[0], vdown.size[0]}, x.scalar_type())).mutable_data_ptr();
         Backend::run(args, x);
       } else {
         dhidden = product(dz, up);

@@ -6,8 +6,8 @@
 // All operands come as panels of 16 KiB through one ring, which a producer warp fills by TMA across steps, phases and pieces of
 // work, so that the next one's panels arrive while a result is still on its way out. Panels of the factors serve both blocks:
 // each fetches one half and multicasts it. In phase 2 the warpgroups take turns: one multiplies while the other gives its tile
-// bias and activation and sends it off by TMA. (Both in step, products and the rest added up instead of overlapping: a warp that
-// multiplies from registers is held until the product before has begun.)
+// bias and activation and sends it off by TMA. (Both in step, products and the rest added up instead of overlapping: a warp
+// that multiplies from registers is held until the product before has begun.)
 //
 // Bound, M = 16384, 768 -> 3072 in bf16: x and out are 126 MB, 29 us at 4.3 TB/s; 2 M R (768 + 3072) operations are 16 us at R
 // = 128 and 32 us at 256 of 1 PFLOP/s; a cluster reads the factors from the L2 cache, M / 256 times 2 R (768 + 3072) bytes: 11
@@ -244,8 +244,7 @@ struct FusedConsumer {
     sm90::pin(tile);
     sm90::wgmma_begin();
 #pragma unroll
-    for (int q = 0; q < panels; ++q)
-      sm90::multiply<T, tile_columns, 4, transposed>(tile, h[q], factor(second[q]), q > 0);
+    for (int q = 0; q < panels; ++q) sm90::multiply<T, tile_columns, 4, transposed>(tile, h[q], factor(second[q]), q > 0);
     sm90::wgmma_commit();
     give_turn();
   }

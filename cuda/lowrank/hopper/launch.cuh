@@ -71,7 +71,8 @@ bool run(const FusedProblem& problem, const Launch& launch) {
   p.splits = static_cast<int>((columns + p.split_columns - 1) / p.split_columns);
   p.pieces = static_cast<int>(tiles * p.splits);
   const int clusters = p.pieces < most_clusters ? p.pieces : most_clusters;
-  kernel<<<static_cast<unsigned>(clusters * cluster_blocks), threads, shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(p);
+  kernel<<<static_cast<unsigned>(clusters * cluster_blocks), threads, shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(
+      p);
   check_launch(function);
   return true;
 }
