@@ -7,8 +7,6 @@
 namespace effcore::cuda::lowrank {
 namespace {
 
-constexpr const char* function = "lowrank_linear";
-
 // Measured on an H200 (benchmarks/ops/lowrank_cuda.py --everywhere --pointwise, launches hidden): boxes around points where the
 // kernel won. It wins where x and out are large and the factors small, as in 1x1 convolutions; few rows leave multiprocessors
 // idle, and with 2048 -> 5632 two products are as fast. `gradient` is of dz [rows, in] to dx [rows, out].
@@ -44,7 +42,7 @@ std::span<const Limits> boxes(std::span<const Limits> measured) {
 
 bool on_hopper() {
 #ifdef EFFCORE_HOPPER
-  return device_attribute(cudaDevAttrComputeCapabilityMajor, function) == 9;
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, "lowrank_linear") == 9;
 #else
   return false;
 #endif

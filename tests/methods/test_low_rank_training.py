@@ -144,6 +144,18 @@ def test_merged_and_branched_convolutions_stay_channels_last():
         assert weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last), name
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pairs_of_pointwise_convolutions_are_linear_layers_on_pixels(monkeypatch, stride):
+    taken = []
+    monkeypatch.setattr("effcore.nn.low_rank.stays_on_chip", lambda *t: taken.append([x.shape for x in t]) is None)
+    conv = LowRankConv2d(24, 32, 1, (8, 8), stride=stride)
+    x = torch.randn(2, 24, 6, 6).to(memory_format=torch.channels_last)
+    out = conv(x)
+    torch.testing.assert_close(out, nn.functional.conv2d(x, conv.weight, conv.bias, stride))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert taken == ([[(2, 6, 6, 24), (8, 24), (32, 8)]] if stride == 1 else [])
+
+
 def test_branching_keeps_the_blocks_and_says_what_it_drops():
     model = nn.Sequential(LowRankConv2d(24, 32, 3, (16, 24), padding=1))
     dense, x = model[0].weight.detach(), torch.randn(2, 24, 8, 8)
