@@ -15,8 +15,8 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "attention/hopper/pipeline.cuh"
-#include "attention/hopper/wgmma.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/wgmma.cuh"
 #include "kronecker/gram.cuh"
 
 namespace effcore::cuda::kronecker::hopper {
