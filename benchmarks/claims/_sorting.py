@@ -4,18 +4,23 @@ step."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.claims._step import TrainStep, linear_decay
-from effcore.data.byte_tokenizer import END_OF_DOCUMENT, PAD, VOCAB_SIZE, byte_tokenizer
-from effcore.methods.verifiers import ClassifierVerifier, train_verifier
+from effcore.data.byte_tokenizer import END_OF_DOCUMENT, PAD, VOCAB_SIZE
 
-LENGTH = 32  # tokens of a problem with its answer, at most
+Mix = Mapping[int, float]  # how often each number of letters is drawn
+_ASKED = ord("=")
+
+
+def length(most: int) -> int:
+    """Tokens of a problem with its answer: both, "=" and the end."""
+    return 2 * most + 2
 
 
 def problem(rng: random.Random, letters: int) -> tuple[str, str]:
@@ -35,51 +40,27 @@ def is_right(prompt: str, response: str) -> bool:
     return response == "".join(sorted(prompt[:-1]))
 
 
-def corrupted(rng: random.Random, answer: str) -> str:
-    """A wrong answer of a kind that a model gives: a letter too many, too few, another one in order, or two swapped."""
-    at, letters = rng.randrange(len(answer)), list(answer)
-    kind = rng.randrange(4)
-    if kind == 0:
-        letters.insert(at, letters[at])
-    elif kind == 1:
-        del letters[at]
-    elif kind == 2:
-        letters[at] = chr(ord("a") + (ord(letters[at]) - ord("a") + rng.choice((-2, -1, 1, 2))) % 26)
-        letters.sort()
-    else:
-        other = rng.randrange(len(answer))
-        letters[at], letters[other] = letters[other], letters[at]
-    return "".join(letters)
+def encoded(count: int, mix: Mix, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Fresh problems with their answers on the generator's device: token ids and labels, int64 [count, length]; labels are
+    −100 on the prompt and on padding."""
+    device, most = generator.device, max(mix)
+    shares = torch.tensor(list(mix.values()), device=device)
+    numbers = torch.tensor(list(mix), device=device)
+    n = numbers[torch.multinomial(shares, count, replacement=True, generator=generator)][:, None]
+    letters = torch.randint(ord("a"), ord("z") + 1, (count, most), device=device, generator=generator)
+    ordered = letters.masked_fill(torch.arange(most, device=device) >= n, 1000).sort(1).values
+    at = torch.arange(length(most), device=device).expand(count, -1)
+    question = letters.gather(1, at.clamp(max=most - 1))
+    answer = ordered.gather(1, (at - n - 1).clamp(0, most - 1))
+    ids = torch.where(at < n, question, torch.where(at == n, _ASKED, answer))
+    ids = torch.where(at <= 2 * n, ids, torch.where(at == 2 * n + 1, END_OF_DOCUMENT, PAD))
+    return ids, ids.masked_fill((at <= n) | (at > 2 * n + 1), -100)
 
 
-def verifier(letters: Sequence[int], base: LlamaForCausalLM, *, steps: int, batch: int) -> ClassifierVerifier:
-    """A learned verifier: a classifier that begins as ``base``, trained on right answers and on corrupted ones."""
-    rng = random.Random(77)
-    prompts, responses, correct = [], [], []
-    for prompt, answer in problems(3 * 10**6, min(steps * batch // 2, 60_000), letters):
-        for response in (answer, corrupted(rng, answer)):
-            prompts.append(prompt)
-            responses.append(response)
-            correct.append(is_right(prompt, response))
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification(base.config)
-    model.model.load_state_dict(base.model.state_dict())
-    model.to(base.device)
-    tokenizer = byte_tokenizer()
-    return train_verifier(
-        model, tokenizer, prompts, responses, correct, steps=steps, batch_size=batch, learning_rate=1e-3
-    )
-
-
-def encode(rows: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, int64 [rows, LENGTH]; labels are −100 on the prompt and on padding."""
-    ids = torch.full((len(rows), LENGTH), PAD)
-    labels = torch.full((len(rows), LENGTH), -100)
-    for row, (prompt, answer) in enumerate(rows):
-        tokens = torch.tensor([*prompt.encode(), *answer.encode(), END_OF_DOCUMENT])
-        ids[row, : len(tokens)] = tokens
-        labels[row, len(prompt) : len(tokens)] = tokens[len(prompt) :]
-    return ids, labels
+def causal_mask(width: int, device: torch.device) -> Tensor:
+    """[1, 1, width, width], true where to look. Rows are padded on the right, so it needs no more; and a model that is given it
+    looks into no tensor to make its own, so the step can be a CUDA graph."""
+    return torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril()
 
 
 def fresh(seed: int, *, layers: int = 4, width: int = 128) -> LlamaForCausalLM:
@@ -103,39 +84,41 @@ def fresh(seed: int, *, layers: int = 4, width: int = 128) -> LlamaForCausalLM:
 
 def train(
     model: LlamaForCausalLM,
-    draw: Callable[[random.Random], tuple[str, str]],
+    mix: Mix,
     *,
     steps: int,
     batch: int,
     peak: float,
     seed: int,
     first: int = 0,
-    last: int | None = None,
     each: Callable[[int], bool] = lambda step: False,
     schedule: Callable[[int], float] | None = None,
     trainer: TrainStep | None = None,
 ) -> TrainStep:
-    """Steps ``first`` to ``last`` of a run of ``steps``; ``each(step)`` after each one ends it where it is true."""
+    """Steps ``first`` to the last of a run of ``steps``; ``each(step)`` after each one ends it where it is true."""
     device = next(model.parameters()).device
-    rng = random.Random(seed * 1_000_003 + first)
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first)
+    mask = causal_mask(length(max(mix)), device)
 
     def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(inputs["ids"], use_cache=False).logits
+            logits = model(inputs["ids"], attention_mask=mask, use_cache=False).logits
         loss = F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), inputs["labels"][:, 1:].flatten(), ignore_index=-100
         )
         return loss, loss
 
-    def batches(count: int) -> dict[str, Tensor]:
-        ids, labels = encode([draw(rng) for _ in range(count)])
-        return {"ids": ids.to(device, non_blocking=True), "labels": labels.to(device, non_blocking=True)}
-
+    drawn = 64  # steps whose problems are drawn at once
     model.train()
-    trainer = trainer or TrainStep(model, forward, batches(batch), weight_decay=0.01)
-    for step in range(first, steps if last is None else last):
-        rate = linear_decay(step, steps, peak=peak) if schedule is None else schedule(step)
-        trainer(batches(batch), rate)
+    for step in range(first, steps):
+        at = (step - first) % drawn
+        if at == 0:
+            ids, labels = encoded(batch * min(drawn, steps - step), mix, generator)
+        rows = slice(at * batch, (at + 1) * batch)
+        inputs = {"ids": ids[rows], "labels": labels[rows]}
+        trainer = trainer or TrainStep(model, forward, inputs, weight_decay=0.01)
+        trainer(inputs, linear_decay(step, steps, peak=peak) if schedule is None else schedule(step))
         if each(step):
             break
+    assert trainer is not None
     return trainer

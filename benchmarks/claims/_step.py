@@ -26,7 +26,11 @@ class TrainStep:
         self.cuda = next(model.parameters()).is_cuda
         self.lr = torch.tensor(0.0, device=next(model.parameters()).device)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.lr if self.cuda else 0.0, weight_decay=weight_decay, fused=True
+            model.parameters(),
+            lr=self.lr if self.cuda else 0.0,
+            weight_decay=weight_decay,
+            fused=True,
+            capturable=self.cuda,
         )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static = {name: tensor.clone() for name, tensor in example.items()}

@@ -1,19 +1,24 @@
 """The claim of TTC-aware stopping: `python -m benchmarks.claims.ttc [--quick]`.
 
 A small LLaMA learns to put letters in order, from scratch (:mod:`benchmarks.claims._sorting`). The full run has its own decayed
-learning rate. The stopped run trains at a constant rate, evaluates K = 1, 2, 4, 8 samples of each validation query at every
-checkpoint (one reading of each prompt), and stops. K samples become one answer by majority vote, or by a learned verifier
-that is trained once on corrupted answers (--metric). On a test split: the full run's single sample, the same with K*
-samples, the stopped model at K*, and the stopped checkpoint with its learning rate decayed over a tenth more steps.
+learning rate. The stopped run trains at a constant rate; what is evaluated of it is the moving average of its weights, which
+comes close to what decaying the rate would give. At every checkpoint K = 1, 2, 4, 8 samples of each validation query are
+evaluated (one reading of each prompt), and the stopper decides. K samples become one answer by majority vote, or by a learned
+verifier that is trained once on corrupted answers (--metric). On a test split: the full run's single sample, the same with
+K* samples, its greedy answer, the stopped model at K*, and the stopped checkpoint with its learning rate decayed over a tenth
+more steps. Behind the stop the constant run goes on to its end, uncounted, to see what came of the projections.
 
 Counted as training: all steps up to the stop, the verifier's training, and every token generated and verified for
 evaluation. The paper: up to 92 % fewer training FLOPs. Exhaustive search is K = 1 .. K_max drawn separately at every
 checkpoint; beside it, K_max drawn once at each.
+
+Settings are chosen with --split validation, which draws other queries; the result is from the test queries.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -27,116 +32,125 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
+from benchmarks.claims import _runs  # noqa: E402
 from benchmarks.claims import _sorting as task  # noqa: E402
+from benchmarks.claims._sorting_verifier import verifier as learned_verifier  # noqa: E402
+from effcore.data import byte_tokenizer  # noqa: E402
 from effcore.methods.sampling import sample_texts  # noqa: E402
-from effcore.methods.ttc import Costs, TTCEarlyStopping  # noqa: E402
+from effcore.methods.ttc import Costs, Decision, TTCEarlyStopping  # noqa: E402
 from effcore.methods.ttc_accuracy import Samples  # noqa: E402
 
-LETTERS = (8, 9, 10, 11, 12)
+SPLITS = {"test": 2, "validation": 5}  # millions that the seeds of the queries begin with
 
 
-def evaluator(tokenizer: Any, queries: list[str], seed: int, verifier: Any):
-    """(model, n) -> n samples of each query at temperature 1."""
+class Evaluator:
+    """``evaluator(model, n)``: n samples of each query at temperature 1; kept for the model's last state."""
 
-    def evaluate(model: Any, n: int) -> Samples:
+    def __init__(self, queries: list[str], new: int, seed: int, verifier: Any):
+        self.queries, self.new, self.seed, self.verifier = queries, new, seed, verifier
+
+    def __call__(self, model: Any, n: int) -> Samples:
+        return self.samples(model, n, {"temperature": 1.0, "top_k": 0})
+
+    def greedy(self, model: Any) -> float:
+        return self.samples(model, 1, {"do_sample": False}).accuracy(1, "pass")
+
+    def samples(self, model: Any, n: int, settings: dict[str, Any]) -> Samples:
         texts = sample_texts(
             model,
-            tokenizer,
-            queries,
+            byte_tokenizer(),
+            self.queries,
             num_samples=n,
-            max_new_tokens=max(LETTERS) + 1,
-            batch_size=len(queries),
-            seed=seed,
-            temperature=1.0,
-            top_k=0,
+            max_new_tokens=self.new,
+            batch_size=len(self.queries),
+            seed=self.seed,
+            **settings,
         )
-        correct = np.array([[task.is_right(q, t) for t in row] for q, row in zip(queries, texts, strict=True)])
+        correct = np.array([[task.is_right(q, t) for t in row] for q, row in zip(self.queries, texts, strict=True)])
         scores = None
-        if verifier is not None:
-            flat = verifier.score([q for q in queries for _ in range(n)], [t for row in texts for t in row])
-            scores = np.array(flat).reshape(len(queries), n)
+        if self.verifier is not None:
+            flat = self.verifier.score([q for q in self.queries for _ in range(n)], [t for row in texts for t in row])
+            scores = np.array(flat).reshape(len(self.queries), n)
         return Samples(correct, texts, scores, tokens=sum(len(t) + 1 for row in texts for t in row))
-
-    return evaluate
 
 
 def one(seed: int, options: argparse.Namespace, verifier: Any) -> dict[str, Any]:
     """Both runs of a seed."""
-    from effcore.data import byte_tokenizer
+    steps, metric = options.steps, options.metric
+    letters = range(options.letters[0], options.letters[1] + 1)
+    mix = dict.fromkeys(letters, 1.0)
+    tokens_per_step = options.batch * task.length(max(letters))
+    new = max(letters) + 1
+    settings: dict[str, Any] = {"batch": options.batch, "peak": options.peak, "seed": seed}
 
-    tokenizer, batch, steps = byte_tokenizer(), options.batch, options.steps
-    tokens_per_step = batch * task.LENGTH
-    draw = lambda rng: task.problem(rng, rng.choice(LETTERS))  # noqa: E731
-    validation = [p for p, _ in task.problems(10**6 + seed, options.items, LETTERS)]
-    test = evaluator(tokenizer, [p for p, _ in task.problems(2 * 10**6 + seed, options.items, LETTERS)], 7, verifier)
+    def evaluator(million: int, seed_of_samples: int) -> Evaluator:
+        asked = [p for p, _ in task.problems(million * 10**6 + seed, options.items, letters)]
+        return Evaluator(asked, new, seed_of_samples, verifier)
 
     def model():
         return task.fresh(seed, layers=options.layers, width=options.width).to(options.device)
 
+    validation, test = evaluator(1, 5), evaluator(SPLITS[options.split], 7)
     began = time.perf_counter()
     full = model()
-    task.train(full, draw, steps=steps, batch=batch, peak=options.peak, seed=seed)
+    task.train(full, mix, steps=steps, **settings)
     full_seconds = time.perf_counter() - began
 
-    stopped = model()
-    length = max(LETTERS) + 1
-    costs = Costs.measure(stopped, prompt=length, new=length)
+    running = model()
+    average = copy.deepcopy(running)
+    costs = Costs.measure(running, prompt=new, new=new)
     verifier_training = 0.0  # in training tokens of the model
     if verifier is not None:
-        read = Costs.measure(verifier.model, prompt=1, new=2 * length - 1)
+        read = Costs.measure(verifier.model, prompt=1, new=2 * new)
         costs = Costs(costs.train, costs.generate, 2 * read.generate)  # it reads prompt and response for each response
-        verifier_training = options.verifier_steps * options.verifier_batch * 2 * length * read.train / costs.train
+        verifier_training = options.verifier_steps * options.batch * 2 * (new + 1) * read.train / costs.train
     stopper = TTCEarlyStopping(
-        evaluator(tokenizer, validation, 5, verifier),
-        budget=steps * tokens_per_step,
-        metric=options.metric,
-        most_samples=options.most_samples,
-        costs=costs,
+        validation, budget=steps * tokens_per_step, metric=metric, most_samples=options.most_samples, costs=costs
     )
     every = max(steps // options.checkpoints, 1)
+    constant = lambda step: options.peak * min((step + 1) / (0.05 * steps), 1.0)  # noqa: E731
     at_30: list[float] = []
+    curve: list[tuple[int, float]] = []  # (step, single sample on validation), to the end
+    stopped: list[tuple[Decision, Any, Any]] = []  # and the two states there
 
     def check(step: int) -> bool:
-        if (step + 1) % every or (stopper.decision and stopper.decision.stop):
+        if (step + 1) % options.average_every == 0:
+            with torch.no_grad():  # the mean of the last 3 % of the steps, about
+                rate = min(options.average_every / (0.03 * (step + 1)), 1.0)
+                torch._foreach_lerp_(list(average.parameters()), list(running.parameters()), rate)
+        if (step + 1) % every:
             return False
-        decision = stopper.check(stopped, (step + 1) * tokens_per_step)
-        stopped.train()
-        if step + 1 <= 0.3 * steps and decision.projected is not None:
-            at_30[:] = [decision.projected]
-        return decision.stop
+        if stopped:
+            curve.append((step + 1, validation(average, 1).accuracy(1, metric)))
+        else:
+            decision = stopper.check(average, (step + 1) * tokens_per_step)
+            curve.append((step + 1, decision.accuracies[1]))
+            print(f"seed {seed}, step {step + 1}: {decision.accuracies}, {decision.reason}", flush=True)
+            if step + 1 <= 0.3 * steps and decision.projected is not None:
+                at_30[:] = [decision.projected]
+            if decision.stop:
+                stopped.append((decision, copy.deepcopy(running), copy.deepcopy(average)))
+        return False
 
-    constant = lambda step: options.peak * min((step + 1) / (0.05 * steps), 1.0)  # noqa: E731
-    trainer = task.train(
-        stopped, draw, steps=steps, batch=batch, peak=options.peak, seed=seed, each=check, schedule=constant
-    )
-    decision = stopper.decision
-    assert decision is not None
+    task.train(running, mix, steps=steps, each=check, schedule=constant, **settings)
+    decision, last, ours_model = stopped[0] if stopped else (stopper.decisions[-1], running, average)
     at = round(decision.tokens / tokens_per_step)
     k = decision.samples if decision.stop and decision.samples else 1
     many = max(k, 8)
-    ours, theirs = test(stopped, many), test(full, many)
+    ours, theirs = test(ours_model, many), test(full, many)
     # The same checkpoint with its rate decayed to 0 over a tenth more steps.
     more = max(at // 10, 1)
     task.train(
-        stopped,
-        draw,
+        last,
+        mix,
         steps=at + more,
-        batch=batch,
-        peak=options.peak,
-        seed=seed,
         first=at,
         schedule=lambda step: options.peak * (1 - (step - at) / more),
-        trainer=trainer,
+        **settings,
     )
-    decayed = test(stopped, many)
-    # The constant run's own end, which the projection is about: trained on only to check it.
-    truth = None
-    if options.check_projection and at_30:
-        rest = model()
-        task.train(rest, draw, steps=steps, batch=batch, peak=options.peak, seed=seed, schedule=constant)
-        truth = evaluator(tokenizer, validation, 5, verifier)(rest, 8).accuracy(1, options.metric)
+    decayed = test(last, many)
     evaluated = len(stopper.decisions)
-    answer = options.items * (sum(LETTERS) / len(LETTERS) + 1)  # tokens of one sample of each query
+    answer = options.items * (sum(letters) / len(letters) + 1)  # tokens of one sample of each query
     row = {
         "seed": seed,
         "stopped": decision.stop,
@@ -144,25 +158,26 @@ def one(seed: int, options: argparse.Namespace, verifier: Any) -> dict[str, Any]
         "saved": decision.saved - verifier_training / (steps * tokens_per_step) if decision.stop else 0.0,
         "verifier_training_share": verifier_training / (steps * tokens_per_step),
         "K": k,
-        "full_single": theirs.accuracy(1, options.metric),
-        "full_at_K": theirs.accuracy(k, options.metric),
-        "stopped_single": ours.accuracy(1, options.metric),
-        "stopped_at_K": ours.accuracy(k, options.metric),
+        "full_single": theirs.accuracy(1, metric),
+        "full_greedy": test.greedy(full),
+        "full_at_K": theirs.accuracy(k, metric),
+        "stopped_single": ours.accuracy(1, metric),
+        "stopped_greedy": test.greedy(ours_model),
+        "stopped_at_K": ours.accuracy(k, metric),
         "stopped_pass_at_K": ours.accuracy(k, "pass"),
-        "decayed_single": decayed.accuracy(1, options.metric),
-        "decayed_at_K": decayed.accuracy(k, options.metric),
+        "decayed_single": decayed.accuracy(1, metric),
+        "decayed_at_K": decayed.accuracy(k, metric),
         "projected": decision.projected,
         "projected_at_30": at_30[0] if at_30 else None,
-        "constant_run": truth,
+        "constant_run": curve[-1][1],
+        "projection_error_at_30": abs(at_30[0] - curve[-1][1]) if at_30 else None,
         "evaluation_share": stopper.evaluation_tokens / (evaluated * answer * sum(range(1, options.most_samples + 1))),
         "evaluation_share_reused": stopper.evaluation_tokens / (evaluated * answer * options.most_samples),
         "break_even_tokens": decision.break_even,
         "full_seconds": full_seconds,
-        "decisions": [d.as_json() for d in stopper.decisions],
     }
-    print({key: value for key, value in row.items() if key != "decisions"}, flush=True)
-    print(decision.reason, flush=True)
-    return row
+    print(json.dumps(row), flush=True)
+    return row | {"curve": curve, "decisions": [d.as_json() for d in stopper.decisions]}
 
 
 def show(rows: list[dict]) -> str:
@@ -178,12 +193,15 @@ def show(rows: list[dict]) -> str:
         ("saved", "training FLOPs saved, evaluation and verifier charged (the paper: up to 92 %)"),
         ("full_single", "full run, one sample"),
         ("stopped_at_K", "stopped run, K* samples"),
+        ("full_greedy", "full run, greedy"),
         ("full_at_K", "full run, K* samples"),
         ("stopped_single", "stopped run, one sample"),
+        ("stopped_greedy", "stopped run, greedy"),
         ("decayed_at_K", "stopped and decayed, K* samples"),
         ("decayed_single", "stopped and decayed, one sample"),
-        ("projected_at_30", "projection at 30 % of the budget"),
+        ("projected_at_30", "projection at 30 % of the budget, or at the stop before"),
         ("constant_run", "what it projects: the constant run's end"),
+        ("projection_error_at_30", "the projection's error"),
         ("evaluation_share", "evaluation cost of exhaustive search's"),
         ("evaluation_share_reused", "the same, where that draws K_max once"),
     ):
@@ -198,22 +216,27 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), constrained_layout=True)
     for row, color in zip(rows, ("#0072B2", "#D55E00", "#009E73"), strict=False):
+        per_step = row["decisions"][0]["tokens"] / row["curve"][0][0]
+        axes.plot(
+            [step * per_step for step, _ in row["curve"]],
+            [accuracy for _, accuracy in row["curve"]],
+            color=color,
+            label=f"seed {row['seed']}, one sample",
+        )
         x = [d["tokens"] for d in row["decisions"]]
-        for k, style in (("1", "-"), ("8", "--")):
-            axes.plot(
-                x,
-                [d["accuracies"][k] for d in row["decisions"]],
-                style,
-                color=color,
-                label=f"seed {row['seed']}, K = {k}",
-            )
+        axes.plot(
+            x, [d["accuracies"]["8"] for d in row["decisions"]], "--", color=color, label="8 samples, to the stop"
+        )
         axes.axhline(row["full_single"], color=color, linestyle=":", alpha=0.7)
-        axes.plot([x[-1]], [row["stopped_at_K"]], "*", markersize=12, color=color)
+        axes.plot(x[-1:], [row["stopped_at_K"]], "*", markersize=13, color=color, markeredgecolor="k")
     axes.set_xlabel("training tokens")
     axes.set_ylabel("accuracy")
-    axes.set_title("K samples on validation; dotted: the full run's single sample; stars: K* on test", fontsize=9)
+    axes.set_title(
+        "validation; dotted: the full, decayed run's single sample; stars: the stop with K* samples, on test",
+        fontsize=8,
+    )
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -222,37 +245,46 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.ttc", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=6000, help="the full run's budget")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=20_000, help="the full run's budget")
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--peak", type=float, default=2e-3, help="learning rate")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--items", type=int, default=500, help="queries for validation, and as many for the test")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--letters", type=int, nargs=2, default=[8, 20], help="fewest and most letters of a problem")
+    parser.add_argument("--items", type=int, default=1000, help="queries for validation, and as many for the test")
+    parser.add_argument(
+        "--split", choices=tuple(SPLITS), default="test", help="which queries; to choose settings: validation"
+    )
     parser.add_argument("--checkpoints", type=int, default=40, help="evaluations over the budget")
+    parser.add_argument("--average-every", type=int, default=10, help="steps between additions to the moving average")
     parser.add_argument("--most-samples", type=int, default=32)
-    parser.add_argument("--metric", choices=("majority", "verifier"), default="verifier")
+    parser.add_argument("--metric", choices=("majority", "verifier"), default="majority")
     parser.add_argument("--verifier-steps", type=int, default=1500)
-    parser.add_argument("--verifier-batch", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--check-projection", action="store_true", help="also train the constant run to its end")
     parser.add_argument("--quick", action="store_true", help="one seed of a tiny model: that it runs, no result")
-    parser.add_argument("--json", type=Path, default=Path("ttc.json"))
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", help="only put together what these results of other seeds hold"
+    )
+    parser.add_argument("--json", type=Path, default=Path("ttc.json"), help="what it holds is not run again")
     options = parser.parse_args(arguments)
     if options.quick:
         options.steps, options.batch, options.items, options.seeds = 60, 16, 20, [0]
         options.layers, options.width, options.checkpoints, options.verifier_steps = 1, 32, 6, 5
+    head = _runs.describe(options)
+    rows = _runs.kept(options.json, head)
+    if options.merge:
+        head = _runs.merge(options.merge)
+        rows, options.seeds = head["runs"], []
+    missing = [seed for seed in options.seeds if seed not in [row["seed"] for row in rows]]
     verifier = None
-    if options.metric == "verifier":
+    if options.metric == "verifier" and missing:
         base = task.fresh(0, layers=options.layers, width=options.width).to(options.device)
-        verifier = task.verifier(LETTERS, base, steps=options.verifier_steps, batch=options.verifier_batch)
-    rows = [one(seed, options, verifier) for seed in options.seeds]
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    settings = {name: value for name, value in vars(options).items() if name != "json"}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(
-        json.dumps({"machine": machine, "torch": torch.__version__, "settings": settings, "runs": rows}, indent=1)
-        + "\n"
-    )
+        letters = range(options.letters[0], options.letters[1] + 1)
+        verifier = learned_verifier(letters, base, steps=options.verifier_steps, batch=options.batch)
+    for seed in missing:
+        rows.append(one(seed, options, verifier))
+        _runs.write(options.json, head | {"runs": rows})
+    _runs.write(options.json, head | {"runs": rows})
     print(show(rows))
     draw_curves(options.json.with_suffix(".png"), rows)
     return 0

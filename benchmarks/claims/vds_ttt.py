@@ -1,10 +1,13 @@
 """VDS-TTT's claim: `python -m benchmarks.claims.vds_ttt [--quick]`, and its sampling: `... vds_ttt --sampling`.
 
 A small LLaMA has learnt to put 6 to 9 letters in order, with few longer ones among them (:mod:`benchmarks.claims._sorting`).
-The queries are longer. A learned verifier that begins as the model, trained on corrupted answers of every length and never
-on the queries, picks the model's own samples for test-time training. On the adapted queries and on a held-out half: greedy,
-best-of-N by the verifier, majority and oracle, before and after; standard errors over queries, and the difference in
-best-of-N paired by seed.
+The queries are longer. A learned verifier that begins as the model is trained on corrupted answers and on the model's own, of
+every length and never of the queries (:mod:`benchmarks.claims._sorting_verifier`). Its threshold is calibrated on problems of
+its own too; how well it tells right from wrong there is printed first (AUROC). It picks the model's own samples for
+test-time training. On the adapted queries and on a held-out half: greedy, best-of-N by the verifier, majority and oracle,
+before and after; standard errors over queries, and the differences paired by query and by seed.
+
+Settings are chosen with --split validation, whose queries are others; the result is from the test queries.
 
 The paper: Llama-3.2-1B on GSM8K 40.2 -> 72.5 at N = 16, the verifier's best-of-N alone 71.5.
 
@@ -21,42 +24,95 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
+from benchmarks.claims import _runs  # noqa: E402
 from benchmarks.claims import _sorting as task  # noqa: E402
+from benchmarks.claims._sorting_verifier import verifier as learned_verifier  # noqa: E402
 from effcore.data import byte_tokenizer  # noqa: E402
-from effcore.methods.sampling import sample_tokens  # noqa: E402
+from effcore.methods.sampling import sample_texts, sample_tokens  # noqa: E402
 from effcore.methods.vds_report import COLUMNS, measure, table  # noqa: E402
 from effcore.methods.vds_ttt import LoraSettings, VerifierTTT  # noqa: E402
+from effcore.methods.verifiers import Verifier, calibrate  # noqa: E402
 
-SHORT, LONG = (6, 7, 8, 9), (10, 11, 12)
+SHORT = (6, 7, 8, 9)
+SPLITS = {"test": (1, 2), "validation": (5, 6)}  # millions that the queries' seeds begin with: adapted, held out
+
+
+def auroc(scores: np.ndarray, right: np.ndarray) -> float:
+    """The chance that a right response scores above a wrong one, ties half."""
+    from scipy.stats import rankdata
+
+    ranks, many = rankdata(scores), int(right.sum())
+    return float((ranks[right].sum() - many * (many + 1) / 2) / max(many * (len(right) - many), 1))
+
+
+def calibration(model: object, verifier: Verifier, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """The verifier on samples to problems that are no queries: how well it ranks, and the τ at which it is right."""
+    asked = [p for p, _ in task.problems(7 * 10**6 + seed, options.items, options.long)]
+    n = options.num_samples
+    texts = sample_texts(
+        model,
+        byte_tokenizer(),
+        asked,
+        num_samples=n,
+        max_new_tokens=max(options.long) + 2,
+        batch_size=options.items,
+        seed=9,
+        temperature=0.8,
+        top_k=0,
+    )
+    scores = np.array(verifier.score([p for p in asked for _ in range(n)], [t for row in texts for t in row]))
+    right = np.array([task.is_right(p, t) for p, row in zip(asked, texts, strict=True) for t in row])
+    scores, right = scores.reshape(-1, n), right.reshape(-1, n)
+    best = np.arange(len(asked)), scores.argmax(1)
+    found = {"auroc": auroc(scores.ravel(), right.ravel()), "right": float(right.mean())}
+    try:
+        found["threshold"] = calibrate(scores[best].tolist(), right[best].tolist(), precision=options.precision)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        found["threshold"] = 1.0
+    chosen = scores[best] >= found["threshold"]
+    return found | {
+        "selected": float(chosen.mean()),
+        "precision": float(right[best][chosen].mean()) if chosen.any() else 0.0,
+    }
 
 
 def one(seed: int, options: argparse.Namespace) -> dict:
     began = time.perf_counter()
     model = task.fresh(seed, layers=options.layers, width=options.width).to(options.device)
-
-    def draw(rng):
-        return task.problem(rng, rng.choice(LONG if rng.random() < options.long_share else SHORT))
-
-    task.train(model, draw, steps=options.steps, batch=options.batch, peak=options.peak, seed=seed)
+    mix = dict.fromkeys(SHORT, (1 - options.long_share) / len(SHORT))
+    mix |= dict.fromkeys(options.long, options.long_share / len(options.long))
+    task.train(model, mix, steps=options.steps, batch=options.batch, peak=options.peak, seed=seed)
     model.eval()
     trained = time.perf_counter() - began
-    verifier = task.verifier((*SHORT, *LONG), model, steps=options.verifier_steps, batch=options.batch)
+    verifier = learned_verifier(
+        (*SHORT, *options.long),
+        model,
+        steps=options.verifier_steps,
+        batch=2 * options.batch,
+        count=options.verifier_problems,
+        own=True,
+    )
+    trusted = calibration(model, verifier, seed, options)
+    print(f"seed {seed}, the verifier: {trusted}", flush=True)
     sets = {
-        "adapted": [p for p, _ in task.problems(10**6 + seed, options.items, LONG)],
-        "held out": [p for p, _ in task.problems(2 * 10**6 + seed, options.items, LONG)],
+        name: [p for p, _ in task.problems(million * 10**6 + seed, options.items, options.long)]
+        for name, million in zip(("adapted", "held out"), SPLITS[options.split], strict=True)
     }
     learner = VerifierTTT(
         model,
         byte_tokenizer(),
         verifier,
         num_samples=options.num_samples,
-        threshold=options.threshold,
-        max_new_tokens=max(LONG) + 2,
+        threshold=trusted["threshold"],
+        max_new_tokens=max(options.long) + 2,
         lora=LoraSettings(options.rank, 2.0 * options.rank, 0.1),
         learning_rate=options.learning_rate,
         iterations=options.iterations,
@@ -81,7 +137,14 @@ def one(seed: int, options: argparse.Namespace) -> dict:
         f"{when}, {name}": row for when, part in (("before", before), ("after", after)) for name, row in part.items()
     }
     print(f"seed {seed}: trained on {learner.selected} of {options.items} queries\n{table(rows)}", flush=True)
-    return {"seed": seed, "selected": learner.selected, "rows": rows, "training_seconds": trained, "seconds": seconds}
+    return {
+        "seed": seed,
+        "verifier": trusted,
+        "selected": learner.selected,
+        "rows": rows,
+        "training_seconds": trained,
+        "seconds": seconds,
+    }
 
 
 def summarise(runs: list[dict]) -> tuple[dict, dict]:
@@ -105,20 +168,39 @@ def summarise(runs: list[dict]) -> tuple[dict, dict]:
     return rows, gains
 
 
+def _large(length: int) -> LlamaForCausalLM:
+    """TinyLlama's shape (1.1 billion parameters), random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=length,
+    )
+    with torch.device("cuda"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
 def sampling(options: argparse.Namespace) -> list[dict]:
-    """Ours against generate(num_return_sequences=N), on a LLaMA with random weights and one that shares activations."""
+    """Ours against generate(num_return_sequences=N), on a LLaMA with random weights and on those that share activations."""
     import effcore
 
     # Seconds of processors on the CPU, which other work on the machine disturbs less.
-    clock = time.perf_counter if options.device == "cuda" else time.process_time
+    cuda = options.device == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
     rows = []
+    cases = ((2048, 32, 16), (4096, 64, 16)) if cuda else ((256, 16, 8), (256, 64, 8))
     for sharing in (None, "qk", "kv"):
-        for prompt, new, n in ((256, 16, 8), (256, 64, 8)):
-            model = task.fresh(0, layers=6, width=256).to(options.device).eval()
-            model.config.max_position_embeddings = 1024
+        for prompt, new, n in cases:
+            model = _large(max(c[0] + c[1] for c in cases)) if cuda else task.fresh(0, layers=6, width=256)
+            model = model.to(options.device).eval()
+            model.config.max_position_embeddings = 8192
             model.generation_config.eos_token_id = None  # every sample has the same length
             if sharing is not None:
-                model = effcore.share_activations(model, mode=sharing, start=3)
+                model = effcore.share_activations(model, mode=sharing, start=model.config.num_hidden_layers // 2)
             ids = torch.randint(0, 256, (2, prompt), device=options.device)
             settings = {"max_new_tokens": new, "do_sample": True, "top_k": 0, "pad_token_id": 257}
 
@@ -144,7 +226,7 @@ def sampling(options: argparse.Namespace) -> list[dict]:
                 for name, call in calls.items():
                     start = clock()
                     call()
-                    if options.device == "cuda":
+                    if cuda:
                         torch.cuda.synchronize()
                     if round_:
                         times[name].append(clock() - start)
@@ -200,42 +282,56 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sampling", action="store_true", help="time sampling instead")
     parser.add_argument("--rounds", type=int, default=5, help="of the timing")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps of the base model")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of the base model")
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--peak", type=float, default=3e-3, help="the base model's learning rate")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument(
         "--long-share", type=float, default=0.03, help="of problems as long as the queries in base training"
     )
+    parser.add_argument("--long", type=int, nargs="+", default=[12, 13, 14], help="letters of the queries")
+    parser.add_argument(
+        "--split", choices=tuple(SPLITS), default="test", help="which queries; to choose settings: validation"
+    )
     parser.add_argument("--items", type=int, default=500, help="queries to adapt to, and as many held out")
     parser.add_argument("--num-samples", type=int, default=16)
-    parser.add_argument("--threshold", type=float, default=0.9)
+    parser.add_argument("--precision", type=float, default=0.95, help="of what is selected: τ is calibrated for it")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the LoRA training")
     parser.add_argument("--iterations", type=int, default=1)
-    parser.add_argument("--verifier-steps", type=int, default=1500)
+    parser.add_argument("--verifier-steps", type=int, default=3000)
+    parser.add_argument("--verifier-problems", type=int, default=40_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="one seed of a tiny model: that it runs, no result")
-    parser.add_argument("--json", type=Path, help="default: vds_ttt.json, vds_sampling.json")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", help="only put together what these results of other seeds hold"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="default: vds_ttt.json, vds_sampling.json; what it holds is not run again"
+    )
     options = parser.parse_args(arguments)
     options.json = options.json or Path("vds_sampling.json" if options.sampling else "vds_ttt.json")
     if options.quick:
-        options.steps, options.items, options.seeds, options.verifier_steps, options.layers = 20, 16, [0], 5, 1
-        options.rounds = 1
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    settings = {name: value for name, value in vars(options).items() if name != "json"}
-    result: dict = {"machine": machine, "torch": torch.__version__, "settings": settings}
+        options.steps, options.items, options.verifier_steps, options.layers = 20, 16, 5, 1
+        options.seeds = options.seeds[:1]
+        options.batch, options.verifier_problems, options.rounds = 32, 200, 1
     if options.sampling:
-        result["rows"] = sampling(options)
-    else:
-        runs = [one(seed, options) for seed in options.seeds]
-        rows, gains = summarise(runs)
-        result |= {"runs": runs, "mean": rows, "gains": gains}
-        print(f"mean of {len(runs)} seeds ± standard error\n{table(rows)}\n{json.dumps(gains, indent=1)}")
-        draw(options.json.with_suffix(".png"), rows)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+        _runs.write(options.json, _runs.describe(options) | {"rows": sampling(options)})
+        return 0
+    head = _runs.describe(options)
+    runs = _runs.kept(options.json, head)
+    if options.merge:
+        head = _runs.merge(options.merge)
+        runs, options.seeds = head["runs"], []
+    for seed in options.seeds:
+        if seed not in [run["seed"] for run in runs]:
+            runs.append(one(seed, options))
+            _runs.write(options.json, head | {"runs": runs})
+    rows, gains = summarise(runs)
+    _runs.write(options.json, head | {"runs": runs, "mean": rows, "gains": gains})
+    print(f"mean of {len(runs)} seeds ± standard error\n{table(rows)}\n{json.dumps(gains, indent=1)}")
+    draw(options.json.with_suffix(".png"), rows)
     return 0
 
 

@@ -8,7 +8,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from benchmarks.claims import swiftlearn, ttc, vds_ttt
-from benchmarks.claims._sorting import corrupted, encode, is_right, problems
+from benchmarks.claims._sorting import encoded, is_right, problems
+from benchmarks.claims._sorting_verifier import corrupted, judged
 from benchmarks.claims._step import linear_decay
 
 
@@ -18,8 +19,21 @@ def test_the_task_is_checked_exactly():
     rows = problems(0, 50, (3, 8))
     assert all(is_right(prompt, answer) for prompt, answer in rows)
     assert sum(is_right(p, corrupted(random.Random(i), a)) for i, (p, a) in enumerate(rows)) < 10
-    ids, labels = encode([("ba=", "ab")])
-    assert ids[0, :6].tolist() == [98, 97, 61, 97, 98, 256] and labels[0, :6].tolist() == [-100] * 3 + [97, 98, 256]
+    ids, labels = encoded(200, {3: 0.5, 5: 0.5}, torch.Generator().manual_seed(0))
+    assert ids.shape == (200, 12)
+    for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
+        prompt, answer = bytes(t for t in row if t < 256).decode().split("=")
+        assert is_right(prompt + "=", answer) and len(answer) in (3, 5)
+        n = len(answer)
+        assert wanted == [-100] * (n + 1) + row[n + 1 : 2 * n + 2] + [-100] * (10 - 2 * n) and row[2 * n + 1] == 256
+    ids, labels = judged([("ba=", "ab"), ("ba=", "aa"), ("ba=", "abb"), ("ba=", "")], 8)
+    assert ids[0].tolist() == [98, 97, 61, 97, 98, 10, 257, 257]
+    assert labels[:, 3:].tolist() == [
+        [1, 1, 1, -100, -100],
+        [1, 0, 0, -100, -100],
+        [1, 1, 0, 0, -100],
+        [0] + [-100] * 4,
+    ]
     assert linear_decay(0, 100, peak=1.0) == pytest.approx(0.2) and linear_decay(99, 100, peak=1.0) == pytest.approx(
         1 / 95
     )
@@ -38,17 +52,20 @@ def test_swiftlearn(tmp_path, capsys):
     np.savez(tmp_path / "tokens.npz", **arrays)
     out = tmp_path / "r.json"
     given = ["--device", "cpu", "--model", tmp_path / "encoder", "--tokens", tmp_path / "tokens.npz", "--json", out]
-    given += ["--batch", 16, "--epochs", 5, "--seeds", 2, "--peaks", 1e-3, 1e-2]
+    given += ["--batch", 16, "--epochs", 5, "--seeds", 0, 1, "--peaks", 1e-3, 1e-2]
     assert swiftlearn.main([str(part) for part in given]) == 0
     result = json.loads(out.read_text())
     steps = {row["arm"]: row["steps"] for row in result["runs"]}
-    short = 2 * 13 + 3 * 2
-    assert steps == {arm: 5 * 13 if arm == "all data" else short for arm in swiftlearn.ARMS}
-    assert len(result["runs"]) == 10 and "| ceiling" in capsys.readouterr().out and out.with_suffix(".png").is_file()
+    short = 2 * 10 + 3 * 1  # 160 samples are whole batches
+    assert steps == {arm: 5 * 10 if arm == "all data" else short for arm in swiftlearn.ARMS}
+    assert len(result["runs"]) == 2 * 5 + 2  # two peaks of each baseline were tried
+    assert "| ceiling" in capsys.readouterr().out and out.with_suffix(".png").is_file()
+    assert swiftlearn.main([str(part) for part in given]) == 0  # nothing is run again
+    assert json.loads(out.read_text())["runs"] == result["runs"]
 
 
 @pytest.mark.slow
-def test_selection_ttc_and_vds(tmp_path, capsys):
+def test_selection_ttc_and_vds(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -59,8 +76,14 @@ def test_selection_ttc_and_vds(tmp_path, capsys):
             assert out.with_suffix(".png").is_file()
             (row,) = json.loads(out.read_text())["runs"]
             assert (row["verifier_training_share"] > 0) == (metric == "verifier") and not row["stopped"]
-        given = ["--quick", "--device", "cpu", "--threshold", "0", "--json", str(tmp_path / "v.json")]
-        assert vds_ttt.main(given) == 0
-        assert json.loads((tmp_path / "v.json").read_text())["runs"][0]["selected"] == [16]
+        monkeypatch.setattr(vds_ttt, "calibrate", lambda *_, **__: 0.0)
+        parts = []
+        for seed in ("0", "1"):
+            parts.append(str(tmp_path / f"v{seed}.json"))
+            given = ["--quick", "--device", "cpu", "--seeds", seed, "--json", parts[-1]]
+            assert vds_ttt.main(given) == 0
+        assert vds_ttt.main(["--device", "cpu", "--merge", *parts, "--json", str(tmp_path / "v.json")]) == 0
+        runs = json.loads((tmp_path / "v.json").read_text())["runs"]
+        assert [run["seed"] for run in runs] == [0, 1] and [run["selected"] for run in runs] == [[16], [16]]
     finally:
         torch.set_num_threads(threads)

@@ -232,7 +232,7 @@ class SwiftLearnSampler(Sampler[int]):
                 self.record(ids, *importance.token_log_probs(logits, labels))
 
     def _flush(self) -> None:
-        pending, self._pending = self._pending, []
+        pending, self._pending = _joined(self._pending), []
         visited = self.refresh_every is not None and self.refresh == "visited"
         for ids, values, counts in pending:
             ids, values = ids.cpu().long(), values.float().cpu()
@@ -424,6 +424,20 @@ class SwiftLearnSampler(Sampler[int]):
     def _settings(self) -> dict[str, Any]:
         names = ("keep", "epochs", "warmup_epochs", "select", "sigma", "refresh_every", "refresh", "recording", "seed")
         return {name: getattr(self, name) for name in names}
+
+
+_Recording = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _joined(recordings: list[_Recording]) -> list[_Recording]:
+    """The same as one recording, where they are alike and no sample occurs twice: one copy to the host, one update."""
+    if len(recordings) < 2 or len({(r[1].shape[1], r[2] is None, r[0].device, r[1].device) for r in recordings}) > 1:
+        return recordings
+    ids = torch.cat([r[0] for r in recordings]).cpu()
+    if len(ids.unique()) < len(ids):
+        return recordings
+    counts = [r[2] for r in recordings if r[2] is not None]
+    return [(ids, torch.cat([r[1] for r in recordings]), torch.cat(counts) if counts else None)]
 
 
 class _Numbered(Dataset):

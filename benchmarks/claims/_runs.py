@@ -1,0 +1,55 @@
+"""Results of a claim, kept run by run: what a file already holds is not run again, and parts from several processes are one
+result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ANYWHERE = {
+    "json",
+    "seeds",
+    "device",
+    "merge",
+    "seconds",
+    "tokens",
+    "model",
+    "prepare",
+    "small",
+}  # may differ between the parts of a result
+
+
+def describe(options: argparse.Namespace) -> dict[str, Any]:
+    """Machine and settings, as they stand at the head of a result."""
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    settings = {name: value for name, value in vars(options).items() if name not in ANYWHERE}
+    return {"machine": machine, "torch": torch.__version__, "settings": json.loads(json.dumps(settings, default=str))}
+
+
+def kept(path: Path, head: dict[str, Any]) -> list[dict]:
+    """The runs that ``path`` holds; exits where they are of other settings."""
+    if not path.is_file():
+        return []
+    held = json.loads(path.read_text())
+    other = [k for k, v in head["settings"].items() if held["settings"].get(k) != v]
+    if other:
+        sys.exit(f"{path} holds runs with another {', '.join(other)}: give another --json, or remove it")
+    return held["runs"]
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def merge(paths: Sequence[Path]) -> dict[str, Any]:
+    """Head and runs of parts with equal settings, in the order of their seeds; exits where they differ."""
+    head = {k: v for k, v in json.loads(paths[0].read_text()).items() if k in ("machine", "torch", "settings")}
+    runs = {run["seed"]: run for path in paths for run in kept(path, head)}
+    return head | {"runs": [runs[seed] for seed in sorted(runs)]}
