@@ -70,6 +70,26 @@ def test_unmeasured_samples_count_as_the_mean_and_equal_ones_prefer_none():
         assert standard.is_constant and not standard.scores(equal).any()
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["once", "repeated"])
+def test_recordings_that_wait_are_stored_as_if_one_by_one(again, monkeypatch):
+    """Joined or not: a sample that occurs twice while they wait has its change measured between the two."""
+    batches = [torch.randperm(40, generator=generator(epoch)).split(5) for epoch in range(2)]
+    values = [torch.randn(40, 3, generator=generator(epoch)) for epoch in range(2)]
+    states = []
+    for waiting in (1, 100):
+        monkeypatch.setattr("effcore.methods.swiftlearn._PENDING", waiting)
+        sampler = effcore.SwiftLearnSampler(40, 0.5, epochs=3)
+        for epoch in range(2):
+            for ids in batches[epoch]:
+                sampler.record(ids, values[epoch][ids])
+            if not again:
+                sampler._flush()
+        states.append(sampler.state_dict())
+    for name in ("values", "change", "recordings"):
+        assert torch.equal(states[0][name], states[1][name]), name
+    torch.testing.assert_close(states[0]["change"], (values[1] - values[0]).square().sum(1))
+
+
 @pytest.mark.slow
 def test_ten_million_samples_are_drawn_in_about_a_second():
     values, threads = torch.rand(10_000_000), torch.get_num_threads()
