@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForTokenClassification
 
-from benchmarks.claims._sorting import causal_mask, length, problems
+from benchmarks.claims._small_lm import causal_mask
+from benchmarks.claims._sorting import problems
 from benchmarks.claims._step import TrainStep, linear_decay
 from effcore.data.byte_tokenizer import PAD, byte_tokenizer
 from effcore.methods.sampling import sample_texts
@@ -94,14 +95,13 @@ def verifier(
     model.model.load_state_dict(base.model.state_dict(), strict=False)
     device = base.device
     model.to(device).train()
-    ids, labels = (tensor.to(device) for tensor in judged(rows, length(max(letters)) + 2))
+    ids, labels = (tensor.to(device) for tensor in judged(rows, 2 * max(letters) + 4))
     generator = torch.Generator(device).manual_seed(0)
     mask = causal_mask(ids.shape[1], device)
 
     def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(inputs["ids"], attention_mask=mask, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), inputs["labels"].flatten(), ignore_index=-100)
+        logits = model(inputs["ids"], attention_mask=mask, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), ignore_index=-100)
         return loss, loss
 
     trainer = None

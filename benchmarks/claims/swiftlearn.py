@@ -121,9 +121,13 @@ class Classifier(nn.Module):
 class Task:
     """Tokens on the device, and what an arm does with them."""
 
-    def __init__(self, tokens: Path, model: Path, device: str, batch: int, epochs: int, layers: int | None):
-        held = np.load(tokens)
-        self.data = {n: torch.from_numpy(held[n].astype(np.int64)).to(device) for n in held.files if n != "classes"}
+    def __init__(
+        self, tokens: Path, model: Path, device: str, batch: int, epochs: int, layers: int | None, most: int | None
+    ):
+        held = dict(np.load(tokens))
+        chosen = np.random.default_rng(0).permutation(len(held["train_ids"]))[:most]
+        held |= {name: held[name][chosen] for name in ("train_ids", "train_labels")}
+        self.data = {n: torch.from_numpy(held[n].astype(np.int64)).to(device) for n in held if n != "classes"}
         self.classes = len(held["classes"])
         self.model, self.device, self.batch, self.epochs, self.layers = model, device, batch, epochs, layers
         # Whole batches in every epoch of every arm: a step of another shape is no CUDA graph and takes as long as ten.
@@ -152,13 +156,14 @@ class Task:
             before = time.perf_counter()
             order = sampler.order(epoch)
             selecting += time.perf_counter() - before
-            for chosen in order.split(self.batch):
+            for there in order.to(self.device).split(
+                self.batch
+            ):  # at once: a copy for each step would wait for the step
                 if step == total:
                     break
-                there = chosen.to(self.device)
                 _, logits = trainer({"ids": ids[there], "labels": labels[there]}, linear_decay(step, total, peak=peak))
                 if sampler.wants_records:
-                    sampler.record(chosen, logits.clone())
+                    sampler.record(there, logits.clone())
                 step += 1
         self._wait()
         seconds = time.perf_counter() - began
@@ -298,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--length", type=int, default=48, help="tokens of a snippet")
     parser.add_argument("--most", type=int, help="at most so many snippets")
+    parser.add_argument("--samples", type=int, help="train on so many at most")
     parser.add_argument("--layers", type=int, help="only the encoder's first layers (default: all)")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=10)
@@ -329,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
                 shrink(tokens, model, options.small)
             return 0
     began = time.monotonic()
-    task = Task(tokens, model, options.device, options.batch, options.epochs, options.layers)
+    task = Task(tokens, model, options.device, options.batch, options.epochs, options.layers, options.samples)
     ceiling = SwiftLearnSampler(task.samples, 0.1, epochs=options.epochs).speedup_ceiling
     head = _runs.describe(options) | {"samples": task.samples, "classes": task.classes, "ceiling": ceiling}
     rows = _runs.kept(options.json, head)

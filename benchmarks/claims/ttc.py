@@ -1,16 +1,16 @@
 """The claim of TTC-aware stopping: `python -m benchmarks.claims.ttc [--quick]`.
 
-A small LLaMA learns to put letters in order, from scratch (:mod:`benchmarks.claims._sorting`). The full run has its own decayed
-learning rate. The stopped run trains at a constant rate; what is evaluated of it is the moving average of its weights, which
-comes close to what decaying the rate would give. At every checkpoint K = 1, 2, 4, 8 samples of each validation query are
-evaluated (one reading of each prompt), and the stopper decides. K samples become one answer by majority vote, or by a learned
-verifier that is trained once on corrupted answers (--metric). On a test split: the full run's single sample, the same with
-K* samples, its greedy answer, the stopped model at K*, and the stopped checkpoint with its learning rate decayed over a tenth
-more steps. Behind the stop the constant run goes on to its end, uncounted, to see what came of the projections.
+A small LLaMA learns from scratch to add digits in any order (:mod:`benchmarks.claims._adding`), or to put letters in order
+(:mod:`benchmarks.claims._sorting`, --task sorting). The full run has its own decayed learning rate. The stopped run trains at
+a constant rate; what is evaluated of it is the moving average of its weights, which comes close to what decaying the rate would
+give. At every checkpoint K = 1, 2, 4, 8 samples of each validation query are evaluated (one reading of each prompt), and the
+stopper decides; a majority vote makes one answer of K samples, so nothing at test time knows what is right. On a test split:
+the full run's single sample, the same with K* samples, its greedy answer, the stopped model at K*, and the stopped checkpoint with
+its learning rate decayed over a tenth more steps. Behind the stop the constant run goes on to its end, uncounted, to see what
+came of the projections.
 
-Counted as training: all steps up to the stop, the verifier's training, and every token generated and verified for
-evaluation. The paper: up to 92 % fewer training FLOPs. Exhaustive search is K = 1 .. K_max drawn separately at every
-checkpoint; beside it, K_max drawn once at each.
+Counted as training: all steps up to the stop, and every token generated for evaluation. The paper: up to 92 % fewer training
+FLOPs. Exhaustive search is K = 1 .. K_max drawn separately at every checkpoint; beside it, K_max drawn once at each.
 
 Settings are chosen with --split validation, which draws other queries; the result is from the test queries.
 """
@@ -32,22 +32,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
-from benchmarks.claims import _runs  # noqa: E402
-from benchmarks.claims import _sorting as task  # noqa: E402
-from benchmarks.claims._sorting_verifier import verifier as learned_verifier  # noqa: E402
+from benchmarks.claims import _adding, _runs, _sorting  # noqa: E402
+from benchmarks.claims._small_lm import fresh, train  # noqa: E402
 from effcore.data import byte_tokenizer  # noqa: E402
 from effcore.methods.sampling import sample_texts  # noqa: E402
 from effcore.methods.ttc import Costs, Decision, TTCEarlyStopping  # noqa: E402
 from effcore.methods.ttc_accuracy import Samples  # noqa: E402
 
+TASKS: dict[str, Any] = {"adding": _adding, "sorting": _sorting}
 SPLITS = {"test": 2, "validation": 5}  # millions that the seeds of the queries begin with
 
 
 class Evaluator:
-    """``evaluator(model, n)``: n samples of each query at temperature 1; kept for the model's last state."""
+    """``evaluator(model, n)``: n samples of each query at temperature 1."""
 
-    def __init__(self, queries: list[str], new: int, seed: int, verifier: Any):
-        self.queries, self.new, self.seed, self.verifier = queries, new, seed, verifier
+    def __init__(self, task: Any, queries: list[str], new: int, seed: int):
+        self.task, self.queries, self.new, self.seed = task, queries, new, seed
 
     def __call__(self, model: Any, n: int) -> Samples:
         return self.samples(model, n, {"temperature": 1.0, "top_k": 0})
@@ -66,46 +66,40 @@ class Evaluator:
             seed=self.seed,
             **settings,
         )
-        correct = np.array([[task.is_right(q, t) for t in row] for q, row in zip(self.queries, texts, strict=True)])
-        scores = None
-        if self.verifier is not None:
-            flat = self.verifier.score([q for q in self.queries for _ in range(n)], [t for row in texts for t in row])
-            scores = np.array(flat).reshape(len(self.queries), n)
-        return Samples(correct, texts, scores, tokens=sum(len(t) + 1 for row in texts for t in row))
+        right = self.task.is_right
+        correct = np.array([[right(q, t) for t in row] for q, row in zip(self.queries, texts, strict=True)])
+        answers = [[self.task.result(t) for t in row] for row in texts]
+        return Samples(correct, answers, tokens=sum(len(t) + 1 for row in texts for t in row))
 
 
-def one(seed: int, options: argparse.Namespace, verifier: Any) -> dict[str, Any]:
+def one(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Both runs of a seed."""
-    steps, metric = options.steps, options.metric
-    letters = range(options.letters[0], options.letters[1] + 1)
-    mix = dict.fromkeys(letters, 1.0)
-    tokens_per_step = options.batch * task.length(max(letters))
-    new = max(letters) + 1
+    steps, task = options.steps, TASKS[options.task]
+    sizes = range(options.size[0], options.size[1] + 1)
+    new = task.PER_ITEM * max(sizes) + 1  # tokens of an answer with its end
+    draw = task.draws(dict.fromkeys(sizes, 1.0))
+    tokens_per_step = options.batch * (max(sizes) + 1 + new)
     settings: dict[str, Any] = {"batch": options.batch, "peak": options.peak, "seed": seed}
 
     def evaluator(million: int, seed_of_samples: int) -> Evaluator:
-        asked = [p for p, _ in task.problems(million * 10**6 + seed, options.items, letters)]
-        return Evaluator(asked, new, seed_of_samples, verifier)
+        return Evaluator(task, task.prompts(million * 10**6 + seed, options.items, sizes), new, seed_of_samples)
 
     def model():
-        return task.fresh(seed, layers=options.layers, width=options.width).to(options.device)
+        return fresh(seed, layers=options.layers, width=options.width).to(options.device)
 
     validation, test = evaluator(1, 5), evaluator(SPLITS[options.split], 7)
     began = time.perf_counter()
     full = model()
-    task.train(full, mix, steps=steps, **settings)
+    train(full, draw, steps=steps, **settings)
     full_seconds = time.perf_counter() - began
 
     running = model()
     average = copy.deepcopy(running)
-    costs = Costs.measure(running, prompt=new, new=new)
-    verifier_training = 0.0  # in training tokens of the model
-    if verifier is not None:
-        read = Costs.measure(verifier.model, prompt=1, new=2 * new)
-        costs = Costs(costs.train, costs.generate, 2 * read.generate)  # it reads prompt and response for each response
-        verifier_training = options.verifier_steps * options.batch * 2 * (new + 1) * read.train / costs.train
     stopper = TTCEarlyStopping(
-        validation, budget=steps * tokens_per_step, metric=metric, most_samples=options.most_samples, costs=costs
+        validation,
+        budget=steps * tokens_per_step,
+        most_samples=options.most_samples,
+        costs=Costs.measure(running, prompt=max(sizes) + 1, new=new),
     )
     every = max(steps // options.checkpoints, 1)
     constant = lambda step: options.peak * min((step + 1) / (0.05 * steps), 1.0)  # noqa: E731
@@ -113,15 +107,15 @@ def one(seed: int, options: argparse.Namespace, verifier: Any) -> dict[str, Any]
     curve: list[tuple[int, float]] = []  # (step, single sample on validation), to the end
     stopped: list[tuple[Decision, Any, Any]] = []  # and the two states there
 
-    def check(step: int) -> bool:
+    def check(step: int) -> None:
         if (step + 1) % options.average_every == 0:
             with torch.no_grad():  # the mean of the last 3 % of the steps, about
                 rate = min(options.average_every / (0.03 * (step + 1)), 1.0)
                 torch._foreach_lerp_(list(average.parameters()), list(running.parameters()), rate)
         if (step + 1) % every:
-            return False
+            return
         if stopped:
-            curve.append((step + 1, validation(average, 1).accuracy(1, metric)))
+            curve.append((step + 1, validation(average, 1).accuracy(1, "majority")))
         else:
             decision = stopper.check(average, (step + 1) * tokens_per_step)
             curve.append((step + 1, decision.accuracies[1]))
@@ -130,9 +124,8 @@ def one(seed: int, options: argparse.Namespace, verifier: Any) -> dict[str, Any]
                 at_30[:] = [decision.projected]
             if decision.stop:
                 stopped.append((decision, copy.deepcopy(running), copy.deepcopy(average)))
-        return False
 
-    task.train(running, mix, steps=steps, each=check, schedule=constant, **settings)
+    train(running, draw, steps=steps, each=check, schedule=constant, **settings)
     decision, last, ours_model = stopped[0] if stopped else (stopper.decisions[-1], running, average)
     at = round(decision.tokens / tokens_per_step)
     k = decision.samples if decision.stop and decision.samples else 1
@@ -140,9 +133,9 @@ def one(seed: int, options: argparse.Namespace, verifier: Any) -> dict[str, Any]
     ours, theirs = test(ours_model, many), test(full, many)
     # The same checkpoint with its rate decayed to 0 over a tenth more steps.
     more = max(at // 10, 1)
-    task.train(
+    train(
         last,
-        mix,
+        draw,
         steps=at + more,
         first=at,
         schedule=lambda step: options.peak * (1 - (step - at) / more),
@@ -150,23 +143,22 @@ def one(seed: int, options: argparse.Namespace, verifier: Any) -> dict[str, Any]
     )
     decayed = test(last, many)
     evaluated = len(stopper.decisions)
-    answer = options.items * (sum(letters) / len(letters) + 1)  # tokens of one sample of each query
+    answer = options.items * (task.PER_ITEM * sum(sizes) / len(sizes) + 1)  # tokens of one sample of each query
     row = {
         "seed": seed,
         "stopped": decision.stop,
         "stop_share": at / steps,
-        "saved": decision.saved - verifier_training / (steps * tokens_per_step) if decision.stop else 0.0,
-        "verifier_training_share": verifier_training / (steps * tokens_per_step),
+        "saved": decision.saved,
         "K": k,
-        "full_single": theirs.accuracy(1, metric),
+        "full_single": theirs.accuracy(1, "majority"),
         "full_greedy": test.greedy(full),
-        "full_at_K": theirs.accuracy(k, metric),
-        "stopped_single": ours.accuracy(1, metric),
+        "full_at_K": theirs.accuracy(k, "majority"),
+        "stopped_single": ours.accuracy(1, "majority"),
         "stopped_greedy": test.greedy(ours_model),
-        "stopped_at_K": ours.accuracy(k, metric),
+        "stopped_at_K": ours.accuracy(k, "majority"),
         "stopped_pass_at_K": ours.accuracy(k, "pass"),
-        "decayed_single": decayed.accuracy(1, metric),
-        "decayed_at_K": decayed.accuracy(k, metric),
+        "decayed_single": decayed.accuracy(1, "majority"),
+        "decayed_at_K": decayed.accuracy(k, "majority"),
         "projected": decision.projected,
         "projected_at_30": at_30[0] if at_30 else None,
         "constant_run": curve[-1][1],
@@ -190,7 +182,7 @@ def show(rows: list[dict]) -> str:
 
     lines = ["| | |", "|---|---|"]
     for key, name in (
-        ("saved", "training FLOPs saved, evaluation and verifier charged (the paper: up to 92 %)"),
+        ("saved", "training FLOPs saved, evaluation charged (the paper: up to 92 %)"),
         ("full_single", "full run, one sample"),
         ("stopped_at_K", "stopped run, K* samples"),
         ("full_greedy", "full run, greedy"),
@@ -250,7 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peak", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--letters", type=int, nargs=2, default=[8, 20], help="fewest and most letters of a problem")
+    parser.add_argument("--task", choices=tuple(TASKS), default="adding")
+    parser.add_argument("--size", type=int, nargs=2, default=[6, 12], help="fewest and most items of a problem")
     parser.add_argument("--items", type=int, default=1000, help="queries for validation, and as many for the test")
     parser.add_argument(
         "--split", choices=tuple(SPLITS), default="test", help="which queries; to choose settings: validation"
@@ -258,8 +251,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=int, default=40, help="evaluations over the budget")
     parser.add_argument("--average-every", type=int, default=10, help="steps between additions to the moving average")
     parser.add_argument("--most-samples", type=int, default=32)
-    parser.add_argument("--metric", choices=("majority", "verifier"), default="majority")
-    parser.add_argument("--verifier-steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="one seed of a tiny model: that it runs, no result")
     parser.add_argument(
@@ -269,20 +260,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.quick:
         options.steps, options.batch, options.items, options.seeds = 60, 16, 20, [0]
-        options.layers, options.width, options.checkpoints, options.verifier_steps = 1, 32, 6, 5
+        options.layers, options.width, options.checkpoints = 1, 32, 6
     head = _runs.describe(options)
     rows = _runs.kept(options.json, head)
     if options.merge:
         head = _runs.merge(options.merge)
         rows, options.seeds = head["runs"], []
     missing = [seed for seed in options.seeds if seed not in [row["seed"] for row in rows]]
-    verifier = None
-    if options.metric == "verifier" and missing:
-        base = task.fresh(0, layers=options.layers, width=options.width).to(options.device)
-        letters = range(options.letters[0], options.letters[1] + 1)
-        verifier = learned_verifier(letters, base, steps=options.verifier_steps, batch=options.batch)
     for seed in missing:
-        rows.append(one(seed, options, verifier))
+        rows.append(one(seed, options))
         _runs.write(options.json, head | {"runs": rows})
     _runs.write(options.json, head | {"runs": rows})
     print(show(rows))

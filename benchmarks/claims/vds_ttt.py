@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
 from benchmarks.claims import _runs  # noqa: E402
 from benchmarks.claims import _sorting as task  # noqa: E402
+from benchmarks.claims._small_lm import fresh, train  # noqa: E402
 from benchmarks.claims._sorting_verifier import verifier as learned_verifier  # noqa: E402
 from effcore.data import byte_tokenizer  # noqa: E402
 from effcore.methods.sampling import sample_texts, sample_tokens  # noqa: E402
@@ -54,7 +55,7 @@ def auroc(scores: np.ndarray, right: np.ndarray) -> float:
 
 def calibration(model: object, verifier: Verifier, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """The verifier on samples to problems that are no queries: how well it ranks, and the τ at which it is right."""
-    asked = [p for p, _ in task.problems(7 * 10**6 + seed, options.items, options.long)]
+    asked = task.prompts(7 * 10**6 + seed, options.items, options.long)
     n = options.num_samples
     texts = sample_texts(
         model,
@@ -84,13 +85,34 @@ def calibration(model: object, verifier: Verifier, seed: int, options: argparse.
     }
 
 
+def base_model(seed: int, long_share: float, options: argparse.Namespace) -> LlamaForCausalLM:
+    """Trained on short problems, and on so many as long as the queries."""
+    model = fresh(seed, layers=options.layers, width=options.width).to(options.device)
+    mix = dict.fromkeys(SHORT, (1 - long_share) / len(SHORT))
+    mix |= dict.fromkeys(options.long, long_share / len(options.long))
+    train(model, task.draws(mix), steps=options.steps, batch=options.batch, peak=options.peak, seed=seed)
+    return model.eval()
+
+
+def room(options: argparse.Namespace) -> list[tuple[float, float]]:
+    """How well the base model answers validation queries, for each share of long problems in its training."""
+    asked, found = task.prompts(SPLITS["validation"][0] * 10**6, options.items, options.long), []
+    settings = {
+        "num_samples": 1,
+        "max_new_tokens": max(options.long) + 2,
+        "batch_size": options.items,
+        "do_sample": False,
+    }
+    for share in options.long_shares:
+        texts = sample_texts(base_model(90, share, options), byte_tokenizer(), asked, **settings)
+        found.append((share, statistics.mean(task.is_right(p, row[0]) for p, row in zip(asked, texts, strict=True))))
+        print(f"{share:.3%} long problems: {found[-1][1]:.1%} of the validation queries", flush=True)
+    return found
+
+
 def one(seed: int, options: argparse.Namespace) -> dict:
     began = time.perf_counter()
-    model = task.fresh(seed, layers=options.layers, width=options.width).to(options.device)
-    mix = dict.fromkeys(SHORT, (1 - options.long_share) / len(SHORT))
-    mix |= dict.fromkeys(options.long, options.long_share / len(options.long))
-    task.train(model, mix, steps=options.steps, batch=options.batch, peak=options.peak, seed=seed)
-    model.eval()
+    model = base_model(seed, options.long_share, options)
     trained = time.perf_counter() - began
     verifier = learned_verifier(
         (*SHORT, *options.long),
@@ -103,7 +125,7 @@ def one(seed: int, options: argparse.Namespace) -> dict:
     trusted = calibration(model, verifier, seed, options)
     print(f"seed {seed}, the verifier: {trusted}", flush=True)
     sets = {
-        name: [p for p, _ in task.problems(million * 10**6 + seed, options.items, options.long)]
+        name: task.prompts(million * 10**6 + seed, options.items, options.long)
         for name, million in zip(("adapted", "held out"), SPLITS[options.split], strict=True)
     }
     learner = VerifierTTT(
@@ -195,7 +217,7 @@ def sampling(options: argparse.Namespace) -> list[dict]:
     cases = ((2048, 32, 16), (4096, 64, 16)) if cuda else ((256, 16, 8), (256, 64, 8))
     for sharing in (None, "qk", "kv"):
         for prompt, new, n in cases:
-            model = _large(max(c[0] + c[1] for c in cases)) if cuda else task.fresh(0, layers=6, width=256)
+            model = _large(max(c[0] + c[1] for c in cases)) if cuda else fresh(0, layers=6, width=256)
             model = model.to(options.device).eval()
             model.config.max_position_embeddings = 8192
             model.generation_config.eos_token_id = None  # every sample has the same length
@@ -288,7 +310,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument(
-        "--long-share", type=float, default=0.03, help="of problems as long as the queries in base training"
+        "--long-shares",
+        type=float,
+        nargs="+",
+        default=[0.0, 1e-4, 3e-4, 1e-3, 3e-3],
+        help="of problems as long as the queries in base training; of several the one is taken whose base model answers "
+        "nearest to half of the validation queries",
     )
     parser.add_argument("--long", type=int, nargs="+", default=[12, 13, 14], help="letters of the queries")
     parser.add_argument(
@@ -315,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         options.steps, options.items, options.verifier_steps, options.layers = 20, 16, 5, 1
         options.seeds = options.seeds[:1]
-        options.batch, options.verifier_problems, options.rounds = 32, 200, 1
+        options.batch, options.verifier_problems, options.rounds, options.long_shares = 32, 200, 1, [0.01, 0.03]
     if options.sampling:
         _runs.write(options.json, _runs.describe(options) | {"rows": sampling(options)})
         return 0
@@ -324,10 +351,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.merge:
         head = _runs.merge(options.merge)
         runs, options.seeds = head["runs"], []
-    for seed in options.seeds:
-        if seed not in [run["seed"] for run in runs]:
-            runs.append(one(seed, options))
-            _runs.write(options.json, head | {"runs": runs})
+    missing = [seed for seed in options.seeds if seed not in [run["seed"] for run in runs]]
+    shares = room(options) if missing else []
+    options.long_share = min(shares, key=lambda pair: abs(pair[1] - 0.5), default=(None,))[0]
+    for seed in missing:
+        runs.append(one(seed, options) | {"shares": shares, "long_share": options.long_share})
+        _runs.write(options.json, head | {"runs": runs})
     rows, gains = summarise(runs)
     _runs.write(options.json, head | {"runs": runs, "mean": rows, "gains": gains})
     print(f"mean of {len(runs)} seeds ± standard error\n{table(rows)}\n{json.dumps(gains, indent=1)}")

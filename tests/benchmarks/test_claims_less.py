@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from benchmarks.claims import swiftlearn, ttc, vds_ttt
-from benchmarks.claims._sorting import encoded, is_right, problems
+from benchmarks.claims import _adding, _sorting, swiftlearn, ttc, vds_ttt
+from benchmarks.claims._sorting import is_right, problems
 from benchmarks.claims._sorting_verifier import corrupted, judged
 from benchmarks.claims._step import linear_decay
 
@@ -19,13 +19,23 @@ def test_the_task_is_checked_exactly():
     rows = problems(0, 50, (3, 8))
     assert all(is_right(prompt, answer) for prompt, answer in rows)
     assert sum(is_right(p, corrupted(random.Random(i), a)) for i, (p, a) in enumerate(rows)) < 10
-    ids, labels = encoded(200, {3: 0.5, 5: 0.5}, torch.Generator().manual_seed(0))
+    ids, labels = _sorting.draws({3: 0.5, 5: 0.5})(200, torch.Generator().manual_seed(0))
     assert ids.shape == (200, 12)
     for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
         prompt, answer = bytes(t for t in row if t < 256).decode().split("=")
         assert is_right(prompt + "=", answer) and len(answer) in (3, 5)
         n = len(answer)
         assert wanted == [-100] * (n + 1) + row[n + 1 : 2 * n + 2] + [-100] * (10 - 2 * n) and row[2 * n + 1] == 256
+    ids, labels = _adding.draws({3: 0.5, 5: 0.5})(200, torch.Generator().manual_seed(0))
+    orders = set()
+    for row in ids.tolist():
+        prompt, answer = bytes(t for t in row if t < 256).decode().split("=")
+        taken, sums = answer[::2], answer[1::2]
+        assert sorted(taken) == sorted(prompt) and len(prompt) in (3, 5)
+        assert [int(s) for s in sums] == [sum(map(int, taken[: i + 1])) % 10 for i in range(len(taken))]
+        assert _adding.is_right(prompt + "=", answer) and not _adding.is_right(prompt + "=", answer[:-1] + "x")
+        orders.add(taken == prompt)
+    assert orders == {True, False} and (labels >= 0).sum() == (ids[labels >= 0] < 257).sum()
     ids, labels = judged([("ba=", "ab"), ("ba=", "aa"), ("ba=", "abb"), ("ba=", "")], 8)
     assert ids[0].tolist() == [98, 97, 61, 97, 98, 10, 257, 257]
     assert labels[:, 3:].tolist() == [
@@ -70,12 +80,12 @@ def test_selection_ttc_and_vds(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     try:
         assert swiftlearn.main(["--selection", "--quick", "--json", str(tmp_path / "s.json")]) == 0
-        for metric in ("majority", "verifier"):
-            out = tmp_path / f"{metric}.json"
-            assert ttc.main(["--quick", "--device", "cpu", "--metric", metric, "--json", str(out)]) == 0
+        for name in ttc.TASKS:
+            out = tmp_path / f"{name}.json"
+            assert ttc.main(["--quick", "--device", "cpu", "--task", name, "--json", str(out)]) == 0
             assert out.with_suffix(".png").is_file()
             (row,) = json.loads(out.read_text())["runs"]
-            assert (row["verifier_training_share"] > 0) == (metric == "verifier") and not row["stopped"]
+            assert not row["stopped"] and row["saved"] == 0 and len(row["decisions"]) == len(row["curve"]) == 6
         monkeypatch.setattr(vds_ttt, "calibrate", lambda *_, **__: 0.0)
         parts = []
         for seed in ("0", "1"):
