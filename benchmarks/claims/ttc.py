@@ -5,9 +5,9 @@ A small LLaMA learns from scratch to add digits in any order (:mod:`benchmarks.c
 a constant rate; what is evaluated of it is the moving average of its weights, which comes close to what decaying the rate would
 give. At every checkpoint K = 1, 2, 4, 8 samples of each validation query are evaluated (one reading of each prompt), and the
 stopper decides; a majority vote makes one answer of K samples, so nothing at test time knows what is right. On a test split:
-the full run's single sample, the same with K* samples, its greedy answer, the stopped model at K*, and the stopped checkpoint with
-its learning rate decayed over a tenth more steps. Behind the stop the constant run goes on to its end, uncounted, to see what
-came of the projections.
+the full run's single sample, the same with K* samples, its greedy answer, the stopped model at K*, and the stopped checkpoint
+with its learning rate decayed over a tenth more steps. Behind the stop the constant run goes on to its end, uncounted, to see
+what came of the projections.
 
 Counted as training: all steps up to the stop, and every token generated for evaluation. The paper: up to 92 % fewer training
 FLOPs. Exhaustive search is K = 1 .. K_max drawn separately at every checkpoint; beside it, K_max drawn once at each.
