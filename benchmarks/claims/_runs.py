@@ -12,17 +12,8 @@ from typing import Any
 
 import torch
 
-ANYWHERE = {
-    "json",
-    "seeds",
-    "device",
-    "merge",
-    "seconds",
-    "tokens",
-    "model",
-    "prepare",
-    "small",
-}  # may differ between the parts of a result
+# What may differ between the parts of a result.
+ANYWHERE = {"json", "seeds", "device", "merge", "seconds", "tokens", "model", "prepare", "small", "timing"}
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,9 @@ E/(2 + (E − 2)·keep) = 3.57x.
 --selection times one draw of a million from ten million samples instead, scoring and all, against torch.multinomial and
 NumPy's choice with the same probabilities.
 
+--timing RUNS times all data and SwiftLearn alone, in turn: for a device that is otherwise idle, as runs beside other work
+are no measure of seconds.
+
 On a machine without the packages: --prepare FILE --small FOLDER here, --tokens FILE --model FOLDER there. The small encoder is
 MiniLM without the embeddings of tokens that no snippet has, its weights rounded to bfloat16, which is what it computes with.
 """
@@ -226,6 +229,22 @@ def selection(samples: int, rounds: int) -> list[dict]:
     return rows
 
 
+def timing(task: Task, peak: float, runs: int) -> dict:
+    """All data and SwiftLearn in turn; the speed-up is the median of the pairs' ratios."""
+    pairs = [[task.run(arm, peak, seed) for arm in ("all data", "SwiftLearn")] for seed in range(runs)]
+    found = {
+        "seconds": [statistics.median(pair[i]["seconds"] for pair in pairs) for i in range(2)],
+        "speedup": statistics.median(full["seconds"] / ours["seconds"] for full, ours in pairs),
+        "selecting_share": statistics.median(ours["selecting"] / ours["seconds"] for _, ours in pairs),
+        "runs": [row for pair in pairs for row in pair],
+    }
+    full, ours = found["seconds"]
+    print(
+        f"all data {full:.2f} s, SwiftLearn {ours:.2f} s: {found['speedup']:.2f}x, drawing {found['selecting_share']:.2%}"
+    )
+    return found
+
+
 def summarise(rows: list[dict]) -> list[dict]:
     """Mean and spread of each arm over its seeds; speed-ups are ratios of the same seed's times."""
     full = {row["seed"]: row for row in rows if row["arm"] == "all data"}
@@ -315,6 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="1,200 snippets, 4 epochs, one seed: that it runs, no result"
     )
+    parser.add_argument("--timing", type=int, metavar="RUNS", help="only time all data and SwiftLearn, so often each")
     parser.add_argument("--selection", action="store_true", help="time a draw from ten million samples instead")
     parser.add_argument("--json", type=Path, default=Path("swiftlearn.json"), help="what it holds is not run again")
     options = parser.parse_args(arguments)
@@ -338,9 +358,12 @@ def main(arguments: list[str] | None = None) -> int:
     task = Task(tokens, model, options.device, options.batch, options.epochs, options.layers, options.samples)
     ceiling = SwiftLearnSampler(task.samples, 0.1, epochs=options.epochs).speedup_ceiling
     head = _runs.describe(options) | {"samples": task.samples, "classes": task.classes, "ceiling": ceiling}
-    rows = _runs.kept(options.json, head)
     if options.device == "cuda":
         task.run("all data, as many steps", options.peaks[0], 99)  # warms up the device; not counted
+    if options.timing:
+        _runs.write(options.json, head | {"timing": timing(task, options.peaks[0], options.timing)})
+        return 0
+    rows = _runs.kept(options.json, head)
 
     def run(arm: str, peak: float, seed: int) -> dict | None:
         """The run that the file has, or a new one while there is time."""

@@ -5,7 +5,8 @@ The queries are longer. A learned verifier that begins as the model is trained o
 every length and never of the queries (:mod:`benchmarks.claims._sorting_verifier`). Its threshold is calibrated on problems of
 its own too; how well it tells right from wrong there is printed first (AUROC). It picks the model's own samples for
 test-time training. On the adapted queries and on a held-out half: greedy, best-of-N by the verifier, majority and oracle,
-before and after; standard errors over queries, and the differences paired by query and by seed.
+before and after; standard errors over queries, and the differences with their standard error over the seeds (paired) and over
+the queries (as if before and after were independent: the larger one).
 
 Settings are chosen with --split validation, whose queries are others; the result is from the test queries.
 
@@ -184,9 +185,11 @@ def summarise(runs: list[dict]) -> tuple[dict, dict]:
             )
     gains = {}
     for name, column in (("adapted", "best_of_n"), ("held out", "best_of_n"), ("held out", "greedy")):
-        values = [run["rows"][f"after, {name}"][column] - run["rows"][f"before, {name}"][column] for run in runs]
+        pairs = [(run["rows"][f"before, {name}"], run["rows"][f"after, {name}"]) for run in runs]
+        values = [after[column] - before[column] for before, after in pairs]
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        gains[f"{column}, {name}"] = {"gain": statistics.mean(values), "error": error}
+        over_queries = sum(row[f"{column}_error"] ** 2 for pair in pairs for row in pair) ** 0.5 / len(pairs)
+        gains[f"{column}, {name}"] = {"gain": statistics.mean(values), "error": error, "query_error": over_queries}
     return rows, gains
 
 
