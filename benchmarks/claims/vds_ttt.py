@@ -297,7 +297,8 @@ def draw(path: Path, rows: dict) -> None:
         )
     axes.set_xticks(range(len(COLUMNS)), ["greedy", "best-of-N\n(verifier)", "majority", "oracle"])
     axes.set_ylabel("accuracy (%)")
-    axes.legend(fontsize=8)
+    axes.set_ylim(0, 100)
+    figure.legend(fontsize=8, ncol=4, loc="outside upper center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
