@@ -79,11 +79,12 @@ def train(
     peak: float,
     seed: int,
     first: int = 0,
-    each: Callable[[int], None] = lambda step: None,
+    each: Callable[[int], bool] = lambda step: False,
     schedule: Callable[[int], float] | None = None,
 ) -> None:
-    """Steps ``first`` to the last of a run of ``steps``, with ``each(step)`` after each one. In float32: a model of this width
-    would spend more on casting than it saves."""
+    """Steps ``first`` to the last of a run of ``steps``; ``each(step)`` after each one ends it where it is true. Not in
+    bfloat16: a model of this width would spend more on casting than it saves."""
+    torch.set_float32_matmul_precision("high")
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first)
     mask: Tensor | None = None
@@ -106,4 +107,5 @@ def train(
             mask = causal_mask(ids.shape[1], device)
             trainer = TrainStep(model, forward, inputs, weight_decay=0.01)
         trainer(inputs, linear_decay(step, steps, peak=peak) if schedule is None else schedule(step))
-        each(step)
+        if each(step):
+            break

@@ -7,7 +7,7 @@ give. At every checkpoint K = 1, 2, 4, 8 samples of each validation query are ev
 stopper decides; a majority vote makes one answer of K samples, so nothing at test time knows what is right. On a test split:
 the full run's single sample, the same with K* samples, its greedy answer, the stopped model at K*, and the stopped checkpoint
 with its learning rate decayed over a tenth more steps. Behind the stop the constant run goes on to its end, uncounted, to see
-what came of the projections.
+what came of the projection.
 
 Counted as training: all steps up to the stop, and every token generated for evaluation. The paper: up to 92 % fewer training
 FLOPs. Exhaustive search is K = 1 .. K_max drawn separately at every checkpoint; beside it, K_max drawn once at each.
@@ -23,6 +23,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from benchmarks.claims import _adding, _runs, _sorting  # noqa: E402
 from benchmarks.claims._small_lm import fresh, train  # noqa: E402
 from effcore.data import byte_tokenizer  # noqa: E402
 from effcore.methods.sampling import sample_texts  # noqa: E402
-from effcore.methods.ttc import Costs, Decision, TTCEarlyStopping  # noqa: E402
+from effcore.methods.ttc import Costs, TTCEarlyStopping  # noqa: E402
 from effcore.methods.ttc_accuracy import Samples  # noqa: E402
 
 TASKS: dict[str, Any] = {"adding": _adding, "sorting": _sorting}
@@ -72,8 +73,8 @@ class Evaluator:
         return Samples(correct, answers, tokens=sum(len(t) + 1 for row in texts for t in row))
 
 
-def one(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Both runs of a seed."""
+def one(seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Both runs of a seed; then once more, with what came of the projections."""
     steps, task = options.steps, TASKS[options.task]
     sizes = range(options.size[0], options.size[1] + 1)
     new = task.PER_ITEM * max(sizes) + 1  # tokens of an answer with its end
@@ -88,65 +89,59 @@ def one(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         return fresh(seed, layers=options.layers, width=options.width).to(options.device)
 
     validation, test = evaluator(1, 5), evaluator(SPLITS[options.split], 7)
-    began = time.perf_counter()
-    full = model()
-    train(full, draw, steps=steps, **settings)
-    full_seconds = time.perf_counter() - began
-
     running = model()
     average = copy.deepcopy(running)
     stopper = TTCEarlyStopping(
         validation,
         budget=steps * tokens_per_step,
         most_samples=options.most_samples,
+        margin=options.margin,
         costs=Costs.measure(running, prompt=max(sizes) + 1, new=new),
     )
     every = max(steps // options.checkpoints, 1)
     constant = lambda step: options.peak * min((step + 1) / (0.05 * steps), 1.0)  # noqa: E731
-    at_30: list[float] = []
-    curve: list[tuple[int, float]] = []  # (step, single sample on validation), to the end
-    stopped: list[tuple[Decision, Any, Any]] = []  # and the two states there
 
-    def check(step: int) -> None:
+    def add_to_average(step: int) -> bool:
+        """The mean of about the last 3 % of the steps."""
         if (step + 1) % options.average_every == 0:
-            with torch.no_grad():  # the mean of the last 3 % of the steps, about
+            with torch.no_grad():
                 rate = min(options.average_every / (0.03 * (step + 1)), 1.0)
                 torch._foreach_lerp_(list(average.parameters()), list(running.parameters()), rate)
+        return False
+
+    def check(step: int) -> bool:
+        add_to_average(step)
         if (step + 1) % every:
-            return
-        if stopped:
-            curve.append((step + 1, validation(average, 1).accuracy(1, "majority")))
-        else:
-            decision = stopper.check(average, (step + 1) * tokens_per_step)
-            curve.append((step + 1, decision.accuracies[1]))
-            print(f"seed {seed}, step {step + 1}: {decision.accuracies}, {decision.reason}", flush=True)
-            if step + 1 <= 0.3 * steps and decision.projected is not None:
-                at_30[:] = [decision.projected]
-            if decision.stop:
-                stopped.append((decision, copy.deepcopy(running), copy.deepcopy(average)))
+            return False
+        decision = stopper.check(average, (step + 1) * tokens_per_step)
+        print(f"seed {seed}, step {step + 1}: {decision.accuracies}, {decision.reason}", flush=True)
+        return decision.stop
 
     train(running, draw, steps=steps, each=check, schedule=constant, **settings)
-    decision, last, ours_model = stopped[0] if stopped else (stopper.decisions[-1], running, average)
+    decision = stopper.decisions[-1]
+    projections = [
+        d.projected for d in stopper.decisions if d.projected is not None and d.tokens <= 0.3 * stopper.plan.budget
+    ]
     at = round(decision.tokens / tokens_per_step)
     k = decision.samples if decision.stop and decision.samples else 1
     many = max(k, 8)
-    ours, theirs = test(ours_model, many), test(full, many)
+    ours, ours_greedy = test(average, many), test.greedy(average)
     # The same checkpoint with its rate decayed to 0 over a tenth more steps.
-    more = max(at // 10, 1)
-    train(
-        last,
-        draw,
-        steps=at + more,
-        first=at,
-        schedule=lambda step: options.peak * (1 - (step - at) / more),
-        **settings,
-    )
+    last, more = copy.deepcopy(running), max(at // 10, 1)
+    down = lambda step: options.peak * (1 - (step - at) / more)  # noqa: E731
+    train(last, draw, steps=at + more, first=at, schedule=down, **settings)
     decayed = test(last, many)
+    began = time.perf_counter()
+    full = model()
+    train(full, draw, steps=steps, **settings)
+    full_seconds = time.perf_counter() - began
+    theirs = test(full, many)
     evaluated = len(stopper.decisions)
     answer = options.items * (task.PER_ITEM * sum(sizes) / len(sizes) + 1)  # tokens of one sample of each query
     row = {
         "seed": seed,
         "stopped": decision.stop,
+        "budget": stopper.plan.budget,
         "stop_share": at / steps,
         "saved": decision.saved,
         "K": k,
@@ -154,22 +149,30 @@ def one(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "full_greedy": test.greedy(full),
         "full_at_K": theirs.accuracy(k, "majority"),
         "stopped_single": ours.accuracy(1, "majority"),
-        "stopped_greedy": test.greedy(ours_model),
+        "stopped_greedy": ours_greedy,
         "stopped_at_K": ours.accuracy(k, "majority"),
         "stopped_pass_at_K": ours.accuracy(k, "pass"),
         "decayed_single": decayed.accuracy(1, "majority"),
         "decayed_at_K": decayed.accuracy(k, "majority"),
         "projected": decision.projected,
-        "projected_at_30": at_30[0] if at_30 else None,
-        "constant_run": curve[-1][1],
-        "projection_error_at_30": abs(at_30[0] - curve[-1][1]) if at_30 else None,
+        "projected_at_30": projections[-1] if projections else None,
+        "constant_run": None,
+        "projection_error_at_30": None,
         "evaluation_share": stopper.evaluation_tokens / (evaluated * answer * sum(range(1, options.most_samples + 1))),
         "evaluation_share_reused": stopper.evaluation_tokens / (evaluated * answer * options.most_samples),
         "break_even_tokens": decision.break_even,
         "full_seconds": full_seconds,
     }
+    decisions = {"decisions": [d.as_json() for d in stopper.decisions]}
     print(json.dumps(row), flush=True)
-    return row | {"curve": curve, "decisions": [d.as_json() for d in stopper.decisions]}
+    yield row | decisions
+    if decision.stop:
+        train(running, draw, steps=steps, first=at, each=add_to_average, schedule=constant, **settings)
+    row["constant_run"] = validation(average, 8).accuracy(1, "majority")
+    if projections:
+        row["projection_error_at_30"] = abs(projections[-1] - row["constant_run"])
+    print(f"seed {seed}, the constant run's end: {row['constant_run']:.1%}", flush=True)
+    yield row | decisions
 
 
 def show(rows: list[dict]) -> str:
@@ -203,6 +206,7 @@ def show(rows: list[dict]) -> str:
 
 
 def draw_curves(path: Path, rows: list[dict]) -> None:
+    """Both curves up to each stop, as in the paper's figures."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,23 +214,20 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), constrained_layout=True)
     for row, color in zip(rows, ("#0072B2", "#D55E00", "#009E73"), strict=False):
-        per_step = row["decisions"][0]["tokens"] / row["curve"][0][0]
-        axes.plot(
-            [step * per_step for step, _ in row["curve"]],
-            [accuracy for _, accuracy in row["curve"]],
-            color=color,
-            label=f"seed {row['seed']}, one sample",
-        )
         x = [d["tokens"] for d in row["decisions"]]
         axes.plot(
-            x, [d["accuracies"]["8"] for d in row["decisions"]], "--", color=color, label="8 samples, to the stop"
+            x, [d["accuracies"]["1"] for d in row["decisions"]], color=color, label=f"seed {row['seed']}, one sample"
         )
+        axes.plot(x, [d["accuracies"]["8"] for d in row["decisions"]], "--", color=color, label="eight samples")
         axes.axhline(row["full_single"], color=color, linestyle=":", alpha=0.7)
+        if row["constant_run"] is not None:
+            axes.plot(row["budget"], row["constant_run"], "x", color=color)
         axes.plot(x[-1:], [row["stopped_at_K"]], "*", markersize=13, color=color, markeredgecolor="k")
     axes.set_xlabel("training tokens")
     axes.set_ylabel("accuracy")
     axes.set_title(
-        "validation; dotted: the full, decayed run's single sample; stars: the stop with K* samples, on test",
+        "validation to the stop, crosses: the constant run's end; on test: stars, the stop with K* samples; "
+        "dotted, the full run's one sample",
         fontsize=8,
     )
     axes.legend(fontsize=8)
@@ -237,20 +238,21 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.ttc", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=20_000, help="the full run's budget")
+    parser.add_argument("--steps", type=int, default=10_000, help="the full run's budget")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--peak", type=float, default=2e-3, help="learning rate")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--task", choices=tuple(TASKS), default="adding")
-    parser.add_argument("--size", type=int, nargs=2, default=[6, 12], help="fewest and most items of a problem")
-    parser.add_argument("--items", type=int, default=1000, help="queries for validation, and as many for the test")
+    parser.add_argument("--size", type=int, nargs=2, default=[8, 20], help="fewest and most items of a problem")
+    parser.add_argument("--items", type=int, default=500, help="queries for validation, and as many for the test")
     parser.add_argument(
         "--split", choices=tuple(SPLITS), default="test", help="which queries; to choose settings: validation"
     )
     parser.add_argument("--checkpoints", type=int, default=40, help="evaluations over the budget")
     parser.add_argument("--average-every", type=int, default=10, help="steps between additions to the moving average")
     parser.add_argument("--most-samples", type=int, default=32)
+    parser.add_argument("--margin", type=float, default=0.01, help="accuracy that may be lost to the projection")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="one seed of a tiny model: that it runs, no result")
     parser.add_argument(
@@ -267,8 +269,10 @@ def main(arguments: list[str] | None = None) -> int:
         head = _runs.merge(options.merge)
         rows, options.seeds = head["runs"], []
     missing = [seed for seed in options.seeds if seed not in [row["seed"] for row in rows]]
-    for seed in missing:
-        rows.append(one(seed, options))
+    running = [one(seed, options) for seed in missing]
+    for run in running * 2:  # what came of the projections last
+        row = next(run)
+        rows = [other for other in rows if other["seed"] != row["seed"]] + [row]
         _runs.write(options.json, head | {"runs": rows})
     _runs.write(options.json, head | {"runs": rows})
     print(show(rows))

@@ -356,7 +356,8 @@ def main(arguments: list[str] | None = None) -> int:
         head = _runs.merge(options.merge)
         runs, options.seeds = head["runs"], []
     missing = [seed for seed in options.seeds if seed not in [run["seed"] for run in runs]]
-    shares = room(options) if missing else []
+    # Chosen once; a result that goes on keeps to it.
+    shares = runs[0]["shares"] if runs else room(options) if missing else []
     options.long_share = min(shares, key=lambda pair: abs(pair[1] - 0.5), default=(None,))[0]
     for seed in missing:
         runs.append(one(seed, options) | {"shares": shares, "long_share": options.long_share})

@@ -241,6 +241,7 @@ def test_an_evaluation_that_disagrees_lets_training_go_on():
         (lambda: TTCPlan(1, 10, most_samples=1), "most_samples must be at least 2"),
         (lambda: TTCPlan(1, 10, lifetime=-1), "lifetime must not be negative"),
         (lambda: TTCPlan(1, 10, confidence=1.0), "confidence must be between 0 and 1"),
+        (lambda: TTCPlan(1, 10, margin=-0.1), "margin must be from 0 to below 1"),
         (lambda: TTCPlan(9, 10).add(1, {1: 1.2}), "the accuracy at 1 samples must be from 0 to 1, got 1.2"),
         (lambda: TTCPlan(9, 10).add(1, {1: float("nan")}), "must be from 0 to 1, got nan"),
         (lambda: TTCPlan(9, 10).add(1, {2: 0.5}), "the accuracy at 1 sample is needed"),
@@ -340,3 +341,16 @@ def test_the_callback_stops_the_trainer(tmp_path):
     trainer.train()
     assert stopper.decision.stop and trainer.state.global_step == stopper.decision.tokens / 2.5 < 40
     assert (tmp_path / f"checkpoint-{trainer.state.global_step}").is_dir()
+
+
+def test_a_margin_lets_perfect_answers_stop_a_run_that_is_projected_to_be_perfect():
+    """1,000 of 1,000 right do not surely reach 100 %; they surely come within a hundredth."""
+
+    def decisions(margin):
+        plan = TTCPlan(20, 1000, margin=margin)
+        for tokens, single in ((1, 0.30), (2, 0.80), (3, 0.94), (4, 0.99)):
+            accuracies = {1: single, 2: single, 4: min(single + 0.06, 1.0), 8: min(single + 0.1, 1.0)}
+            decision = plan.add(tokens, accuracies, confirm=lambda k: (1.0, 0))
+        return decision
+
+    assert not decisions(0.0).stop and decisions(0.01).stop

@@ -31,6 +31,9 @@ def ttc(
         float, typer.Option("--verifier", min=0, help="FLOPs of the verifier a token over the model's own (V/2N).")
     ] = 0.0,
     confidence: Annotated[float, typer.Option("--confidence", help="Of the bounds.")] = 0.9,
+    margin: Annotated[
+        float, typer.Option("--margin", help="Accuracy (0 to 1) that may be lost to the projection.")
+    ] = 0.0,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw both curves, the stop and the bound (PNG).")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the decisions as JSON on standard output.")] = False,
 ) -> None:
@@ -48,6 +51,7 @@ def ttc(
             lifetime,
             Costs(verify=2 * verifier),
             confidence,
+            margin,
         )
     except ValueError as error:
         raise InputError(str(error).split(": ", 1)[-1]) from error

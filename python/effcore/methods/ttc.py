@@ -3,7 +3,7 @@ r"""TTC-aware training: stop as soon as samples at test time make up for the res
 At each checkpoint the accuracy of the full budget is projected from the checkpoints so far, and the accuracy with K samples a
 query from those at K = 1, 2, 4, 8 (:mod:`effcore.methods.ttc_curves`). Training stops at the first checkpoint where
 
-1. Â_K surely reaches the projection Â(B) for some K ≤ K_max: the lower bound of their difference is at least 0; K* is the
+1. Â_K surely reaches the projection Â(B), less a margin, for some K ≤ K_max: by the lower bound of their difference; K* is the
 smallest, 2. the tokens that the model will generate in its life stay below the break-even bound,
 3. one real evaluation with K* samples confirms it in the same way.
 
@@ -117,6 +117,8 @@ class TTCPlan:
         most_samples: K_max.
         lifetime: tokens that the model will generate in its life with one sample a query; None: not limited.
         confidence: of the bounds; the stop needs the lower one.
+        margin: accuracy (0 to 1) that may be lost to the projection. At 0 nothing measured can surely reach a projection near
+            100 %, however good it is.
     """
 
     budget: float
@@ -125,6 +127,7 @@ class TTCPlan:
     lifetime: float | None = None
     costs: Costs = field(default_factory=Costs)
     confidence: float = 0.9
+    margin: float = 0.0
     points: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -137,6 +140,7 @@ class TTCPlan:
         require(self.most_samples >= 2, "most_samples must be at least 2", self.most_samples)
         require(self.lifetime is None or self.lifetime >= 0, "lifetime must not be negative", self.lifetime)
         require(0 < self.confidence < 1, "confidence must be between 0 and 1", self.confidence)
+        require(0 <= self.margin < 1, "margin must be from 0 to below 1", self.margin)
 
     def add(
         self,
@@ -202,14 +206,14 @@ class TTCPlan:
         measured, tokens_used = confirm(samples)
         found |= {"measured": measured, "evaluation_tokens": evaluation_tokens + tokens_used}
         estimate = binomial(measured, self.items, self.confidence)
-        sure = estimate.surely_reaches(goal)
+        sure = estimate.surely_reaches(goal, self.margin)
         verdict = "which confirms it" if sure else "which does not confirm it"
         return decide(sure, f"with {samples} samples {estimate} were measured against {goal} projected, {verdict}")
 
     def _enough(self, expected: Estimate, goal: Estimate) -> bool:
         """Also for the evaluation that is to confirm it, which has the noise of so many items."""
         noisy = binomial(expected.value, self.items, self.confidence)
-        return expected.surely_reaches(goal) and noisy.surely_reaches(goal)
+        return expected.surely_reaches(goal, self.margin) and noisy.surely_reaches(goal, self.margin)
 
     def _charged(self, evaluation_tokens: float) -> float:
         """Evaluation in training tokens: what was generated, and verified, costs FLOPs like them."""
@@ -230,7 +234,7 @@ class TTCEarlyStopping:
 
     Args:
         evaluate: (model, n) -> n samples of each validation query, always of the same queries.
-        budget, most_samples, lifetime, costs, confidence: see :class:`TTCPlan`.
+        budget, most_samples, lifetime, costs, confidence, margin: see :class:`TTCPlan`.
         metric: how K samples are made one answer: ``majority``, ``verifier`` or ``pass`` (the last presumes a checker at
             test time).
         ks: numbers of samples to fit; the largest is what each checkpoint costs.
@@ -251,6 +255,7 @@ class TTCEarlyStopping:
         lifetime: float | None = None,
         costs: Costs | None = None,
         confidence: float = 0.9,
+        margin: float = 0.0,
         log: str | Path | None = None,
     ):
         if metric not in METRICS:
@@ -261,7 +266,7 @@ class TTCEarlyStopping:
                 f"among them, got {tuple(ks)}"
             )
         self.evaluate, self.metric, self.ks = evaluate, metric, sorted(set(ks))
-        self.plan = TTCPlan(budget, 1, most_samples, lifetime, costs or Costs(), confidence)
+        self.plan = TTCPlan(budget, 1, most_samples, lifetime, costs or Costs(), confidence, margin)
         self.log = None if log is None else Path(log)
         self.decisions: list[Decision] = []
         if self.log is not None and self.log.is_file():

@@ -30,9 +30,9 @@ class Estimate:
     low: float
     high: float
 
-    def surely_reaches(self, goal: Estimate) -> bool:
-        """Whether the lower bound of the difference of two independent estimates is at least 0."""
-        return self.value - float(np.hypot(self.value - self.low, goal.high - goal.value)) >= goal.value
+    def surely_reaches(self, goal: Estimate, margin: float = 0.0) -> bool:
+        """Whether the lower bound of the difference of two independent estimates is at least −margin."""
+        return self.value - float(np.hypot(self.value - self.low, goal.high - goal.value)) >= goal.value - margin
 
     def __str__(self) -> str:
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
