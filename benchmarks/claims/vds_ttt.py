@@ -278,27 +278,27 @@ def sampling(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def draw(path: Path, rows: dict) -> None:
+def draw(path: Path, runs: list[dict]) -> None:
+    """A panel a seed: its bases differ more than what is to be seen, which is the gain."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
-    for i, (name, row) in enumerate(rows.items()):
-        x = [c + 0.2 * (i - 1.5) for c in range(len(COLUMNS))]
-        axes.bar(
-            x,
-            [100 * row[c] for c in COLUMNS],
-            0.2,
-            yerr=[100 * row[f"{c}_error"] for c in COLUMNS],
-            capsize=3,
-            label=name,
-        )
-    axes.set_xticks(range(len(COLUMNS)), ["greedy", "best-of-N\n(verifier)", "majority", "oracle"])
-    axes.set_ylabel("accuracy (%)")
-    axes.set_ylim(0, 100)
-    figure.legend(fontsize=8, ncol=4, loc="outside upper center")
+    size = {"figsize": (4.2 * len(runs), 4.2), "sharey": True, "squeeze": False, "constrained_layout": True}
+    figure, panels = pyplot.subplots(1, len(runs), **size)
+    colors = {"before, adapted": "#9ecae1", "after, adapted": "#0072B2"}
+    colors |= {"before, held out": "#fdd0a2", "after, held out": "#D55E00"}
+    for axes, run in zip(panels[0], runs, strict=True):
+        for i, (name, color) in enumerate(colors.items()):
+            values, errors = ([100 * run["rows"][name][f"{c}{end}"] for c in COLUMNS] for end in ("", "_error"))
+            x = [c + 0.2 * (i - 1.5) for c in range(len(COLUMNS))]
+            axes.bar(x, values, 0.2, yerr=errors, capsize=2, color=color, label=name)
+        axes.set_xticks(range(len(COLUMNS)), ["greedy", "best-of-N", "majority", "oracle"])
+        axes.set_title(f"seed {run['seed']}, {sum(run['selected'])} pairs trained on", fontsize=9)
+    panels[0][0].set_ylabel("accuracy (%)")
+    panels[0][0].set_ylim(0, 100)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=8, ncol=4, loc="outside upper center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows, gains = summarise(runs)
     _runs.write(options.json, head | {"runs": runs, "mean": rows, "gains": gains})
     print(f"mean of {len(runs)} seeds ± standard error\n{table(rows)}\n{json.dumps(gains, indent=1)}")
-    draw(options.json.with_suffix(".png"), rows)
+    draw(options.json.with_suffix(".png"), runs)
     return 0
 
 
