@@ -238,7 +238,7 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.ttc", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=10_000, help="the full run's budget")
+    parser.add_argument("--steps", type=int, default=12_000, help="the full run's budget")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--peak", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--layers", type=int, default=3)

@@ -15,7 +15,8 @@ smallest, 2. the tokens that the model will generate in its life stay below the 
 
 ``evaluate(model, n)`` returns :class:`effcore.methods.ttc_accuracy.Samples`, n samples of each validation query; drawn with
 :func:`effcore.methods.sampling.sample_texts` they cost one reading of each prompt. Ours: confidence bounds, the fourth K (three
-determine three parameters exactly), the logarithmic curve, the real evaluation, and that validation is charged to training.
+determine three parameters exactly), the logarithmic curve, the real evaluation, that a curve which outran its own projections
+is not trusted, and that validation is charged to training.
 """
 
 from __future__ import annotations
@@ -189,6 +190,9 @@ class TTCPlan:
             return decide(False, str(missing))
         goal = training(self.budget)
         found |= {"projected": goal.value, "projected_bounds": (goal.low, goal.high)}
+        outrun = self._outrun()
+        if outrun is not None:
+            return decide(False, outrun)
         samples = next((k for k in range(1, self.most_samples + 1) if self._enough(sampling(k), goal)), None)
         if samples is None:
             best = sampling(self.most_samples)
@@ -214,6 +218,20 @@ class TTCPlan:
         """Also for the evaluation that is to confirm it, which has the noise of so many items."""
         noisy = binomial(expected.value, self.items, self.confidence)
         return expected.surely_reaches(goal, self.margin) and noisy.surely_reaches(goal, self.margin)
+
+    def _outrun(self) -> str | None:
+        """Says so where the accuracy of now surely exceeds what the checkpoints up to three quarters of the tokens projected
+        for now. A curve that still bends upwards is no saturating curve, and ends far above its projection."""
+        now, accuracies = self.points[-1]
+        early = [(tokens, row[1]) for tokens, row in self.points if tokens <= 0.75 * now]
+        try:
+            then = fit_training(*np.array(early).reshape(-1, 2).T, self.items, confidence=self.confidence)(now)
+        except TooFew:
+            return None
+        measured = binomial(accuracies[1], self.items, self.confidence)
+        if measured.low <= then.high:
+            return None
+        return f"the accuracy outruns its projections: {measured} now, {then} was projected from three quarters of the tokens"
 
     def _charged(self, evaluation_tokens: float) -> float:
         """Evaluation in training tokens: what was generated, and verified, costs FLOPs like them."""
