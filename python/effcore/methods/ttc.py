@@ -224,8 +224,9 @@ class TTCPlan:
         for now. A curve that still bends upwards is no saturating curve, and ends far above its projection."""
         now, accuracies = self.points[-1]
         early = [(tokens, row[1]) for tokens, row in self.points if tokens <= 0.75 * now]
+        tokens, single = np.array(early).reshape(-1, 2).T
         try:
-            then = fit_training(*np.array(early).reshape(-1, 2).T, self.items, confidence=self.confidence)(now)
+            then = fit_training(tokens, single, self.items, confidence=self.confidence)(now)
         except TooFew:
             return None
         measured = binomial(accuracies[1], self.items, self.confidence)
