@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 # What may differ between the parts of a result.
-ANYWHERE = {"json", "seeds", "device", "merge", "seconds", "tokens", "model", "prepare", "small", "timing"}
+ANYWHERE = {"json", "seeds", "device", "merge", "seconds", "tokens", "model", "prepare", "small", "timing", "busy"}
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
@@ -24,13 +24,14 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def kept(path: Path, head: dict[str, Any]) -> list[dict]:
-    """The runs that ``path`` holds; exits where they are of other settings."""
+    """The runs that ``path`` holds, whose machine's name goes into ``head``; exits where they are of other settings."""
     if not path.is_file():
         return []
     held = json.loads(path.read_text())
     other = [k for k, v in head["settings"].items() if held["settings"].get(k) != v]
     if other:
         sys.exit(f"{path} holds runs with another {', '.join(other)}: give another --json, or remove it")
+    head |= {name: held[name] for name in ("machine", "torch")}
     return held["runs"]
 
 

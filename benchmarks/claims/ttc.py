@@ -74,7 +74,7 @@ class Evaluator:
 
 
 def one(seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Both runs of a seed; then once more, with what came of the projections."""
+    """The stopped run of a seed; then with the full run; then with what came of the projections."""
     steps, task = options.steps, TASKS[options.task]
     sizes = range(options.size[0], options.size[1] + 1)
     new = task.PER_ITEM * max(sizes) + 1  # tokens of an answer with its end
@@ -131,11 +131,6 @@ def one(seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     down = lambda step: options.peak * (1 - (step - at) / more)  # noqa: E731
     train(last, draw, steps=at + more, first=at, schedule=down, **settings)
     decayed = test(last, many)
-    began = time.perf_counter()
-    full = model()
-    train(full, draw, steps=steps, **settings)
-    full_seconds = time.perf_counter() - began
-    theirs = test(full, many)
     evaluated = len(stopper.decisions)
     answer = options.items * (task.PER_ITEM * sum(sizes) / len(sizes) + 1)  # tokens of one sample of each query
     row = {
@@ -145,9 +140,9 @@ def one(seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "stop_share": at / steps,
         "saved": decision.saved,
         "K": k,
-        "full_single": theirs.accuracy(1, "majority"),
-        "full_greedy": test.greedy(full),
-        "full_at_K": theirs.accuracy(k, "majority"),
+        "full_single": None,
+        "full_greedy": None,
+        "full_at_K": None,
         "stopped_single": ours.accuracy(1, "majority"),
         "stopped_greedy": ours_greedy,
         "stopped_at_K": ours.accuracy(k, "majority"),
@@ -161,9 +156,18 @@ def one(seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "evaluation_share": stopper.evaluation_tokens / (evaluated * answer * sum(range(1, options.most_samples + 1))),
         "evaluation_share_reused": stopper.evaluation_tokens / (evaluated * answer * options.most_samples),
         "break_even_tokens": decision.break_even,
-        "full_seconds": full_seconds,
+        "full_seconds": None,
     }
     decisions = {"decisions": [d.as_json() for d in stopper.decisions]}
+    print(json.dumps(row), flush=True)
+    yield row | decisions
+    began = time.perf_counter()
+    full = model()
+    train(full, draw, steps=steps, **settings)
+    row["full_seconds"] = time.perf_counter() - began
+    theirs = test(full, many)
+    row |= {"full_single": theirs.accuracy(1, "majority"), "full_at_K": theirs.accuracy(k, "majority")}
+    row["full_greedy"] = test.greedy(full)
     print(json.dumps(row), flush=True)
     yield row | decisions
     if decision.stop:
@@ -219,7 +223,8 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
             x, [d["accuracies"]["1"] for d in row["decisions"]], color=color, label=f"seed {row['seed']}, one sample"
         )
         axes.plot(x, [d["accuracies"]["8"] for d in row["decisions"]], "--", color=color, label="eight samples")
-        axes.axhline(row["full_single"], color=color, linestyle=":", alpha=0.7)
+        if row["full_single"] is not None:
+            axes.axhline(row["full_single"], color=color, linestyle=":", alpha=0.7)
         if row["constant_run"] is not None:
             axes.plot(row["budget"], row["constant_run"], "x", color=color)
         axes.plot(x[-1:], [row["stopped_at_K"]], "*", markersize=13, color=color, markeredgecolor="k")
@@ -270,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows, options.seeds = head["runs"], []
     missing = [seed for seed in options.seeds if seed not in [row["seed"] for row in rows]]
     running = [one(seed, options) for seed in missing]
-    for run in running * 2:  # what came of the projections last
+    for run in running * 3:
         row = next(run)
         rows = [other for other in rows if other["seed"] != row["seed"]] + [row]
         _runs.write(options.json, head | {"runs": rows})
