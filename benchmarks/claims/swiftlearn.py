@@ -281,8 +281,7 @@ def show(summary: list[dict], ceiling: float) -> str:
             times = f"{row['seconds']:.1f} | {row['speedup']:.2f}× | {row['selecting_share']:.2%} |"
         spread = f" ± {row['spread']:.2%}" if row["seeds"] > 1 else ""
         lines.append(
-            f"| {row['arm']} | {row['accuracy']:.2%}{spread} | {100 * (row['accuracy'] - base):+.2f} | "
-            + times
+            f"| {row['arm']} | {row['accuracy']:.2%}{spread} | {100 * (row['accuracy'] - base):+.2f} | " + times
         )
     lines.append(f"| ceiling | | | | {ceiling:.2f}× | |")
     lines.append("| the paper (BERT, GLUE) | | −0.92 | | 3.36× | |")
