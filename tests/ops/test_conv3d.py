@@ -104,6 +104,17 @@ def test_gradcheck(stride, padding):
     assert torch.autograd.gradcheck(call, (x, *weights))
 
 
+def test_autocast():
+    tensors = [voxels(1, 16, (3, 6, 5), torch.float32), *kernels(8, 16, (3, 3, 3), torch.float32)]
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.cross_conv3d(*leaves)
+    plain = ops.cross_conv3d(*(t.bfloat16() for t in tensors))
+    assert out.dtype == torch.bfloat16 and torch.equal(out, plain)
+    gradients = torch.autograd.grad(out.float().sum(), leaves)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
 def test_only_some_gradients_are_wanted():
     x, (spatial, temporal) = voxels(1, 4, (3, 4, 4), torch.float32), kernels(5, 4, (3, 3, 3), torch.float32, bias=False)
     whole = results(ops.cross_conv3d, [x, spatial, temporal], torch.ones(()))

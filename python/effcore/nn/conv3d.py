@@ -142,7 +142,7 @@ class CrossConv3d(_Factorized):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.aligned:
-            spatial, temporal = self.spatial[:, :, 0], self.temporal[..., 0, 0]
+            spatial, temporal = self.spatial.squeeze(2), self.temporal.squeeze((3, 4))
             return cross_conv3d(x, spatial, temporal, self.bias, stride=self.stride, padding=self.padding)
         batch, channels, frames, height, width = x.shape
         (st, s, _), (pt, ph, pw) = self.stride, self.padding

@@ -51,12 +51,18 @@ def cross_conv3d(
 
     Returns:
         [B, O, T', H', W'] in channels_last_3d, T' = (T + 2 padding − kt) // stride + 1. Differentiable once in the tensors.
+        Under ``torch.autocast`` the tensors are cast to its dtype, as those of ``torch.nn.functional.conv3d`` are.
 
     Raises:
         ValueError: naming the argument, what was expected and what came (even kernels, kernels larger than the padded
             input, groups).
     """
     _tell_layout(x)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, spatial, temporal = x.to(dtype), spatial.to(dtype), temporal.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if padding == "same":
         padding = [temporal.shape[-1] // 2, spatial.shape[-2] // 2, spatial.shape[-1] // 2]
     return _autograd.cross_conv3d(x, spatial, temporal, bias, _triple("stride", stride), _triple("padding", padding))
