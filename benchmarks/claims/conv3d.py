@@ -1,9 +1,12 @@
-"""3D convolutions from 2D and 1D parts: `python -m benchmarks.claims.conv3d speed | patches | accuracy`.
+"""3D convolutions from 2D and 1D parts: `python -m benchmarks.claims.conv3d speed | unet | patches | accuracy`.
 
 speed: the 3D part of ECO-Lite (a ResNet-18's last three stages on 16 frames of 96 channels at 28²): parameters, FLOPs, clips a
 second of training and of inference, for each way to build its convolutions. Conv3D runs in its better memory format. The paper,
 whole ECO-Lite on a V100: Conv3D 33.7 M parameters, 35.6 GFLOPs, 773 frames/s; Add 16.3 M, 17.1, 865. Our goal for a training
 step is 1.6x.
+
+unet: the same for one level of a 3D U-Net on volumes of 64 channels at 32 x 64²: two convolutions, two at half the resolution
+and twice the channels, and two over the joined halves.
 
 patches: a video transformer's patch embedding (stride = kernel) before and after factorize_conv3d.
 
@@ -19,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +81,49 @@ class Tail(nn.Sequential):
         super().__init__(*(BasicBlock(make, *stage) for stage in stages), *head)
 
 
+class UNetLevel(nn.Module):
+    """[B, 64, T, H, W] to the logits of 4 classes a voxel."""
+
+    def __init__(self, make: Make, width: int = 64):
+        super().__init__()
+
+        def pair(channels: int, outputs: int) -> nn.Module:
+            widths = [(channels, outputs), (outputs, outputs)]
+            return nn.Sequential(*(nn.Sequential(make(c, o, stride=1), normed(o)) for c, o in widths))
+
+        self.down, self.inner, self.up = pair(width, width), pair(width, 2 * width), pair(2 * width, width)
+        self.widen = nn.ConvTranspose3d(2 * width, width, 2, 2)
+        self.head = nn.Conv3d(width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.down(x)
+        inner = self.inner(F.max_pool3d(kept, 2))
+        return self.head(self.up(torch.cat([kept, self.widen(inner)], 1)))
+
+
+@dataclass
+class Task:
+    """A network, the size of its input, and the sizes of its labels and how many there are."""
+
+    network: Callable[[Make], nn.Module]
+    clip: tuple[int, ...]
+    label: tuple[int, ...]
+    classes: int
+
+
+TASKS = {
+    "speed": Task(Tail, (96, 16, 28, 28), (), 101),
+    "unet": Task(UNetLevel, (64, 32, 64, 64), (32, 64, 64), 4),
+}
+
+
 class Contender:
-    def __init__(self, make: Make, batch: int, device: str, dtype: torch.dtype, last: bool):
+    def __init__(self, task: Task, make: Make, batch: int, device: str, dtype: torch.dtype, last: bool):
         torch.manual_seed(0)
         memory = torch.channels_last_3d if last else torch.contiguous_format
-        self.model = Tail(make).to(device, memory_format=memory)
-        self.clips = torch.randn(batch, 96, 16, 28, 28, device=device).to(memory_format=memory)
-        self.labels = torch.randint(0, 101, (batch,), device=device)
+        self.model = task.network(make).to(device, memory_format=memory)
+        self.clips = torch.randn(batch, *task.clip, device=device).to(memory_format=memory)
+        self.labels = torch.randint(0, task.classes, (batch, *task.label), device=device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.precision = lambda: torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
@@ -118,9 +158,9 @@ def seconds(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def speed(device: str, batch: int, dtype: torch.dtype, rounds: int, names: list[str]) -> list[dict]:
-    made = {name: Contender(METHODS[name], batch, device, dtype, True) for name in names}
-    made["Conv3D, channels first"] = Contender(METHODS["Conv3D"], batch, device, dtype, False)
+def speed(task: Task, device: str, batch: int, dtype: torch.dtype, rounds: int, names: list[str]) -> list[dict]:
+    made = {name: Contender(task, METHODS[name], batch, device, dtype, True) for name in names}
+    made["Conv3D, channels first"] = Contender(task, METHODS["Conv3D"], batch, device, dtype, False)
     times: dict[str, dict[str, list[float]]] = {name: {"train": [], "infer": []} for name in made}
     for number in range(rounds + 1):
         for name, contender in made.items():
@@ -226,10 +266,10 @@ def accuracy(device: str, steps: int, seeds: int, names: list[str]) -> list[dict
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.conv3d", description=__doc__)
-    parser.add_argument("claim", choices=("speed", "patches", "accuracy"))
+    parser.add_argument("claim", choices=(*TASKS, "patches", "accuracy"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="speed (default bfloat16 on cuda)")
-    parser.add_argument("--batch", type=int, help="clips (default 32 on cuda, 2 on cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="speed and unet (default bfloat16 on cuda)")
+    parser.add_argument("--batch", type=int, help="clips (default 32 on cuda, 4 for unet, 2 on cpu)")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--steps", type=int, default=400, help="of training (accuracy)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (accuracy)")
@@ -237,10 +277,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the numbers")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
-    batch = options.batch or (32 if cuda else 2)
+    batch = options.batch or (2 if not cuda else 4 if options.claim == "unet" else 32)
     dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
-    if options.claim == "speed":
-        rows = speed(options.device, batch, dtype, options.rounds, options.only or list(METHODS))
+    if options.claim in TASKS:
+        names = options.only or list(METHODS)
+        rows = speed(TASKS[options.claim], options.device, batch, dtype, options.rounds, names)
     elif options.claim == "patches":
         rows = patches(options.device, batch, options.rounds)
     else:
