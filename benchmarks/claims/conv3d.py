@@ -159,6 +159,7 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 
 
 def speed(task: Task, device: str, batch: int, dtype: torch.dtype, rounds: int, names: list[str]) -> list[dict]:
+    torch.backends.cudnn.benchmark = True  # its fastest algorithms
     made = {name: Contender(task, METHODS[name], batch, device, dtype, True) for name in names}
     made["Conv3D, channels first"] = Contender(task, METHODS["Conv3D"], batch, device, dtype, False)
     times: dict[str, dict[str, list[float]]] = {name: {"train": [], "infer": []} for name in made}

@@ -6,6 +6,7 @@
 
 #include "common/error.h"
 #include "conv3d/hopper/rows.h"
+#include "conv3d/hopper/weights.h"
 #include "conv3d/rows.cuh"
 #include "conv3d/weights.cuh"
 #include "effcore/conv3d_taps.h"
@@ -175,10 +176,18 @@ struct RowsPlan {
 bool rows_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const RowsPlan& plan,
                     [[maybe_unused]] const PackedSize& size, [[maybe_unused]] const Launch& launch) {
 #if defined(EFFCORE_HOPPER)
-  for (int d = 0; d < 3; ++d)
-    if (plan.step[d] != 1 || plan.to_step[d] != 1) return false;
-  return hopper::rows(
-      function, {plan.from, plan.to, plan.taps, launch.workspace, size.columns, size.channels, size.taps, plan.bias}, launch);
+  hopper::RowsProblem problem{plan.from,        plan.to,      plan.taps,     {plan.step[0], plan.step[1], plan.step[2]},
+                              launch.workspace, size.columns, size.channels, size.taps,
+                              plan.bias};
+  TensorView& to = problem.to;  // the positions at origin + to_step * p alone
+  std::int64_t origin = 0;
+  for (int d = 0; d < 3; ++d) {
+    origin += plan.origin[d] * to.stride[2 + d];
+    to.size[2 + d] = plan.grid[d];
+    to.stride[2 + d] *= plan.to_step[d];
+  }
+  to.data = static_cast<char*>(to.data) + origin * element_size(to.dtype);
+  return hopper::rows(function, problem, launch);
 #else
   return false;
 #endif
@@ -238,6 +247,60 @@ GradientPlan gradient_plan(const BackwardWeight& args) {
   return gradient_plan<Weights<bf16>>(rows, out[1], args.x.size[1], taps, segment_of(args.x.dtype));
 }
 
+#if defined(EFFCORE_HOPPER)
+hopper::PartialSums hopper_sums(const BackwardWeight& args) {
+  const std::int64_t* out = args.dout.size;
+  const std::int64_t taps = args.dspatial.size[2] * args.dspatial.size[3] + args.dtemporal.size[2] - 1;
+  return hopper::partial_sums(out[0] * out[2] * out[3] * out[4], out[1], args.x.size[1], taps);
+}
+#else
+hopper::PartialSums hopper_sums(const BackwardWeight&) {
+  return {};
+}
+#endif
+
+// Partial sums into the workspace, and into `r` how they lie there.
+bool sum_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const BackwardWeight& args,
+                   [[maybe_unused]] const std::vector<PlacedTap>& taps, [[maybe_unused]] ReduceParams& r,
+                   [[maybe_unused]] const Launch& launch) {
+#if defined(EFFCORE_HOPPER)
+  const hopper::PartialSums sums = hopper_sums(args);
+  const std::int64_t* step = args.geometry.stride;
+  r.splits = static_cast<int>(sums.splits), r.padded_columns = static_cast<int>(sums.columns);
+  r.padded_depth = static_cast<int>(sums.taps * sums.channels);
+  return hopper::weights(function, {args.x, args.dout, forward_taps(taps, args.geometry), {step[0], step[1], step[2]}}, sums,
+                         launch);
+#else
+  return false;
+#endif
+}
+
+void sum(const char* function, const BackwardWeight& args, const std::vector<PlacedTap>& taps, ReduceParams& r,
+         const Launch& launch) {
+  const GradientPlan plan = gradient_plan(args);
+  WeightsParams p{};
+  p.gather = gather_params(function, args.x, args.dout.size + 2, args.geometry.stride, forward_taps(taps, args.geometry));
+  p.dout = args.dout.data;
+  constexpr int order[4] = {0, 2, 3, 4};
+  for (int d = 0; d < 4; ++d) p.dout_stride[d] = args.dout.stride[order[d]];
+  p.columns = static_cast<int>(args.dout.size[1]);
+  p.dout_aligned = aligned_16(args.dout);
+  p.column_blocks = plan.column_blocks;
+  p.segments = plan.segments;
+  p.splits = plan.splits;
+  p.steps = plan.steps;
+  p.partial = static_cast<float*>(launch.workspace);
+  r.splits = plan.splits, r.padded_columns = plan.padded_columns, r.padded_depth = plan.padded_depth;
+  const dim3 grid(static_cast<unsigned>(plan.column_blocks * plan.segment_blocks), static_cast<unsigned>(plan.splits));
+  with_type(function, args.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (is_16bit<T>)
+      launch_2d(function, weights_kernel<T, Weights<T>>, grid, Weights<T>::threads, Weights<T>::shared_bytes, launch, p);
+    else
+      launch_2d(function, weights_kernel<T, PlainWeights>, grid, PlainWeights::threads, PlainWeights::shared_bytes, launch, p);
+  });
+}
+
 }  // namespace
 
 std::size_t workspace_bytes(const Forward& args) {
@@ -248,7 +311,8 @@ std::size_t workspace_bytes(const BackwardData& args) {
 }
 std::size_t workspace_bytes(const BackwardWeight& args) {
   const GradientPlan plan = gradient_plan(args);
-  return static_cast<std::size_t>(plan.splits) * plan.padded_columns * plan.padded_depth * sizeof(float);
+  const std::size_t portable = static_cast<std::size_t>(plan.splits) * plan.padded_columns * plan.padded_depth * sizeof(float);
+  return std::max(portable, hopper_sums(args).bytes());
 }
 
 void forward(const Forward& args, const Launch& launch) {
@@ -278,25 +342,12 @@ void backward_data(const BackwardData& args, const Launch& launch) {
 void backward_weight(const BackwardWeight& args, const Launch& launch) {
   const char* f = "cross_conv3d_bwd_weight";
   const std::vector<PlacedTap> taps = cross(args.dspatial, args.dtemporal);
-  const GradientPlan plan = gradient_plan(args);
-  WeightsParams p{};
-  p.gather = gather_params(f, args.x, args.dout.size + 2, args.geometry.stride, forward_taps(taps, args.geometry));
-  p.dout = args.dout.data;
-  constexpr int order[4] = {0, 2, 3, 4};
-  for (int d = 0; d < 4; ++d) p.dout_stride[d] = args.dout.stride[order[d]];
-  p.columns = static_cast<int>(args.dout.size[1]);
-  p.dout_aligned = aligned_16(args.dout);
-  p.column_blocks = plan.column_blocks;
-  p.segments = plan.segments;
-  p.splits = plan.splits;
-  p.steps = plan.steps;
-  p.partial = static_cast<float*>(launch.workspace);
-
+  check_taps(f, taps.size());
   ReduceParams r{};
-  r.partial = p.partial;
-  r.splits = plan.splits, r.padded_columns = plan.padded_columns, r.padded_depth = plan.padded_depth;
+  r.partial = static_cast<const float*>(launch.workspace);
   r.segment = segment_of(args.x.dtype);
-  r.columns = p.columns, r.channels = p.gather.channels, r.taps = p.gather.taps;
+  r.columns = static_cast<int>(args.dout.size[1]), r.channels = static_cast<int>(args.x.size[1]);
+  r.taps = static_cast<int>(taps.size());
   r.spatial_column = args.dspatial.stride[0], r.spatial_channel = args.dspatial.stride[1];
   r.temporal_column = args.dtemporal.stride[0], r.temporal_channel = args.dtemporal.stride[1];
   for (const PlacedTap& t : taps) {
@@ -305,16 +356,11 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   }
   r.dspatial = args.dspatial.data;
   r.dtemporal = args.dtemporal.data;
+  if (!sum_on_hopper(f, args, taps, r, launch)) sum(f, args, taps, r, launch);
 
-  const dim3 grid(static_cast<unsigned>(plan.column_blocks * plan.segment_blocks), static_cast<unsigned>(plan.splits));
+  const dim3 blocks(static_cast<unsigned>(ceil_div(r.padded_depth, 4 * reduce_width)), static_cast<unsigned>(r.columns));
   with_type(f, args.x.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (is_16bit<T>)
-      launch_2d(f, weights_kernel<T, Weights<T>>, grid, Weights<T>::threads, Weights<T>::shared_bytes, launch, p);
-    else
-      launch_2d(f, weights_kernel<T, PlainWeights>, grid, PlainWeights::threads, PlainWeights::shared_bytes, launch, p);
-    const dim3 sums(static_cast<unsigned>(ceil_div(plan.padded_depth, 128)), static_cast<unsigned>(r.columns));
-    reduce_kernel<T><<<sums, 128, 0, static_cast<cudaStream_t>(launch.stream)>>>(r);
+    reduce_kernel<decltype(zero)><<<blocks, dim3(reduce_width, reduce_parts), 0, static_cast<cudaStream_t>(launch.stream)>>>(r);
     check_launch(f);
   });
 }

@@ -1,22 +1,23 @@
-// out[position, n] = bias[n] + sum over taps and channels of G[position, (tap, c)] W[(tap, c), n] at stride 1 on sm_90a.
+// out[position, n] = bias[n] + sum over taps and channels of G[position, (tap, c)] W[(tap, c), n] on sm_90a, at strides that
+// TMA takes.
 //
 // Bound: 2 * taps * channels FLOPs an output on the tensor cores (4096 a cycle and multiprocessor), or the second-level cache
 // (about 5 TB/s), from which blocks read voxels and weights again and again. Reading 128 voxels for each of 11 taps would bound
 // 64 columns to 44 FLOPs a byte, 240 TFLOP/s. Therefore:
 //
-// A block computes 128 positions, a box of w x t x b x h, in this order in shared memory: TMA fetches the box, whose rows are
-// 64 channels (128 bytes, zeros outside the tensor), with kernel_h - 1 more lines, and the taps of one column of the kernel
-// read it at steps of one line (a multiple of 1024 bytes, so that the swizzle stays). 3 boxes with a halo and 2 without serve
-// 11 taps. Weights come as tiles [Columns, 64 channels], one a tap.
+// A block computes 128 positions, a box (boxes.h) with kernel_h - 1 more lines: 3 boxes with a halo and 2 without serve 11
+// taps. Weights come as tiles [Columns, 64 channels], one a tap. The blocks of a cluster share what they read: the weights
+// those of neighbouring boxes, the voxels those of neighbouring columns.
 //
 // A producer warp fills two rings by TMA; two warpgroups multiply 64 positions each. Two blocks share a multiprocessor: one
 // multiplies while the other begins or ends.
 #pragma once
 #include <cuda.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "conv3d/params.h"
+#include "conv3d/hopper/boxes.h"
 #include "hopper/pipeline.cuh"
 #include "hopper/wgmma.cuh"
 
@@ -33,13 +34,11 @@ struct Group {
 
 struct TiledRowsParams {
   CUtensorMap box, box_with_halo, weights;
-  int voxel_bytes;                 // of a stage
-  int log_w, log_t, log_b, log_h;  // of the box
-  int tiles_w, tiles_t, tiles_b;   // and h outermost
-  int line;                        // rows of the box that share h
-  int groups, blocks;              // blocks: of 64 channels
+  Tiling tiling;
+  int voxel_bytes;     // of a stage
+  int groups, blocks;  // blocks: of 64 channels
   int box_bytes, halo_bytes;
-  int padded_columns, columns, batch, grid[3];
+  int padded_columns, columns;
   void* out;
   std::int64_t out_stride[4];  // b, t, h, w
   bool out_aligned;
@@ -70,42 +69,54 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
   extern __shared__ __align__(1024) char memory[];
   char* const weight_memory = memory + voxel_stages * p.voxel_bytes;
   auto& rings = *reinterpret_cast<RowsRings<Columns>*>(weight_memory + weight_stages<Columns> * weight_bytes);
+  const dim3 cluster = cute::cluster_shape(), place = cute::block_id_in_cluster();
+  const int tiles = static_cast<int>(cluster.x), x = static_cast<int>(place.x), y = static_cast<int>(place.y);
+  const sm90::Sharers of_weights{tiles, x, y * tiles, 1}, of_voxels{static_cast<int>(cluster.y), y, x, tiles};
   if (threadIdx.x == 0) {
-    rings.voxels.init(2);
-    rings.weights.init(2);
+    rings.voxels.init(2 * of_voxels.count);
+    rings.weights.init(2 * of_weights.count);
     cutlass::arch::fence_barrier_init();
   }
-  __syncthreads();
+  cute::cluster_sync();
 
-  int tile = blockIdx.x;
-  const int w0 = tile % p.tiles_w << p.log_w;
-  tile /= p.tiles_w;
-  const int t0 = tile % p.tiles_t << p.log_t;
-  tile /= p.tiles_t;
-  const int b0 = tile % p.tiles_b << p.log_b, h0 = tile / p.tiles_b << p.log_h;
+  const Corner at = p.tiling.corner(static_cast<int>(blockIdx.x));
   const int first_column = blockIdx.y * Columns;
   sm90::Turn<voxel_stages> voxel_turn;
   sm90::Turn<weight_stages<Columns>> weight_turn;
 
   if (threadIdx.x >= consumers) {
     if (threadIdx.x != consumers) return;
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // the weights are packed by the kernel before
+    constexpr auto keep = static_cast<std::uint64_t>(sm90::Keep::last);
+    int voxels_fetched = 0, weights_fetched = 0;
     for (int i = 0; i < p.groups; ++i) {
       const Group& group = p.group[i];
       const bool halo = group.taps > 1;
+      const CUtensorMap* const map = halo ? &p.box_with_halo : &p.box;
+      const int w = at.w * p.tiling.step[2] + group.w, t = at.t * p.tiling.step[0] + group.t,
+                h = at.h * p.tiling.step[1] + group.h;
       for (int block = 0; block < p.blocks; ++block) {
         rings.voxels.wait_empty(voxel_turn);
         rings.voxels.expect(voxel_turn, halo ? p.halo_bytes : p.box_bytes);
-        cute::SM90_TMA_LOAD_5D::copy(halo ? &p.box_with_halo : &p.box, &rings.voxels.full[voxel_turn.stage],
-                                     static_cast<std::uint64_t>(sm90::Keep::last), memory + voxel_turn.stage * p.voxel_bytes,
-                                     block * 64, w0 + group.w, t0 + group.t, b0, h0 + group.h);
+        sm90::BarrierWord* const voxels_full = &rings.voxels.full[voxel_turn.stage];
+        char* const voxels_to = memory + voxel_turn.stage * p.voxel_bytes;
+        if (of_voxels.count == 1)
+          cute::SM90_TMA_LOAD_5D::copy(map, voxels_full, keep, voxels_to, block * 64, w, t, at.b, h);
+        else if (of_voxels.fetches(voxels_fetched++))
+          cute::SM90_TMA_LOAD_MULTICAST_5D::copy(map, voxels_full, of_voxels.mask(), keep, voxels_to, block * 64, w, t, at.b,
+                                                 h);
         voxel_turn.next();
         for (int tap = 0; tap < group.taps; ++tap) {
           rings.weights.wait_empty(weight_turn);
           rings.weights.expect(weight_turn, weight_bytes);
-          cute::SM90_TMA_LOAD_2D::copy(&p.weights, &rings.weights.full[weight_turn.stage],
-                                       static_cast<std::uint64_t>(sm90::Keep::last),
-                                       weight_memory + weight_turn.stage * weight_bytes, block * 64,
-                                       p.number[group.first + tap] * p.padded_columns + first_column);
+          sm90::BarrierWord* const weights_full = &rings.weights.full[weight_turn.stage];
+          char* const weights_to = weight_memory + weight_turn.stage * weight_bytes;
+          const int row = p.number[group.first + tap] * p.padded_columns + first_column;
+          if (of_weights.count == 1)
+            cute::SM90_TMA_LOAD_2D::copy(&p.weights, weights_full, keep, weights_to, block * 64, row);
+          else if (of_weights.fetches(weights_fetched++))
+            cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&p.weights, weights_full, of_weights.mask(), keep, weights_to, block * 64,
+                                                   row);
           weight_turn.next();
         }
       }
@@ -122,8 +133,8 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
   sm90::Turn<weight_stages<Columns>> read_weights;
   bool weights_read = false, voxels_read = false;
   const auto release = [&] {
-    if (thread == 0 && weights_read) rings.weights.release(read_weights);
-    if (thread == 0 && voxels_read) rings.voxels.release(read_voxels);
+    if (weights_read) rings.weights.release(read_weights, of_weights, thread);
+    if (voxels_read) rings.voxels.release(read_voxels, of_voxels, thread);
   };
   for (int i = 0; i < p.groups; ++i) {
     const int taps = p.group[i].taps;
@@ -133,7 +144,7 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
           shared_address(memory + voxel_turn.stage * p.voxel_bytes) + static_cast<std::uint32_t>(warpgroup * 64 * 128);
       for (int tap = 0; tap < taps; ++tap) {
         rings.weights.wait_full(weight_turn);
-        const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>(tap * p.line * 128), 64, false);
+        const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>(tap * p.tiling.line * 128), 64, false);
         const sm90::SharedOperand<false> b(shared_address(weight_memory + weight_turn.stage * weight_bytes), Columns, false);
         sm90::pin(sums);
         sm90::wgmma_begin();
@@ -150,6 +161,7 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
   }
   sm90::wgmma_wait<0>();
   sm90::pin(sums);
+  cute::cluster_arrive();  // no block ends while another may still release tiles to it
 
   // Both warpgroups are done with the voxels: their memory takes the results, of which whole lines leave.
   asm volatile("bar.sync 1, 256;" ::: "memory");
@@ -174,9 +186,11 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
   T* const out = static_cast<T*>(p.out) + first_column;
   for (int i = threadIdx.x; i < rows_of_block * pieces; i += consumers) {
     const int r = i / pieces, column = i % pieces * 8;
-    const int w = w0 + (r & ((1 << p.log_w) - 1)), t = t0 + (r >> p.log_w & ((1 << p.log_t) - 1)),
-              b = b0 + (r >> (p.log_w + p.log_t) & ((1 << p.log_b) - 1)), h = h0 + (r >> (p.log_w + p.log_t + p.log_b));
-    if (w >= p.grid[2] || t >= p.grid[0] || b >= p.batch || h >= p.grid[1]) continue;
+    const Tiling& tiling = p.tiling;
+    const int w = at.w + (r & ((1 << tiling.log_w) - 1)), t = at.t + (r >> tiling.log_w & ((1 << tiling.log_t) - 1)),
+              b = at.b + (r >> (tiling.log_w + tiling.log_t) & ((1 << tiling.log_b) - 1)),
+              h = at.h + (r >> (tiling.log_w + tiling.log_t + tiling.log_b));
+    if (w >= tiling.grid[2] || t >= tiling.grid[0] || b >= tiling.batch || h >= tiling.grid[1]) continue;
     T* const to = out + b * p.out_stride[0] + t * p.out_stride[1] + h * p.out_stride[2] + w * p.out_stride[3] + column;
     const T* const from = result.at(r, column);
     if (p.out_aligned) {
@@ -187,6 +201,7 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
         if (first_column + column + e < p.columns) to[e] = from[e];
     }
   }
+  cute::cluster_wait();
 }
 
 }  // namespace effcore::cuda::conv3d::hopper

@@ -1,4 +1,4 @@
-// The rows of a product at stride 1 on sm_90a: called by the host side of the family, which knows what else could serve.
+// The rows of a product on sm_90a: called by the host side of the family, which knows what else could serve.
 #pragma once
 #include <vector>
 
@@ -8,9 +8,11 @@
 
 namespace effcore::cuda::conv3d::hopper {
 
+// Position p of `to` [B, columns, T, H, W], of any strides, from step * p + the taps' offsets in `from`.
 struct RowsProblem {
   TensorView from, to;
   std::vector<effcore::conv3d::PlacedTap> taps;
+  std::int64_t step[3];
   const void* packed = nullptr;
   std::int64_t padded_columns = 0, padded_channels = 0, packed_taps = 0;
   const TensorView* bias = nullptr;
