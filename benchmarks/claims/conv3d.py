@@ -118,10 +118,13 @@ TASKS = {
 
 
 class Contender:
-    def __init__(self, task: Task, make: Make, batch: int, device: str, dtype: torch.dtype, last: bool):
+    def __init__(
+        self, task: Task, make: Make, batch: int, device: str, dtype: torch.dtype, last: bool, compiled: bool = False
+    ):
         torch.manual_seed(0)
         memory = torch.channels_last_3d if last else torch.contiguous_format
         self.model = task.network(make).to(device, memory_format=memory)
+        self.run = torch.compile(self.model) if compiled else self.model
         self.clips = torch.randn(batch, *task.clip, device=device).to(memory_format=memory)
         self.labels = torch.randint(0, task.classes, (batch, *task.label), device=device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
@@ -130,7 +133,7 @@ class Contender:
     def train(self) -> None:
         self.model.train()
         with self.precision():
-            loss = F.cross_entropy(self.model(self.clips), self.labels)
+            loss = F.cross_entropy(self.run(self.clips), self.labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -138,7 +141,7 @@ class Contender:
     def infer(self) -> None:
         self.model.eval()
         with torch.no_grad(), self.precision():
-            self.model(self.clips)
+            self.run(self.clips)
 
     def size(self) -> tuple[int, float]:
         """Parameters, and GFLOPs of one clip (a multiplication and an addition are two)."""
@@ -158,10 +161,12 @@ def seconds(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def speed(task: Task, device: str, batch: int, dtype: torch.dtype, rounds: int, names: list[str]) -> list[dict]:
+def speed(
+    task: Task, device: str, batch: int, dtype: torch.dtype, rounds: int, names: list[str], compiled: bool
+) -> list[dict]:
     torch.backends.cudnn.benchmark = True  # its fastest algorithms
-    made = {name: Contender(task, METHODS[name], batch, device, dtype, True) for name in names}
-    made["Conv3D, channels first"] = Contender(task, METHODS["Conv3D"], batch, device, dtype, False)
+    made = {name: Contender(task, METHODS[name], batch, device, dtype, True, compiled) for name in names}
+    made["Conv3D, channels first"] = Contender(task, METHODS["Conv3D"], batch, device, dtype, False, compiled)
     times: dict[str, dict[str, list[float]]] = {name: {"train": [], "infer": []} for name in made}
     for number in range(rounds + 1):
         for name, contender in made.items():
@@ -271,6 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="speed and unet (default bfloat16 on cuda)")
     parser.add_argument("--batch", type=int, help="clips (default 32 on cuda, 4 for unet, 2 on cpu)")
+    parser.add_argument("--compile", action="store_true", help="all contenders through torch.compile (speed and unet)")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--steps", type=int, default=400, help="of training (accuracy)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (accuracy)")
@@ -282,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
     if options.claim in TASKS:
         names = options.only or list(METHODS)
-        rows = speed(TASKS[options.claim], options.device, batch, dtype, options.rounds, names)
+        rows = speed(TASKS[options.claim], options.device, batch, dtype, options.rounds, names, options.compile)
     elif options.claim == "patches":
         rows = patches(options.device, batch, options.rounds)
     else:

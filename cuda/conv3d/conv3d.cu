@@ -7,6 +7,7 @@
 #include "common/error.h"
 #include "conv3d/hopper/rows.h"
 #include "conv3d/hopper/weights.h"
+#include "conv3d/layouts.cuh"
 #include "conv3d/rows.cuh"
 #include "conv3d/weights.cuh"
 #include "effcore/conv3d_taps.h"
@@ -142,9 +143,10 @@ void pack(const char* function, const TensorView& spatial, const TensorView& tem
     p.temporal_tap[t.number] = static_cast<int>(t.tap.temporal);
   }
   p.packed = launch.workspace;
-  const dim3 grid(static_cast<unsigned>(ceil_div(size.columns * size.channels, 256)), static_cast<unsigned>(size.taps));
+  const dim3 grid(static_cast<unsigned>(size.columns / pack_side * (size.channels / pack_side)),
+                  static_cast<unsigned>(ceil_div(size.taps, pack_taps)));
   with_type(function, spatial.dtype, [&](auto zero) {
-    pack_kernel<decltype(zero)><<<grid, 256, 0, static_cast<cudaStream_t>(launch.stream)>>>(p);
+    pack_kernel<decltype(zero)><<<grid, dim3(pack_side, pack_rows), 0, static_cast<cudaStream_t>(launch.stream)>>>(p);
     check_launch(function);
   });
 }
@@ -345,7 +347,7 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   check_taps(f, taps.size());
   ReduceParams r{};
   r.partial = static_cast<const float*>(launch.workspace);
-  r.segment = segment_of(args.x.dtype);
+  r.padded_channels = static_cast<int>(round_up(args.x.size[1], segment_of(args.x.dtype)));
   r.columns = static_cast<int>(args.dout.size[1]), r.channels = static_cast<int>(args.x.size[1]);
   r.taps = static_cast<int>(taps.size());
   r.spatial_column = args.dspatial.stride[0], r.spatial_channel = args.dspatial.stride[1];
@@ -358,9 +360,12 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   r.dtemporal = args.dtemporal.data;
   if (!sum_on_hopper(f, args, taps, r, launch)) sum(f, args, taps, r, launch);
 
-  const dim3 blocks(static_cast<unsigned>(ceil_div(r.padded_depth, 4 * reduce_width)), static_cast<unsigned>(r.columns));
+  r.parts = 1;
+  while (r.parts < 8 && 4 * r.parts <= r.splits) r.parts *= 2;
+
+  const dim3 blocks(static_cast<unsigned>(r.padded_channels / reduce_channels), static_cast<unsigned>(r.columns));
   with_type(f, args.x.dtype, [&](auto zero) {
-    reduce_kernel<decltype(zero)><<<blocks, dim3(reduce_width, reduce_parts), 0, static_cast<cudaStream_t>(launch.stream)>>>(r);
+    reduce_kernel<decltype(zero)><<<blocks, reduce_threads, 0, static_cast<cudaStream_t>(launch.stream)>>>(r);
     check_launch(f);
   });
 }

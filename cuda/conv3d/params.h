@@ -76,7 +76,8 @@ struct WeightsParams {
 
 struct ReduceParams {
   const float* partial;
-  int splits, padded_columns, padded_depth, segment;
+  int splits, padded_columns, padded_depth, padded_channels;  // [splits][padded_columns][padded_depth: taps, padded_channels]
+  int parts;                                                  // see reduce_kernel
   int columns, channels, taps;
   std::int64_t spatial_column, spatial_channel, temporal_column, temporal_channel;
   int spatial_tap[max_taps], temporal_tap[max_taps];

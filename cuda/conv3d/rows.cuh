@@ -164,21 +164,4 @@ __global__ void __launch_bounds__(Config::threads) rows_kernel(const __grid_cons
   }
 }
 
-// The kernels in the layout of the product: the middle of the cross is added in float32 and rounded once.
-template <class T>
-__global__ void pack_kernel(const __grid_constant__ PackParams p) {
-  const int tap = blockIdx.y;
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= p.padded_columns * p.padded_channels) return;
-  const int n = i / p.padded_channels, c = i % p.padded_channels;
-  float x = 0.0f;
-  if (n < p.columns && c < p.channels) {
-    if (p.spatial_tap[tap] >= 0)
-      x = to_float(static_cast<const T*>(p.spatial)[n * p.spatial_column + c * p.spatial_channel + p.spatial_tap[tap]]);
-    if (p.temporal_tap[tap] >= 0)
-      x += to_float(static_cast<const T*>(p.temporal)[n * p.temporal_column + c * p.temporal_channel + p.temporal_tap[tap]]);
-  }
-  static_cast<T*>(p.packed)[static_cast<std::int64_t>(tap) * p.padded_columns * p.padded_channels + i] = from_float<T>(x);
-}
-
 }  // namespace effcore::cuda::conv3d

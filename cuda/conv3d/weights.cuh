@@ -109,45 +109,4 @@ __global__ void __launch_bounds__(Config::threads) weights_kernel(const __grid_c
             make_float2(sums[m][n][2 * half], sums[m][n][2 * half + 1]);
 }
 
-// A block adds four neighbouring sums a thread in x; the threads in y take every reduce_parts-th split each.
-constexpr int reduce_width = 32, reduce_parts = 8;
-
-template <class T>
-__global__ void __launch_bounds__(reduce_width* reduce_parts) reduce_kernel(const __grid_constant__ ReduceParams p) {
-  __shared__ float4 part[reduce_parts][reduce_width];
-  const int i = (blockIdx.x * reduce_width + threadIdx.x) * 4, n = blockIdx.y;
-  const std::int64_t size = static_cast<std::int64_t>(p.padded_columns) * p.padded_depth;
-  float4 sum{};
-  if (i < p.padded_depth) {
-    const float* const from = p.partial + static_cast<std::int64_t>(n) * p.padded_depth + i;
-#pragma unroll 4
-    for (int split = threadIdx.y; split < p.splits; split += reduce_parts) {
-      const float4 x = *reinterpret_cast<const float4*>(from + split * size);
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-  }
-  part[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || i >= p.padded_depth) return;
-#pragma unroll
-  for (int y = 1; y < reduce_parts; ++y) {
-    const float4 x = part[y][threadIdx.x];
-    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-  }
-  const int blocks = (p.channels + p.segment - 1) / p.segment;
-  const int tap = i / p.segment / blocks, first = i / p.segment % blocks * p.segment + i % p.segment;
-  if (tap >= p.taps) return;
-  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const int c = first + e;
-    if (c >= p.channels) return;
-    const T rounded = from_float<T>(sums[e]);
-    if (p.spatial_tap[tap] >= 0)
-      static_cast<T*>(p.dspatial)[n * p.spatial_column + c * p.spatial_channel + p.spatial_tap[tap]] = rounded;
-    if (p.temporal_tap[tap] >= 0)
-      static_cast<T*>(p.dtemporal)[n * p.temporal_column + c * p.temporal_channel + p.temporal_tap[tap]] = rounded;
-  }
-}
-
 }  // namespace effcore::cuda::conv3d

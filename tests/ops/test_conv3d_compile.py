@@ -36,6 +36,15 @@ def test_fullgraph_gives_the_same_numbers(backend):
         torch.testing.assert_close(a, b)
 
 
+def test_autocast_in_a_graph():
+    inputs = tensors()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = [f(*inputs) for f in (network, compiled)]
+    torch.testing.assert_close(*outs)
+    assert not torch.equal(outs[0], network(*inputs).to(outs[0].dtype))
+
+
 def test_dynamic_sizes_take_one_graph():
     counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(network, fullgraph=True, backend=counter, dynamic=True)

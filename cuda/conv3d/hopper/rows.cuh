@@ -86,9 +86,8 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
 
   if (threadIdx.x >= consumers) {
     if (threadIdx.x != consumers) return;
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // the weights are packed by the kernel before
     constexpr auto keep = static_cast<std::uint64_t>(sm90::Keep::last);
-    int voxels_fetched = 0, weights_fetched = 0;
+    int voxels_loaded = 0, weights_loaded = 0;
     for (int i = 0; i < p.groups; ++i) {
       const Group& group = p.group[i];
       const bool halo = group.taps > 1;
@@ -102,10 +101,11 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
         char* const voxels_to = memory + voxel_turn.stage * p.voxel_bytes;
         if (of_voxels.count == 1)
           cute::SM90_TMA_LOAD_5D::copy(map, voxels_full, keep, voxels_to, block * 64, w, t, at.b, h);
-        else if (of_voxels.fetches(voxels_fetched++))
+        else if (of_voxels.fetches(voxels_loaded))
           cute::SM90_TMA_LOAD_MULTICAST_5D::copy(map, voxels_full, of_voxels.mask(), keep, voxels_to, block * 64, w, t, at.b,
                                                  h);
-        voxel_turn.next();
+        voxel_turn.next(), ++voxels_loaded;
+        if (weights_loaded == 0) asm volatile("griddepcontrol.wait;" ::: "memory");  // the kernel before packs them
         for (int tap = 0; tap < group.taps; ++tap) {
           rings.weights.wait_empty(weight_turn);
           rings.weights.expect(weight_turn, weight_bytes);
@@ -114,10 +114,10 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
           const int row = p.number[group.first + tap] * p.padded_columns + first_column;
           if (of_weights.count == 1)
             cute::SM90_TMA_LOAD_2D::copy(&p.weights, weights_full, keep, weights_to, block * 64, row);
-          else if (of_weights.fetches(weights_fetched++))
+          else if (of_weights.fetches(weights_loaded))
             cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&p.weights, weights_full, of_weights.mask(), keep, weights_to, block * 64,
                                                    row);
-          weight_turn.next();
+          weight_turn.next(), ++weights_loaded;
         }
       }
     }
