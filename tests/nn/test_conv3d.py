@@ -77,6 +77,12 @@ def test_parallel_blocks_are_the_branches_that_conv3d_would_be():
         torch.testing.assert_close(add(x), b(x))
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_add_is_the_same_by_two_convolutions(geometry):
+    block, x = blocks.CrossConv3d(6, 9, **geometry), torch.randn(2, 6, 7, 8, 9)
+    torch.testing.assert_close(block._two_convolutions(x), block(x))
+
+
 def test_weights_as_the_papers_count_them():
     count = lambda block: sum(p.numel() for p in block.parameters())  # noqa: E731
     dense = count(nn.Conv3d(64, 64, 3, bias=False))

@@ -142,6 +142,9 @@ class CrossConv3d(_Factorized):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.aligned:
+            # The CUDA kernels for float32 are there to be right; torch's run on TF32 where the user allows it.
+            if x.is_cuda and x.dtype == torch.float32 and not torch.is_autocast_enabled("cuda"):
+                return self._two_convolutions(x)
             spatial, temporal = self.spatial.squeeze(2), self.temporal.squeeze((3, 4))
             return cross_conv3d(x, spatial, temporal, self.bias, stride=self.stride, padding=self.padding)
         batch, channels, frames, height, width = x.shape
@@ -156,6 +159,12 @@ class CrossConv3d(_Factorized):
         lines = x.reshape(batch, channels, frames, height * width)
         along = F.conv2d(lines, self.temporal[..., 0], None, (st, s * s), (pt, 0))
         return across + along.view_as(across)
+
+    def _two_convolutions(self, x: Tensor) -> Tensor:
+        """The same function of both branches one by one."""
+        (st, sh, sw), (pt, ph, pw) = self.stride, self.padding
+        across = F.conv3d(self._seen_by_spatial(x), self.spatial, self.bias, (1, sh, sw), (0, ph, pw))
+        return across + F.conv3d(self._seen_by_temporal(x), self.temporal, None, (st, 1, 1), (pt, 0, 0))
 
 
 class CatConv3d(_Factorized):
