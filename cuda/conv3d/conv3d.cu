@@ -146,8 +146,8 @@ void pack(const char* function, const TensorView& spatial, const TensorView& tem
   const dim3 grid(static_cast<unsigned>(size.columns / pack_side * (size.channels / pack_side)),
                   static_cast<unsigned>(ceil_div(size.taps, pack_taps)));
   with_type(function, spatial.dtype, [&](auto zero) {
-    pack_kernel<decltype(zero)><<<grid, dim3(pack_side, pack_rows), 0, static_cast<cudaStream_t>(launch.stream)>>>(p);
-    check_launch(function);
+    launch_overlapping(function, pack_kernel<decltype(zero)>, grid, dim3(pack_side, pack_rows), 0,
+                       static_cast<cudaStream_t>(launch.stream), p);
   });
 }
 
@@ -365,8 +365,8 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
 
   const dim3 blocks(static_cast<unsigned>(r.padded_channels / reduce_channels), static_cast<unsigned>(r.columns));
   with_type(f, args.x.dtype, [&](auto zero) {
-    reduce_kernel<decltype(zero)><<<blocks, reduce_threads, 0, static_cast<cudaStream_t>(launch.stream)>>>(r);
-    check_launch(f);
+    launch_overlapping(f, reduce_kernel<decltype(zero)>, blocks, reduce_threads, 0, static_cast<cudaStream_t>(launch.stream),
+                       r);
   });
 }
 

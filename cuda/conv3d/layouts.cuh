@@ -2,6 +2,7 @@
 // out. Bound: bytes, of which both move few; they are built for short chains of loads and for whole lines.
 #pragma once
 #include "common/element.cuh"
+#include "common/overlap.cuh"
 #include "conv3d/params.h"
 
 namespace effcore::cuda::conv3d {
@@ -17,6 +18,7 @@ __global__ void __launch_bounds__(pack_side* pack_rows) pack_kernel(const __grid
   const int column0 = blockIdx.x / tiles * pack_side, channel0 = blockIdx.x % tiles * pack_side;
   const bool along_columns = p.spatial_column < p.spatial_channel;
   const int lane = threadIdx.x;
+  wait_for_kernel_before();
 #pragma unroll
   for (int i = 0; i < pack_side; i += pack_rows) {
     const int other = i + threadIdx.y, column = along_columns ? lane : other, channel = along_columns ? other : lane;
@@ -60,6 +62,7 @@ __global__ void __launch_bounds__(reduce_threads) reduce_kernel(const __grid_con
   const int c0 = blockIdx.x * reduce_channels, n = blockIdx.y;
   const std::int64_t size = static_cast<std::int64_t>(p.padded_columns) * p.padded_depth;
   const float* const from = p.partial + static_cast<std::int64_t>(n) * p.padded_depth + c0 + lane;
+  wait_for_kernel_before();
   for (int first_tap = 0; first_tap < p.taps; first_tap += slots) {
     float4 sum{};
     if (first_tap + slot < p.taps) {

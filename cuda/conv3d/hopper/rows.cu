@@ -1,7 +1,7 @@
 // Boxes, tensor maps and launches of the rows of a product.
 #include <algorithm>
 
-#include "common/error.h"
+#include "common/overlap.cuh"
 #include "common/tensor_map.h"
 #include "conv3d/hopper/rows.cuh"
 #include "conv3d/hopper/rows.h"
@@ -26,22 +26,10 @@ bool run(const char* function, const TiledRowsParams& p, unsigned cluster_tiles,
          const Launch& launch) {
   const int bytes = rows_shared_bytes<Columns>(p.voxel_bytes);
   if (bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function)) return false;
-  const auto kernel = conv3d_rows_kernel<T, Columns>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), function);
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {cluster_tiles, cluster_columns, 1};
-  // Begins while the kernel before, which packs the weights, ends.
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ceil_div(p.tiling.tiles, cluster_tiles)) * cluster_tiles,
-                        static_cast<unsigned>(ceil_div(p.columns, Columns)));
-  config.blockDim = dim3(rows_threads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
-  config.stream = static_cast<cudaStream_t>(launch.stream);
-  config.attrs = attributes, config.numAttrs = 2;
-  check(cudaLaunchKernelEx(&config, kernel, p), function);
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.tiling.tiles, cluster_tiles)) * cluster_tiles,
+                  static_cast<unsigned>(ceil_div(p.columns, Columns)));
+  launch_overlapping(function, conv3d_rows_kernel<T, Columns>, grid, rows_threads, static_cast<std::size_t>(bytes),
+                     static_cast<cudaStream_t>(launch.stream), p, dim3(cluster_tiles, cluster_columns));
   return true;
 }
 

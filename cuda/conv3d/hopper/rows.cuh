@@ -17,6 +17,7 @@
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "common/overlap.cuh"
 #include "conv3d/hopper/boxes.h"
 #include "hopper/pipeline.cuh"
 #include "hopper/wgmma.cuh"
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
           cute::SM90_TMA_LOAD_MULTICAST_5D::copy(map, voxels_full, of_voxels.mask(), keep, voxels_to, block * 64, w, t, at.b,
                                                  h);
         voxel_turn.next(), ++voxels_loaded;
-        if (weights_loaded == 0) asm volatile("griddepcontrol.wait;" ::: "memory");  // the kernel before packs them
+        if (weights_loaded == 0) wait_for_kernel_before();  // which packs them
         for (int tap = 0; tap < group.taps; ++tap) {
           rings.weights.wait_empty(weight_turn);
           rings.weights.expect(weight_turn, weight_bytes);

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <limits>
 
-#include "common/error.h"
+#include "common/overlap.cuh"
 #include "conv3d/hopper/weights.cuh"
 #include "conv3d/hopper/weights.h"
 
@@ -77,19 +77,9 @@ bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, 
 
 template <class T>
 void run(const char* function, const TiledWeightsParams& p, int tap_blocks, int bytes, const Launch& launch) {
-  const auto kernel = conv3d_weights_kernel<T>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), function);
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {p.column_panels % 2 == 0 ? 2u : 1u, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned>(p.column_panels * p.channel_panels * tap_blocks), static_cast<unsigned>(p.splits));
-  config.blockDim = dim3(weights_threads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
-  config.stream = static_cast<cudaStream_t>(launch.stream);
-  config.attrs = &cluster, config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, p), function);
+  const dim3 grid(static_cast<unsigned>(p.column_panels * p.channel_panels * tap_blocks), static_cast<unsigned>(p.splits));
+  launch_overlapping(function, conv3d_weights_kernel<T>, grid, weights_threads, static_cast<std::size_t>(bytes),
+                     static_cast<cudaStream_t>(launch.stream), p, dim3(p.column_panels % 2 == 0 ? 2 : 1));
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "common/overlap.cuh"
 #include "conv3d/hopper/boxes.h"
 #include "hopper/pipeline.cuh"
 #include "hopper/wgmma.cuh"
@@ -144,6 +145,7 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
     cutlass::arch::fence_barrier_init();
   }
   cute::cluster_sync();
+  wait_for_kernel_before();
 
   const int warpgroup = sm90::uniform(static_cast<int>(threadIdx.x) / 128);
   if (warpgroup == summing_warpgroups) {
