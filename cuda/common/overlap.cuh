@@ -13,22 +13,17 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 
 template <class Params>
 void launch_overlapping(const char* function, void (*kernel)(Params), dim3 grid, dim3 block, std::size_t shared_bytes,
-                        cudaStream_t stream, const Params& params, dim3 cluster = dim3(1)) {
+                        cudaStream_t stream, const Params& params) {
   if (grid.x == 0 || grid.y == 0) return;
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), function);
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = attributes;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, function) >= 9) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (cluster.x * cluster.y > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {cluster.x, cluster.y, 1};
-  }
+  config.attrs = &attribute;
+  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor, function) >= 9 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, params), function);
 }
 

@@ -363,7 +363,8 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   r.parts = 1;
   while (r.parts < 8 && 4 * r.parts <= r.splits) r.parts *= 2;
 
-  const dim3 blocks(static_cast<unsigned>(r.padded_channels / reduce_channels), static_cast<unsigned>(r.columns));
+  const dim3 blocks(static_cast<unsigned>(ceil_div(r.padded_depth, 4 * reduce_threads / r.parts)),
+                    static_cast<unsigned>(r.columns));
   with_type(f, args.x.dtype, [&](auto zero) {
     launch_overlapping(f, reduce_kernel<decltype(zero)>, blocks, reduce_threads, 0, static_cast<cudaStream_t>(launch.stream),
                        r);

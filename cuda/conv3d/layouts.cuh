@@ -50,51 +50,53 @@ __global__ void __launch_bounds__(pack_side* pack_rows) pack_kernel(const __grid
     }
 }
 
-constexpr int reduce_channels = 32, reduce_threads = 256, reduce_rows = reduce_threads / (reduce_channels / 4);
+constexpr int reduce_threads = 256;
 
-// Adds the partial sums of 32 channels of one column, in the same order whatever the device. 32 rows of threads, four channels
-// each, take `parts` shares of the splits for 32 / parts taps at a time.
+// Adds the partial sums of four channels of one tap a thread, in the same order whatever the device; `parts` rows of threads
+// take every parts-th split each.
 template <class T>
 __global__ void __launch_bounds__(reduce_threads) reduce_kernel(const __grid_constant__ ReduceParams p) {
-  __shared__ __align__(16) float shares[reduce_rows][reduce_channels], sums[max_taps][reduce_channels + 1];
-  const int lane = threadIdx.x % (reduce_channels / 4) * 4, row = threadIdx.x / (reduce_channels / 4);
-  const int part = row % p.parts, slot = row / p.parts, slots = reduce_rows / p.parts;
-  const int c0 = blockIdx.x * reduce_channels, n = blockIdx.y;
+  __shared__ float4 shares[reduce_threads];
+  const int width = reduce_threads / p.parts, part = threadIdx.x / width;
+  const int i = (static_cast<int>(blockIdx.x) * width + static_cast<int>(threadIdx.x) % width) * 4, n = blockIdx.y;
   const std::int64_t size = static_cast<std::int64_t>(p.padded_columns) * p.padded_depth;
-  const float* const from = p.partial + static_cast<std::int64_t>(n) * p.padded_depth + c0 + lane;
+  float4 sum{};
   wait_for_kernel_before();
-  for (int first_tap = 0; first_tap < p.taps; first_tap += slots) {
-    float4 sum{};
-    if (first_tap + slot < p.taps) {
-      const float* const of_tap = from + static_cast<std::int64_t>(first_tap + slot) * p.padded_channels;
+  if (i < p.padded_depth) {
+    const float* const from = p.partial + static_cast<std::int64_t>(n) * p.padded_depth + i;
 #pragma unroll 8
-      for (int split = part; split < p.splits; split += p.parts) {
-        const float4 x = *reinterpret_cast<const float4*>(of_tap + split * size);
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-      }
+    for (int split = part; split < p.splits; split += p.parts) {
+      const float4 x = *reinterpret_cast<const float4*>(from + split * size);
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
-    *reinterpret_cast<float4*>(&shares[row][lane]) = sum;
+  }
+  if (p.parts > 1) {
+    shares[threadIdx.x] = sum;
     __syncthreads();
-    for (int i = threadIdx.x; i < slots * reduce_channels; i += reduce_threads) {
-      const int s = i / reduce_channels, c = i % reduce_channels;
-      if (first_tap + s >= p.taps) break;
-      float whole = 0.0f;
-      for (int k = 0; k < p.parts; ++k) whole += shares[s * p.parts + k][c];
-      sums[first_tap + s][c] = whole;
+    if (part != 0) return;
+    for (int k = 1; k < p.parts; ++k) {
+      const float4 x = shares[k * width + threadIdx.x];
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
-    __syncthreads();
   }
-  // The taps of a channel lie side by side.
-  for (int i = threadIdx.x; i < reduce_channels * p.taps; i += reduce_threads) {
-    const std::int64_t c = c0 + i / p.taps;
-    const int tap = i % p.taps;
-    if (c >= p.channels) break;
-    const T rounded = from_float<T>(sums[tap][c - c0]);
-    if (p.spatial_tap[tap] >= 0)
-      static_cast<T*>(p.dspatial)[n * p.spatial_column + c * p.spatial_channel + p.spatial_tap[tap]] = rounded;
-    if (p.temporal_tap[tap] >= 0)
-      static_cast<T*>(p.dtemporal)[n * p.temporal_column + c * p.temporal_channel + p.temporal_tap[tap]] = rounded;
-  }
+  const int tap = i / p.padded_channels, c = i % p.padded_channels;
+  if (tap >= p.taps || c >= p.channels) return;
+  const auto store = [&](void* kernels, std::int64_t column_stride, std::int64_t channel_stride, int at) {
+    if (at < 0) return;
+    T* const to = static_cast<T*>(kernels) + n * column_stride + c * channel_stride + at;
+    if (channel_stride == 1) {
+      const bool paired = reinterpret_cast<std::uintptr_t>(to) % (2 * sizeof(T)) == 0;
+      store_pair(to, 0, p.channels - c, paired, sum.x, sum.y);
+      store_pair(to, 2, p.channels - c, paired, sum.z, sum.w);
+    } else {
+      const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (c + e < p.channels) to[e * channel_stride] = from_float<T>(sums[e]);
+    }
+  };
+  store(p.dspatial, p.spatial_column, p.spatial_channel, p.spatial_tap[tap]);
+  store(p.dtemporal, p.temporal_column, p.temporal_channel, p.temporal_tap[tap]);
 }
 
 }  // namespace effcore::cuda::conv3d

@@ -25,19 +25,6 @@ struct Turn {
   }
 };
 
-// The blocks of a cluster that read the same tiles: `count` of them, a power of two, of ranks first, first + step, ... One, in
-// turn, fetches a tile for all.
-struct Sharers {
-  int count, index, first, step;
-
-  __device__ __forceinline__ bool fetches(int number) const { return (number & (count - 1)) == index; }
-  __device__ __forceinline__ std::uint16_t mask() const {
-    unsigned mask = 0;
-    for (int i = 0; i < count; ++i) mask |= 1u << (first + i * step);
-    return static_cast<std::uint16_t>(mask);
-  }
-};
-
 template <int Stages>
 struct Ring {
   BarrierWord full[Stages], empty[Stages];
@@ -63,12 +50,6 @@ struct Ring {
   }
   // By one thread of each consumer, when its reads have ended.
   __device__ __forceinline__ void release(const Turn<Stages>& turn) { Barrier::arrive(&empty[turn.stage]); }
-  // The same where any of the sharers may fetch the tile that takes the place: by the first threads of each consumer, one a
-  // sharer (a loop here would serialise products under way).
-  __device__ __forceinline__ void release(const Turn<Stages>& turn, const Sharers& sharers, int thread) {
-    Barrier::arrive(&empty[turn.stage], static_cast<std::uint32_t>(sharers.first + thread * sharers.step),
-                    thread < sharers.count ? 1u : 0u);
-  }
 };
 
 // Makes ordinary stores to shared memory visible to wgmma and TMA; a barrier follows.

@@ -9,27 +9,41 @@
 namespace effcore::cuda::conv3d::hopper {
 namespace {
 
-// Cycles of a multiprocessor for 64 channels of a block: what it reads from the second-level cache, and what it multiplies.
+// Bytes that a block reads from the second-level cache for 64 channels.
 struct Cost {
-  double groups, groups_with_halo, taps, columns, cluster_tiles, cluster_columns;
+  double groups, groups_with_halo, rows, weights;
 
   double operator()(double boxes, double rows_with_halo) const {
-    constexpr double bytes_a_cycle = 24, flops_a_cycle = 4096;
-    const double voxels = groups * rows_of_block + groups_with_halo * rows_with_halo;
-    const double bytes = 128 * (voxels / cluster_columns + taps * columns / cluster_tiles);
-    return boxes * std::max(bytes / bytes_a_cycle, taps * rows_of_block * columns * 128 / flops_a_cycle);
+    return boxes * (groups * rows + groups_with_halo * rows_with_halo + weights);
   }
 };
 
-template <class T, int Columns>
-bool run(const char* function, const TiledRowsParams& p, unsigned cluster_tiles, unsigned cluster_columns,
-         const Launch& launch) {
-  const int bytes = rows_shared_bytes<Columns>(p.voxel_bytes);
-  if (bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function)) return false;
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.tiling.tiles, cluster_tiles)) * cluster_tiles,
-                  static_cast<unsigned>(ceil_div(p.columns, Columns)));
-  launch_overlapping(function, conv3d_rows_kernel<T, Columns>, grid, rows_threads, static_cast<std::size_t>(bytes),
-                     static_cast<cudaStream_t>(launch.stream), p, dim3(cluster_tiles, cluster_columns));
+template <class T, int RowBlocks, int Columns>
+bool run(const char* function, TiledRowsParams p, const Launch& launch) {
+  const dim3 grid(static_cast<unsigned>(p.tiling.tiles), static_cast<unsigned>(ceil_div(p.columns, Columns)));
+  // As many stages as there is memory for: of the multiprocessor, or of the share of it.
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
+  const bool shared = blocks_of_multiprocessor<RowBlocks, Columns> == 2 &&
+                      static_cast<int>(grid.x * grid.y) > device_attribute(cudaDevAttrMultiProcessorCount, function);
+  const int memory = shared ? (most + 1024) / 2 - 1024 : most;
+  const auto bytes = [&](int voxels, int weights) {
+    return voxels * p.voxel_bytes + weights * Columns * 128 + static_cast<int>(sizeof(RowsRings));
+  };
+  p.voxel_stages = 2, p.weight_stages = 3;
+  if (bytes(p.voxel_stages, p.weight_stages) > most) return false;
+  for (;;) {
+    const bool weights = p.weight_stages < most_weight_stages && bytes(p.voxel_stages, p.weight_stages + 1) <= memory;
+    const bool voxels = p.voxel_stages < most_voxel_stages && bytes(p.voxel_stages + 1, p.weight_stages) <= memory;
+    if (voxels && (!weights || p.weight_stages >= 2 * p.voxel_stages))
+      ++p.voxel_stages;
+    else if (weights)
+      ++p.weight_stages;
+    else
+      break;
+  }
+  launch_overlapping(function, conv3d_rows_kernel<T, RowBlocks, Columns>, grid, rows_threads,
+                     static_cast<std::size_t>(bytes(p.voxel_stages, p.weight_stages)), static_cast<cudaStream_t>(launch.stream),
+                     p);
   return true;
 }
 
@@ -54,17 +68,15 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
 
   const bool wide = problem.padded_columns % 128 == 0;
   const int columns_of_block = wide ? 128 : 64;
-  const unsigned cluster_columns = ceil_div(to.size[1], columns_of_block) % 2 == 0 ? 2 : 1;
-  const unsigned cluster_tiles = to.size[0] * to.size[2] * to.size[3] * to.size[4] > rows_of_block ? 2 : 1;
-  Cost cost{0,
-            0,
-            static_cast<double>(numbers),
-            static_cast<double>(columns_of_block),
-            static_cast<double>(cluster_tiles),
-            static_cast<double>(cluster_columns)};
+  // Blocks of 256 positions where there are enough of them.
+  const std::int64_t positions = to.size[0] * to.size[2] * to.size[3] * to.size[4];
+  const bool tall = ceil_div(positions, 256) * ceil_div(to.size[1], columns_of_block) >
+                    device_attribute(cudaDevAttrMultiProcessorCount, function);
+  const int log_rows = tall ? 8 : 7, rows_of_block = 1 << log_rows;
+  Cost cost{0, 0, static_cast<double>(rows_of_block), static_cast<double>(numbers * columns_of_block)};
   for (int i = 0; i < p.groups; ++i) ++(p.group[i].taps > 1 ? cost.groups_with_halo : cost.groups);
-  constexpr int most_rows = 256;  // two blocks then share a multiprocessor
-  const Box box = choose_box(7, most_rows, to.size + 2, to.size[0], halo, cost);
+  const int most_rows = tall ? 2 * rows_of_block - 96 : 2 * rows_of_block;
+  const Box box = choose_box(log_rows, most_rows, to.size + 2, to.size[0], halo, cost);
   if (box.w < 0 || !encode_boxes(&p.box, from, box, box.lines(), problem.step) ||
       !encode_boxes(&p.box_with_halo, from, box, box.lines() + halo, problem.step))
     return false;
@@ -90,14 +102,16 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
     p.out_aligned = p.out_aligned && p.out_stride[d] % 8 == 0;
   }
   if (problem.bias != nullptr) p.bias = problem.bias->data, p.bias_stride = problem.bias->stride[0];
-  const auto run_as = [&](auto zero) {
+  const auto run_as = [&]<int RowBlocks>(auto zero, std::integral_constant<int, RowBlocks>) {
     using T = decltype(zero);
-    return wide ? run<T, 128>(function, p, cluster_tiles, cluster_columns, launch)
-                : run<T, 64>(function, p, cluster_tiles, cluster_columns, launch);
+    return wide ? run<T, RowBlocks, 128>(function, p, launch) : run<T, RowBlocks, 64>(function, p, launch);
   };
-  if (from.dtype == DType::bfloat16) return run_as(bf16{});
+  const auto run_tall = [&](auto zero) {
+    return tall ? run_as(zero, std::integral_constant<int, 2>{}) : run_as(zero, std::integral_constant<int, 1>{});
+  };
+  if (from.dtype == DType::bfloat16) return run_tall(bf16{});
 #if !defined(EFFCORE_CUDA_SET_CI)
-  return run_as(fp16{});
+  return run_tall(fp16{});
 #else
   return false;
 #endif

@@ -5,16 +5,15 @@
 // (about 5 TB/s), from which blocks read voxels and weights again and again. Reading 128 voxels for each of 11 taps would bound
 // 64 columns to 44 FLOPs a byte, 240 TFLOP/s. Therefore:
 //
-// A block computes 128 positions, a box (boxes.h) with kernel_h - 1 more lines: 3 boxes with a halo and 2 without serve 11
-// taps. Weights come as tiles [Columns, 64 channels], one a tap. The blocks of a cluster share what they read: the weights
-// those of neighbouring boxes, the voxels those of neighbouring columns.
+// A block computes 128 or 256 positions, a box (boxes.h) with kernel_h - 1 more lines: 3 boxes with a halo and 2 without serve
+// 11 taps. Weights come as tiles [Columns, 64 channels], one a tap; 256 positions halve their part. (Blocks of a cluster that
+// fetch for each other by multicast were tried, and wait for each other longer than they save: 10 to 20 % slower.)
 //
-// A producer warp fills two rings by TMA; two warpgroups multiply 64 positions each. Two blocks share a multiprocessor: one
-// multiplies while the other begins or ends.
+// A producer warp fills two rings by TMA, as deep as there is memory for; two warpgroups multiply 64 or 128 positions each. Two
+// small blocks share a multiprocessor: one multiplies while the other begins or ends.
 #pragma once
 #include <cuda.h>
 
-#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "common/overlap.cuh"
@@ -26,7 +25,8 @@ namespace effcore::cuda::conv3d::hopper {
 
 namespace sm90 = effcore::cuda::hopper;
 
-constexpr int rows_of_block = 128, consumers = 2 * 128, rows_threads = consumers + 32, max_groups = 64, voxel_stages = 2;
+constexpr int consumers = 2 * 128, rows_threads = consumers + 32, max_groups = 64;
+constexpr int most_voxel_stages = 4, most_weight_stages = 8;
 
 // Taps that share a box: they are neighbours along h.
 struct Group {
@@ -36,7 +36,7 @@ struct Group {
 struct TiledRowsParams {
   CUtensorMap box, box_with_halo, weights;
   Tiling tiling;
-  int voxel_bytes;     // of a stage
+  int voxel_stages, voxel_bytes, weight_stages;
   int groups, blocks;  // blocks: of 64 channels
   int box_bytes, halo_bytes;
   int padded_columns, columns;
@@ -49,76 +49,57 @@ struct TiledRowsParams {
   std::int16_t number[max_taps];
 };
 
-template <int Columns>
-constexpr int weight_stages = Columns == 64 ? 5 : 3;
-
-template <int Columns>
 struct RowsRings {
-  sm90::Ring<voxel_stages> voxels;
-  sm90::Ring<weight_stages<Columns>> weights;
+  sm90::Ring<most_voxel_stages> voxels;
+  sm90::Ring<most_weight_stages> weights;
 };
 
-// Of one block: voxels, weights, barriers.
-template <int Columns>
-constexpr int rows_shared_bytes(int voxel_bytes) {
-  return voxel_stages * voxel_bytes + weight_stages<Columns> * Columns * 128 + static_cast<int>(sizeof(RowsRings<Columns>));
-}
+// Two blocks of 16K outputs share a multiprocessor.
+template <int RowBlocks, int Columns>
+constexpr int blocks_of_multiprocessor = RowBlocks * Columns <= 128 ? 2 : 1;
 
-template <class T, int Columns>
-__global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __grid_constant__ TiledRowsParams p) {
-  constexpr int weight_bytes = Columns * 128;
+// RowBlocks: of 64 positions, for each of the two warpgroups.
+template <class T, int RowBlocks, int Columns>
+__global__ void __launch_bounds__(rows_threads, blocks_of_multiprocessor<RowBlocks, Columns>)
+    conv3d_rows_kernel(const __grid_constant__ TiledRowsParams p) {
+  constexpr int weight_bytes = Columns * 128, rows_of_block = 2 * RowBlocks * 64;
   extern __shared__ __align__(1024) char memory[];
-  char* const weight_memory = memory + voxel_stages * p.voxel_bytes;
-  auto& rings = *reinterpret_cast<RowsRings<Columns>*>(weight_memory + weight_stages<Columns> * weight_bytes);
-  const dim3 cluster = cute::cluster_shape(), place = cute::block_id_in_cluster();
-  const int tiles = static_cast<int>(cluster.x), x = static_cast<int>(place.x), y = static_cast<int>(place.y);
-  const sm90::Sharers of_weights{tiles, x, y * tiles, 1}, of_voxels{static_cast<int>(cluster.y), y, x, tiles};
+  char* const weight_memory = memory + p.voxel_stages * p.voxel_bytes;
+  auto& rings = *reinterpret_cast<RowsRings*>(weight_memory + p.weight_stages * weight_bytes);
   if (threadIdx.x == 0) {
-    rings.voxels.init(2 * of_voxels.count);
-    rings.weights.init(2 * of_weights.count);
+    rings.voxels.init(2);
+    rings.weights.init(2);
     cutlass::arch::fence_barrier_init();
   }
-  cute::cluster_sync();
+  __syncthreads();
 
   const Corner at = p.tiling.corner(static_cast<int>(blockIdx.x));
   const int first_column = blockIdx.y * Columns;
-  sm90::Turn<voxel_stages> voxel_turn;
-  sm90::Turn<weight_stages<Columns>> weight_turn;
+  sm90::Turn<most_voxel_stages> voxel_turn;
+  sm90::Turn<most_weight_stages> weight_turn;
 
   if (threadIdx.x >= consumers) {
     if (threadIdx.x != consumers) return;
     constexpr auto keep = static_cast<std::uint64_t>(sm90::Keep::last);
-    int voxels_loaded = 0, weights_loaded = 0;
     for (int i = 0; i < p.groups; ++i) {
       const Group& group = p.group[i];
       const bool halo = group.taps > 1;
-      const CUtensorMap* const map = halo ? &p.box_with_halo : &p.box;
       const int w = at.w * p.tiling.step[2] + group.w, t = at.t * p.tiling.step[0] + group.t,
                 h = at.h * p.tiling.step[1] + group.h;
       for (int block = 0; block < p.blocks; ++block) {
         rings.voxels.wait_empty(voxel_turn);
         rings.voxels.expect(voxel_turn, halo ? p.halo_bytes : p.box_bytes);
-        sm90::BarrierWord* const voxels_full = &rings.voxels.full[voxel_turn.stage];
-        char* const voxels_to = memory + voxel_turn.stage * p.voxel_bytes;
-        if (of_voxels.count == 1)
-          cute::SM90_TMA_LOAD_5D::copy(map, voxels_full, keep, voxels_to, block * 64, w, t, at.b, h);
-        else if (of_voxels.fetches(voxels_loaded))
-          cute::SM90_TMA_LOAD_MULTICAST_5D::copy(map, voxels_full, of_voxels.mask(), keep, voxels_to, block * 64, w, t, at.b,
-                                                 h);
-        voxel_turn.next(), ++voxels_loaded;
-        if (weights_loaded == 0) wait_for_kernel_before();  // which packs them
+        cute::SM90_TMA_LOAD_5D::copy(halo ? &p.box_with_halo : &p.box, &rings.voxels.full[voxel_turn.stage], keep,
+                                     memory + voxel_turn.stage * p.voxel_bytes, block * 64, w, t, at.b, h);
+        voxel_turn.next(p.voxel_stages);
+        if (i == 0 && block == 0) wait_for_kernel_before();  // which packs the weights
         for (int tap = 0; tap < group.taps; ++tap) {
           rings.weights.wait_empty(weight_turn);
           rings.weights.expect(weight_turn, weight_bytes);
-          sm90::BarrierWord* const weights_full = &rings.weights.full[weight_turn.stage];
-          char* const weights_to = weight_memory + weight_turn.stage * weight_bytes;
-          const int row = p.number[group.first + tap] * p.padded_columns + first_column;
-          if (of_weights.count == 1)
-            cute::SM90_TMA_LOAD_2D::copy(&p.weights, weights_full, keep, weights_to, block * 64, row);
-          else if (of_weights.fetches(weights_loaded))
-            cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&p.weights, weights_full, of_weights.mask(), keep, weights_to, block * 64,
-                                                   row);
-          weight_turn.next(), ++weights_loaded;
+          cute::SM90_TMA_LOAD_2D::copy(&p.weights, &rings.weights.full[weight_turn.stage], keep,
+                                       weight_memory + weight_turn.stage * weight_bytes, block * 64,
+                                       p.number[group.first + tap] * p.padded_columns + first_column);
+          weight_turn.next(p.weight_stages);
         }
       }
     }
@@ -126,48 +107,57 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
   }
 
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-  float sums[Columns / 2];
+  float sums[RowBlocks][Columns / 2];
 #pragma unroll
-  for (int i = 0; i < Columns / 2; ++i) sums[i] = 0.0f;
+  for (int r = 0; r < RowBlocks; ++r)
+#pragma unroll
+    for (int i = 0; i < Columns / 2; ++i) sums[r][i] = 0.0f;
+  const auto pin = [&] {
+#pragma unroll
+    for (int r = 0; r < RowBlocks; ++r) sm90::pin(sums[r]);
+  };
   // What the product under way reads is released behind the next one.
-  sm90::Turn<voxel_stages> read_voxels;
-  sm90::Turn<weight_stages<Columns>> read_weights;
+  sm90::Turn<most_voxel_stages> read_voxels;
+  sm90::Turn<most_weight_stages> read_weights;
   bool weights_read = false, voxels_read = false;
   const auto release = [&] {
-    if (weights_read) rings.weights.release(read_weights, of_weights, thread);
-    if (voxels_read) rings.voxels.release(read_voxels, of_voxels, thread);
+    if (thread == 0 && weights_read) rings.weights.release(read_weights);
+    if (thread == 0 && voxels_read) rings.voxels.release(read_voxels);
   };
   for (int i = 0; i < p.groups; ++i) {
     const int taps = p.group[i].taps;
     for (int block = 0; block < p.blocks; ++block) {
       rings.voxels.wait_full(voxel_turn);
-      const std::uint32_t voxels =
-          shared_address(memory + voxel_turn.stage * p.voxel_bytes) + static_cast<std::uint32_t>(warpgroup * 64 * 128);
+      const std::uint32_t voxels = shared_address(memory + voxel_turn.stage * p.voxel_bytes) +
+                                   static_cast<std::uint32_t>(warpgroup * RowBlocks * 64 * 128);
       for (int tap = 0; tap < taps; ++tap) {
         rings.weights.wait_full(weight_turn);
-        const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>(tap * p.tiling.line * 128), 64, false);
         const sm90::SharedOperand<false> b(shared_address(weight_memory + weight_turn.stage * weight_bytes), Columns, false);
-        sm90::pin(sums);
+        pin();
         sm90::wgmma_begin();
-        sm90::multiply<T, Columns, 4, false, false>(sums, a, b, true);
+#pragma unroll
+        for (int r = 0; r < RowBlocks; ++r) {
+          const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>((tap * p.tiling.line + r * 64) * 128), 64,
+                                             false);
+          sm90::multiply<T, Columns, 4, false, false>(sums[r], a, b, true);
+        }
         sm90::wgmma_commit();
         sm90::wgmma_wait<1>();
         release();
         read_weights = weight_turn, weights_read = true;
         read_voxels = voxel_turn, voxels_read = tap + 1 == taps;
-        weight_turn.next();
+        weight_turn.next(p.weight_stages);
       }
-      voxel_turn.next();
+      voxel_turn.next(p.voxel_stages);
     }
   }
   sm90::wgmma_wait<0>();
-  sm90::pin(sums);
-  cute::cluster_arrive();  // no block ends while another may still release tiles to it
+  pin();
 
   // Both warpgroups are done with the voxels: their memory takes the results, of which whole lines leave.
   asm volatile("bar.sync 1, 256;" ::: "memory");
   const Tile<T, Columns> result(memory);
-  const int lane = thread % 32, row = warpgroup * 64 + thread / 32 * 16 + lane / 4;
+  const int lane = thread % 32, row = warpgroup * RowBlocks * 64 + thread / 32 * 16 + lane / 4;
   const T* const bias = static_cast<const T*>(p.bias);
 #pragma unroll
   for (int n = 0; n < Columns / 8; ++n) {
@@ -178,9 +168,11 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
       if (bias != nullptr && first_column + column + e < p.columns)
         add[e] = to_float(bias[(first_column + column + e) * p.bias_stride]);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      store_pair(result.at(row + 8 * half, column), 0, 2, true, sums[4 * n + 2 * half] + add[0],
-                 sums[4 * n + 2 * half + 1] + add[1]);
+    for (int r = 0; r < RowBlocks; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        store_pair(result.at(row + 64 * r + 8 * half, column), 0, 2, true, sums[r][4 * n + 2 * half] + add[0],
+                   sums[r][4 * n + 2 * half + 1] + add[1]);
   }
   asm volatile("bar.sync 1, 256;" ::: "memory");
   constexpr int pieces = Columns / 8;
@@ -202,7 +194,6 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
         if (first_column + column + e < p.columns) to[e] = from[e];
     }
   }
-  cute::cluster_wait();
 }
 
 }  // namespace effcore::cuda::conv3d::hopper

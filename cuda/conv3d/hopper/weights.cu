@@ -79,7 +79,7 @@ template <class T>
 void run(const char* function, const TiledWeightsParams& p, int tap_blocks, int bytes, const Launch& launch) {
   const dim3 grid(static_cast<unsigned>(p.column_panels * p.channel_panels * tap_blocks), static_cast<unsigned>(p.splits));
   launch_overlapping(function, conv3d_weights_kernel<T>, grid, weights_threads, static_cast<std::size_t>(bytes),
-                     static_cast<cudaStream_t>(launch.stream), p, dim3(p.column_panels % 2 == 0 ? 2 : 1));
+                     static_cast<cudaStream_t>(launch.stream), p);
 }
 
 }  // namespace

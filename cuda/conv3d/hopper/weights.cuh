@@ -3,8 +3,8 @@
 //
 // Bound: the second-level cache (boxes.h), 24 bytes a cycle and multiprocessor. Therefore a block takes 64 output channels x 64
 // channels for (almost) all taps at once, so that one box of dout serves 11 taps, and a box of x with a halo those of a column
-// of the kernel: 54 KB for 64 positions, 26 FLOPs a byte. The accumulators, 11 x 64 x 64, take most of the registers. The
-// blocks of a cluster differ in their output channels and share x.
+// of the kernel: 54 KB for 64 positions, 104 FLOPs a byte. The accumulators, 11 x 64 x 64, take most of the registers.
+// (Blocks of a cluster that fetch x for each other by multicast were tried: 10 % slower.)
 //
 // Three warpgroups sum up to four taps each, in one or two sequences that read x at equal distances: lines of one box, or boxes
 // of equal size. Both operands stand in shared memory with the positions as rows, and wgmma reads them transposed. Its B
@@ -13,7 +13,6 @@
 #pragma once
 #include <cuda.h>
 
-#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "common/overlap.cuh"
@@ -102,7 +101,7 @@ __device__ __forceinline__ void store(const Sums<Taps>& sums, const std::int16_t
 // One warpgroup's sums over `steps` stages, as [64][depth] at `partial`.
 template <class T, int First, int Second>
 __device__ __forceinline__ void sum_taps(const TiledWeightsParams& p, const Unit& unit, char* memory, WeightsRing& ring,
-                                         const sm90::Sharers& sharers, int steps, float* partial) {
+                                         int steps, float* partial) {
   Sums<First> first{};
   Sums<Second> second{};
   WeightsTurn turn, read;
@@ -115,7 +114,7 @@ __device__ __forceinline__ void sum_taps(const TiledWeightsParams& p, const Unit
     multiply_stage<T>(second, stage, unit.sequence[1]);
     sm90::wgmma_commit();
     sm90::wgmma_wait<1>();
-    if (s > 0) ring.release(read, sharers, threadIdx.x % 128);  // what the product before has read
+    if (s > 0 && threadIdx.x % 128 == 0) ring.release(read);  // what the product before has read
     read = turn;
     turn.next(p.stages);
   }
@@ -138,13 +137,11 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
   const int begin = static_cast<int>(blockIdx.y * tiles / p.splits),
             steps = static_cast<int>((blockIdx.y + 1) * tiles / p.splits) - begin;
 
-  const int count = static_cast<int>(cute::cluster_shape().x), index = static_cast<int>(cute::block_id_in_cluster().x);
-  const sm90::Sharers sharers{count, index, 0, 1};
   if (threadIdx.x == 0) {
-    ring.init(taps.units * count);
+    ring.init(taps.units);
     cutlass::arch::fence_barrier_init();
   }
-  cute::cluster_sync();
+  __syncthreads();
   wait_for_kernel_before();
 
   const int warpgroup = sm90::uniform(static_cast<int>(threadIdx.x) / 128);
@@ -165,11 +162,7 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
           const CUtensorMap* const map = box.halo ? &p.box_with_halo : &p.box;
           const int w = at.w * p.tiling.step[2] + box.w, t = at.t * p.tiling.step[0] + box.t,
                     h = at.h * p.tiling.step[1] + box.h;
-          char* const to = stage + box.row * 128;
-          if (count == 1)
-            cute::SM90_TMA_LOAD_5D::copy(map, full, keep, to, channel_panel * 64, w, t, at.b, h);
-          else if (sharers.fetches(i))
-            cute::SM90_TMA_LOAD_MULTICAST_5D::copy(map, full, sharers.mask(), keep, to, channel_panel * 64, w, t, at.b, h);
+          cute::SM90_TMA_LOAD_5D::copy(map, full, keep, stage + box.row * 128, channel_panel * 64, w, t, at.b, h);
         }
         turn.next(p.stages);
       }
@@ -182,7 +175,7 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
                              (static_cast<std::int64_t>(blockIdx.y) * p.column_panels + column_panel) * 64 * p.depth +
                              channel_panel * 64;
       const auto sum = [&]<int First, int Second>(std::integer_sequence<int, First, Second>) {
-        sum_taps<T, First, Second>(p, unit, memory, ring, sharers, steps, partial);
+        sum_taps<T, First, Second>(p, unit, memory, ring, steps, partial);
       };
       switch (unit.sequence[0].taps * 4 + unit.sequence[1].taps) {
         case 3 * 4 + 1: sum(std::integer_sequence<int, 3, 1>{}); break;
@@ -194,8 +187,6 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
       }
     }
   }
-  __syncwarp();
-  cute::cluster_sync();  // no block ends while another may still release tiles to it
 }
 
 }  // namespace effcore::cuda::conv3d::hopper
