@@ -146,7 +146,7 @@ class Contender:
     def size(self) -> tuple[int, float]:
         """Parameters, and GFLOPs of one clip (a multiplication and an addition are two)."""
         self.model.eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), self.precision():
             self.model(self.clips[:1])
         return sum(p.numel() for p in self.model.parameters()), counter.get_total_flops() / 1e9
 

@@ -6,11 +6,12 @@
 // 64 columns to 44 FLOPs a byte, 240 TFLOP/s. Therefore:
 //
 // A block computes 128 or 256 positions, a box (boxes.h) with kernel_h - 1 more lines: 3 boxes with a halo and 2 without serve
-// 11 taps. Weights come as tiles [Columns, 64 channels], one a tap; 256 positions halve their part. (Blocks of a cluster that
-// fetch for each other by multicast were tried, and wait for each other longer than they save: 10 to 20 % slower.)
+// 11 taps. Weights come as tiles [Columns, 64 channels], one a tap; 256 positions (with 64 columns) halve their part. (Blocks
+// of a cluster that fetch for each other by multicast were tried, and wait for each other longer than they save: 10 to 20 %
+// slower.)
 //
 // A producer warp fills two rings by TMA, as deep as there is memory for; two warpgroups multiply 64 or 128 positions each. Two
-// small blocks share a multiprocessor: one multiplies while the other begins or ends.
+// blocks share a multiprocessor: one multiplies while the other begins or ends.
 #pragma once
 #include <cuda.h>
 
@@ -54,14 +55,9 @@ struct RowsRings {
   sm90::Ring<most_weight_stages> weights;
 };
 
-// Two blocks of 16K outputs share a multiprocessor.
-template <int RowBlocks, int Columns>
-constexpr int blocks_of_multiprocessor = RowBlocks * Columns <= 128 ? 2 : 1;
-
 // RowBlocks: of 64 positions, for each of the two warpgroups.
 template <class T, int RowBlocks, int Columns>
-__global__ void __launch_bounds__(rows_threads, blocks_of_multiprocessor<RowBlocks, Columns>)
-    conv3d_rows_kernel(const __grid_constant__ TiledRowsParams p) {
+__global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __grid_constant__ TiledRowsParams p) {
   constexpr int weight_bytes = Columns * 128, rows_of_block = 2 * RowBlocks * 64;
   extern __shared__ __align__(1024) char memory[];
   char* const weight_memory = memory + p.voxel_stages * p.voxel_bytes;

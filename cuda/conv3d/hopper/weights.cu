@@ -75,6 +75,18 @@ bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, 
   return true;
 }
 
+// compute-sanitizer takes an operand for as many contiguous bytes as it has elements, while overlapping panels have fewer: this
+// much behind the last stage keeps it content. (The reads themselves end with the stage.)
+int overhang(const TiledWeightsParams& p, int tap_blocks) {
+  constexpr int bytes_of_16_rows = 16 * 128;
+  int end = p.stage_bytes;
+  for (int i = 0; i < tap_blocks; ++i)
+    for (int u = 0; u < p.tap_block[i].units; ++u)
+      for (const Sequence& s : p.tap_block[i].unit[u].sequence)
+        if (s.taps > 0) end = std::max(end, s.first * 128 + (depth_of_step / 16 - 1 + s.taps) * bytes_of_16_rows);
+  return end - p.stage_bytes;
+}
+
 template <class T>
 void run(const char* function, const TiledWeightsParams& p, int tap_blocks, int bytes, const Launch& launch) {
   const dim3 grid(static_cast<unsigned>(p.column_panels * p.channel_panels * tap_blocks), static_cast<unsigned>(p.splits));
@@ -117,7 +129,8 @@ bool weights(const char* function, const WeightsProblem& problem, const PartialS
       !encode_boxes(&p.box_with_halo, x, box, box.lines() + halo, problem.step))
     return false;
   const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
-  p.stages = std::min(most_weights_stages, (memory - static_cast<int>(sizeof(WeightsRing))) / p.stage_bytes);
+  const int behind = static_cast<int>(sizeof(WeightsRing)) + overhang(p, tap_blocks);
+  p.stages = std::min(most_weights_stages, (memory - behind) / p.stage_bytes);
   if (p.stages < 2) return false;
 
   p.tiling = Tiling(box, dout.size + 2, dout.size[0], problem.step);
@@ -126,7 +139,7 @@ bool weights(const char* function, const WeightsProblem& problem, const PartialS
   p.splits = static_cast<int>(sums.splits);
   p.depth = sums.taps * sums.channels;
   p.partial = static_cast<float*>(launch.workspace);
-  const int bytes = p.stages * p.stage_bytes + static_cast<int>(sizeof(WeightsRing));
+  const int bytes = p.stages * p.stage_bytes + behind;
   if (x.dtype == DType::bfloat16) return run<bf16>(function, p, tap_blocks, bytes, launch), true;
 #if !defined(EFFCORE_CUDA_SET_CI)
   return run<fp16>(function, p, tap_blocks, bytes, launch), true;
