@@ -21,7 +21,6 @@ MFU has one definition: three times the forward's FLOPs (_hybrids.forward_flops)
 
 from __future__ import annotations
 
-import gc
 import statistics
 import sys
 import time
@@ -56,9 +55,11 @@ def _make(name: str, size: str, length: int) -> Any:
     return make(strategy or name, size, length, sharing.DEVICE, sharing.DTYPE)
 
 
-def _rows(steps: dict[str, Any], flops: dict[str, float], tokens: int, texts: int, **more: Any) -> list[dict]:
+def _rows(
+    steps: dict[str, Any], flops: dict[str, float], tokens: int, texts: int, rounds: int, **more: Any
+) -> list[dict]:
     """Measures the steps in turns; FAC's ratio to each, with the ratio of their FLOPs (forward, of one text)."""
-    times = sharing.in_turns(steps, rounds=3 if more["size"] == "toy" else 7, repeats=3)
+    times = sharing.in_turns(steps, rounds=rounds, repeats=3)
     fac, peak, rows = hybrids.STRATEGIES["fac"], _peak(), []
     for name, values in times.items():
         row: dict[str, Any] = {**more, "model": name, "tokens/s": tokens / statistics.median(values)}
@@ -76,7 +77,9 @@ def _rows(steps: dict[str, Any], flops: dict[str, float], tokens: int, texts: in
     return rows
 
 
-def _training(names: list[str], size: str, batch: int, length: int, *, compiled: bool, **more: Any) -> list[dict]:
+def _training(
+    names: list[str], size: str, batch: int, length: int, rounds: int, *, compiled: bool, **more: Any
+) -> list[dict]:
     steps, flops, counts = {}, {}, {}
     for name in names:
         model = _make(name, size, length)
@@ -89,23 +92,23 @@ def _training(names: list[str], size: str, batch: int, length: int, *, compiled:
             print(f"  {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
         steps[name] = step
-    rows = _rows(steps, flops, batch * length, batch, size=size, length=length, batch=batch, **more)
+    rows = _rows(steps, flops, batch * length, batch, rounds, size=size, length=length, batch=batch, **more)
     for row in rows:
         row["parameters"] = counts[row["model"]]
     return rows
 
 
-def train(size: str, batch: int, length: int) -> list[dict]:
+def train(size: str, batch: int, length: int, rounds: int) -> list[dict]:
     print(f"training, {size}, {batch} texts of {length} tokens", flush=True)
-    return _training([*hybrids.STRATEGIES.values(), "LLaMA"], size, batch, length, compiled=True, what="train")
+    return _training([*hybrids.STRATEGIES.values(), "LLaMA"], size, batch, length, rounds, compiled=True, what="train")
 
 
-def peers(size: str, batch: int, length: int) -> list[dict]:
+def peers(size: str, batch: int, length: int, rounds: int) -> list[dict]:
     print(f"training beside transformers' hybrids as installed, {size}, {batch} texts of {length} tokens", flush=True)
     rows: list[dict] = []
     for name in ("Falcon-H1 (transformers)", "Jamba (transformers)"):
-        rows += _training([hybrids.STRATEGIES["fac"], name], size, batch, length, compiled=False, what="peers")
-        _free()
+        rows += _training([hybrids.STRATEGIES["fac"], name], size, batch, length, rounds, compiled=False, what="peers")
+        sharing.free()
     return rows
 
 
@@ -127,14 +130,14 @@ class _Blocks:
             p.grad = None
 
 
-def blocks(size: str, batch: int, length: int) -> list[dict]:
+def blocks(size: str, batch: int, length: int, rounds: int) -> list[dict]:
     print(f"blocks alone, forward and backward, {size}, {batch} texts of {length} tokens", flush=True)
     steps, flops = {}, {}
     for name in hybrids.STRATEGIES.values():
         model = _compiled(_make(name, size, length)).train()
         steps[name] = _Blocks(model, batch, length)
         flops[name] = model.config.num_hidden_layers * block_flops(model.config)
-    return _rows(steps, flops, batch * length, batch, size=size, length=length, batch=batch, what="blocks")
+    return _rows(steps, flops, batch * length, batch, rounds, size=size, length=length, batch=batch, what="blocks")
 
 
 KINDS = {
@@ -191,7 +194,7 @@ def decode(size: str, batch: int, length: int) -> list[dict]:
         rows.append(row | {"ms": statistics.median(steps), "slowest_ms": steps[-2]})
         print(f"  {name:<26} {rows[-1]['ms']:8.2f} ms a token, slowest {rows[-1]['slowest_ms']:.2f}", flush=True)
         del model, cache
-        _free()
+        sharing.free()
     return rows
 
 
@@ -239,14 +242,8 @@ def loss(size: str, batch: int, length: int, steps: int) -> list[dict]:
         print(f"  {name:<26} {row['validation_loss']:.4f} nats a byte, {seconds:.0f} s", flush=True)
         rows.append(row)
         del model, optimizer, schedule, warm_up, cosine
-        _free()
+        sharing.free()
     return rows
-
-
-def _free() -> None:
-    gc.collect()
-    if sharing.CUDA:
-        torch.cuda.empty_cache()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -256,13 +253,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300, help="of a training (loss)")
     options = parser.parse_args(arguments)
     size, batch, length = ("toy", 2, 64) if options.quick else (options.size, options.batch, LENGTH)
-    if options.claim == "loss":
-        rows = loss(size, batch, length, 4 if options.quick else options.steps)
-    else:
-        claims = {"train": train, "blocks": blocks, "peers": peers, "profile": profile, "decode": decode}
-        context = 8192 if options.claim == "decode" and not options.quick else length
-        rows = claims[options.claim](size, batch, context)
-    sharing.write(options.json, f"flowhn {options.claim}", rows)
+    context = length if options.quick else 8192
+    rows = {
+        "train": lambda: train(size, batch, length, options.rounds),
+        "blocks": lambda: blocks(size, batch, length, options.rounds),
+        "peers": lambda: peers(size, batch, length, options.rounds),
+        "profile": lambda: profile(size, batch, length),
+        "decode": lambda: decode(size, batch, context),
+        "loss": lambda: loss(size, batch, length, 4 if options.quick else options.steps),
+    }[options.claim]()
+    sharing.Report(options.json, f"flowhn {options.claim}").add(rows)
     return 0
 
 

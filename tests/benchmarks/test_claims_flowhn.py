@@ -15,7 +15,7 @@ LENGTH = 64
 
 
 def test_blocks_run_at_toy_size(tmp_path):
-    assert flowhn.main(["blocks", "--quick", "--json", str(tmp_path / "blocks.json")]) == 0
+    assert flowhn.main(["blocks", "--quick", "--rounds", "3", "--json", str(tmp_path / "blocks.json")]) == 0
     assert (tmp_path / "blocks.json").read_text().count('"fac_ratio"') == len(hybrids.STRATEGIES)
 
 
