@@ -273,7 +273,7 @@ def plot(path: Path, results: dict[str, Any], title: str) -> None:
     axes.axvline(1.0, color="#222", linewidth=0.8)
     axes.set_ylim(-0.8, len(cases) - 0.2)
     axes.set_yticks(range(len(cases)), [c["name"] for c in cases], fontsize=8)
-    axes.set_xlim(0, 1.45 * max(ends))
+    axes.set_xlim(0, 1.6 * max(ends))
     axes.set_xlabel(
         "times as fast as the best peer · dotted: the project's floor, diamond: what is held against it", fontsize=8
     )
