@@ -255,7 +255,8 @@ def plot(path: Path, results: dict[str, Any], title: str) -> None:
     ends = []  # of what is drawn in each row
     for y, case in enumerate(cases):
         r = case["ratios"][case["best_peer"]]
-        ends.append(max(r["q3"], case.get("floor", {}).get("reached") or 0))
+        floor = case.get("floor", {})
+        ends.append(max(r["q3"], floor.get("reached") or 0, floor.get("ratio", 0)))
         color = "#2f7f79" if r["median"] >= 1 else "#c46a3f"
         axes.barh(y, r["median"], height=0.62, color=color, alpha=1.0 if case["quiet"] else 0.35)
         axes.plot([r["q1"], r["q3"]], [y, y], color="#222", linewidth=1.2)
@@ -273,7 +274,7 @@ def plot(path: Path, results: dict[str, Any], title: str) -> None:
     axes.axvline(1.0, color="#222", linewidth=0.8)
     axes.set_ylim(-0.8, len(cases) - 0.2)
     axes.set_yticks(range(len(cases)), [c["name"] for c in cases], fontsize=8)
-    axes.set_xlim(0, 1.6 * max(ends))
+    axes.set_xlim(0, 1.5 * max(ends))
     axes.set_xlabel(
         "times as fast as the best peer · dotted: the project's floor, diamond: what is held against it", fontsize=8
     )
