@@ -93,8 +93,7 @@ struct RoutingFunctions {
     routing::check_rows(context.function, "dout", dout.view(), nullptr);
     check(tokens >= 0, context.function, "tokens must not be negative, got ", tokens);
     routing::check_list(context.function, "index", index.view(), dout.view(), tokens);
-    routing::check_sizes(context.function, "dout", dout.view(),
-                         {dout.view().size[0], index.view().size[1], dout.view().size[2]});
+    check_sizes(context.function, "dout", dout.view(), {dout.view().size[0], index.view().size[1], dout.view().size[2]});
     const Array dx = rows(context, dout, tokens);
     Backend::run(context, "dout", dout.view(), routing::Scatter{{dout.view(), index.view()}, dx.view()});
     return dx.object();
@@ -124,10 +123,10 @@ struct RoutingFunctions {
     routing::check_rows(f, "a", va, nullptr);
     routing::check_rows(f, "b", vb, &va);
     const std::int64_t batch = va.size[0], tokens = va.size[1] + vb.size[1], channels = va.size[2];
-    routing::check_sizes(f, "b", vb, {batch, vb.size[1], channels});
+    check_sizes(f, "b", vb, {batch, vb.size[1], channels});
     routing::check_lists(f, index_a.view(), index_b.view(), va, tokens);
-    routing::check_sizes(f, "index_a", index_a.view(), {batch, va.size[1]});
-    routing::check_sizes(f, "index_b", index_b.view(), {batch, vb.size[1]});
+    check_sizes(f, "index_a", index_a.view(), {batch, va.size[1]});
+    check_sizes(f, "index_b", index_b.view(), {batch, vb.size[1]});
     const Array out = rows(context, a, tokens);
     routing::Merge args;
     args.list[0] = {va, index_a.view()}, args.list[1] = {vb, index_b.view()};
@@ -136,7 +135,7 @@ struct RoutingFunctions {
       if (given.is_none()) return static_cast<const TensorView*>(nullptr);
       const TensorView& v = array.emplace(context, argument, given).view();
       routing::check_rows(f, argument, v, &va);
-      routing::check_sizes(f, argument, v, {batch, size, channels});
+      check_sizes(f, argument, v, {batch, size, channels});
       return &v;
     };
     std::optional<Array> all, own;
@@ -187,7 +186,7 @@ struct RoutingFunctions {
     const std::int64_t size = index.view().size[1];
     const auto check_like = [&](const char* argument, const TensorView& t) {
       routing::check_rows(f, argument, t, &v);
-      routing::check_sizes(f, argument, t, {v.size[0], size, v.size[2]});
+      check_sizes(f, argument, t, {v.size[0], size, v.size[2]});
     };
     check_like("tokens", v);
     check_like("dnormed", dnormed.view());
@@ -200,7 +199,7 @@ struct RoutingFunctions {
       check_like("dtokens", *args.dtokens);
     }
     const auto statistics = [&](const char* argument, const Array& t) {
-      routing::check_sizes(f, argument, t.view(), {v.size[0], size});
+      check_sizes(f, argument, t.view(), {v.size[0], size});
       const DType wanted = v.dtype == DType::float64 ? DType::float64 : DType::float32;
       check(t.view().dtype == wanted && t.view().device == v.device && t.contiguous(), f, argument, " must be contiguous, ",
             name(wanted), " and where tokens are");

@@ -46,7 +46,7 @@ struct ScanFunctions {
   }
   static void check_rows_like(const char* function, const char* argument, const TensorView& rows, const TensorView& x) {
     routing::check_rows(function, argument, rows, &x);
-    routing::check_sizes(function, argument, rows, {x.size[0], x.size[1], x.size[2]});
+    check_sizes(function, argument, rows, {x.size[0], x.size[1], x.size[2]});
   }
 
   // ---------------------------------------------------------------- convolution

@@ -73,7 +73,7 @@ struct Conv3dOps {
     for (const std::int64_t n : size) check(n >= 1, f, "x must have a voxel, got size ", shape({frames, height, width}));
     std::int64_t out[3];
     conv3d::check_positions(f, size, kernel, args.geometry, out);
-    conv3d::check_sizes(f, "dout", args.dout, {args.dout.size[0], args.spatial.size[0], out[0], out[1], out[2]});
+    check_sizes(f, "dout", args.dout, {args.dout.size[0], args.spatial.size[0], out[0], out[1], out[2]});
     Tensor dx = voxels(dout, args.dout.size[0], args.spatial.size[1], size);
     args.dx = view(dx, f, "dx");
     Backend::run(args, dout);
@@ -96,7 +96,7 @@ struct Conv3dOps {
     std::int64_t out[3];
     conv3d::check_positions(f, args.x.size + 2, kernel.data(), args.geometry, out);
     const std::int64_t columns = args.dout.size[1], channels = args.x.size[1];
-    conv3d::check_sizes(f, "dout", args.dout, {args.x.size[0], columns, out[0], out[1], out[2]});
+    check_sizes(f, "dout", args.dout, {args.x.size[0], columns, out[0], out[1], out[2]});
     Tensor dspatial = empty(x, {columns, channels, kernel[1], kernel[2]}, x.scalar_type());
     Tensor dtemporal = empty(x, {columns, channels, kernel[0]}, x.scalar_type());
     args.dspatial = view(dspatial, f, "dspatial");

@@ -82,7 +82,7 @@ struct RoutingOps {
     routing::check_rows(f, "dout", vg, nullptr);
     check(tokens >= 0, f, "tokens must not be negative, got ", tokens);
     routing::check_list(f, "index", vi, vg, tokens);
-    routing::check_sizes(f, "dout", vg, {vg.size[0], vi.size[1], vg.size[2]});
+    check_sizes(f, "dout", vg, {vg.size[0], vi.size[1], vg.size[2]});
     Tensor dx = like(g, tokens);
     Backend::run(routing::Scatter{{vg, vi}, view(dx, f, "dx")}, dout);
     return dx;
@@ -110,10 +110,10 @@ struct RoutingOps {
     routing::check_rows(f, "a", va, nullptr);
     routing::check_rows(f, "b", vb, &va);
     const std::int64_t batch = va.size[0], tokens = va.size[1] + vb.size[1], channels = va.size[2];
-    routing::check_sizes(f, "b", vb, {batch, vb.size[1], channels});
+    check_sizes(f, "b", vb, {batch, vb.size[1], channels});
     routing::check_lists(f, ia, ib, va, tokens);
-    routing::check_sizes(f, "index_a", ia, {batch, va.size[1]});
-    routing::check_sizes(f, "index_b", ib, {batch, vb.size[1]});
+    check_sizes(f, "index_a", ia, {batch, va.size[1]});
+    check_sizes(f, "index_b", ib, {batch, vb.size[1]});
     Tensor out = like(a, tokens);
     routing::Merge args;
     args.list[0] = {va, ia}, args.list[1] = {vb, ib};
@@ -123,13 +123,13 @@ struct RoutingOps {
     if (residual) {
       vall = view(all = dense_last(*residual), f, "residual");
       routing::check_rows(f, "residual", vall, &va);
-      routing::check_sizes(f, "residual", vall, {batch, tokens, channels});
+      check_sizes(f, "residual", vall, {batch, tokens, channels});
       args.residual = &vall;
     }
     if (residual_a) {
       vown = view(own = dense_last(*residual_a), f, "residual_a");
       routing::check_rows(f, "residual_a", vown, &va);
-      routing::check_sizes(f, "residual_a", vown, {batch, va.size[1], channels});
+      check_sizes(f, "residual_a", vown, {batch, va.size[1], channels});
       args.first_residual = &vown;
     }
     Backend::run(args, a);
@@ -176,11 +176,11 @@ struct RoutingOps {
     check(total >= 0, f, "total must not be negative, got ", total);
     routing::check_list(f, "index", vi, vt, total);
     const auto rows = {vt.size[0], vi.size[1], vt.size[2]};
-    routing::check_sizes(f, "tokens", vt, rows);
+    check_sizes(f, "tokens", vt, rows);
     routing::GatherNormBackward args{{vt, vi}};
     args.dnormed = view(g, f, "dnormed");
     routing::check_rows(f, "dnormed", args.dnormed, &vt);
-    routing::check_sizes(f, "dnormed", args.dnormed, rows);
+    check_sizes(f, "dnormed", args.dnormed, rows);
     args.weight = view(weight, f, "weight");
     routing::check_weight(f, "weight", args.weight, vt);
     Tensor direct;
@@ -188,7 +188,7 @@ struct RoutingOps {
     if (dtokens) {
       vdirect = view(direct = dense_last(*dtokens), f, "dtokens");
       routing::check_rows(f, "dtokens", vdirect, &vt);
-      routing::check_sizes(f, "dtokens", vdirect, rows);
+      check_sizes(f, "dtokens", vdirect, rows);
       args.dtokens = &vdirect;
     }
     const ScalarType statistics = accumulate_type(tokens.scalar_type());
@@ -208,7 +208,7 @@ struct RoutingOps {
   static const void* statistics_data(const char* f, const char* argument, const Tensor& t, const Tensor& tokens,
                                      const TensorView& index) {
     const TensorView v = view(t, f, argument), vt = view(tokens, f, "tokens");
-    routing::check_sizes(f, argument, v, {index.size[0], index.size[1]});
+    check_sizes(f, argument, v, {index.size[0], index.size[1]});
     check(t.scalar_type() == accumulate_type(tokens.scalar_type()), f, argument, " is ", name(v.dtype), " but must be ",
           name(dtype_of(accumulate_type(tokens.scalar_type()))));
     check(v.device == vt.device && v.device_index == vt.device_index && t.is_contiguous(), f, argument,

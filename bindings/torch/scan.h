@@ -64,7 +64,7 @@ struct ScanOps {
     const Tensor g = dense_last(dout);
     scan::CausalConvBackward args{c.args, view(g, f, "dout")};
     routing::check_rows(f, "dout", args.dout, &c.args.x);
-    routing::check_sizes(f, "dout", args.dout, {x.size(0), x.size(1), x.size(2)});
+    check_sizes(f, "dout", args.dout, {x.size(0), x.size(1), x.size(2)});
     const ScalarType sums = accumulate_type(x.scalar_type());
     Tensor dx = empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
     Tensor dweight = empty(x, {weight.size(0), weight.size(1)}, sums);
@@ -137,7 +137,7 @@ struct ScanOps {
     s.args.states = vstates.data;
     scan::ScanBackward args{s.args, view(g, f, "dout")};
     routing::check_rows(f, "dout", args.dout, &s.args.x);
-    routing::check_sizes(f, "dout", args.dout, {batch, tokens, channels});
+    check_sizes(f, "dout", args.dout, {batch, tokens, channels});
     Tensor final_gradient;
     if (dfinal) {
       final_gradient = torch::stable::contiguous(*dfinal);

@@ -8,14 +8,6 @@ using effcore::check;
 
 namespace {
 
-void check_supported(const char* function, const char* argument, const TensorView& t) {
-  check(t.device == DeviceKind::cpu || t.device == DeviceKind::cuda, function, argument, " is on ", name(t.device),
-        " but cpu and cuda are supported");
-  check(t.dtype == DType::float32 || t.dtype == DType::bfloat16 || t.dtype == DType::float16 ||
-            (t.dtype == DType::float64 && t.device == DeviceKind::cpu),
-        function, argument, " is ", name(t.dtype), " but float32, bfloat16, float16 and (on cpu) float64 are supported");
-}
-
 void check_like(const char* function, const char* argument, const TensorView& t, const TensorView& like) {
   check(t.dtype == like.dtype, function, argument, " is ", name(t.dtype), " but must be ", name(like.dtype),
         " as the others are");
@@ -78,14 +70,6 @@ void check_positions(const char* function, const std::int64_t size[3], const std
           shape({kernel[0], kernel[1], kernel[2]}), " exceeds");
     out[d] = positions(size[d], kernel[d], g.stride[d], g.padding[d]);
   }
-}
-
-void check_sizes(const char* function, const char* argument, const TensorView& tensor,
-                 std::initializer_list<std::int64_t> sizes) {
-  bool same = tensor.rank == static_cast<int>(sizes.size());
-  for (int d = 0; same && d < tensor.rank; ++d) same = tensor.size[d] == sizes.begin()[d];
-  if (same) return;
-  fail(function, argument, " must have shape ", shape(sizes), " but has ", shape(tensor));
 }
 
 }  // namespace effcore::conv3d

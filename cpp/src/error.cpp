@@ -57,4 +57,20 @@ void append(std::string& text, Shape part) {
   text += ']';
 }
 
+void check_supported(const char* function, const char* argument, const TensorView& t) {
+  check(t.device == DeviceKind::cpu || t.device == DeviceKind::cuda, function, argument, " is on ", name(t.device),
+        " but cpu and cuda are supported");
+  check(t.dtype == DType::float32 || t.dtype == DType::bfloat16 || t.dtype == DType::float16 ||
+            (t.dtype == DType::float64 && t.device == DeviceKind::cpu),
+        function, argument, " is ", name(t.dtype), " but float32, bfloat16, float16 and (on cpu) float64 are supported");
+}
+
+void check_sizes(const char* function, const char* argument, const TensorView& tensor,
+                 std::initializer_list<std::int64_t> sizes) {
+  bool same = tensor.rank == static_cast<int>(sizes.size());
+  for (int d = 0; same && d < tensor.rank; ++d) same = tensor.size[d] == sizes.begin()[d];
+  if (same) return;
+  fail(function, argument, " must have shape ", shape(sizes), " but has ", shape(tensor));
+}
+
 }  // namespace effcore

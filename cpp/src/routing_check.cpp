@@ -17,14 +17,6 @@ void check_device(const char* function, const char* argument, const TensorView& 
         " but its tokens are on ", place(like));
 }
 
-void check_supported(const char* function, const char* argument, const TensorView& t) {
-  check(t.device == DeviceKind::cpu || t.device == DeviceKind::cuda, function, argument, " is on ", name(t.device),
-        " but cpu and cuda are supported");
-  check(t.dtype == DType::float32 || t.dtype == DType::bfloat16 || t.dtype == DType::float16 ||
-            (t.dtype == DType::float64 && t.device == DeviceKind::cpu),
-        function, argument, " is ", name(t.dtype), " but float32, bfloat16, float16 and (on cpu) float64 are supported");
-}
-
 void check_last(const char* function, const char* argument, const TensorView& t) {
   const int last = t.rank - 1;
   bool empty = false;  // strides of nothing mean nothing: an expanded gradient is contiguous to torch where it has no element
@@ -82,14 +74,6 @@ void check_rows(const char* function, const char* argument, const TensorView& ro
   if (like == nullptr) return;
   check(rows.dtype == like->dtype, function, argument, " is ", name(rows.dtype), " but must be ", name(like->dtype));
   check_device(function, argument, rows, *like);
-}
-
-void check_sizes(const char* function, const char* argument, const TensorView& tensor,
-                 std::initializer_list<std::int64_t> sizes) {
-  bool same = tensor.rank == static_cast<int>(sizes.size());
-  for (int d = 0; same && d < tensor.rank; ++d) same = tensor.size[d] == sizes.begin()[d];
-  if (same) return;
-  fail(function, argument, " must have shape ", shape(sizes), " but has ", shape(tensor));
 }
 
 void check_list(const char* function, const char* argument, const TensorView& index, const TensorView& like,

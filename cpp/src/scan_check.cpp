@@ -6,7 +6,7 @@
 namespace effcore::scan {
 
 using effcore::check;
-using routing::check_rows, routing::check_sizes, routing::check_weight;
+using routing::check_rows, routing::check_weight;
 
 namespace {
 

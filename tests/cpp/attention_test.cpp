@@ -7,7 +7,6 @@
 #include <limits>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "effcore/error.h"
@@ -18,7 +17,7 @@ using namespace effcore::attention;
 
 namespace {
 
-using test::expect;
+using test::expect, test::three_threads;
 
 // ---- tensors ---------------------------------------------------------------------------------------------------------
 
@@ -95,16 +94,6 @@ struct Tensor {
     if (bytes_of(view.dtype) == 2) std::memcpy(p, &half, 2);
   }
 };
-
-// ---- threads ---------------------------------------------------------------------------------------------------------
-
-void on_threads(std::int64_t count, LoopBody body, void* context) {
-  std::vector<std::thread> threads;
-  for (std::int64_t i = 1; i < count; ++i) threads.emplace_back(body, context, i, i + 1);
-  body(context, 0, 1);
-  for (std::thread& thread : threads) thread.join();
-}
-const Threads three_threads{3, on_threads};
 
 // ---- reference -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "test.h"
@@ -19,42 +18,8 @@ using namespace effcore::routing;
 
 namespace {
 
-using test::expect;
+using test::Dense, test::expect, test::three_threads;
 
-void on_threads(std::int64_t count, LoopBody body, void* context) {
-  std::vector<std::thread> threads;
-  for (std::int64_t i = 1; i < count; ++i) threads.emplace_back(body, context, i, i + 1);
-  body(context, 0, 1);
-  for (std::thread& thread : threads) thread.join();
-}
-const Threads three_threads{3, on_threads};
-
-// A dense float32 or int32 tensor, poisoned with NaN (or -1).
-template <class T>
-struct Dense {
-  std::vector<T> data;
-  TensorView view;
-
-  explicit Dense(std::initializer_list<std::int64_t> sizes) {
-    std::int64_t count = 1;
-    view.dtype = std::is_same_v<T, float> ? DType::float32 : DType::int32;
-    view.device = DeviceKind::cpu;
-    view.rank = static_cast<int>(sizes.size());
-    for (int d = view.rank - 1; d >= 0; --d) {
-      view.size[d] = sizes.begin()[d], view.stride[d] = count;
-      count *= view.size[d];
-    }
-    data.assign(count + 1, std::is_same_v<T, float> ? std::numeric_limits<T>::quiet_NaN() : T(-1));
-    view.data = data.data();
-  }
-  T& at(std::int64_t b, std::int64_t n, std::int64_t c = 0) {
-    return data[b * view.stride[0] + n * view.stride[1] + (view.rank > 2 ? c : 0)];
-  }
-  void randomize(std::mt19937& random) {
-    for (T& x : data) x = static_cast<T>(static_cast<int>(random() % 257) - 128) / 32;
-  }
-  bool equals(const Dense& other) const { return std::equal(data.begin(), data.end() - 1, other.data.begin()); }
-};
 using Floats = Dense<float>;
 using Indices = Dense<std::int32_t>;
 

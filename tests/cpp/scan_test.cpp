@@ -8,7 +8,6 @@
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "test.h"
@@ -18,38 +17,9 @@ using namespace effcore::scan;
 
 namespace {
 
-using test::expect;
+using test::Dense, test::expect, test::three_threads;
 using Sums = std::vector<double>;
 
-void on_threads(std::int64_t count, LoopBody body, void* context) {
-  std::vector<std::thread> threads;
-  for (std::int64_t i = 1; i < count; ++i) threads.emplace_back(body, context, i, i + 1);
-  body(context, 0, 1);
-  for (std::thread& thread : threads) thread.join();
-}
-const Threads three_threads{3, on_threads};
-
-// A dense float32 or int32 tensor, poisoned with NaN (or -1).
-template <class T>
-struct Dense {
-  std::vector<T> data;
-  TensorView view;
-
-  explicit Dense(const std::vector<std::int64_t>& sizes) {
-    std::int64_t count = 1;
-    view.dtype = std::is_same_v<T, float> ? DType::float32 : DType::int32;
-    view.device = DeviceKind::cpu;
-    view.rank = static_cast<int>(sizes.size());
-    for (int d = view.rank - 1; d >= 0; --d) {
-      view.size[d] = sizes[d], view.stride[d] = count;
-      count *= sizes[d];
-    }
-    data.assign(count + 1, std::is_same_v<T, float> ? std::numeric_limits<T>::quiet_NaN() : T(-1));
-    view.data = data.data();
-  }
-  Dense(const Dense&) = delete;
-  double operator[](std::int64_t i) const { return data[i]; }
-};
 using Floats = Dense<float>;
 
 struct Normal : Floats {

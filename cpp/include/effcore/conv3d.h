@@ -9,7 +9,6 @@
 // Tensors of voxels are [B, channels, T, H, W], contiguous along the channels (channels_last_3d, or a slice of it); kernels
 // have any strides. All tensors of a call have one dtype. Sums are in float32 (float64 for float64 tensors).
 #pragma once
-#include <initializer_list>
 
 #include "effcore/tensor.h"
 #include "effcore/threads.h"
@@ -52,8 +51,6 @@ void check_geometry(const char* function, const Geometry& geometry);
 // size: (T, H, W) of x; out receives the size of the output.
 void check_positions(const char* function, const std::int64_t size[3], const std::int64_t kernel[3], const Geometry& geometry,
                      std::int64_t out[3]);
-void check_sizes(const char* function, const char* argument, const TensorView& tensor,
-                 std::initializer_list<std::int64_t> sizes);
 
 void forward(const Forward& args, const Threads& threads);
 void backward_data(const BackwardData& args, const Threads& threads);

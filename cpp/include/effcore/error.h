@@ -68,4 +68,9 @@ void check(bool condition, const char* function, const Parts&... parts) {
     fail(function, parts...);
 }
 
+// The dtypes and devices that most families take.
+void check_supported(const char* function, const char* argument, const TensorView& tensor);
+void check_sizes(const char* function, const char* argument, const TensorView& tensor,
+                 std::initializer_list<std::int64_t> sizes);
+
 }  // namespace effcore

@@ -5,7 +5,6 @@
 // number of threads.
 #pragma once
 #include <cstdint>
-#include <initializer_list>
 
 #include "effcore/tensor.h"
 #include "effcore/threads.h"
@@ -97,8 +96,6 @@ void check_partition(const char* function, const TensorView& scores, std::int64_
 void check_scores(const char* function, const TensorView& q, const TensorView& k, double scale);
 // [B, tokens, channels] of a supported dtype with contiguous rows; `like`, where given, fixes dtype and device.
 void check_rows(const char* function, const char* argument, const TensorView& rows, const TensorView* like);
-void check_sizes(const char* function, const char* argument, const TensorView& tensor,
-                 std::initializer_list<std::int64_t> sizes);
 // Tokens of a list of x [B, tokens, channels]: any order, repeats allowed.
 void check_list(const char* function, const char* argument, const TensorView& index, const TensorView& like,
                 std::int64_t tokens);
