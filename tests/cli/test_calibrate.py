@@ -76,6 +76,13 @@ def test_an_interrupted_fit_is_not_overwritten(folder, tmp_path):
         CliRunner().invoke(app, ["calibrate", str(folder), "-o", str(tmp_path)], catch_exceptions=False)
 
 
+def test_a_result_is_not_overwritten(folder, tmp_path):
+    (tmp_path / "scores.json").write_text("before")
+    with pytest.raises(InputError, match="--overwrite replaces it"):
+        CliRunner().invoke(app, ["calibrate", str(folder), "-o", str(tmp_path)], catch_exceptions=False)
+    assert (tmp_path / "scores.json").read_text() == "before"
+
+
 def test_questions_of_real_text():
     files = standard_library()
     questions = next_line_questions(files, 30, seed=1)

@@ -58,3 +58,16 @@ def test_refusals(folder, tmp_path, capsys):
     ):
         code, _, err = run(capsys, *arguments)
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_nothing_is_written_over(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text("before")
+    code, _, err = run(capsys, folder, "--ratio", "2", "-o", out)
+    assert code == 2 and "--overwrite replaces it" in err and (out / "report.json").read_text() == "before"
+    assert run(capsys, folder, "--ratio", "2", "-o", out, "--overwrite")[0] == 0
+    code, _, err = run(capsys, folder, "--ratio", "2", "-o", folder)
+    assert code == 2 and "the model is there" in err
+    (tmp_path / "file").touch()
+    assert run(capsys, folder, "--ratio", "2", "-o", tmp_path / "file")[0] == 2

@@ -36,7 +36,7 @@ def test_trains_on_a_folder_of_pictures(tmp_path):
     assert [row["model"] for row in summary["models"]] == ["baseline", "skipvit"]
     assert all(0 <= row["accuracy"] <= 1 for row in summary["models"])
     assert (out / "skipvit" / "model.safetensors").exists()
-    with pytest.raises(InputError, match="there is a run already"):
+    with pytest.raises(InputError, match="a result is here"):
         raise invoke("--data", data, "--out", out).exception
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,7 @@ def adapt(
     verifier: Annotated[
         str, typer.Option("--verifier", help="A Hugging Face folder: the model that scores responses.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs", "adapt"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder.")] = Path("runs", "adapt"),
     verifier_kind: Annotated[
         str,
         typer.Option("--verifier-kind", help="classifier (of whole responses) or process (of steps; the last counts)."),
@@ -65,6 +64,7 @@ def adapt(
     ):
         if value not in known:
             raise InputError(f"{option} must be {' or '.join(known)}, got {value}")
+    from effcore.cli.progress import lines
     from effcore.methods.vds_ttt import LoraSettings
     from effcore.training.adapt import adapt as run
 
@@ -79,7 +79,7 @@ def adapt(
         merge=merge,
         resume=resume,
         overwrite=overwrite,
-        listener=None if quiet else _progress,
+        listener=None if quiet else lines("adapt"),
         num_samples=num_samples,
         threshold=threshold,
         temperature=temperature,
@@ -106,8 +106,3 @@ def adapt(
             f"{name:<24} greedy {row['greedy']:.1%}  best-of-{num_samples} {row['best_of_n']:.1%}  "
             f"majority {row['majority']:.1%}  oracle {row['oracle']:.1%}"
         )
-
-
-def _progress(phase: str, done: int, total: int) -> None:
-    if done == total or done % max(total // 10, 1) == 0:
-        print(f"adapt: {phase} {done}/{total}", file=sys.stderr, flush=True)

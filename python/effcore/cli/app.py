@@ -17,7 +17,7 @@ from effcore.errors import InputError, RunError
 
 app = typer.Typer(
     name="effcore",
-    help="Train and run language models with less compute: layers that share attention activations.",
+    help="Train and run neural networks with less compute: published methods as native ops, modules and commands.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,10 +42,10 @@ def _root(
 
 app.add_typer(train.app, name="train")
 app.add_typer(plan.app, name="plan")
-app.command(name="adapt")(adapt.adapt)
 app.command(name="compare")(compare.compare)
-app.command(name="compress")(compress.compress)
 app.command(name="generate")(generate.generate)
+app.command(name="adapt")(adapt.adapt)
+app.command(name="compress")(compress.compress)
 app.command(name="calibrate")(calibrate.calibrate)
 app.command(name="doctor")(doctor.doctor)
 app.command(name="bench")(bench.bench)

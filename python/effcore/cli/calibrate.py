@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,20 +22,35 @@ def calibrate(
     count: Annotated[int, typer.Option("--count", min=10, help="Questions to make where there is no --data.")] = 600,
     targets: Annotated[str, typer.Option("--targets", help="experts, lora or last.")] = "experts",
     hessian: Annotated[str, typer.Option("--hessian", help="lowrank, kron or diag.")] = "lowrank",
-    rank: Annotated[int, typer.Option("--rank", min=1)] = 10,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions a batch.")] = 8,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of each expert's posterior (lowrank).")] = 10,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions a batch.")] = 8,
     max_length: Annotated[int, typer.Option("--max-length", min=8, help="Tokens of a question.")] = 512,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result in --out.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
 ) -> None:
     """Fits a posterior on 60 % of the questions, chooses its prior on 20 %, and scores the last 20 % before and after."""
+    from effcore.cli.output import check_free
     from effcore.errors import InputError
 
+    check_free(out, "scores.json", overwrite=overwrite or resume)
     fit_file = out / "fit.safetensors"
     if fit_file.exists() and not resume:
-        raise InputError(f"{fit_file} is of an interrupted fit: --resume goes on with it")
+        if not overwrite:
+            raise InputError(f"{fit_file} is of an interrupted fit: --resume goes on with it, --overwrite begins anew")
+        fit_file.unlink()
     scores = _calibrate(
-        model, out, data, count=count, targets=targets, hessian=hessian, rank=rank, batch=batch, max_length=max_length
+        model,
+        out,
+        data,
+        count=count,
+        batch_size=batch_size,
+        max_length=max_length,
+        quiet=quiet,
+        targets=targets,
+        hessian=hessian,
+        rank=rank,
     )
     if json_:
         print(json.dumps(scores))
@@ -55,11 +71,20 @@ def calibrate(
 
 
 def _calibrate(
-    model: str, out: Path, data: Path | None, *, count: int, batch: int, max_length: int, **settings: Any
+    model: str,
+    out: Path,
+    data: Path | None,
+    *,
+    count: int,
+    batch_size: int,
+    max_length: int,
+    quiet: bool,
+    **settings: Any,
 ) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from effcore.cli.progress import lines
     from effcore.data.questions import answer_tokens, batches, next_line_questions, read_questions
     from effcore.data.sources import standard_library
     from effcore.errors import InputError
@@ -80,7 +105,7 @@ def _calibrate(
     if torch.cuda.is_available():
         network.cuda()
     fit, held, test = (
-        list(batches(part, tokenizer, size=batch, max_length=max_length))
+        list(batches(part, tokenizer, size=batch_size, max_length=max_length))
         for part in (questions[:first], questions[first:second], questions[second:])
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +114,7 @@ def _calibrate(
         fit,
         answers=answer_tokens(tokenizer, len(questions[0].choices)),
         checkpoint=out / "fit.safetensors",
-        progress=_bar("fit"),
+        progress=None if quiet else partial(lines("fit"), "batch"),
         **settings,
     ).fit_heldout(held)
     posterior.save(out / "posterior.safetensors")
@@ -116,17 +141,3 @@ def _calibrate(
     }
     (out / "scores.json").write_text(json.dumps(result, indent=1))
     return result
-
-
-def _bar(label: str) -> Any:
-    import sys
-    import time
-
-    last = [0.0]
-
-    def progress(done: int, total: int | None) -> None:
-        if done == total or time.monotonic() - last[0] >= 5:
-            last[0] = time.monotonic()
-            print(f"{label}: batch {done}{f'/{total}' if total else ''}", file=sys.stderr, flush=True)
-
-    return progress

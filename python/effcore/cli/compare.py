@@ -11,7 +11,9 @@ import typer
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, the baseline first.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Write report.md and plots/ into this folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write report.md and plots/ into this folder.")
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often to time a step of each model.")] = 5,
     json_: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON on standard output.")] = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 def compress(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, a run folder of effcore train, or a GGUF file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     ratio: Annotated[float | None, typer.Option("--ratio", help="Each layer's parameters fall by this factor.")] = None,
     error: Annotated[float | None, typer.Option("--error", help="Greatest relative error of a layer.")] = None,
     time: Annotated[float | None, typer.Option("--time", help="The layers' measured time falls to this part.")] = None,
@@ -23,16 +23,21 @@ def compress(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Layers to leave, as regular expressions.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result in --out.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Decomposes a model's layers; writes the model, report.json and report.png."""
     import json
 
+    from effcore.cli.output import check_free
     from effcore.errors import InputError
     from effcore.methods import low_rank
     from effcore.methods.low_rank_checkpoint import save_decomposed
     from effcore.training.models import load_model
 
+    check_free(out, "report.json", overwrite=overwrite)
+    if out.resolve() == Path(model).resolve():
+        raise InputError(f"--out {out}: the model is there")
     network, tokenizer = load_model(model)
     network.eval()
     data: list[Any] | None = None
@@ -48,8 +53,8 @@ def compress(
     except ValueError as bad:
         raise InputError(str(bad).removeprefix("effcore.decompose: ")) from bad
     result = low_rank.report(network)
-    save_decomposed(network, output)
-    tokenizer.save_pretrained(output)
-    result.write_json(output / "report.json")
-    result.plot(output / "report.png")
+    save_decomposed(network, out)
+    tokenizer.save_pretrained(out)
+    result.write_json(out / "report.json")
+    result.plot(out / "report.png")
     print(json.dumps(result.as_dict()) if json_ else result.table())

@@ -11,9 +11,9 @@ _RUNS = (("baseline", "baseline", None), ("epas", "epas-qk", "epas.mode=qk"), ("
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where the run folders, the report and the plots go.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where the run folders, the report and the plots go.")
+    ] = Path("runs/demo"),
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
     ] = None,

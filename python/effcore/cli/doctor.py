@@ -153,33 +153,37 @@ def _cuda(problems: list[str]) -> dict[str, Any]:
 
 
 def _ops(findings: dict[str, Any]) -> list[dict[str, str]]:
-    """Which path the attention family takes here, by device and dtype."""
+    """Which path each family takes here, by device and dtype."""
     if not findings["build"]:
         return []
     isa = str(findings["build"].get("isa", "unknown"))
     vector = {"amx": "avx512"}.get(isa, isa)
     rows = [
-        _row("cpu", "float32, float64", vector, f"the widest vectors that this CPU and build have ({isa})"),
-        _row("cpu", "float16", vector, "converted to float32 while it is read"),
+        _row("cpu", "float32, float64", vector, f"the widest vectors that this CPU and build have ({isa})", "all"),
+        _row("cpu", "float16", vector, "converted to float32 while it is read", "all"),
     ]
     if isa == "amx":
-        rows.append(_row("cpu", "bfloat16", "amx tiles", "AMX is present and the system permits it"))
+        rows.append(_row("cpu", "bfloat16", "amx tiles", "AMX is present and the system permits it", _WITH_PRODUCTS))
+        rows.append(_row("cpu", "bfloat16", vector, "no matrix products", _WITHOUT_PRODUCTS))
     else:
         permission = findings["cpu"].get("amx_permission")
         why = "the system does not permit AMX here" if permission is False else "this CPU or build has no AMX"
-        rows.append(_row("cpu", "bfloat16", vector, f"converted to float32: {why}"))
+        rows.append(_row("cpu", "bfloat16", vector, f"converted to float32: {why}", "all"))
     cuda = findings["cuda"]
     if not cuda["available"]:
-        rows.append(_row("cuda", "all", "none", cuda["reason"]))
+        rows.append(_row("cuda", "all", "none", cuda["reason"], "all"))
         return rows
     from effcore._load import library
 
     if library("effcore_torch_cuda") is None:
-        rows.append(_row("cuda", "all", "none", "effcore was built without CUDA (EFFCORE_CUDA=ON builds it)"))
+        rows.append(_row("cuda", "all", "none", "effcore was built without CUDA (EFFCORE_CUDA=ON builds it)", "all"))
         return rows
     rows += _cuda_rows(cuda["devices"])
-    rows.append(_row("cuda", "float64", "none", "float64 runs on the CPU alone"))
+    rows.append(_row("cuda", "float64", "none", "float64 runs on the CPU alone", "all"))
     return rows
+
+
+_WITH_PRODUCTS, _WITHOUT_PRODUCTS = "attention, conv3d, kronecker, lowrank", "routing, scan"
 
 
 _CUDA_PATHS = {
@@ -204,7 +208,20 @@ def _cuda_rows(devices: list[dict[str, Any]]) -> list[dict[str, str]]:
             for dtype in ("bfloat16", "float16", "float32"):
                 path, _, why = _cuda.attention_path(dtype, 64, 64).partition(": ")
                 rows.append(_row("cuda", dtype, path, f"{device['name']}: {why or _CUDA_PATHS[path]}"))
+        hopper = device["compute_capability"] == "9.0" and "90a" in _cuda.build_info()["architectures"]
+        for family, served in _HOPPER.items():
+            path, why = ("wgmma sm_90a", served) if hopper else ("sm_80", "no Hopper GPU, or built without sm_90a")
+            rows.append(_row("cuda", "bfloat16, float16", path, f"{device['name']}: {why}", family))
+        rows.append(_row("cuda", "all", "sm_80", f"{device['name']}: no matrix products", _WITHOUT_PRODUCTS))
     return rows
+
+
+# Whose 16-bit kernels differ on Hopper, and what these serve; all else is portable CUDA (or, in lowrank, two cuBLAS products).
+_HOPPER = {
+    "conv3d": "channels in multiples of 8",
+    "kronecker": "dimensions in multiples of 8",
+    "lowrank": "shapes at which it measured faster than two products",
+}
 
 
 def _groups(findings: dict[str, Any]) -> list[dict[str, str]]:

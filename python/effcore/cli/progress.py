@@ -1,9 +1,10 @@
-"""Progress of a training run on standard error: a bar on a terminal, a line now and then in a log file."""
+"""Progress on standard error: of a training run a bar on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+def lines(label: str, seconds: float = 5.0) -> Callable[..., None]:
+    """A function of (what, done, total, note) that prints ``label: what done/total`` every so many seconds, and at the end."""
+    last = [time.monotonic() - seconds]
+
+    def show(what: str, done: int, total: int | None, note: str = "") -> None:
+        if done == total or time.monotonic() - last[0] >= seconds:
+            last[0] = time.monotonic()
+            of = f"/{total}" if total else ""
+            print(f"{label}: {what} {done}{of}{note and ' · '}{note}", file=sys.stderr, flush=True)
+
+    return show
 
 
 class TrainingProgress:

@@ -14,7 +14,7 @@ from effcore.cli import train_skipvit
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Train a LLaMA, as it is or while its layers begin to share attention activations; or a classifier, on fewer samples.",
+    help="Train a model with one of the methods, or as it is, and keep what is needed to compare and resume.",
 )
 
 Recipe = Annotated[
@@ -40,7 +40,7 @@ Data = Annotated[
         "texts with labels (.jsonl, .csv, .parquet with text and label; a folder a class). Default: snippets of packages.",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="The run folder. Default: runs/METHOD.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run folder. Default: runs/METHOD.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
 Against = Annotated[

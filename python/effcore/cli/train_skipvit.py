@@ -14,7 +14,7 @@ def skipvit(
         Path | None,
         typer.Option("--data", help="A folder with one folder of pictures a class. Default: cluttered digits."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs", "skipvit"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder.")] = Path("runs", "skipvit"),
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 1500,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures a step.")] = 64,
     drop: Annotated[float, typer.Option("--drop", help="Share of the patches that leave.")] = 0.55,
@@ -31,14 +31,14 @@ def skipvit(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
 ) -> None:
     """Patches that matter little skip some blocks (SkipViT): accuracy and images a second, with and without."""
+    from effcore.cli.output import check_free
     from effcore.errors import InputError
 
     if learning_rate <= 0:
         raise InputError(f"--learning-rate must be positive, got {learning_rate}")
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, got {device}")
-    if (out / "summary.json").exists() and not overwrite:
-        raise InputError(f"--out {out}: there is a run already; --overwrite replaces it")
+    check_free(out, "summary.json", overwrite=overwrite)
 
     import torch
 
@@ -106,10 +106,7 @@ def _data(folder: Path | None):
 
 
 def _progress(name: str, steps: int):
-    import sys
+    from effcore.cli.progress import lines
 
-    def show(step: int, loss: float) -> None:
-        if (step + 1) % max(steps // 10, 1) == 0:
-            print(f"{name}: step {step + 1} of {steps}, loss {loss:.3f}", file=sys.stderr, flush=True)
-
-    return show
+    show = lines(name)
+    return lambda step, loss: show("step", step + 1, steps, f"loss {loss:.3f}")
