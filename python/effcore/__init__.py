@@ -123,4 +123,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS, *_SUBMODULES])
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_SUBMODULES})

@@ -140,7 +140,19 @@ def attention(
     lengths: Tensor | None = None,
     first_key: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ) v over the visible keys: [B, Hq, Sq, Dv]. ``scale`` defaults to D ** -0.5.
+    """softmax(scale · q kᵀ) v over the visible keys. Differentiable (once) in q, k and v.
+
+    Args:
+        q: [B, Hq, Sq, D], D from 1 to 256; float32, bfloat16, float16, and on the CPU float64.
+        k: [B, Hkv, Sk, D], Hq a multiple of Hkv, of q's dtype.
+        v: [B, Hkv, Sk, Dv], Dv from 1 to 256, of q's dtype.
+        causal: query i sees the keys up to ``i + lengths[b] - Sq``.
+        scale: of the scores; default D ** -0.5.
+        lengths: int32 [B], how many of a row's keys are valid; default Sk. Values out of range are clamped.
+        first_key: int32 [B] or [B, Sq], the first key that a row or query sees; default 0.
+
+    Returns:
+        [B, Hq, Sq, Dv] in q's dtype and memory order; zeros where a query sees no key.
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
@@ -198,7 +210,19 @@ def attention_with_scores(
 
 
 def attention_from_scores(scores: SharedScores, v: Tensor) -> Tensor:
-    """A consumer layer of a QK-sharing group: the owner's probabilities times its own ``v`` [B, Hkv, Sk, Dv]."""
+    """A consumer layer of a QK-sharing group: the owner's probabilities times its own values (EPAS, arXiv 2601.19089).
+
+    Args:
+        scores: one element of what :func:`attention_with_scores` returned, for this layer alone.
+        v: [B, Hkv, Sk, Dv], with the owner's Hkv, Sk and dtype.
+
+    Returns:
+        [B, Hq, Sq, Dv]. Differentiable in v, and in the owner's q and k by the owner's backward.
+
+    Raises:
+        TypeError: ``scores`` is no SharedScores.
+        RuntimeError: v does not fit the owner's shapes or dtype, or (CPU) the scores were used twice.
+    """
     if not isinstance(scores, SharedScores):
         raise TypeError(f"effcore.attention_from_scores: scores must be a SharedScores, got {type(scores).__name__}")
     s = scores
@@ -226,7 +250,20 @@ def attention_shared_kv(
     lengths: Tensor | None = None,
     first_key: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one more layer's ``q`` to shared keys and values; see :func:`attention`."""
+    """Attention of one more layer to shared keys and values (ECHO-LLaMA, arXiv 2505.17331).
+
+    Args:
+        q: [B, Hq, Sq, D].
+        shared: what :func:`share_kv` returned.
+        causal, scale, lengths, first_key: as in :func:`attention`.
+
+    Returns:
+        [B, Hq, Sq, Dv]. Differentiable in q, and in the shared k and v, whose gradients add up over the layers.
+
+    Raises:
+        TypeError: ``shared`` is no SharedKV.
+        RuntimeError: naming the argument, what was expected and what came.
+    """
     if not isinstance(shared, SharedKV):
         raise TypeError(f"effcore.attention_shared_kv: shared must be a SharedKV, got {type(shared).__name__}")
     q = q.to(shared.k.dtype) if torch.is_autocast_enabled(q.device.type) else q
@@ -245,7 +282,8 @@ def decode_attention(
     first_key: Tensor | None = None,
     return_probs: bool = False,
 ) -> Tensor | tuple[Tensor, DecodeProbs]:
-    """One new token a row, ``q`` [B, Hq, 1, D], against a padded cache of which ``lengths`` [B] keys are valid.
+    """One new token a row, ``q`` [B, Hq, 1, D], against a padded cache ``k`` [B, Hkv, S, D], ``v`` [B, Hkv, S, Dv] of which
+    ``lengths`` (int32 [B]) keys are valid: [B, Hq, 1, Dv].
 
     Not differentiable. With ``return_probs`` also the probabilities, for :func:`decode_from_probs` of the layers that share
     them.
@@ -255,7 +293,16 @@ def decode_attention(
 
 
 def decode_from_probs(probs: DecodeProbs, v: Tensor, lengths: Tensor) -> Tensor:
-    """The next layer of a QK-sharing group while decoding: reads the probabilities and its own values, no keys."""
+    """The next layer of a QK-sharing group while decoding: reads the probabilities and its own values, no keys.
+
+    Args:
+        probs: of the owner's :func:`decode_attention` of the same step.
+        v: the layer's cache of values, [B, Hkv, S, Dv].
+        lengths: int32 [B], as the owner had them.
+
+    Returns:
+        [B, Hq, 1, Dv]. Not differentiable.
+    """
     return _autograd.decode_from_probs(probs.weights, probs.scales, v, lengths, probs.first_key)
 
 
