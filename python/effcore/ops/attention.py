@@ -148,14 +148,14 @@ def attention(
         v: [B, Hkv, Sk, Dv], Dv from 1 to 256, of q's dtype.
         causal: query i sees the keys up to ``i + lengths[b] - Sq``.
         scale: of the scores; default D ** -0.5.
-        lengths: int32 [B], how many of a row's keys are valid; default Sk. Values out of range are clamped.
+        lengths: int32 [B], how many of a row's keys are valid; default Sk. On CUDA values out of range are clamped.
         first_key: int32 [B] or [B, Sq], the first key that a row or query sees; default 0.
 
     Returns:
         [B, Hq, Sq, Dv] in q's dtype and memory order; zeros where a query sees no key.
 
     Raises:
-        RuntimeError: naming the argument, what was expected and what came.
+        ValueError: naming the argument, what was expected and what came.
     """
     q, k, v = _autocast(q, k, v)
     return _autograd.attention(q, k, v, lengths, first_key, causal, scale)[0]
@@ -221,7 +221,7 @@ def attention_from_scores(scores: SharedScores, v: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``scores`` is no SharedScores.
-        RuntimeError: v does not fit the owner's shapes or dtype, or (CPU) the scores were used twice.
+        ValueError: v does not fit the owner's shapes or dtype.
     """
     if not isinstance(scores, SharedScores):
         raise TypeError(f"effcore.attention_from_scores: scores must be a SharedScores, got {type(scores).__name__}")
@@ -262,7 +262,7 @@ def attention_shared_kv(
 
     Raises:
         TypeError: ``shared`` is no SharedKV.
-        RuntimeError: naming the argument, what was expected and what came.
+        ValueError: naming the argument, what was expected and what came.
     """
     if not isinstance(shared, SharedKV):
         raise TypeError(f"effcore.attention_shared_kv: shared must be a SharedKV, got {type(shared).__name__}")
