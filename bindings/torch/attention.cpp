@@ -1,16 +1,12 @@
 // The attention family's schemas and its CPU kernels under torch.
 #include "bindings/torch/attention.h"
 
+#include "bindings/torch/threads.h"
+
 namespace effcore::binding {
 namespace {
 
 struct Cpu {
-  static Threads threads() {
-    return {static_cast<int>(torch::stable::get_num_threads()), [](std::int64_t count, LoopBody body, void* context) {
-              torch::stable::parallel_for(0, count, 1,
-                                          [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
-            }};
-  }
   static void run(const attention::Forward& args, const Tensor&) { attention::forward(args, threads()); }
   static void run(const attention::SharedForward& args, const Tensor&) { attention::shared_forward(args, threads()); }
   static void run(const attention::SharedBackward& args, const Tensor&) { attention::shared_backward(args, threads()); }

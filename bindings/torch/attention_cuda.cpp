@@ -2,47 +2,25 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "bindings/torch/attention.h"
+#include "bindings/torch/launch.h"
 #include "effcore/cuda/attention.h"
 
 namespace effcore::binding {
 namespace {
 
 struct Cuda {
-  // The workspace comes from torch's caching allocator, which hands it to others only behind this stream's work.
   template <class Args>
-  static cuda::Launch launch_for(const Args& args, const Tensor& on, Tensor& workspace) {
-    cuda::Launch launch;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &launch.stream));
-    if (const std::size_t bytes = cuda::attention::workspace_bytes(args)) {
-      workspace = empty(on, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte);
-      launch.workspace = workspace.mutable_data_ptr();
-    }
-    return launch;
-  }
-  template <class Args, void (*function)(const Args&, const cuda::Launch&)>
-  static void call(const Args& args, const Tensor& on) {
-    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    Tensor workspace;
-    function(args, launch_for(args, on, workspace));
+  static void call(void (*function)(const Args&, const cuda::Launch&), const Args& args, const Tensor& on) {
+    call_on_stream(function, args, cuda::attention::workspace_bytes(args), on);
   }
 
-  static void run(const attention::Forward& args, const Tensor& on) {
-    call<attention::Forward, cuda::attention::forward>(args, on);
-  }
-  static void run(const attention::SharedForward& args, const Tensor& on) {
-    call<attention::SharedForward, cuda::attention::shared_forward>(args, on);
-  }
-  static void run(const attention::SharedBackward& args, const Tensor& on) {
-    call<attention::SharedBackward, cuda::attention::shared_backward>(args, on);
-  }
-  static void run(const attention::Backward& args, const Tensor& on) {
-    call<attention::Backward, cuda::attention::backward>(args, on);
-  }
-  static void run(const attention::Decode& args, const Tensor& on) {
-    call<attention::Decode, cuda::attention::decode>(args, on);
-  }
+  static void run(const attention::Forward& args, const Tensor& on) { call(cuda::attention::forward, args, on); }
+  static void run(const attention::SharedForward& args, const Tensor& on) { call(cuda::attention::shared_forward, args, on); }
+  static void run(const attention::SharedBackward& args, const Tensor& on) { call(cuda::attention::shared_backward, args, on); }
+  static void run(const attention::Backward& args, const Tensor& on) { call(cuda::attention::backward, args, on); }
+  static void run(const attention::Decode& args, const Tensor& on) { call(cuda::attention::decode, args, on); }
   static void run(const attention::DecodeFromProbs& args, const Tensor& on) {
-    call<attention::DecodeFromProbs, cuda::attention::decode_from_probs>(args, on);
+    call(cuda::attention::decode_from_probs, args, on);
   }
 
   // Reading the counters would wait for the device: where one exceeds 1 the gradients become NaN instead.

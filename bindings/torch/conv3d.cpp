@@ -1,16 +1,12 @@
 // The conv3d family's schemas and its CPU kernels under torch.
 #include "bindings/torch/conv3d.h"
 
+#include "bindings/torch/threads.h"
+
 namespace effcore::binding {
 namespace {
 
 struct Cpu {
-  static Threads threads() {
-    return {static_cast<int>(torch::stable::get_num_threads()), [](std::int64_t count, LoopBody body, void* context) {
-              torch::stable::parallel_for(0, count, 1,
-                                          [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
-            }};
-  }
   static void run(const conv3d::Forward& args, const Tensor&) { conv3d::forward(args, threads()); }
   static void run(const conv3d::BackwardData& args, const Tensor&) { conv3d::backward_data(args, threads()); }
   static void run(const conv3d::BackwardWeight& args, const Tensor&) { conv3d::backward_weight(args, threads()); }

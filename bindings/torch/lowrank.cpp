@@ -3,16 +3,12 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include "bindings/torch/threads.h"
+
 namespace effcore::binding {
 namespace {
 
 struct Cpu {
-  static Threads threads() {
-    return {static_cast<int>(torch::stable::get_num_threads()), [](std::int64_t count, LoopBody body, void* context) {
-              torch::stable::parallel_for(0, count, 1,
-                                          [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
-            }};
-  }
   static constexpr auto mm_out = aoti_torch_cpu_mm_out;
   static constexpr auto addmm_out = aoti_torch_cpu_addmm_out;
   static std::span<const lowrank::Limits> limits(DType dtype) { return lowrank::limits(dtype); }

@@ -1,7 +1,7 @@
 // The lowrank family's CUDA kernels under torch: the checks and allocations of lowrank.h, on torch's current stream.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
-#include <torch/csrc/stable/accelerator.h>
 
+#include "bindings/torch/launch.h"
 #include "bindings/torch/lowrank.h"
 #include "effcore/cuda/lowrank.h"
 
@@ -11,10 +11,7 @@ namespace {
 struct Cuda {
   template <class Args>
   static void call(void (*function)(const Args&, const cuda::Launch&), const Args& args, const Tensor& on) {
-    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    cuda::Launch launch;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &launch.stream));
-    function(args, launch);
+    call_on_stream(function, args, 0, on);
   }
 
   static constexpr auto mm_out = aoti_torch_cuda_mm_out;

@@ -1,16 +1,12 @@
 // The scan family's schemas and its CPU kernels under torch.
 #include "bindings/torch/scan.h"
 
+#include "bindings/torch/threads.h"
+
 namespace effcore::binding {
 namespace {
 
 struct Cpu {
-  static Threads threads() {
-    return {static_cast<int>(torch::stable::get_num_threads()), [](std::int64_t count, LoopBody body, void* context) {
-              torch::stable::parallel_for(0, count, 1,
-                                          [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
-            }};
-  }
   static void run(const scan::CausalConv& args, const Tensor&) { scan::causal_conv(args, threads()); }
   static void run(const scan::CausalConvBackward& args, const Tensor&) { scan::causal_conv_backward(args, threads()); }
   static void run(const scan::Scan& args, const Tensor&) { scan::selective_scan(args, threads()); }

@@ -1,6 +1,5 @@
 // The scan family's CUDA kernels under torch: the checks and allocations of scan.h, on torch's current stream.
-#include <torch/csrc/stable/accelerator.h>
-
+#include "bindings/torch/launch.h"
 #include "bindings/torch/scan.h"
 #include "effcore/cuda/scan.h"
 
@@ -8,18 +7,9 @@ namespace effcore::binding {
 namespace {
 
 struct Cuda {
-  // The workspace comes from torch's caching allocator, which hands it to others only behind this stream's work.
   template <class Args>
   static void call(void (*function)(const Args&, const cuda::Launch&), const Args& args, const Tensor& on) {
-    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    cuda::Launch launch;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &launch.stream));
-    Tensor workspace;
-    if (const std::size_t bytes = cuda::scan::workspace_bytes(args)) {
-      workspace = empty(on, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte);
-      launch.workspace = workspace.mutable_data_ptr();
-    }
-    function(args, launch);
+    call_on_stream(function, args, cuda::scan::workspace_bytes(args), on);
   }
 
   static void run(const scan::CausalConv& args, const Tensor& on) { call(cuda::scan::causal_conv, args, on); }
