@@ -13,6 +13,7 @@ struct BackwardPlan {
   bool compact;       // the blocks for little shared memory
   int queries, keys;  // of a block
   int dq_elements;    // float32 sums a block of queries
+  bool ds;            // dS goes through device memory: as large as kept P
 };
 
 template <class T, int D>

@@ -77,6 +77,7 @@ struct BackwardParams {
   Tensor4 dq, dk, dv;
   bool float_dk, float_dv;  // dk, dv in float32, whatever the inputs are
   float* dq_sums;           // [batch * heads, blocks of queries, tile in fragment order]
+  void* ds;                 // where dS goes through device memory: stored as P is; else null
   int* turns;               // [batch * heads, blocks of queries]
   int* ticket;
 };

@@ -24,30 +24,43 @@
 // stage of Q is then enough, since the next Q arrives behind layers - 1 products. dout wants a deep ring: an item is multiplied
 // in less time than it takes to arrive (four layers at D = 128: 348 TFLOP/s with two stages, 387 with three).
 #pragma once
-#include "attention/hopper/backward_dq.cuh"
 #include "attention/hopper/backward_helpers.cuh"
 
 namespace effcore::cuda::hopper {
 
-// The warpgroup's half of a block's dq [queries x D]: 64 rows or 64 columns of it, to the sums or, with the last part, to dq.
+// The warpgroup's half of a block's dq [queries x D], 64 rows or 64 columns of it, to the sums.
 template <class T, int D, int queries>
 __device__ __forceinline__ void add_dq(const OwnerParams& p, const StepInfo& info, float (&dq)[32], int warpgroup) {
   float4* const sums = sums_of<queries * D>(p.dq_sums, info.slot, warpgroup);
-  const bool first = info.flags & step_first, last = info.flags & step_last;
-  if (last) {
-    store_dq<T, D, queries>(p.shape, p.dq, info.slot, info.query0, warpgroup, [&](int n) {
-      const float4 before = first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg(sums + n * 128);
-      return make_float4(before.x + dq[4 * n], before.y + dq[4 * n + 1], before.z + dq[4 * n + 2], before.w + dq[4 * n + 3]);
-    });
-    return;
-  }
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     const float part[4] = {dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]};
-    if (first)
+    if (info.flags & step_first)
       __stcg(sums + n * 128, make_float4(part[0], part[1], part[2], part[3]));
     else
       attention::add_in_turn(sums + n * 128, part);
+  }
+}
+
+// The last part, and with it all of dq, scaled and rounded.
+template <class T, int D, int queries>
+__device__ __forceinline__ void store_dq(const OwnerParams& p, const StepInfo& info, const float (&dq)[32], int warpgroup) {
+  const Shape& s = p.shape;
+  const float4* const sums = sums_of<queries * D>(p.dq_sums, info.slot, warpgroup);
+  const float scale = s.negative ? -s.scale : s.scale;
+  const int query_blocks = (s.queries + queries - 1) / queries, row = info.slot / query_blocks;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int query = info.query0 + (queries == 128 ? 64 * warpgroup : 0) + 16 * warp + lane / 4;
+  const int column0 = (D == 128 ? 64 * warpgroup : 0) + 2 * (lane % 4);
+  T* const to = attention::row_of<T>(p.dq, row / s.heads, row % s.heads, query);
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const float4 before = info.flags & step_first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg(sums + n * 128);
+    if (query < s.queries)
+      store_pair(to, column0 + 8 * n, D, p.dq.paired, (before.x + dq[4 * n]) * scale, (before.y + dq[4 * n + 1]) * scale);
+    if (query + 8 < s.queries)
+      store_pair(to + 8 * p.dq.stride[2], column0 + 8 * n, D, p.dq.paired, (before.z + dq[4 * n + 2]) * scale,
+                 (before.w + dq[4 * n + 3]) * scale);
   }
 }
 
@@ -85,7 +98,7 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     return base + (Tiles::pooled ? Tiles::dout_at : Tiles::scores_at) + stage * Tiles::scores_bytes;
   };
   StepInfo before{};
-  std::uint32_t count = 0;  // of steps
+  std::uint32_t count = 0, parts = 0;  // of steps; of parts of dq that went out through shared memory
 
   const auto start_dq = [&] {
     if (count > 0) Barrier::wait(&control.ds[(count - 1) % 2], (count - 1) / 2 % 2);
@@ -100,8 +113,11 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     pin(dq);
     if (count == 0) return;
     if (lane == 0) control.q.release(q_before), scores_ring.release(scores_before);
-    if (values == Values::one || p.dq_at > 0) {
-      Barrier::wait(&control.dq_free, (count - 1) % 2 ^ 1);
+    if (before.flags & step_last) {
+      Barrier::wait(&control.turn, (count - 1 - parts) % 2);
+      store_dq<T, D, queries>(p, before, dq, warpgroup);
+    } else if (values == Values::one || p.dq_at > 0) {
+      Barrier::wait(&control.dq_free, parts++ % 2 ^ 1);
       float4* const to = reinterpret_cast<float4*>(shared + p.dq_at) + warpgroup * (Tiles::dq_elements / 8) + threadIdx.x % 128;
 #pragma unroll
       for (int n = 0; n < 8; ++n) to[n * 128] = make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]);

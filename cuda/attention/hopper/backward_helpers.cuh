@@ -106,6 +106,14 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
   }
 }
 
+// Where the sums of a block's dq [queries x D] stand: two halves of 64 rows or, at D = 128, of 64 columns, each in the order of a
+// warpgroup's accumulators: piece n of 8 stands n * 128 float4 on. This thread's first piece.
+template <int dq_elements>
+__device__ __forceinline__ float4* sums_of(float* dq_sums, int slot, int warpgroup) {
+  return reinterpret_cast<float4*>(dq_sums + static_cast<std::int64_t>(slot) * dq_elements) + warpgroup * (dq_elements / 8) +
+         threadIdx.x % 128;
+}
+
 // Adds 4 * elements bytes of shared memory to the sums, or stores them there with the `first` part; returns when the shared
 // memory has been read, and the sums are complete after sums_complete.
 __device__ __forceinline__ void send_to_sums(float* sums, std::uint32_t from, int bytes, bool first) {
@@ -123,8 +131,8 @@ __device__ __forceinline__ void sums_complete() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-// Warp 1: waits for this block's turn to add to dq, adds what stands in shared memory or lets the consumers add, and passes the
-// turn on.
+// Warp 1: waits for this block's turn to add to dq, adds what stands in shared memory or lets the consumers add, who also round
+// with the last part, and passes the turn on.
 template <int D, Values values>
 __device__ __forceinline__ void owner_take_turns(const OwnerParams& p, char* shared,
                                                  OwnerControl<OwnerTiles<D, values>>& control, const Visibility& seen,
@@ -141,7 +149,7 @@ __device__ __forceinline__ void owner_take_turns(const OwnerParams& p, char* sha
           (batch * s.heads + kv_head * s.group + step.head) * static_cast<std::int64_t>(query_blocks) + step.block;
       int* const turns = p.turns + slot;
       const int turn = block - met.first;
-      if (values == Values::one || p.dq_at > 0) {
+      if (block != met.last && (values == Values::one || p.dq_at > 0)) {
         if (turn > 0) attention::wait_for_turn(turns, turn);  // while the consumers still compute
         Barrier::wait(&control.added, phase);                 // to shared memory
         send_to_sums(p.dq_sums + slot * Tiles::dq_elements, shared_address(shared + p.dq_at), Tiles::dq_bytes, turn == 0);

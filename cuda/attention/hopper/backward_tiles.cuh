@@ -114,6 +114,7 @@ struct ValuesParams {
   const float* lse;
   Tensor4 dv;
   bool float_dv;
+  float factor;
   CUtensorMap q, k, probs, dout;
 };
 

@@ -6,7 +6,7 @@
 // with this step's P^T dout, and exponentiated while that runs. Shared memory: K [128 keys x D], a ring of Q and dout [128 x
 // D].
 //
-// P kept: bound by reading P once. A block owns 256 keys, 128 a warpgroup, so that dout, which comes out of L2 once for each
+// P kept: bound by reading P once. With dS and Q in place of P and dout, and a factor, this is also dk (backward_scores.cuh). A block owns 256 keys, 128 a warpgroup, so that dout, which comes out of L2 once for each
 // block, is half as much as P (at D = 128). P's tiles are the A operand as they lie in memory. Shared memory: a ring of P
 // [64 queries x 256 keys] and dout [64 x D], 192 KiB of it on its way.
 #pragma once
@@ -142,7 +142,7 @@ __device__ __forceinline__ void values_from_lse(const ValuesParams& p, char* sha
     wgmma_wait<0>();
     pin(dv);
   }
-  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0, s.keys, dv, 1.0f);
+  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0, s.keys, dv, p.factor);
 }
 
 template <class T, int D>
@@ -176,8 +176,8 @@ __device__ __forceinline__ void values_from_probs(const ValuesParams& p, char* s
   }
   wgmma_wait<0>();
   pin(low), pin(high);
-  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0, p.shape.keys, low, 1.0f);
-  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0 + 64, p.shape.keys, high, 1.0f);
+  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0, p.shape.keys, low, p.factor);
+  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0 + 64, p.shape.keys, high, p.factor);
 }
 
 template <class T, int D, bool from_probs>

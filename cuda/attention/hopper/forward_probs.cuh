@@ -1,4 +1,5 @@
-// Forward of a consumer layer from kept probabilities on sm_90a: O = P V, a block matrix product.
+// Forward of a consumer layer from kept probabilities on sm_90a: O = P V, a block matrix product. With dS and K in place of P
+// and V, and a factor, this is also dq (backward_scores.cuh).
 //
 // Bound: P is read once from device memory, 2 bytes an element (half of the elements causal); V, `keys` rows for each `rows` of
 // P, comes from L2. The product, 2 * D FLOPs an element, is a fifth of that time at D = 128.
@@ -15,6 +16,7 @@ using attention::probs_tile;
 
 struct TiledForwardProbsParams {
   attention::ForwardParams args;
+  float factor;
   CUtensorMap probs;  // rows of 64 elements, all tiles of all heads; boxes of 64 rows
   CUtensorMap v;      // boxes of 64 keys
 };
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(ForwardProbsTiles<D>::threads, 1)
     }
     wgmma_wait<0>();
     pin(out);
-    const float factor[2] = {1.0f, 1.0f};
+    const float factor[2] = {p.factor, p.factor};
     store_rows<T, D>(p.args.out, batch, head, row, s, out, factor);
   }
 }

@@ -4,7 +4,9 @@
 
 #include "attention/hopper/backward.cuh"
 #include "attention/hopper/backward.h"
+#include "attention/hopper/backward_scores.cuh"
 #include "attention/hopper/backward_values.cuh"
+#include "attention/hopper/launch.h"
 #include "attention/hopper/tensor_map.h"
 #include "attention/schedule.h"
 #include "common/error.h"
@@ -18,10 +20,10 @@ class Maps {
   Maps(const Shape& shape, const char* function) : shape_(shape), function_(function) {}
   CUtensorMap of_queries(const Tensor4& t, int rows) const { return make(t, shape_.batch, shape_.heads, shape_.queries, rows); }
   CUtensorMap of_keys(const Tensor4& t, int rows) const { return make(t, shape_.batch, shape_.kv_heads, shape_.keys, rows); }
-  CUtensorMap of_probs(const void* probs) const {
+  CUtensorMap of_probs(const void* probs, int rows = attention::probs_tile) const {
     const std::int64_t tiles = attention::probs_elements_of(shape_) / (attention::probs_tile * attention::probs_tile);
     CUtensorMap map;
-    check(make_probs_map(&map, probs, dtype, tiles * shape_.batch * shape_.heads));
+    check(make_probs_map(&map, probs, dtype, tiles * shape_.batch * shape_.heads, rows));
     return map;
   }
 
@@ -78,33 +80,63 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   }
   launch(function, owner_kernel<T, D, from_probs, values>, attention::blocks_of(params.schedule), backward_threads,
          Tiles::shared_bytes(p.layers), stream, params);
-  if (params.dq_at > 0) {
-    const unsigned blocks = static_cast<unsigned>(s.batch) * s.heads * attention::ceil_div(s.queries, Tiles::queries);
-    launch(function, round_dq_kernel<T, D, Tiles::queries, Tiles::keys>, blocks, round_threads, 0, stream,
-           RoundParams{s, p.dq, p.dq_sums});
-  }
 }
 
+// dv = factor P^T dout of one layer, or dk = factor dS^T q.
+struct ValuesOperands {
+  const void* probs;
+  const Tensor4 &dout, &dv;
+  bool float_dv;
+  float factor;
+};
+
 template <class T, int D, bool from_probs>
-void launch_values(const BackwardParams& p, const char* function, cudaStream_t stream) {
+void launch_values(const BackwardParams& p, const ValuesOperands& operands, const char* function, cudaStream_t stream) {
   using Tiles = ValuesTiles<D, from_probs>;
   const Shape& s = p.shape;
   ValuesParams params;
   params.shape = s;
   params.schedule = heads_together(s.batch * s.kv_heads, attention::ceil_div(s.keys, Tiles::keys), 12, function);
   params.lse = p.lse;
-  params.dv = p.dv;
-  params.float_dv = p.float_dv;
+  params.dv = operands.dv;
+  params.float_dv = operands.float_dv;
+  params.factor = operands.factor;
   const Maps<T> maps(s, function);
   if constexpr (from_probs) {
-    params.probs = maps.of_probs(p.probs);
+    params.probs = maps.of_probs(operands.probs);
   } else {
     params.q = maps.of_queries(p.q, Tiles::queries);
     params.k = maps.of_keys(p.k, Tiles::keys);
   }
-  params.dout = maps.of_queries(p.dout[0], Tiles::queries);
+  params.dout = maps.of_queries(operands.dout, Tiles::queries);
   launch(function, values_kernel<T, D, from_probs>, attention::blocks_of(params.schedule), backward_threads,
          Tiles::shared_bytes, stream, params);
+}
+
+// The owner's backward in four kernels (backward_scores.cuh).
+template <class T, int D>
+void launch_scores(const BackwardParams& p, const char* function, cudaStream_t stream) {
+  using Tiles = ScoresTiles;
+  const Shape& s = p.shape;
+  ScoresParams params;
+  params.shape = s;
+  params.delta = p.delta;
+  params.layers = p.layers, params.panels = D / panel_columns;
+  const Maps<T> maps(s, function);
+  params.probs = maps.of_probs(p.probs), params.ds = maps.of_probs(p.ds, 16);
+  for (int l = 0; l < p.layers; ++l) {
+    params.dout[l] = maps.of_queries(p.dout[l], Tiles::queries);
+    params.v[l] = maps.of_keys(p.v[l], Tiles::keys / Tiles::cluster);
+  }
+  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount, function) / Tiles::cluster * Tiles::cluster;
+  launch(function, scores_kernel<T>, static_cast<unsigned>(blocks), backward_threads, Tiles::shared_bytes, stream, params);
+
+  const float scale = s.negative ? -s.scale : s.scale;
+  launch_values<T, D, true>(p, {p.probs, p.dout[0], p.dv, p.float_dv, 1.0f}, function, stream);
+  launch_values<T, D, true>(p, {p.ds, p.q, p.dk, p.float_dk, scale}, function, stream);
+  const attention::ForwardParams forward{s, {}, {}, {}, p.k, p.dq, nullptr, p.ds};
+  if (!attention::hopper::Kernels<T, D>::forward_probs(forward, scale, function, stream))
+    throw std::runtime_error(std::string("effcore.") + function + ": the CUDA driver refused a tensor map");
 }
 
 }  // namespace effcore::cuda::hopper
@@ -114,13 +146,16 @@ namespace effcore::cuda::attention::hopper {
 namespace tiled = effcore::cuda::hopper;
 
 template <class T, int D>
-BackwardPlan BackwardKernels<T, D>::plan() {
+BackwardPlan BackwardKernels<T, D>::plan(bool from_probs, int layers) {
   using Tiles = tiled::OwnerTiles<D, tiled::Values::one>;
-  return {false, Tiles::queries, Tiles::keys, Tiles::dq_elements};
+  static const int least = std::getenv("EFFCORE_DS") ? std::atoi(std::getenv("EFFCORE_DS")) : 2;
+  if (from_probs && layers >= least) return {false, Tiles::queries, Tiles::keys, 0, true};
+  return {false, Tiles::queries, Tiles::keys, Tiles::dq_elements, false};
 }
 
 template <class T, int D>
 void BackwardKernels<T, D>::owner(const BackwardParams& p, const char* function, cudaStream_t stream) {
+  if (p.ds != nullptr) return tiled::launch_scores<T, D>(p, function, stream);
   const bool resident = tiled::OwnerTiles<D, tiled::Values::resident>::fits(p.layers);
   if (p.probs != nullptr)
     resident ? tiled::launch_owner<T, D, true, tiled::Values::resident>(p, function, stream)
@@ -134,8 +169,9 @@ void BackwardKernels<T, D>::owner(const BackwardParams& p, const char* function,
 
 template <class T, int D>
 void BackwardKernels<T, D>::values(const BackwardParams& p, const char* function, cudaStream_t stream) {
-  p.probs != nullptr ? tiled::launch_values<T, D, true>(p, function, stream)
-                     : tiled::launch_values<T, D, false>(p, function, stream);
+  const tiled::ValuesOperands operands{p.probs, p.dout[0], p.dv, p.float_dv, 1.0f};
+  p.probs != nullptr ? tiled::launch_values<T, D, true>(p, operands, function, stream)
+                     : tiled::launch_values<T, D, false>(p, operands, function, stream);
 }
 
 }  // namespace effcore::cuda::attention::hopper

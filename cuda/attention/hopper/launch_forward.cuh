@@ -42,10 +42,10 @@ bool Kernels<T, D>::forward(const ForwardParams& p, bool known_lse, void* probs,
 }
 
 template <class T, int D>
-bool Kernels<T, D>::forward_probs(const ForwardParams& p, const char* function, cudaStream_t stream) {
+bool Kernels<T, D>::forward_probs(const ForwardParams& p, float factor, const char* function, cudaStream_t stream) {
   using Tiles = tiled::ForwardProbsTiles<D>;
   const Shape& s = p.shape;
-  tiled::TiledForwardProbsParams params{p, {}, {}};
+  tiled::TiledForwardProbsParams params{p, factor, {}, {}};
   if (!p.out.aligned || !tiled::make_tensor_map(&params.v, p.v, dtype_of<T>, s.batch, s.kv_heads, s.keys, Tiles::keys) ||
       !tiled::make_probs_map(&params.probs, p.probs, dtype_of<T>, probs_tiles_of(s), probs_tile))
     return false;

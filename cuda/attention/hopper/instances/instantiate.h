@@ -4,4 +4,4 @@
 
 #define EFFCORE_HOPPER_FORWARD(T, D)                                                                  \
   template bool Kernels<T, D>::forward(const ForwardParams&, bool, void*, const char*, cudaStream_t); \
-  template bool Kernels<T, D>::forward_probs(const ForwardParams&, const char*, cudaStream_t);
+  template bool Kernels<T, D>::forward_probs(const ForwardParams&, float, const char*, cudaStream_t);

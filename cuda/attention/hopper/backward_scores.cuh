@@ -1,0 +1,254 @@
+// Gradient of a layer group's scores on sm_90a from kept P, for an owner whose dS goes through device memory:
+//
+//   dS = P * (dP - delta),   dP = sum_l dout_l v_l^T
+//
+// What follows are three products with a kept matrix: dq = scale dS k is a consumer's forward from probabilities
+// (forward_probs.cuh), dk = scale dS^T q and dv = P^T dout_0 are a consumer's backward (backward_values.cuh).
+//
+// Bound: layers products of 2 * queries * keys * D FLOPs (half causal); P is read and dS written once beside them. The owner in
+// one kernel (backward.cuh) keeps dk and dv in registers, which leaves a warpgroup 64 x 64 of dP at D = 128: each FLOP of it
+// costs three times as many bytes of shared memory and L2 as here, and with values that do not stay in shared memory L2 bounds it
+// at a third of this kernel's speed.
+//
+// A cluster of two blocks owns 256 queries x 256 keys of dP, a warpgroup 64 x 256 of them, in registers; the depth, layers * D,
+// streams through a ring in panels of 64: [128 x 64] of a block's dout, and [256 x 64] of v, of which each block fetches one
+// half for both. P comes into tiles of shared memory while that goes on; dS takes its place there and leaves by TMA. Blocks stay
+// and take piece after piece, so that the next one's panels arrive while dS is made.
+#pragma once
+#include <cute/arch/cluster_sm90.hpp>
+
+#include "attention/hopper/backward_tiles.cuh"
+
+namespace effcore::cuda::hopper {
+
+struct ScoresTiles {
+  static constexpr int cluster = 2, warpgroups = consumer_warps / 4, queries = 64 * warpgroups, keys = 256, stages = 3;
+  static constexpr int cluster_queries = cluster * queries;
+  using Registers = hopper::Registers<40, 232>;
+  static constexpr int tile_bytes = 64 * panel_row_bytes, probs_bytes = queries * keys * 2;  // P: [warpgroup][keys / 64][64 x 64]
+  static constexpr int dout_bytes = queries * panel_row_bytes, v_bytes = keys * panel_row_bytes;
+  static constexpr int dout_at = probs_bytes, v_at = dout_at + stages * dout_bytes, control_at = v_at + stages * v_bytes;
+  static constexpr int shared_bytes = control_at + 256;
+  static_assert(shared_bytes <= shared_limit);
+};
+
+struct ScoresParams {
+  Shape shape;
+  const float* delta;
+  int layers, panels;  // panels: of a layer
+  CUtensorMap probs, ds, dout[max_layers], v[max_layers];
+};
+
+// A cluster's piece. `row` counts heads of the whole batch.
+struct ScoresPiece {
+  int row, query0, key0;
+};
+
+struct ScoresControl {
+  Ring<ScoresTiles::stages> ring;
+  BarrierWord probs_full[ScoresTiles::warpgroups], probs_empty[ScoresTiles::warpgroups];
+  ScoresPiece piece[ScoresTiles::stages];
+  bool more[ScoresTiles::stages];
+};
+
+// Every `clusters`-th of the pieces that are stored, from number `cluster` on, without those in which nobody sees anything: what
+// multiplies with dS does not read these.
+class ScoresWalk {
+ public:
+  __device__ ScoresWalk(const Shape& s, int cluster, int clusters)
+      : shape_(s),
+        clusters_(clusters),
+        strips_((s.queries + attention::probs_tile - 1) / attention::probs_tile),
+        across_(cluster - clusters) {}
+
+  __device__ bool next(ScoresPiece& piece) {
+    constexpr int rows = ScoresTiles::cluster_queries, columns = ScoresTiles::keys;
+    for (;;) {
+      across_ += clusters_;
+      for (int count = stored(); across_ >= count; count = stored()) {
+        across_ -= count;
+        if (++block_ * (rows / attention::probs_tile) >= strips_) {
+          block_ = 0;
+          if (++row_ == shape_.batch * shape_.heads) return false;
+        }
+      }
+      piece = {row_, block_ * rows, across_ * columns};
+      const Visibility seen(shape_, row_ / shape_.heads);
+      const attention::KeyRange range(seen, piece.query0, min(piece.query0 + rows, shape_.queries) - 1);
+      if (!range.empty() && range.begin < piece.key0 + columns && range.end > piece.key0) return true;
+    }
+  }
+
+ private:
+  __device__ int stored() const {
+    constexpr int rows = ScoresTiles::cluster_queries / attention::probs_tile, columns = ScoresTiles::keys / attention::probs_tile;
+    return (attention::probs_tiles(shape_, min((block_ + 1) * rows, strips_) - 1) + columns - 1) / columns;
+  }
+
+  const Shape& shape_;
+  int clusters_, strips_, across_, block_ = 0, row_ = 0;
+};
+
+// One thread: panels of dout and v.
+__device__ __forceinline__ void scores_produce(const ScoresParams& p, char* shared, ScoresControl& control, ScoresWalk walk,
+                                               int block) {
+  using Tiles = ScoresTiles;
+  const Shape& s = p.shape;
+  Turn<Tiles::stages> turn;
+  for (ScoresPiece piece; walk.next(piece);) {
+    const int batch = piece.row / s.heads, head = piece.row % s.heads, kv_head = head / s.group;
+    for (int layer = 0; layer < p.layers; ++layer)
+      for (int panel = 0; panel < p.panels; ++panel, turn.next()) {
+        control.ring.wait_empty(turn);
+        control.piece[turn.stage] = piece;
+        control.more[turn.stage] = true;
+        control.ring.expect(turn, Tiles::dout_bytes + Tiles::v_bytes);
+        BarrierWord* const full = &control.ring.full[turn.stage];
+        cute::SM90_TMA_LOAD_4D::copy(&p.dout[layer], full, static_cast<std::uint64_t>(Keep::last),
+                                     shared + Tiles::dout_at + turn.stage * Tiles::dout_bytes, panel * panel_columns,
+                                     piece.query0 + block * Tiles::queries, head, batch);
+        cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&p.v[layer], full, (1 << Tiles::cluster) - 1, static_cast<std::uint64_t>(Keep::last),
+                                               shared + Tiles::v_at + turn.stage * Tiles::v_bytes + block * Tiles::v_bytes / 2,
+                                               panel * panel_columns, piece.key0 + block * Tiles::keys / 2, kv_head, batch);
+      }
+  }
+  control.ring.wait_empty(turn);
+  control.more[turn.stage] = false;
+  Barrier::arrive(&control.ring.full[turn.stage]);
+}
+
+// One thread: tiles of P.
+__device__ __forceinline__ void scores_produce_probs(const ScoresParams& p, char* shared, ScoresControl& control, ScoresWalk walk,
+                                                     int block) {
+  using Tiles = ScoresTiles;
+  std::uint32_t phase = 1;
+  for (ScoresPiece piece; walk.next(piece); phase ^= 1)
+    for (int w = 0; w < Tiles::warpgroups; ++w) {
+      Barrier::wait(&control.probs_empty[w], phase);
+      Barrier::arrive_and_expect_tx(&control.probs_full[w], Tiles::probs_bytes / Tiles::warpgroups);
+      load_probs_tiles(p.probs, &control.probs_full[w], shared + w * (Tiles::probs_bytes / Tiles::warpgroups), p.shape, piece.row,
+                       piece.query0 + block * Tiles::queries + 64 * w, piece.key0, 64, Tiles::keys);
+    }
+}
+
+template <class T>
+__device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shared, ScoresControl& control, int block) {
+  using Tiles = ScoresTiles;
+  constexpr int blocks = Tiles::keys / 16;  // of 16 keys
+  const Shape& s = p.shape;
+  const int thread = threadIdx.x - helper_threads, warp = thread / 32 % 4, lane = threadIdx.x % 32;
+  const int warpgroup = uniform(thread / 128), steps = p.layers * p.panels;
+  const std::uint32_t base = shared_address(shared);
+  const std::uint32_t dout_at = base + Tiles::dout_at + warpgroup * 64 * panel_row_bytes, v_at = base + Tiles::v_at;
+  // The warp's 16 rows of P; the row and chunk that the lane addresses for ldmatrix and stmatrix.
+  const int rows_at = warpgroup * (Tiles::probs_bytes / Tiles::warpgroups) + 16 * warp * panel_row_bytes;
+  const int place = lane % 16, across = lane / 16;
+  const std::int64_t head_tiles = attention::probs_elements_of(s) / (attention::probs_tile * attention::probs_tile);
+
+  float dp[Tiles::keys / 2];
+  Turn<Tiles::stages> turn;
+  std::uint32_t phase = 0;
+  bool sent = false;  // dS of the piece before may still be on its way out of shared memory
+  const auto release = [&](int stage) {
+    if (lane < Tiles::cluster) Barrier::arrive(&control.ring.empty[stage], static_cast<std::uint32_t>(lane), 1);
+  };
+  for (;;) {
+    control.ring.wait_full(turn);
+    if (!control.more[turn.stage]) break;
+    const ScoresPiece piece = control.piece[turn.stage];
+    const int strip0 = piece.query0 + block * Tiles::queries + 64 * warpgroup, query = strip0 + 16 * warp + lane / 4;
+    float delta[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      delta[i] = query + 8 * i < s.queries ? p.delta[static_cast<std::int64_t>(piece.row) * s.queries + query + 8 * i] : 0.0f;
+    int before = 0;
+    pin(dp);
+    for (int step = 0; step < steps; ++step) {
+      if (step > 0) control.ring.wait_full(turn);
+      wgmma_begin();
+      multiply<T, Tiles::keys, 4>(dp, SharedOperand<false>(dout_at + turn.stage * Tiles::dout_bytes, Tiles::queries),
+                                  SharedOperand<false>(v_at + turn.stage * Tiles::v_bytes, Tiles::keys), step > 0);
+      wgmma_commit();
+      if (step > 0) {
+        wgmma_wait<1>();
+        release(before);
+      } else if (sent && lane == 0) {
+        cute::tma_store_wait<0>();
+        Barrier::arrive(&control.probs_empty[warpgroup]);
+      }
+      before = turn.stage;
+      turn.next();
+    }
+    wgmma_wait<0>();
+    pin(dp);
+    release(before);
+
+    Barrier::wait(&control.probs_full[warpgroup], phase);
+    phase ^= 1;
+#pragma unroll
+    for (int j = 0; j < blocks; ++j) {
+      const std::uint32_t at = base + rows_at + j / 4 * Tiles::tile_bytes + place * panel_row_bytes +
+                               ((2 * (j % 4) + across) ^ (place % 8)) * 16;
+      std::uint32_t x[4];
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                   : "r"(at)
+                   : "memory");
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // values that nobody sees may be NaN
+        const float2 probs = unpack<T>(x[i]);
+        const float low = probs.x * (dp[8 * j + 2 * i] - delta[i % 2]), high = probs.y * (dp[8 * j + 2 * i + 1] - delta[i % 2]);
+        x[i] = pack<T>(probs.x == 0.0f ? 0.0f : low, probs.y == 0.0f ? 0.0f : high);
+      }
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]),
+                   "r"(x[3])
+                   : "memory");
+    }
+    fence_async();
+    __syncwarp();
+    if (lane == 0) {
+      const int strip = strip0 / attention::probs_tile, tile0 = piece.key0 / attention::probs_tile;
+      const int stored = strip0 < s.queries ? attention::probs_tiles(s, strip) : 0;
+      const std::int64_t tiles = piece.row * head_tiles + (stored > 0 ? attention::probs_tiles_before(s, strip) : 0) + tile0;
+      for (int i = 0; i < Tiles::keys / attention::probs_tile && tile0 + i < stored; ++i)
+        cute::SM90_TMA_STORE_2D::copy(&p.ds, shared + rows_at + i * Tiles::tile_bytes, 0,
+                                      static_cast<int>((tiles + i) * attention::probs_tile) + 16 * warp);
+      cute::tma_store_arrive();
+    }
+    sent = true;
+  }
+  if (lane == 0) cute::tma_store_wait<0>();
+}
+
+template <class T>
+__global__ void __cluster_dims__(ScoresTiles::cluster, 1, 1) __launch_bounds__(backward_threads, 1)
+    scores_kernel(const __grid_constant__ ScoresParams p) {
+  using Tiles = ScoresTiles;
+  extern __shared__ __align__(1024) char shared[];
+  auto& control = *reinterpret_cast<ScoresControl*>(shared + Tiles::control_at);
+  static_assert(sizeof(control) <= 256);
+  if (threadIdx.x == 0) {
+    control.ring.init(Tiles::cluster * consumer_warps);
+    for (int w = 0; w < Tiles::warpgroups; ++w)
+      Barrier::init(&control.probs_full[w], 1), Barrier::init(&control.probs_empty[w], 4);
+    cutlass::arch::fence_barrier_init();
+  }
+  cute::cluster_sync();
+  const int block = static_cast<int>(cute::block_rank_in_cluster());
+  const ScoresWalk walk(p.shape, static_cast<int>(blockIdx.x) / Tiles::cluster, static_cast<int>(gridDim.x) / Tiles::cluster);
+  if (threadIdx.x < helper_threads) {
+    cutlass::arch::warpgroup_reg_dealloc<Tiles::Registers::helper>();
+    if (threadIdx.x == 0)
+      scores_produce(p, shared, control, walk, block);
+    else if (threadIdx.x == 32)
+      scores_produce_probs(p, shared, control, walk, block);
+    __syncwarp();
+    cute::cluster_sync();  // nobody ends while the other block still writes its memory or signals its barriers
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();
+    scores_consume<T>(p, shared, control, block);
+    cute::cluster_sync();
+  }
+}
+
+}  // namespace effcore::cuda::hopper
