@@ -35,7 +35,8 @@ STABLE_TORCH_LIBRARY(effcore, m) {
       " -> (Tensor out, Tensor lse)");
   m.def(
       "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? lengths, Tensor? first_key,"
-      " bool causal, float? scale, bool accumulate_kv) -> (Tensor dq, Tensor dk, Tensor dv)");
+      " bool causal, float? scale, bool accumulate_kv, Tensor? dk_sum=None, Tensor? dv_sum=None)"
+      " -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
       "attention_with_scores(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? first_key, bool causal, float? scale,"
       " int consumers, int keep)"
@@ -53,7 +54,7 @@ STABLE_TORCH_LIBRARY(effcore, m) {
   m.def("share_kv(Tensor k, Tensor v) -> (Tensor k_slot, Tensor v_slot)");
   m.def(
       "attention_shared_kv(Tensor q, Tensor k, Tensor v, Tensor k_slot, Tensor v_slot, Tensor? lengths, Tensor? first_key,"
-      " bool causal, float? scale) -> (Tensor out, Tensor lse)");
+      " bool causal, float? scale) -> (Tensor out, Tensor lse, Tensor k_next, Tensor v_next)");
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? first_key, float? scale, bool return_probs)"
       " -> (Tensor out, Tensor weights, Tensor scales)");

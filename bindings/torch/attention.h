@@ -91,7 +91,8 @@ struct AttentionOps {
   static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                                      const Tensor& out, const Tensor& lse, const OptionalTensor& lengths,
                                                      const OptionalTensor& first_key, bool causal, std::optional<double> scale,
-                                                     bool accumulate_kv) {
+                                                     bool accumulate_kv, const OptionalTensor& dk_sum,
+                                                     const OptionalTensor& dv_sum) {
     const char* f = "attention_bwd";
     const VisibilityViews seen(f, lengths, first_key, causal, scale);
     const TensorView vq = view(q, f, "q"), vk = view(k, f, "k"), vv = view(v, f, "v");
@@ -104,6 +105,16 @@ struct AttentionOps {
     Tensor dv = empty_heads(v, p.batch, p.kv_heads, p.keys, p.value_dim, kv_type);
     attention::Backward args{p, vq, vk, statistics_data(f, "lse", lse, p), nullptr, output_view(f, "out", out, p), 1, &vg, &vv};
     args.dq = view(dq, f, "dq"), args.dk = view(dk, f, "dk"), args.dv = view(dv, f, "dv");
+    check(accumulate_kv || (!dk_sum && !dv_sum), f, "dk_sum and dv_sum are for accumulate_kv");
+    std::optional<Tensor> before_k, before_v;  // held until the kernels are on their way
+    const auto sum = [&](const char* name, const OptionalTensor& given, std::optional<Tensor>& held, std::int64_t dim) {
+      if (!given) return TensorView{};
+      held = dense_last(*given);
+      const TensorView v = view(*held, f, name);
+      attention::check_tensor(f, name, v, p, statistics_type(p), {p.batch, p.kv_heads, p.keys, dim});
+      return v;
+    };
+    args.dk_sum = sum("dk_sum", dk_sum, before_k, p.head_dim), args.dv_sum = sum("dv_sum", dv_sum, before_v, p.value_dim);
     Backend::run(args, q);
     return {dq, dk, dv};
   }
@@ -215,11 +226,11 @@ struct AttentionOps {
     return {slot(k, k.sizes(), accumulate_type(k.scalar_type())), slot(k, v.sizes(), accumulate_type(k.scalar_type()))};
   }
 
-  static std::tuple<Tensor, Tensor> shared_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_slot,
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> shared_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_slot,
                                               const Tensor& v_slot, const OptionalTensor& lengths,
                                               const OptionalTensor& first_key, bool causal, std::optional<double> scale) {
     auto [out, lse, probs] = run_forward("attention_shared_kv", q, k, v, lengths, first_key, causal, scale, Keep::lse);
-    return {out, lse};
+    return {out, lse, slot(k, k_slot.sizes(), k_slot.scalar_type()), slot(k, v_slot.sizes(), v_slot.scalar_type())};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,

@@ -180,7 +180,9 @@ void backward(const Backward& args, const Threads& threads) {
                   .consumers_delta = args.consumers_delta,
                   .dq = args.dq,
                   .dk = args.dk,
-                  .dv = args.dv};
+                  .dv = args.dv,
+                  .dk_sum = args.dk_sum,
+                  .dv_sum = args.dv_sum};
   run_backward(job, threads);
 }
 

@@ -48,7 +48,7 @@ struct BackwardJob {
   const TensorView* v = nullptr;     // [layers]
   const void* consumers_delta = nullptr;
   void* delta = nullptr;
-  TensorView dq, dk, dv;
+  TensorView dq, dk, dv, dk_sum, dv_sum;
   Wave wave;
   // A kv head's pairs (query head, block of rows) are dealt to `splits` tasks, each with its own sums of dk and dv.
   std::int64_t splits = 1;

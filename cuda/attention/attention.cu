@@ -94,7 +94,7 @@ struct BackwardWorkspace {
   float *delta, *dq_sums;
   int* turns;
   int turn_count;
-  char* ds;
+  char* scores;
 
   BackwardWorkspace(const Problem& p, const PlannedBackward& planned, void* memory) {
     const BackwardPlan& plan = planned.plan;
@@ -105,7 +105,7 @@ struct BackwardWorkspace {
     turn_count = static_cast<int>(rows * blocks + 1);
     // Where a block of queries meets but one block of keys, the portable kernels' dq never leaves the registers.
     dq_sums = space.take<float>(planned.on_hopper || p.keys > plan.keys ? rows * blocks * plan.dq_elements : 0);
-    ds = plan.ds ? space.take<char>(rows * effcore::attention::probs_elements(p.queries, p.keys, p.causal) * element_size(p.dtype)) : nullptr;
+    scores = plan.scores_bytes > 0 ? space.take<char>(plan.scores_bytes) : nullptr;
     bytes = space.used();
   }
 };
@@ -171,7 +171,7 @@ std::vector<const TensorView*> inputs_of(const Backward& args) {
 template <class K>
 PlannedBackward backward_plan(const Backward& args, K kernels) {
   PlannedBackward planned{};
-  const auto hopper_plan = [&](auto hopper) { planned.plan = hopper.plan(args.probs != nullptr, args.layers); };
+  const auto hopper_plan = [&](auto hopper) { planned.plan = hopper.plan(args.problem, args.probs != nullptr, args.layers); };
   planned.on_hopper = try_hopper_backward(kernels, args.problem, inputs_of(args), args.probs, backward_name, hopper_plan);
   if (!planned.on_hopper) planned.plan = kernels.backward_plan(args.probs != nullptr, args.layers, backward_name);
   return planned;
@@ -288,7 +288,9 @@ void backward(const Backward& args, const Launch& launch) {
     for (int l = 0; l < args.layers; ++l) params.dout[l] = tensor(args.dout[l]), params.v[l] = tensor(args.v[l]);
     params.dq = tensor(args.dq), params.dk = tensor(args.dk), params.dv = tensor(args.dv);
     params.float_dk = args.dk.dtype == DType::float32, params.float_dv = args.dv.dtype == DType::float32;
-    params.dq_sums = space.dq_sums, params.ds = space.ds;
+    if (args.dk_sum.data != nullptr) params.dk_sum = tensor(args.dk_sum);
+    if (args.dv_sum.data != nullptr) params.dv_sum = tensor(args.dv_sum);
+    params.dq_sums = space.dq_sums, params.scores = space.scores;
     params.turns = space.turns;
     params.ticket = space.turns + space.turn_count - 1;
     kernels.delta(delta, backward_name, stream_of(launch));

@@ -19,10 +19,10 @@
 
 namespace effcore::cuda::attention {
 
-// dk or dv of a warp's 16 keys, in the inputs' dtype or in float32.
+// dk or dv of a warp's 16 keys, in the inputs' dtype or in float32 and then added to `sum`, if there is one.
 template <class T, int D>
-__device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, int batch, int head, int key0, int keys,
-                                           const float (&x)[D / 8][4], float scale) {
+__device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, const Tensor4& sum, int batch, int head, int key0,
+                                           int keys, const float (&x)[D / 8][4], float scale) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -31,7 +31,12 @@ __device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, int
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
       const int column = 8 * n + 2 * (lane % 4);
-      const float low = x[n][2 * i] * scale, high = x[n][2 * i + 1] * scale;
+      float low = x[n][2 * i] * scale, high = x[n][2 * i + 1] * scale;
+      if (sum.data != nullptr) {
+        const float* const before = row_of<float>(sum, batch, head, key);
+        if (column < sum.columns) low += before[column];
+        if (column + 1 < sum.columns) high += before[column + 1];
+      }
       if (in_float)
         store_pair(row_of<float>(to, batch, head, key), column, to.columns, to.paired, low, high);
       else
@@ -248,8 +253,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs, com
     if (threadIdx.x == 0) store_release(signal, signal_turn);
   }
 
-  if constexpr (wants_dv) store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0 + warp_key, s.keys, dv, 1.0f);
-  if constexpr (wants_dq) store_keys<T, D>(p.dk, p.float_dk, batch, kv_head, key0 + warp_key, s.keys, dk, scale);
+  if constexpr (wants_dv) store_keys<T, D>(p.dv, p.float_dv, p.dv_sum, batch, kv_head, key0 + warp_key, s.keys, dv, 1.0f);
+  if constexpr (wants_dq) store_keys<T, D>(p.dk, p.float_dk, p.dk_sum, batch, kv_head, key0 + warp_key, s.keys, dk, scale);
 }
 
 }  // namespace effcore::cuda::attention

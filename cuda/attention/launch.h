@@ -13,7 +13,7 @@ struct BackwardPlan {
   bool compact;       // the blocks for little shared memory
   int queries, keys;  // of a block
   int dq_elements;    // float32 sums a block of queries
-  bool ds;            // dS goes through device memory: as large as kept P
+  std::int64_t scores_bytes;  // of dS, and of P where it is not kept, that go through device memory; 0: neither does
 };
 
 template <class T, int D>

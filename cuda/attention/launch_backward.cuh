@@ -32,7 +32,7 @@ template <class T, int D>
 BackwardPlan Kernels<T, D>::backward_plan(bool from_probs, int layers, const char* function) {
   const auto plan = [&]<bool probs, bool compact>() -> BackwardPlan {
     using Tiles = BackwardTiles<T, D, owner_gradients<D>, probs, compact>;
-    return {compact, Tiles::queries, Tiles::keys, Tiles::dq_elements, false};
+    return {compact, Tiles::queries, Tiles::keys, Tiles::dq_elements, 0};
   };
   const auto bytes = [&]<bool probs, bool compact>() {
     return BackwardTiles<T, D, owner_gradients<D>, probs, compact>::shared_bytes(layers);

@@ -76,8 +76,9 @@ struct BackwardParams {
   Tensor4 dout[max_layers], v[max_layers];
   Tensor4 dq, dk, dv;
   bool float_dk, float_dv;  // dk, dv in float32, whatever the inputs are
+  Tensor4 dk_sum, dv_sum;   // float32, added to dk and dv where these are; none: data is null
   float* dq_sums;           // [batch * heads, blocks of queries, tile in fragment order]
-  void* ds;                 // where dS goes through device memory: stored as P is; else null
+  void* scores;             // where dS, stored as P is, goes through device memory; else null
   int* turns;               // [batch * heads, blocks of queries]
   int* ticket;
 };

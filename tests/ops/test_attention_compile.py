@@ -72,6 +72,7 @@ def samples():
     yield "attention", (*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)), *seen)
     yield "attention_bwd", (dout, q, k, v, out, lse, *seen, False)
     yield "attention_bwd", (dout, q, k, v, out, lse, *seen, True)
+    yield "attention_bwd", (dout, q, k, v, out, lse, *seen, True, k.float(), v.float())
     for keep in (0, 1):
         yield "attention_with_scores", (*grad[:3], *seen, 2, keep)
         out, lse, probs, delta, douts, values, uses = _ops.attention_with_scores(q, k, v, *seen, 2, keep)

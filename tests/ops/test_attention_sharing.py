@@ -158,6 +158,48 @@ def test_non_reentrant_checkpointing_changes_nothing(keep):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("used", [[0], [2], [0, 1], [0, 2], [0, 1, 2]])
+def test_kv_layers_without_gradients(used):
+    """The sums of dK and dV pass through layers whose outputs nobody uses, and around those that ran without gradients."""
+    k, v, *queries = leaves_of(*(torch.randn(1, 2, 12, 8, dtype=torch.float64) for _ in range(5)))
+
+    def loss(api):
+        shared, outs = api.share_kv(k, v), []
+        for q in queries:
+            with torch.no_grad():
+                api.attention_shared_kv(q, shared)
+            outs.append(api.attention_shared_kv(q, shared, causal=True))
+        return weighted([outs[i] for i in used])
+
+    inputs = [k, v, *(queries[i] for i in used)]
+    for a, b in zip(*(torch.autograd.grad(loss(api), inputs) for api in (ops, ref)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_kv_group_under_checkpointing_and_compiled():
+    tensors = [torch.randn(2, 2, 20, 8, dtype=torch.float64) for _ in range(5)]
+
+    def run(wrap):
+        k, v, *queries = leaves = leaves_of(*tensors)
+        shared = wrap(lambda k, v: ops.share_kv(k * 1.5, v), k, v)
+        out = torch.zeros_like(queries[0])
+        for q in queries:
+            out = wrap(lambda o, s, q: o + ops.attention_shared_kv(q + torch.tanh(o), s, causal=True), out, shared, q)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    plain = run(lambda f, *x: f(*x))
+    whole = torch.compile(lambda k, v, *q: tuple(kv_group(ops, q, k, v, causal=True)), fullgraph=True, backend="aot_eager")
+    for a, b in zip(plain, run(lambda f, *x: checkpoint(f, *x, use_reentrant=False)), strict=True):
+        torch.testing.assert_close(a, b)
+    leaves = leaves_of(*tensors)
+    for a, b in zip(
+        torch.autograd.grad(weighted(whole(*leaves)), leaves),
+        torch.autograd.grad(weighted(kv_group(ops, leaves[2:], leaves[0], leaves[1], causal=True)), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("keep", KEEPS)
 def test_flat_form_survives_reentrant_checkpointing(keep):
     tensors = [torch.randn(1, 2, 12, 8, dtype=torch.float64) for _ in range(4)]

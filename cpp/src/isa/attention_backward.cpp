@@ -279,21 +279,27 @@ void reduce(const BackwardJob& job, std::int64_t task) {
   const Segment s = segment_of(p, job.wave, task);
   char* memory = job.partial + s.head * job.splits * job.partial_bytes;
   const Partial<T> sum(job, memory);
-  const auto finish = [&](T* rows, std::int64_t stride, const TensorView& to, std::int64_t n, T factor) {
+  const auto finish = [&](T* rows, std::int64_t stride, const TensorView& to, const TensorView& sum_before, std::int64_t n, T factor) {
     for (std::int64_t key = s.begin; key < s.end; ++key) {
       T* row = rows + key * stride;
       for (std::int64_t split = 1; split < job.splits; ++split) {
         const T* other = reinterpret_cast<const T*>(reinterpret_cast<const char*>(row) + split * job.partial_bytes);
         for (std::int64_t d = 0; d < n; ++d) row[d] += other[d];
       }
+      T rest = factor;
+      if (sum_before.data != nullptr) {
+        const T* before = row_of<T>(sum_before, s.batch, s.kv_head, key);
+        for (std::int64_t d = 0; d < n; ++d) row[d] = row[d] * factor + before[d];
+        rest = T(1);
+      }
       if (to.dtype == p.dtype)
-        store_sum<typename E::Storage>(to, s.batch, s.kv_head, key, row, n, factor);
+        store_sum<typename E::Storage>(to, s.batch, s.kv_head, key, row, n, rest);
       else
-        store_sum<T>(to, s.batch, s.kv_head, key, row, n, factor);
+        store_sum<T>(to, s.batch, s.kv_head, key, row, n, rest);
     }
   };
-  if (job.layers > 0) finish(sum.dk, sum.dk_stride, job.dk, p.head_dim, static_cast<T>(p.scale));
-  finish(sum.dv, sum.dv_stride, job.dv, p.value_dim, T(1));
+  if (job.layers > 0) finish(sum.dk, sum.dk_stride, job.dk, job.dk_sum, p.head_dim, static_cast<T>(p.scale));
+  finish(sum.dv, sum.dv_stride, job.dv, job.dv_sum, p.value_dim, T(1));
 }
 
 template <class E>

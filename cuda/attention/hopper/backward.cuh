@@ -266,8 +266,8 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     finish_dq();
   }
   const float scale = s.negative ? -s.scale : s.scale;
-  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0 + 16 * warp, s.keys, dv, 1.0f);
-  store_keys<T, D>(p.dk, p.float_dk, batch, kv_head, key0 + 16 * warp, s.keys, dk, scale);
+  store_keys<T, D>(p.dv, p.float_dv, p.dv_sum, batch, kv_head, key0 + 16 * warp, s.keys, dv, 1.0f);
+  store_keys<T, D>(p.dk, p.float_dk, p.dk_sum, batch, kv_head, key0 + 16 * warp, s.keys, dk, scale);
 }
 
 template <class T, int D, bool from_probs, Values values>

@@ -15,7 +15,7 @@ bool serves_backward(const Problem& problem, std::span<const TensorView* const> 
 
 template <class T, int D>
 struct BackwardKernels {
-  static BackwardPlan plan(bool from_probs, int layers);                                   // of the owner's blocks
+  static BackwardPlan plan(const Problem& p, bool from_probs, int layers);                 // of the owner's blocks
   static void owner(const BackwardParams& p, const char* function, cudaStream_t stream);   // dq, dk, dv
   static void values(const BackwardParams& p, const char* function, cudaStream_t stream);  // dv of a consumer
 };

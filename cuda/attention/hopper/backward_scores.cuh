@@ -34,9 +34,9 @@ struct ScoresTiles {
 
 struct ScoresParams {
   Shape shape;
-  const float* delta;
+  const float *lse, *delta;
   int layers, panels;  // panels: of a layer
-  CUtensorMap probs, ds, dout[max_layers], v[max_layers];
+  CUtensorMap q, k, probs, ds, dout[max_layers], v[max_layers];
 };
 
 // A cluster's piece. `row` counts heads of the whole batch.
@@ -89,7 +89,8 @@ class ScoresWalk {
   int clusters_, strips_, across_, block_ = 0, row_ = 0;
 };
 
-// One thread: panels of dout and v.
+// One thread: panels of q and k, where P is made, and of dout and v.
+template <bool from_probs>
 __device__ __forceinline__ void scores_produce(const ScoresParams& p, char* shared, ScoresControl& control, ScoresWalk walk,
                                                int block) {
   using Tiles = ScoresTiles;
@@ -97,20 +98,23 @@ __device__ __forceinline__ void scores_produce(const ScoresParams& p, char* shar
   Turn<Tiles::stages> turn;
   for (ScoresPiece piece; walk.next(piece);) {
     const int batch = piece.row / s.heads, head = piece.row % s.heads, kv_head = head / s.group;
-    for (int layer = 0; layer < p.layers; ++layer)
+    const auto load = [&](const CUtensorMap& of_queries, const CUtensorMap& of_keys) {
       for (int panel = 0; panel < p.panels; ++panel, turn.next()) {
         control.ring.wait_empty(turn);
         control.piece[turn.stage] = piece;
         control.more[turn.stage] = true;
         control.ring.expect(turn, Tiles::dout_bytes + Tiles::v_bytes);
         BarrierWord* const full = &control.ring.full[turn.stage];
-        cute::SM90_TMA_LOAD_4D::copy(&p.dout[layer], full, static_cast<std::uint64_t>(Keep::last),
+        cute::SM90_TMA_LOAD_4D::copy(&of_queries, full, static_cast<std::uint64_t>(Keep::last),
                                      shared + Tiles::dout_at + turn.stage * Tiles::dout_bytes, panel * panel_columns,
                                      piece.query0 + block * Tiles::queries, head, batch);
-        cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&p.v[layer], full, (1 << Tiles::cluster) - 1, static_cast<std::uint64_t>(Keep::last),
+        cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&of_keys, full, (1 << Tiles::cluster) - 1, static_cast<std::uint64_t>(Keep::last),
                                                shared + Tiles::v_at + turn.stage * Tiles::v_bytes + block * Tiles::v_bytes / 2,
                                                panel * panel_columns, piece.key0 + block * Tiles::keys / 2, kv_head, batch);
       }
+    };
+    if constexpr (!from_probs) load(p.q, p.k);
+    for (int layer = 0; layer < p.layers; ++layer) load(p.dout[layer], p.v[layer]);
   }
   control.ring.wait_empty(turn);
   control.more[turn.stage] = false;
@@ -121,7 +125,7 @@ __device__ __forceinline__ void scores_produce(const ScoresParams& p, char* shar
 __device__ __forceinline__ void scores_produce_probs(const ScoresParams& p, char* shared, ScoresControl& control, ScoresWalk walk,
                                                      int block) {
   using Tiles = ScoresTiles;
-  std::uint32_t phase = 1;
+  std::uint32_t phase = 0;
   for (ScoresPiece piece; walk.next(piece); phase ^= 1)
     for (int w = 0; w < Tiles::warpgroups; ++w) {
       Barrier::wait(&control.probs_empty[w], phase);
@@ -131,96 +135,151 @@ __device__ __forceinline__ void scores_produce_probs(const ScoresParams& p, char
     }
 }
 
-template <class T>
+// One warpgroup: 64 queries x 256 keys.
+template <class T, bool from_probs>
 __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shared, ScoresControl& control, int block) {
   using Tiles = ScoresTiles;
   constexpr int blocks = Tiles::keys / 16;  // of 16 keys
+  constexpr float log2e = 1.4426950408889634f;
   const Shape& s = p.shape;
   const int thread = threadIdx.x - helper_threads, warp = thread / 32 % 4, lane = threadIdx.x % 32;
-  const int warpgroup = uniform(thread / 128), steps = p.layers * p.panels;
+  const int warpgroup = uniform(thread / 128);
   const std::uint32_t base = shared_address(shared);
   const std::uint32_t dout_at = base + Tiles::dout_at + warpgroup * 64 * panel_row_bytes, v_at = base + Tiles::v_at;
   // The warp's 16 rows of P; the row and chunk that the lane addresses for ldmatrix and stmatrix.
   const int rows_at = warpgroup * (Tiles::probs_bytes / Tiles::warpgroups) + 16 * warp * panel_row_bytes;
   const int place = lane % 16, across = lane / 16;
-  const std::int64_t head_tiles = attention::probs_elements_of(s) / (attention::probs_tile * attention::probs_tile);
-
-  float dp[Tiles::keys / 2];
-  Turn<Tiles::stages> turn;
-  std::uint32_t phase = 0;
-  bool sent = false;  // dS of the piece before may still be on its way out of shared memory
-  const auto release = [&](int stage) {
-    if (lane < Tiles::cluster) Barrier::arrive(&control.ring.empty[stage], static_cast<std::uint32_t>(lane), 1);
+  const auto address = [&](int j) {
+    return base + rows_at + j / 4 * Tiles::tile_bytes + place * panel_row_bytes + ((2 * (j % 4) + across) ^ (place % 8)) * 16;
   };
-  for (;;) {
-    control.ring.wait_full(turn);
-    if (!control.more[turn.stage]) break;
-    const ScoresPiece piece = control.piece[turn.stage];
-    const int strip0 = piece.query0 + block * Tiles::queries + 64 * warpgroup, query = strip0 + 16 * warp + lane / 4;
-    float delta[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      delta[i] = query + 8 * i < s.queries ? p.delta[static_cast<std::int64_t>(piece.row) * s.queries + query + 8 * i] : 0.0f;
+
+  float x[Tiles::keys / 2];
+  Turn<Tiles::stages> turn;
+  const auto multiply_panels = [&](int steps, auto&& meanwhile) {
     int before = 0;
-    pin(dp);
-    for (int step = 0; step < steps; ++step) {
-      if (step > 0) control.ring.wait_full(turn);
+    const auto release = [&] {
+      if (lane < Tiles::cluster) Barrier::arrive(&control.ring.empty[before], static_cast<std::uint32_t>(lane), 1);
+    };
+    pin(x);
+    for (int step = 0; step < steps; ++step, turn.next()) {
+      control.ring.wait_full(turn);
       wgmma_begin();
-      multiply<T, Tiles::keys, 4>(dp, SharedOperand<false>(dout_at + turn.stage * Tiles::dout_bytes, Tiles::queries),
+      multiply<T, Tiles::keys, 4>(x, SharedOperand<false>(dout_at + turn.stage * Tiles::dout_bytes, Tiles::queries),
                                   SharedOperand<false>(v_at + turn.stage * Tiles::v_bytes, Tiles::keys), step > 0);
       wgmma_commit();
       if (step > 0) {
         wgmma_wait<1>();
-        release(before);
-      } else if (sent && lane == 0) {
-        cute::tma_store_wait<0>();
-        Barrier::arrive(&control.probs_empty[warpgroup]);
+        release();
+      } else {
+        meanwhile();
       }
       before = turn.stage;
-      turn.next();
     }
     wgmma_wait<0>();
-    pin(dp);
-    release(before);
+    pin(x);
+    release();
+  };
+  const auto store_tile = [&](int j, const std::uint32_t (&tile)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(j)), "r"(tile[0]), "r"(tile[1]),
+                 "r"(tile[2]), "r"(tile[3])
+                 : "memory");
+  };
+  const auto send = [&](const CUtensorMap& map, int strip0, const ScoresPiece& piece) {  // the warp's rows of stored tiles
+    constexpr int tile = attention::probs_tile;
+    fence_async();
+    __syncwarp();
+    if (lane != 0) return;
+    const std::int64_t head_tiles = attention::probs_elements_of(s) / (tile * tile);
+    const int strip = strip0 / tile, tile0 = piece.key0 / tile;
+    const int stored = strip0 < s.queries ? attention::probs_tiles(s, strip) : 0;
+    const std::int64_t tiles = piece.row * head_tiles + (stored > 0 ? attention::probs_tiles_before(s, strip) : 0) + tile0;
+    for (int i = 0; i < Tiles::keys / tile && tile0 + i < stored; ++i)
+      cute::SM90_TMA_STORE_2D::copy(&map, shared + rows_at + i * Tiles::tile_bytes, 0, static_cast<int>((tiles + i) * tile) + 16 * warp);
+    cute::tma_store_arrive();
+  };
+  const auto sent = [&] {  // what was sent has been read
+    if (lane == 0) cute::tma_store_wait<0>();
+    __syncwarp();
+  };
 
-    Barrier::wait(&control.probs_full[warpgroup], phase);
-    phase ^= 1;
+  for (std::uint32_t phase = 0;; phase ^= 1) {
+    control.ring.wait_full(turn);
+    if (!control.more[turn.stage]) break;
+    const ScoresPiece piece = control.piece[turn.stage];
+    const int strip0 = piece.query0 + block * Tiles::queries + 64 * warpgroup, query = strip0 + 16 * warp + lane / 4;
+    const std::int64_t row0 = static_cast<std::int64_t>(piece.row) * s.queries;
+    if constexpr (!from_probs) {
+      float shift[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float lse = query + 8 * i < s.queries ? p.lse[row0 + query + 8 * i] : -INFINITY;
+        shift[i] = lse == -INFINITY ? INFINITY : lse * log2e;
+      }
+      multiply_panels(p.panels, [] {});
+      sent();  // dS of the piece before
+      const Visibility seen(s, piece.row / s.heads);
+      const int first = min(strip0, s.queries - 1), last = min(strip0 + 64, s.queries) - 1;
+      const bool masked = piece.key0 + Tiles::keys > seen.end(first) || piece.key0 < seen.begin(max(last, first));
+      const float scale = s.negative ? -s.scale_log2 : s.scale_log2;
+#pragma unroll
+      for (int n = 0; n < Tiles::keys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[4 * n + i] = exp2_approx(fmaf(x[4 * n + i], scale, -shift[i / 2]));
+      if (masked) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int column = piece.key0 + 2 * (lane % 4), at = min(query + 8 * i, s.queries - 1);
+          const int begin = seen.begin(at) - column, end = seen.end(at) - column;
+#pragma unroll
+          for (int n = 0; n < Tiles::keys / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (8 * n + e < begin || 8 * n + e >= end) x[4 * n + 2 * i + e] = 0.0f;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < blocks; ++j) {
+        std::uint32_t tile[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) tile[i] = pack<T>(x[8 * j + 2 * i], x[8 * j + 2 * i + 1]);
+        store_tile(j, tile);
+      }
+      send(p.probs, strip0, piece);
+    }
+    float delta[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) delta[i] = query + 8 * i < s.queries ? p.delta[row0 + query + 8 * i] : 0.0f;
+    multiply_panels(p.layers * p.panels, [&] {
+      if constexpr (from_probs) {
+        sent();
+        if (lane == 0) Barrier::arrive(&control.probs_empty[warpgroup]);
+      }
+    });
+    if constexpr (from_probs)
+      Barrier::wait(&control.probs_full[warpgroup], phase);
+    else
+      sent();
 #pragma unroll
     for (int j = 0; j < blocks; ++j) {
-      const std::uint32_t at = base + rows_at + j / 4 * Tiles::tile_bytes + place * panel_row_bytes +
-                               ((2 * (j % 4) + across) ^ (place % 8)) * 16;
-      std::uint32_t x[4];
+      std::uint32_t tile[4];
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                   : "r"(at)
+                   : "=r"(tile[0]), "=r"(tile[1]), "=r"(tile[2]), "=r"(tile[3])
+                   : "r"(address(j))
                    : "memory");
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // values that nobody sees may be NaN
-        const float2 probs = unpack<T>(x[i]);
-        const float low = probs.x * (dp[8 * j + 2 * i] - delta[i % 2]), high = probs.y * (dp[8 * j + 2 * i + 1] - delta[i % 2]);
-        x[i] = pack<T>(probs.x == 0.0f ? 0.0f : low, probs.y == 0.0f ? 0.0f : high);
+        const float2 probs = unpack<T>(tile[i]);
+        const float low = probs.x * (x[8 * j + 2 * i] - delta[i % 2]), high = probs.y * (x[8 * j + 2 * i + 1] - delta[i % 2]);
+        tile[i] = pack<T>(probs.x == 0.0f ? 0.0f : low, probs.y == 0.0f ? 0.0f : high);
       }
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]),
-                   "r"(x[3])
-                   : "memory");
+      store_tile(j, tile);
     }
-    fence_async();
-    __syncwarp();
-    if (lane == 0) {
-      const int strip = strip0 / attention::probs_tile, tile0 = piece.key0 / attention::probs_tile;
-      const int stored = strip0 < s.queries ? attention::probs_tiles(s, strip) : 0;
-      const std::int64_t tiles = piece.row * head_tiles + (stored > 0 ? attention::probs_tiles_before(s, strip) : 0) + tile0;
-      for (int i = 0; i < Tiles::keys / attention::probs_tile && tile0 + i < stored; ++i)
-        cute::SM90_TMA_STORE_2D::copy(&p.ds, shared + rows_at + i * Tiles::tile_bytes, 0,
-                                      static_cast<int>((tiles + i) * attention::probs_tile) + 16 * warp);
-      cute::tma_store_arrive();
-    }
-    sent = true;
+    send(p.ds, strip0, piece);
   }
-  if (lane == 0) cute::tma_store_wait<0>();
+  sent();
 }
 
-template <class T>
+template <class T, bool from_probs>
 __global__ void __cluster_dims__(ScoresTiles::cluster, 1, 1) __launch_bounds__(backward_threads, 1)
     scores_kernel(const __grid_constant__ ScoresParams p) {
   using Tiles = ScoresTiles;
@@ -239,14 +298,14 @@ __global__ void __cluster_dims__(ScoresTiles::cluster, 1, 1) __launch_bounds__(b
   if (threadIdx.x < helper_threads) {
     cutlass::arch::warpgroup_reg_dealloc<Tiles::Registers::helper>();
     if (threadIdx.x == 0)
-      scores_produce(p, shared, control, walk, block);
-    else if (threadIdx.x == 32)
+      scores_produce<from_probs>(p, shared, control, walk, block);
+    else if (from_probs && threadIdx.x == 32)
       scores_produce_probs(p, shared, control, walk, block);
     __syncwarp();
     cute::cluster_sync();  // nobody ends while the other block still writes its memory or signals its barriers
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();
-    scores_consume<T>(p, shared, control, block);
+    scores_consume<T, from_probs>(p, shared, control, block);
     cute::cluster_sync();
   }
 }

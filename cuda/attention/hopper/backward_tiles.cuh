@@ -103,6 +103,7 @@ struct OwnerParams {
   int dq_at;  // where a part of dq waits for its turn in shared memory; 0: it waits in registers
   Tensor4 dq, dk, dv;
   bool float_dk, float_dv;
+  Tensor4 dk_sum, dv_sum;
   float* dq_sums;
   int *turns, *ticket;
   CUtensorMap q, k, probs, dout[max_layers], v[max_layers];
@@ -225,10 +226,10 @@ __device__ __forceinline__ void exponentiate(float (&s)[queries / 2], const floa
     }
 }
 
-// dk or dv of a warp's 16 keys, in the inputs' dtype or in float32.
+// dk or dv of a warp's 16 keys, in the inputs' dtype or in float32 and then added to `sum`, if there is one.
 template <class T, int D>
-__device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, int batch, int head, int key0, int keys,
-                                           const float (&x)[D / 2], float scale) {
+__device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, const Tensor4& sum, int batch, int head, int key0,
+                                           int keys, const float (&x)[D / 2], float scale) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -237,7 +238,11 @@ __device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, int
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
       const int column = 8 * n + 2 * (lane % 4);
-      const float low = x[4 * n + 2 * i] * scale, high = x[4 * n + 2 * i + 1] * scale;
+      float low = x[4 * n + 2 * i] * scale, high = x[4 * n + 2 * i + 1] * scale;
+      if (sum.data != nullptr) {
+        const float* const before = attention::row_of<float>(sum, batch, head, key) + column;
+        low += before[0], high += before[1];
+      }
       if (in_float)
         store_pair(attention::row_of<float>(to, batch, head, key), column, D, to.paired, low, high);
       else

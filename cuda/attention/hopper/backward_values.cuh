@@ -142,7 +142,7 @@ __device__ __forceinline__ void values_from_lse(const ValuesParams& p, char* sha
     wgmma_wait<0>();
     pin(dv);
   }
-  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0, s.keys, dv, p.factor);
+  store_keys<T, D>(p.dv, p.float_dv, {}, batch, kv_head, key0, s.keys, dv, p.factor);
 }
 
 template <class T, int D>
@@ -176,8 +176,8 @@ __device__ __forceinline__ void values_from_probs(const ValuesParams& p, char* s
   }
   wgmma_wait<0>();
   pin(low), pin(high);
-  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0, p.shape.keys, low, p.factor);
-  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0 + 64, p.shape.keys, high, p.factor);
+  store_keys<T, D>(p.dv, p.float_dv, {}, batch, kv_head, key0, p.shape.keys, low, p.factor);
+  store_keys<T, D>(p.dv, p.float_dv, {}, batch, kv_head, key0 + 64, p.shape.keys, high, p.factor);
 }
 
 template <class T, int D, bool from_probs>

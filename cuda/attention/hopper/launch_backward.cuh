@@ -68,6 +68,7 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   params.dq_at = Tiles::staged(p.layers) ? Tiles::dq_at(p.layers) : 0;
   params.dq = p.dq, params.dk = p.dk, params.dv = p.dv;
   params.float_dk = p.float_dk, params.float_dv = p.float_dv;
+  params.dk_sum = p.dk_sum, params.dv_sum = p.dv_sum;
   params.dq_sums = p.dq_sums;
   params.turns = p.turns, params.ticket = p.ticket;
   const Maps<T> maps(s, function);
@@ -114,29 +115,63 @@ void launch_values(const BackwardParams& p, const ValuesOperands& operands, cons
 }
 
 // The owner's backward in four kernels (backward_scores.cuh).
-template <class T, int D>
-void launch_scores(const BackwardParams& p, const char* function, cudaStream_t stream) {
+template <class T, int D, bool from_probs>
+void launch_scores(const BackwardParams& p, const void* probs, void* ds, const char* function, cudaStream_t stream) {
   using Tiles = ScoresTiles;
   const Shape& s = p.shape;
   ScoresParams params;
   params.shape = s;
-  params.delta = p.delta;
+  params.lse = p.lse, params.delta = p.delta;
   params.layers = p.layers, params.panels = D / panel_columns;
   const Maps<T> maps(s, function);
-  params.probs = maps.of_probs(p.probs), params.ds = maps.of_probs(p.ds, 16);
+  params.probs = maps.of_probs(probs, from_probs ? attention::probs_tile : 16), params.ds = maps.of_probs(ds, 16);
+  if constexpr (!from_probs) {
+    params.q = maps.of_queries(p.q, Tiles::queries);
+    params.k = maps.of_keys(p.k, Tiles::keys / Tiles::cluster);
+  }
   for (int l = 0; l < p.layers; ++l) {
     params.dout[l] = maps.of_queries(p.dout[l], Tiles::queries);
     params.v[l] = maps.of_keys(p.v[l], Tiles::keys / Tiles::cluster);
   }
   const int blocks = device_attribute(cudaDevAttrMultiProcessorCount, function) / Tiles::cluster * Tiles::cluster;
-  launch(function, scores_kernel<T>, static_cast<unsigned>(blocks), backward_threads, Tiles::shared_bytes, stream, params);
+  launch(function, scores_kernel<T, from_probs>, static_cast<unsigned>(blocks), backward_threads, Tiles::shared_bytes, stream,
+         params);
 
   const float scale = s.negative ? -s.scale : s.scale;
-  launch_values<T, D, true>(p, {p.probs, p.dout[0], p.dv, p.float_dv, 1.0f}, function, stream);
-  launch_values<T, D, true>(p, {p.ds, p.q, p.dk, p.float_dk, scale}, function, stream);
-  const attention::ForwardParams forward{s, {}, {}, {}, p.k, p.dq, nullptr, p.ds};
+  launch_values<T, D, true>(p, {probs, p.dout[0], p.dv, p.float_dv, 1.0f}, function, stream);
+  launch_values<T, D, true>(p, {ds, p.q, p.dk, p.float_dk, scale}, function, stream);
+  const attention::ForwardParams forward{s, {}, {}, {}, p.k, p.dq, nullptr, ds};
   if (!attention::hopper::Kernels<T, D>::forward_probs(forward, scale, function, stream))
     throw std::runtime_error(std::string("effcore.") + function + ": the CUDA driver refused a tensor map");
+}
+
+// How many heads' dS, and P where it is not kept, stand in device memory at a time: all of them, or, where P was not to take that
+// memory in the first place, as many of a row of the batch as fit into 1 GiB, if any do.
+inline int scores_heads(std::int64_t batch, std::int64_t heads, std::int64_t group, std::int64_t bytes_per_head, bool from_probs) {
+  constexpr std::int64_t room = std::int64_t{1} << 30;
+  if (from_probs || batch * heads * bytes_per_head <= room) return static_cast<int>(batch * heads);
+  return static_cast<int>(std::min(room / bytes_per_head / group * group, heads));
+}
+
+// The problem of `heads` heads from `head` on of row `row` of the batch.
+template <class T>
+BackwardParams part_of(const BackwardParams& p, int row, int head, int heads) {
+  const Shape& s = p.shape;
+  BackwardParams part = p;
+  part.shape.batch = 1, part.shape.heads = heads, part.shape.kv_heads = heads / s.group;
+  if (s.lengths != nullptr) part.shape.lengths += row * s.lengths_stride;
+  if (s.first_key != nullptr) part.shape.first_key += row * s.first_key_batch;
+  const auto advance = [&](Tensor4& t, int from, std::size_t size) {
+    t.data = static_cast<char*>(t.data) + (row * t.stride[0] + from * t.stride[1]) * static_cast<std::int64_t>(size);
+  };
+  for (Tensor4* t : {&part.q, &part.dq}) advance(*t, head, sizeof(T));
+  for (int l = 0; l < p.layers; ++l) advance(part.dout[l], head, sizeof(T)), advance(part.v[l], head / s.group, sizeof(T));
+  advance(part.k, head / s.group, sizeof(T));
+  advance(part.dk, head / s.group, p.float_dk ? sizeof(float) : sizeof(T));
+  advance(part.dv, head / s.group, p.float_dv ? sizeof(float) : sizeof(T));
+  const std::int64_t before = (static_cast<std::int64_t>(row) * s.heads + head) * s.queries;
+  part.lse += before, part.delta += before;
+  return part;
 }
 
 }  // namespace effcore::cuda::hopper
@@ -145,17 +180,42 @@ namespace effcore::cuda::attention::hopper {
 
 namespace tiled = effcore::cuda::hopper;
 
+// Of a head's dS, and of its P where that is not kept.
+template <class T>
+std::int64_t scores_bytes(std::int64_t queries, std::int64_t keys, bool causal, bool from_probs) {
+  return effcore::attention::probs_elements(queries, keys, causal) * static_cast<std::int64_t>(sizeof(T)) * (from_probs ? 1 : 2);
+}
+
 template <class T, int D>
-BackwardPlan BackwardKernels<T, D>::plan(bool from_probs, int layers) {
+BackwardPlan BackwardKernels<T, D>::plan(const Problem& p, bool from_probs, int layers) {
   using Tiles = tiled::OwnerTiles<D, tiled::Values::one>;
   static const int least = std::getenv("EFFCORE_DS") ? std::atoi(std::getenv("EFFCORE_DS")) : 2;
-  if (from_probs && layers >= least) return {false, Tiles::queries, Tiles::keys, 0, true};
-  return {false, Tiles::queries, Tiles::keys, Tiles::dq_elements, false};
+  static const int least_lse = std::getenv("EFFCORE_DS_LSE") ? std::atoi(std::getenv("EFFCORE_DS_LSE")) : 5;
+  const std::int64_t bytes = scores_bytes<T>(p.queries, p.keys, p.causal, from_probs);
+  const int heads = layers < (from_probs ? least : least_lse)
+                        ? 0
+                        : tiled::scores_heads(p.batch, p.heads, p.heads / p.kv_heads, bytes, from_probs);
+  return {false, Tiles::queries, Tiles::keys, heads > 0 ? 0 : Tiles::dq_elements, heads * bytes};
 }
 
 template <class T, int D>
 void BackwardKernels<T, D>::owner(const BackwardParams& p, const char* function, cudaStream_t stream) {
-  if (p.ds != nullptr) return tiled::launch_scores<T, D>(p, function, stream);
+  if (p.scores != nullptr) {
+    const Shape& s = p.shape;
+    if (p.probs != nullptr) return tiled::launch_scores<T, D, true>(p, p.probs, p.scores, function, stream);
+    const std::int64_t bytes = scores_bytes<T>(s.queries, s.keys, s.causal, false);
+    const int together = tiled::scores_heads(s.batch, s.heads, s.group, bytes, false);
+    const auto run = [&](const BackwardParams& part, int heads) {
+      tiled::launch_scores<T, D, false>(part, static_cast<char*>(p.scores) + heads * bytes / 2, p.scores, function, stream);
+    };
+    if (together == s.batch * s.heads) return run(p, together);
+    for (int row = 0; row < s.batch; ++row)
+      for (int head = 0; head < s.heads; head += together) {
+        const int heads = std::min(together, s.heads - head);
+        run(tiled::part_of<T>(p, row, head, heads), heads);
+      }
+    return;
+  }
   const bool resident = tiled::OwnerTiles<D, tiled::Values::resident>::fits(p.layers);
   if (p.probs != nullptr)
     resident ? tiled::launch_owner<T, D, true, tiled::Values::resident>(p, function, stream)

@@ -4,6 +4,10 @@ How a group's gradient travels without a side channel: the owner op returns, for
 that hold nothing) with the shapes of the consumer's output and values, and one float32 slot for delta. A consumer takes
 them as inputs and returns dO, V and rowsum(dO * O) as their *cotangents*. Autograd adds the deltas and calls the owner's
 backward once, after every consumer's.
+
+Shared keys and values: each layer takes the float32 slots of the one before and returns slots of its own, so that the sums of
+dK and dV go from the last layer's backward to the first's, each of which adds its own in its kernel (autograd's additions
+would read and write them three times a layer).
 """
 
 from __future__ import annotations
@@ -73,7 +77,7 @@ def _(q, k, v, lengths, first_key, causal, scale):
 
 
 @torch.library.register_fake("effcore::attention_bwd")
-def _(dout, q, k, v, out, lse, lengths, first_key, causal, scale, accumulate_kv):
+def _(dout, q, k, v, out, lse, lengths, first_key, causal, scale, accumulate_kv, dk_sum=None, dv_sum=None):
     kv_dtype = _statistics_dtype(q.dtype) if accumulate_kv else q.dtype
     return _like(q), _like(k, kv_dtype), _like(v, kv_dtype)
 
@@ -122,7 +126,8 @@ def _(k, v):
 def _(q, k, v, k_slot, v_slot, lengths, first_key, causal, scale):
     batch, heads, queries, _ = q.shape
     lse = q.new_empty((batch, heads, queries), dtype=_statistics_dtype(q.dtype))
-    return _heads(q, batch, heads, queries, v.shape[3]), lse
+    slots = (_slot(k, t.shape, t.dtype) for t in (k_slot, v_slot))
+    return _heads(q, batch, heads, queries, v.shape[3]), lse, *slots
 
 
 @torch.library.register_fake("effcore::decode_attention")
@@ -229,19 +234,23 @@ class _AttentionSharedKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, k_slot, v_slot, lengths, first_key, causal, scale):
         with below_autograd():
-            out, lse = _ops.attention_shared_kv.default(q, k, v, k_slot, v_slot, lengths, first_key, causal, scale)
+            out, lse, k_next, v_next = _ops.attention_shared_kv.default(
+                q, k, v, k_slot, v_slot, lengths, first_key, causal, scale
+            )
         ctx.save_for_backward(q, k, v, out, lse, lengths, first_key)
         ctx.static = causal, scale
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, lse, k_next, v_next
 
     @staticmethod
-    def backward(ctx: Any, dout, _dlse):
+    def backward(ctx: Any, dout, _dlse, dk_sum, dv_sum):
         if dout is None:
-            return (None,) * 9
+            return None, None, None, dk_sum, dv_sum, None, None, None, None
         q, k, v, out, lse, lengths, first_key = ctx.saved_tensors
-        dq, dk, dv = _ops.attention_bwd.default(dout, q, k, v, out, lse, lengths, first_key, *ctx.static, True)
+        dq, dk, dv = _ops.attention_bwd.default(
+            dout, q, k, v, out, lse, lengths, first_key, *ctx.static, True, dk_sum, dv_sum
+        )
         return dq, None, None, dk, dv, None, None, None, None
 
 

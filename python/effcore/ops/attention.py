@@ -101,7 +101,8 @@ class SharedScores:
 
 
 class SharedKV:
-    """Keys and values of one layer (after RoPE), for any number of consumer layers. Their gradients add up in float32."""
+    """Keys and values of one layer (after RoPE), for any number of consumer layers. Their gradients add up in float32, from the
+    layer that used them last to the first: its slots are those of the layer that used it last."""
 
     __slots__ = ("k", "k_slot", "v", "v_slot")
 
@@ -267,9 +268,12 @@ def attention_shared_kv(
     if not isinstance(shared, SharedKV):
         raise TypeError(f"effcore.attention_shared_kv: shared must be a SharedKV, got {type(shared).__name__}")
     q = q.to(shared.k.dtype) if torch.is_autocast_enabled(q.device.type) else q
-    return _autograd.attention_shared_kv(
+    out, _, k_slot, v_slot = _autograd.attention_shared_kv(
         q, shared.k, shared.v, shared.k_slot, shared.v_slot, lengths, first_key, causal, scale
-    )[0]
+    )
+    if k_slot.requires_grad:  # the next layer's sums of dK and dV pass through this one's backward
+        shared.k_slot, shared.v_slot = k_slot, v_slot
+    return out
 
 
 def decode_attention(
