@@ -183,7 +183,9 @@ namespace tiled = effcore::cuda::hopper;
 // Of a head's dS, and of its P where that is not kept.
 template <class T>
 std::int64_t scores_bytes(std::int64_t queries, std::int64_t keys, bool causal, bool from_probs) {
-  return effcore::attention::probs_elements(queries, keys, causal) * static_cast<std::int64_t>(sizeof(T)) * (from_probs ? 1 : 2);
+  Shape shape{};
+  shape.queries = static_cast<int>(queries), shape.keys = static_cast<int>(keys), shape.causal = causal;
+  return probs_elements_of(shape) * static_cast<std::int64_t>(sizeof(T)) * (from_probs ? 1 : 2);
 }
 
 template <class T, int D>
