@@ -148,13 +148,13 @@ constexpr const char* shared_backward_name = "attention_from_scores_bwd";
 constexpr const char* decode_name = "decode_attention";
 constexpr const char* decode_probs_name = "decode_from_probs";
 
-// Calls body(hopper::BackwardKernels<T, D>{}) where those serve these inputs; whether it did.
+// Calls body(hopper::BackwardKernels<T, D>{}) where those serve these tensors; whether it did.
 template <class T, int D, class Body>
-bool try_hopper_backward(Kernels<T, D>, const Problem& p, const std::vector<const TensorView*>& inputs, const void* probs,
+bool try_hopper_backward(Kernels<T, D>, const Problem& p, const std::vector<const TensorView*>& tensors, const void* probs,
                          const char* function, Body&& body) {
 #ifdef EFFCORE_HOPPER
   if constexpr (sizeof(T) == 2 && D <= 128)
-    if (on_hopper(function) && hopper::serves_backward(p, inputs, probs != nullptr)) {
+    if (on_hopper(function) && hopper::serves_backward(p, tensors, probs != nullptr)) {
       body(hopper::BackwardKernels<T, D>{});
       return true;
     }
@@ -162,17 +162,19 @@ bool try_hopper_backward(Kernels<T, D>, const Problem& p, const std::vector<cons
   return false;
 }
 
-std::vector<const TensorView*> inputs_of(const Backward& args) {
-  std::vector<const TensorView*> inputs{&args.q, &args.k};
-  for (int l = 0; l < args.layers; ++l) inputs.push_back(&args.dout[l]), inputs.push_back(&args.v[l]);
-  return inputs;
+std::vector<const TensorView*> tensors_of(const Backward& args) {
+  std::vector<const TensorView*> tensors{&args.q, &args.k, &args.dq, &args.dk, &args.dv};
+  for (const TensorView* sum : {&args.dk_sum, &args.dv_sum})
+    if (sum->data != nullptr) tensors.push_back(sum);
+  for (int l = 0; l < args.layers; ++l) tensors.push_back(&args.dout[l]), tensors.push_back(&args.v[l]);
+  return tensors;
 }
 
 template <class K>
 PlannedBackward backward_plan(const Backward& args, K kernels) {
   PlannedBackward planned{};
   const auto hopper_plan = [&](auto hopper) { planned.plan = hopper.plan(args.problem, args.probs != nullptr, args.layers); };
-  planned.on_hopper = try_hopper_backward(kernels, args.problem, inputs_of(args), args.probs, backward_name, hopper_plan);
+  planned.on_hopper = try_hopper_backward(kernels, args.problem, tensors_of(args), args.probs, backward_name, hopper_plan);
   if (!planned.on_hopper) planned.plan = kernels.backward_plan(args.probs != nullptr, args.layers, backward_name);
   return planned;
 }
@@ -256,7 +258,7 @@ void shared_backward(const SharedBackward& args, const Launch& launch) {
   dispatch(p, shared_backward_name, [&](auto kernels) {
     kernels.delta(delta, shared_backward_name, stream_of(launch));
     const auto take = [&](auto hopper) { hopper.values(params, shared_backward_name, stream_of(launch)); };
-    if (!try_hopper_backward(kernels, p, {&args.q, &args.k, &args.dout}, args.probs, shared_backward_name, take))
+    if (!try_hopper_backward(kernels, p, {&args.q, &args.k, &args.dout, &args.dv}, args.probs, shared_backward_name, take))
       kernels.shared_backward(params, shared_backward_name, stream_of(launch));
   });
 }
@@ -295,7 +297,7 @@ void backward(const Backward& args, const Launch& launch) {
     params.ticket = space.turns + space.turn_count - 1;
     kernels.delta(delta, backward_name, stream_of(launch));
     const auto take = [&](auto hopper) { hopper.owner(params, backward_name, stream_of(launch)); };
-    if (!try_hopper_backward(kernels, p, inputs_of(args), args.probs, backward_name, take))
+    if (!try_hopper_backward(kernels, p, tensors_of(args), args.probs, backward_name, take))
       kernels.backward(params, plan.compact, backward_name, stream_of(launch));
   });
 }

@@ -158,3 +158,14 @@ def backward_grid() -> list[Case]:
                 change(sized, layers=2, queries=450, keys=77),  # rows that see nothing
             ]
     return cases
+
+
+def kv_grid() -> list[Case]:
+    """Layers on shared keys and values, on every kernel that adds to the float32 sums of the layer behind it."""
+    base = Case(queries=320, keys=450, heads=4, kv_heads=2, layers=3)
+    return [
+        dataclasses.replace(base, dtype=dtype, dim=dim, value_dim=value_dim, layout=layout, lengths=layout == "head")
+        for dtype in DTYPES
+        for dim, value_dim in ((64, 64), (128, 128), (40, 72), (256, 256))
+        for layout in ("head", "token", "sliced")
+    ]

@@ -31,7 +31,16 @@ for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")): 
 
 from effcore.ops import attention as ops  # noqa: E402
 from effcore.reference import attention as reference  # noqa: E402
-from tests.cuda.attention_problems import DTYPES, FLOOR, Case, backward_grid, grid, tensor, visibility  # noqa: E402
+from tests.cuda.attention_problems import (  # noqa: E402
+    DTYPES,
+    FLOOR,
+    Case,
+    backward_grid,
+    grid,
+    kv_grid,
+    tensor,
+    visibility,
+)
 
 
 def poison() -> None:
@@ -64,6 +73,16 @@ def group(
     if len(values) > 1:
         named |= {"out_n": outs[-1], "dv_n": gradients[-1]}
     return {name: x.detach() for name, x in named.items()}
+
+
+def kv_group(module, queries: list[Tensor], k: Tensor, v: Tensor, grads: list[Tensor], **options) -> dict[str, Tensor]:
+    """Layers with queries of their own on shared keys and values, forward and backward."""
+    shared = module.share_kv(k, v)
+    outs = [module.attention_shared_kv(q, shared, **options) for q in queries]
+    gradients = torch.autograd.grad(outs, (k, v, *queries), grads)
+    return {"out": outs[-1].detach()} | dict(
+        zip(("dk", "dv", "dq", "dq_n"), (*gradients[:3], gradients[-1]), strict=True)
+    )
 
 
 def sdpa_group(
@@ -119,6 +138,43 @@ def check(case: Case, keep: str) -> dict:
         ours, peer = error(x, exact[name]), error(theirs[name], exact[name])
         row["errors"][name] = (ours, peer)
         worst = max(worst, ours / max(2 * peer, floor))
+    return row | {"worst": worst, "passed": worst <= 1.0 and row["identical"]}
+
+
+def check_kv(case: Case) -> dict:
+    """The float32 sums of dK and dV over ``case.layers`` layers, against SDPA's 16-bit layers added up by autograd."""
+    k, v = tensor(case, case.kv_heads, case.keys, case.dim), tensor(case, case.kv_heads, case.keys, case.value_dim)
+    queries = [tensor(case, case.heads, case.queries, case.dim) for _ in range(case.layers)]
+    grads = [tensor(case, case.heads, case.queries, case.value_dim, False) for _ in range(case.layers)]
+    seen = visibility(case)
+    options = dict(causal=case.causal, scale=case.scale, **seen)
+    runs = []
+    for _ in range(2):
+        poison()
+        runs.append(kv_group(ops, queries, k, v, grads, **options))
+    doubles = [t.detach().double().requires_grad_() for t in (k, v, *queries)]
+    exact = kv_group(reference, doubles[2:], *doubles[:2], [g.double() for g in grads], **options)
+    mask = reference.visible(case.batch, case.queries, case.keys, causal=case.causal, device=k.device, **seen)[:, None]
+    kk, vv, *qs = (t.detach().contiguous().requires_grad_() for t in (k, v, *queries))
+    outs = [
+        F.scaled_dot_product_attention(
+            q,
+            reference.repeat_kv(kk, case.heads),
+            reference.repeat_kv(vv, case.heads),
+            attn_mask=mask,
+            scale=case.scale,
+        )
+        for q in qs
+    ]
+    theirs = torch.autograd.grad(outs, (kk, vv, *qs), [g.contiguous() for g in grads])
+    peers = {"out": outs[-1].detach()} | dict(zip(("dk", "dv", "dq", "dq_n"), (*theirs[:3], theirs[-1]), strict=True))
+    row = {
+        "case": "kv " + case.name(),
+        "keep": "",
+        "identical": all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0]),
+        "errors": {n: (error(x, exact[n]), error(peers[n].nan_to_num(), exact[n])) for n, x in runs[0].items()},
+    }
+    worst = max(ours / max(2 * peer, FLOOR[case.dtype]) for ours, peer in row["errors"].values())
     return row | {"worst": worst, "passed": worst <= 1.0 and row["identical"]}
 
 
@@ -311,6 +367,7 @@ def run_small() -> None:
             )
             for keep in ("lse", "probs"):
                 group(ops, q, k, values, grads, keep, causal=True, **visibility(case))
+            kv_group(ops, [q] * 2, k, values[0], grads[:2], causal=True, **visibility(case))
             # The backward holds the values of one layer, of a few and of many in other places.
             if layout == "head" and dim <= 128 and dtype != "fp32":
                 group(ops, q, k, values[:1], grads[:1], "lse", causal=True, **visibility(case))
@@ -361,6 +418,8 @@ def main() -> int:
     for case in cases:
         for keep in ("lse", "probs"):
             attempt(case.name(), lambda case=case, keep=keep: check(case, keep))
+    for case in kv_grid():
+        attempt("kv " + case.name(), lambda case=case: check_kv(case))
     for case in decode:
         attempt("decode " + case.name(), lambda case=case: check_decode(case))
     attempt("special", check_special)

@@ -188,7 +188,9 @@ def test_kv_group_under_checkpointing_and_compiled():
         return torch.autograd.grad(out.square().sum(), leaves)
 
     plain = run(lambda f, *x: f(*x))
-    whole = torch.compile(lambda k, v, *q: tuple(kv_group(ops, q, k, v, causal=True)), fullgraph=True, backend="aot_eager")
+    whole = torch.compile(
+        lambda k, v, *q: tuple(kv_group(ops, q, k, v, causal=True)), fullgraph=True, backend="aot_eager"
+    )
     for a, b in zip(plain, run(lambda f, *x: checkpoint(f, *x, use_reentrant=False)), strict=True):
         torch.testing.assert_close(a, b)
     leaves = leaves_of(*tensors)

@@ -1,9 +1,10 @@
-// Backward of a layer group's owner on sm_90a (one layer is plain attention), D = Dv = 64 or 128, 16-bit:
+// Backward of a layer group's owner on sm_90a in one kernel (one layer is plain attention), P from lse, D = Dv = 64 or 128, 16-bit:
 //
-//   P = exp(S - lse), or read;   dv = P^T dout_0;   dP = sum_l dout_l v_l^T;   dS = P * (dP - delta)
+//   P = exp(S - lse);   dv = P^T dout_0;   dP = sum_l dout_l v_l^T;   dS = P * (dP - delta)
 //   dk = scale dS^T q;   dq = scale dS k
 //
-// Bound: 4 + layers products of 2 * queries * keys * dim FLOPs, one less with P kept (half causal).
+// Bound: 4 + layers products of 2 * queries * keys * dim FLOPs (half causal). Where P is kept, or many layers share it, dS goes
+// through device memory instead (backward_scores.cuh).
 //
 // Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T: a warpgroup owns 64 keys, and P^T and dS^T leave the
 // accumulators as the A operand of the products that give dv and dk, which stay in registers. dS alone passes through shared
@@ -14,15 +15,13 @@
 // dq is added up in device memory over the blocks of keys, in turns (turns.cuh). A pass of its own for dq would recompute S and
 // every dP: layers + 2 products more. Where shared memory has 32 KiB to spare (all but four layers and more at D = 128, five
 // and more at D = 64), a part of dq waits there for its turn, one helper warp adds it by a bulk reduction and passes the turn
-// on, and the consumers go on; a small kernel then scales and rounds the sums (backward_dq.cuh). Else the consumers add from
-// registers, and the last of them rounds. What this is worth (H200, length 8192, 16k tokens of H * D = 2048, one layer, causal,
-// with the kernels for delta and for rounding): D = 128 2.79 ms against 3.18 from registers, D = 64 3.35 against 3.55. By
-// itself this kernel takes 2.58 and 3.17: rounding costs more than its bytes need, for its stores are of 16 bytes a row.
+// on, and the consumers go on. Else the consumers add from registers. With the last part, for which they wait in either case, they
+// scale and round the sum: causal, that is one step in a block's walk at D = 64 and two at 128.
 //
 // Shared memory (OwnerTiles): K; V of all layers, or a ring of them; rings of Q, of dout_l, and of slots that hold dS
-// [queries x keys] and, before it, kept P. Layers go from the last to the first, and dP before S where there are several: one
-// stage of Q is then enough, since the next Q arrives behind layers - 1 products. dout wants a deep ring: an item is multiplied
-// in less time than it takes to arrive (four layers at D = 128: 348 TFLOP/s with two stages, 387 with three).
+// [queries x keys]. Layers go from the last to the first, and dP before S where there are several: one stage of Q is then
+// enough, since the next Q arrives behind layers - 1 products. dout wants a deep ring: an item is multiplied in less time than it
+// takes to arrive (four layers at D = 128: 348 TFLOP/s with two stages, 387 with three).
 #pragma once
 #include "attention/hopper/backward_helpers.cuh"
 
@@ -44,27 +43,23 @@ __device__ __forceinline__ void add_dq(const OwnerParams& p, const StepInfo& inf
 
 // The last part, and with it all of dq, scaled and rounded.
 template <class T, int D, int queries>
-__device__ __forceinline__ void store_dq(const OwnerParams& p, const StepInfo& info, const float (&dq)[32], int warpgroup) {
+__device__ __forceinline__ void store_dq(const OwnerParams& p, const StepInfo& info, float (&dq)[32], int warpgroup) {
   const Shape& s = p.shape;
-  const float4* const sums = sums_of<queries * D>(p.dq_sums, info.slot, warpgroup);
-  const float scale = s.negative ? -s.scale : s.scale;
-  const int query_blocks = (s.queries + queries - 1) / queries, row = info.slot / query_blocks;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int query = info.query0 + (queries == 128 ? 64 * warpgroup : 0) + 16 * warp + lane / 4;
-  const int column0 = (D == 128 ? 64 * warpgroup : 0) + 2 * (lane % 4);
-  T* const to = attention::row_of<T>(p.dq, row / s.heads, row % s.heads, query);
+  if (!(info.flags & step_first)) {
+    const float4* const sums = sums_of<queries * D>(p.dq_sums, info.slot, warpgroup);
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const float4 before = info.flags & step_first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg(sums + n * 128);
-    if (query < s.queries)
-      store_pair(to, column0 + 8 * n, D, p.dq.paired, (before.x + dq[4 * n]) * scale, (before.y + dq[4 * n + 1]) * scale);
-    if (query + 8 < s.queries)
-      store_pair(to + 8 * p.dq.stride[2], column0 + 8 * n, D, p.dq.paired, (before.z + dq[4 * n + 2]) * scale,
-                 (before.w + dq[4 * n + 3]) * scale);
+    for (int n = 0; n < 8; ++n) {
+      const float4 before = __ldcg(sums + n * 128);
+      dq[4 * n] += before.x, dq[4 * n + 1] += before.y, dq[4 * n + 2] += before.z, dq[4 * n + 3] += before.w;
+    }
   }
+  const float scale = s.negative ? -s.scale : s.scale, factor[2] = {scale, scale};
+  const int row = info.slot / ((s.queries + queries - 1) / queries), lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int query = info.query0 + (queries == 128 ? 64 * warpgroup : 0) + 16 * warp + lane / 4;
+  store_rows<T, 64>(p.dq, row / s.heads, row % s.heads, query, s.queries, D == 128 ? 64 * warpgroup : 0, dq, factor);
 }
 
-template <class T, int D, bool from_probs, Values values>
+template <class T, int D, Values values>
 __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
                                               const Visibility& seen, int batch, int kv_head, int block) {
   using Tiles = OwnerTiles<D, values>;
@@ -149,21 +144,14 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     start_dq();
     const std::uint32_t q_at = base + Tiles::q_at + q.stage * Tiles::queries_bytes;
     std::uint32_t pa[queries / 16][4];  // P^T, rounded
-    float st[from_probs ? 1 : queries / 2];
+    float st[queries / 2];
     const auto start_scores = [&] {
       control.q.wait_full(q);
-      if constexpr (!from_probs) {
-        pin(st);
-        wgmma_begin();
-        multiply<T, queries, D / 16>(st, k_rows, SharedOperand<false>(q_at, queries), false);
-        wgmma_commit();
-      }
+      pin(st);
+      wgmma_begin();
+      multiply<T, queries, D / 16>(st, k_rows, SharedOperand<false>(q_at, queries), false);
+      wgmma_commit();
     };
-    if constexpr (Tiles::pooled && from_probs)
-      if (p.layers == 1) {
-        scores = item, item.next(p.dout_stages);
-        control.dout.wait_full(item);
-      }
     if constexpr (values == Values::one) {
       start_scores();
       wgmma_wait<1>();
@@ -178,8 +166,6 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
       const auto next_layer = [&](int layer) {
         const Turn<Tiles::most_stages> done = item;
         item.next(p.dout_stages);
-        if constexpr (Tiles::pooled && from_probs)
-          if (layer == 0) scores = item, item.next(p.dout_stages);
         control.dout.wait_full(item);
         if (layer == 0) start_scores();
         start_dp(layer, true);
@@ -187,23 +173,15 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
         if (lane == 0) control.dout.release(done);
       };
       for (int layer = p.layers - 2; layer > 0; --layer) next_layer(layer);
-      if (!from_probs || p.layers > 1)
-        next_layer(0);
-      else
-        start_scores();
+      next_layer(0);
     }
     const StepInfo info = control.info[q.stage];
     const float* const statistics = reinterpret_cast<const float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries;
     const bool masked = info.flags & step_masked;
-    if constexpr (from_probs) {
-      scores_ring.wait_full(scores);
-      load_transposed<queries>(pa, scores_at(scores.stage) + place, 2 * tile_bytes);
-    } else {
-      pin(st);
-      exponentiate<queries>(st, statistics, s.negative ? -s.scale_log2 : s.scale_log2, masked, seen, key0 + 16 * warp,
-                            info.query0, s.queries - 1);
-      round_operand<T, queries>(pa, st);
-    }
+    pin(st);
+    exponentiate<queries>(st, statistics, s.negative ? -s.scale_log2 : s.scale_log2, masked, seen, key0 + 16 * warp,
+                          info.query0, s.queries - 1);
+    round_operand<T, queries>(pa, st);
     pin(dv);
     wgmma_begin();
     multiply<T, D, queries / 16>(dv, pa,
@@ -230,13 +208,14 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
 #pragma unroll
     for (int i = 0; i < queries / 4; ++i) {
       const float2 probs = unpack<T>(pa[i / 4][i % 4]);
-      ds[i / 4][i % 4] = pack<T>(probs.x * dp[2 * i], probs.y * dp[2 * i + 1]);
+      ds[i / 4][i % 4] = cuda::pack<T>(probs.x * dp[2 * i], probs.y * dp[2 * i + 1]);
     }
-    if constexpr (Tiles::pooled && !from_probs) scores = item, scores.next(p.dout_stages);
-    if constexpr (Tiles::pooled && !from_probs)
+    if constexpr (Tiles::pooled) {
+      scores = item, scores.next(p.dout_stages);
       scores_ring.wait_full(scores);
-    else if constexpr (!from_probs)
+    } else {
       scores_ring.wait_empty(scores);
+    }
     store_transposed<queries>(scores_at(scores.stage) + place, 2 * tile_bytes, ds);
     fence_async();
     __syncwarp();
@@ -252,8 +231,10 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     before = info;
     q_before = q, q.next();
     scores_before = scores;
-    if constexpr (!Tiles::pooled) scores.next();
-    if constexpr (Tiles::pooled && !from_probs) item.next(p.dout_stages);
+    if constexpr (Tiles::pooled)
+      item.next(p.dout_stages);
+    else
+      scores.next();
     ++count;
     control.dout.wait_full(item);
     more = control.more[item.stage];
@@ -270,7 +251,7 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
   store_keys<T, D>(p.dk, p.float_dk, p.dk_sum, batch, kv_head, key0 + 16 * warp, s.keys, dk, scale);
 }
 
-template <class T, int D, bool from_probs, Values values>
+template <class T, int D, Values values>
 __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid_constant__ OwnerParams p) {
   using Tiles = OwnerTiles<D, values>;
   extern __shared__ __align__(1024) char shared[];
@@ -292,12 +273,12 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
   if (threadIdx.x < helper_threads) {
     cutlass::arch::warpgroup_reg_dealloc<Tiles::Registers::helper>();
     if (threadIdx.x < 32)
-      owner_produce<T, D, from_probs, values>(p, shared, control, seen, batch, kv_head, work.block);
+      owner_produce<T, D, values>(p, shared, control, seen, batch, kv_head, work.block);
     else if (threadIdx.x < 64)
       owner_take_turns<D, values>(p, shared, control, seen, batch, kv_head, work.block);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();
-    owner_consume<T, D, from_probs, values>(p, shared, control, seen, batch, kv_head, work.block);
+    owner_consume<T, D, values>(p, shared, control, seen, batch, kv_head, work.block);
   }
 }
 

@@ -8,10 +8,10 @@
 
 namespace effcore::cuda::attention::hopper {
 
-// Whether these kernels take a backward on the current device: 16-bit, head_dim == value_dim of 64 or 128, and inputs that TMA
+// Whether these kernels take a backward on the current device: 16-bit, head_dim == value_dim of 64 or 128, and tensors that TMA
 // can read (rows that start at multiples of 16 bytes, no dimension expanded from one element). What is not taken is left to the
 // portable kernels.
-bool serves_backward(const Problem& problem, std::span<const TensorView* const> inputs, bool from_probs);
+bool serves_backward(const Problem& problem, std::span<const TensorView* const> tensors, bool from_probs);
 
 template <class T, int D>
 struct BackwardKernels {

@@ -6,7 +6,7 @@
 namespace effcore::cuda::hopper {
 
 // Warp 0: brings tiles, lse and delta.
-template <class T, int D, bool from_probs, Values values>
+template <class T, int D, Values values>
 __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
                                               const Visibility& seen, int batch, int kv_head, int block) {
   using Tiles = OwnerTiles<D, values>;
@@ -26,7 +26,6 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
   }
   Turn<Tiles::q_stages> q;
   Turn<Tiles::most_stages> item;
-  Turn<Tiles::scores_stages> scores;
   const auto dout_tile = [&] { return shared + Tiles::dout_at + item.stage * Tiles::queries_bytes; };
   char* const values_at = shared + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes;
   for (; step.exists(); step = steps.next()) {
@@ -43,29 +42,17 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
       }
       item.next(p.dout_stages);
     };
-    // The slot for dS where it stands in dout's ring, and kept P, which comes into it.
-    const auto fill = [&](auto& ring, auto& turn, char* to) {
-      ring.wait_empty(turn);
-      if (lane != 0) return;
-      if constexpr (Tiles::pooled) control.more[turn.stage] = true;
-      if constexpr (from_probs) {
-        ring.expect(turn, Tiles::scores_bytes);
-        load_probs_tiles(p.probs, &ring.full[turn.stage], to, s, row, query0, key0, queries, keys);
-      } else {
-        Barrier::arrive(&ring.full[turn.stage]);
-      }
-    };
-    const auto load_slot = [&] {
+    const auto load_slot = [&] {  // the slot for dS where it stands in dout's ring
       if constexpr (Tiles::pooled) {
-        fill(control.dout, item, dout_tile());
+        control.dout.wait_empty(item);
+        if (lane == 0) {
+          control.more[item.stage] = true;
+          Barrier::arrive(&control.dout.full[item.stage]);
+        }
         item.next(p.dout_stages);
-      } else if constexpr (from_probs) {
-        fill(control.scores, scores, shared + Tiles::scores_at + scores.stage * Tiles::scores_bytes);
-        scores.next();
       }
     };
     // The first item before Q: with one stage of Q, the one before is released only behind the first product.
-    if (Tiles::pooled && from_probs && p.layers == 1) load_slot();
     if constexpr (values != Values::one) load_item(p.layers - 1);
     control.q.wait_empty(q);
     if (lane == 0)
@@ -77,7 +64,7 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
     for (int i = lane; i < queries; i += 32) {
       const int query = query0 + i;
       const std::int64_t at = static_cast<std::int64_t>(row) * s.queries + query;
-      const float lse = !from_probs && query < s.queries ? p.lse[at] : -INFINITY;
+      const float lse = query < s.queries ? p.lse[at] : -INFINITY;
       statistics[i] = lse == -INFINITY ? INFINITY : lse * log2e;
       statistics[queries + i] = query < s.queries ? p.delta[at] : 0.0f;
     }
@@ -90,13 +77,9 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
           (masked ? step_masked : 0) | (block == met.first ? step_first : 0) | (block == met.last ? step_last : 0)};
     }
     control.q.expect_by_warp(q, Tiles::queries_bytes);
-    if (!Tiles::pooled && from_probs && p.layers == 1) load_slot();
     if constexpr (values != Values::one)
-      for (int l = p.layers - 2; l >= 0; --l) {
-        if (from_probs && l == 0) load_slot();
-        load_item(l);
-      }
-    if constexpr (!from_probs) load_slot();
+      for (int l = p.layers - 2; l >= 0; --l) load_item(l);
+    load_slot();
     q.next();
   }
   control.dout.wait_empty(item);

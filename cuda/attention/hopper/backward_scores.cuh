@@ -46,7 +46,8 @@ struct ScoresPiece {
 
 struct ScoresControl {
   Ring<ScoresTiles::stages> ring;
-  BarrierWord probs_full[ScoresTiles::warpgroups], probs_empty[ScoresTiles::warpgroups];
+  // The tiles of P and dS: have been written, by the warpgroup; are there, or free, for the warpgroup.
+  BarrierWord handed[ScoresTiles::warpgroups], yours[ScoresTiles::warpgroups];
   ScoresPiece piece[ScoresTiles::stages];
   bool more[ScoresTiles::stages];
 };
@@ -121,18 +122,57 @@ __device__ __forceinline__ void scores_produce(const ScoresParams& p, char* shar
   Barrier::arrive(&control.ring.full[turn.stage]);
 }
 
-// One thread: tiles of P.
-__device__ __forceinline__ void scores_produce_probs(const ScoresParams& p, char* shared, ScoresControl& control, ScoresWalk walk,
-                                                     int block) {
+// One thread a warpgroup: brings its tiles of P and takes dS away; where P is made, takes that away too.
+template <bool from_probs>
+__device__ __forceinline__ void scores_carry(const ScoresParams& p, char* shared, ScoresControl& control, ScoresWalk walk,
+                                             int block, int warpgroup) {
   using Tiles = ScoresTiles;
+  constexpr int tile = attention::probs_tile, across = Tiles::keys / tile, bytes = Tiles::probs_bytes / Tiles::warpgroups;
+  const Shape& s = p.shape;
+  char* const tiles = shared + warpgroup * bytes;
+  const std::int64_t head_tiles = attention::probs_elements_of(s) / (tile * tile);
+  const auto query0 = [&](const ScoresPiece& piece) { return piece.query0 + block * Tiles::queries + 64 * warpgroup; };
+  // Calls body(i, row of the kept tensor) for those of the piece's tiles that are stored.
+  const auto for_stored = [&](const ScoresPiece& piece, auto&& body) {
+    const int strip = query0(piece) / tile, tile0 = piece.key0 / tile;
+    const int stored = query0(piece) < s.queries ? attention::probs_tiles(s, strip) : 0;
+    if (tile0 >= stored) return;
+    const std::int64_t before = piece.row * head_tiles + attention::probs_tiles_before(s, strip) + tile0;
+    for (int i = 0; i < across && tile0 + i < stored; ++i) body(i, static_cast<int>((before + i) * tile));
+  };
+  const auto bring = [&](const ScoresPiece& piece) {
+    Barrier::arrive_and_expect_tx(&control.yours[warpgroup], bytes);
+    load_probs_tiles(p.probs, &control.yours[warpgroup], tiles, s, piece.row, query0(piece), piece.key0, 64, Tiles::keys);
+  };
   std::uint32_t phase = 0;
-  for (ScoresPiece piece; walk.next(piece); phase ^= 1)
-    for (int w = 0; w < Tiles::warpgroups; ++w) {
-      Barrier::wait(&control.probs_empty[w], phase);
-      Barrier::arrive_and_expect_tx(&control.probs_full[w], Tiles::probs_bytes / Tiles::warpgroups);
-      load_probs_tiles(p.probs, &control.probs_full[w], shared + w * (Tiles::probs_bytes / Tiles::warpgroups), p.shape, piece.row,
-                       piece.query0 + block * Tiles::queries + 64 * w, piece.key0, 64, Tiles::keys);
+  const auto take = [&](const CUtensorMap& map, const ScoresPiece& piece) {
+    Barrier::wait(&control.handed[warpgroup], phase);
+    phase ^= 1;
+    for_stored(piece, [&](int i, int row) { cute::SM90_TMA_STORE_2D::copy(&map, tiles + i * Tiles::tile_bytes, 0, row); });
+    cute::tma_store_arrive();
+    cute::tma_store_wait<0>();  // it has been read
+  };
+
+  ScoresPiece piece, next;
+  bool more = walk.next(piece);
+  if constexpr (from_probs) {
+    if (more) bring(piece);
+    while (more) {
+      more = walk.next(next);
+      if (more) for_stored(next, [&](int, int row) { cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&p.probs, 0, row); });
+      take(p.ds, piece);
+      piece = next;
+      if (more) bring(piece);
     }
+  } else {
+    Barrier::arrive(&control.yours[warpgroup]);
+    for (; more; more = walk.next(piece)) {
+      take(p.probs, piece);
+      Barrier::arrive(&control.yours[warpgroup]);
+      take(p.ds, piece);
+      Barrier::arrive(&control.yours[warpgroup]);
+    }
+  }
 }
 
 // One warpgroup: 64 queries x 256 keys.
@@ -155,7 +195,7 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
 
   float x[Tiles::keys / 2];
   Turn<Tiles::stages> turn;
-  const auto multiply_panels = [&](int steps, auto&& meanwhile) {
+  const auto multiply_panels = [&](int steps) {
     int before = 0;
     const auto release = [&] {
       if (lane < Tiles::cluster) Barrier::arrive(&control.ring.empty[before], static_cast<std::uint32_t>(lane), 1);
@@ -170,8 +210,6 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
       if (step > 0) {
         wgmma_wait<1>();
         release();
-      } else {
-        meanwhile();
       }
       before = turn.stage;
     }
@@ -179,35 +217,34 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
     pin(x);
     release();
   };
+  std::uint32_t phase = 0;
+  const auto wait_for_tiles = [&] {
+    Barrier::wait(&control.yours[warpgroup], phase);
+    phase ^= 1;
+  };
   const auto store_tile = [&](int j, const std::uint32_t (&tile)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(j)), "r"(tile[0]), "r"(tile[1]),
                  "r"(tile[2]), "r"(tile[3])
                  : "memory");
   };
-  const auto send = [&](const CUtensorMap& map, int strip0, const ScoresPiece& piece) {  // the warp's rows of stored tiles
-    constexpr int tile = attention::probs_tile;
+  const auto hand_over = [&] {
     fence_async();
     __syncwarp();
-    if (lane != 0) return;
-    const std::int64_t head_tiles = attention::probs_elements_of(s) / (tile * tile);
-    const int strip = strip0 / tile, tile0 = piece.key0 / tile;
-    const int stored = strip0 < s.queries ? attention::probs_tiles(s, strip) : 0;
-    const std::int64_t tiles = piece.row * head_tiles + (stored > 0 ? attention::probs_tiles_before(s, strip) : 0) + tile0;
-    for (int i = 0; i < Tiles::keys / tile && tile0 + i < stored; ++i)
-      cute::SM90_TMA_STORE_2D::copy(&map, shared + rows_at + i * Tiles::tile_bytes, 0, static_cast<int>((tiles + i) * tile) + 16 * warp);
-    cute::tma_store_arrive();
-  };
-  const auto sent = [&] {  // what was sent has been read
-    if (lane == 0) cute::tma_store_wait<0>();
-    __syncwarp();
+    if (lane == 0) Barrier::arrive(&control.handed[warpgroup]);
   };
 
-  for (std::uint32_t phase = 0;; phase ^= 1) {
+  for (;;) {
     control.ring.wait_full(turn);
     if (!control.more[turn.stage]) break;
     const ScoresPiece piece = control.piece[turn.stage];
     const int strip0 = piece.query0 + block * Tiles::queries + 64 * warpgroup, query = strip0 + 16 * warp + lane / 4;
     const std::int64_t row0 = static_cast<std::int64_t>(piece.row) * s.queries;
+    const Visibility seen(s, piece.row / s.heads);
+    const int first = min(strip0, s.queries - 1), last = min(first + 63, s.queries - 1);
+    const bool masked = piece.key0 + Tiles::keys > seen.end(first) || piece.key0 < seen.begin(last);
+    float delta[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) delta[i] = query + 8 * i < s.queries ? p.delta[row0 + query + 8 * i] : 0.0f;
     if constexpr (!from_probs) {
       float shift[2];
 #pragma unroll
@@ -215,11 +252,7 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
         const float lse = query + 8 * i < s.queries ? p.lse[row0 + query + 8 * i] : -INFINITY;
         shift[i] = lse == -INFINITY ? INFINITY : lse * log2e;
       }
-      multiply_panels(p.panels, [] {});
-      sent();  // dS of the piece before
-      const Visibility seen(s, piece.row / s.heads);
-      const int first = min(strip0, s.queries - 1), last = min(strip0 + 64, s.queries) - 1;
-      const bool masked = piece.key0 + Tiles::keys > seen.end(first) || piece.key0 < seen.begin(max(last, first));
+      multiply_panels(p.panels);
       const float scale = s.negative ? -s.scale_log2 : s.scale_log2;
 #pragma unroll
       for (int n = 0; n < Tiles::keys / 8; ++n)
@@ -237,28 +270,18 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
               if (8 * n + e < begin || 8 * n + e >= end) x[4 * n + 2 * i + e] = 0.0f;
         }
       }
+      wait_for_tiles();
 #pragma unroll
       for (int j = 0; j < blocks; ++j) {
         std::uint32_t tile[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) tile[i] = pack<T>(x[8 * j + 2 * i], x[8 * j + 2 * i + 1]);
+        for (int i = 0; i < 4; ++i) tile[i] = cuda::pack<T>(x[8 * j + 2 * i], x[8 * j + 2 * i + 1]);
         store_tile(j, tile);
       }
-      send(p.probs, strip0, piece);
+      hand_over();
     }
-    float delta[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) delta[i] = query + 8 * i < s.queries ? p.delta[row0 + query + 8 * i] : 0.0f;
-    multiply_panels(p.layers * p.panels, [&] {
-      if constexpr (from_probs) {
-        sent();
-        if (lane == 0) Barrier::arrive(&control.probs_empty[warpgroup]);
-      }
-    });
-    if constexpr (from_probs)
-      Barrier::wait(&control.probs_full[warpgroup], phase);
-    else
-      sent();
+    multiply_panels(p.layers * p.panels);
+    wait_for_tiles();
 #pragma unroll
     for (int j = 0; j < blocks; ++j) {
       std::uint32_t tile[4];
@@ -267,16 +290,19 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
                    : "r"(address(j))
                    : "memory");
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // values that nobody sees may be NaN
+      for (int i = 0; i < 4; ++i) {
         const float2 probs = unpack<T>(tile[i]);
-        const float low = probs.x * (x[8 * j + 2 * i] - delta[i % 2]), high = probs.y * (x[8 * j + 2 * i + 1] - delta[i % 2]);
-        tile[i] = pack<T>(probs.x == 0.0f ? 0.0f : low, probs.y == 0.0f ? 0.0f : high);
+        float low = x[8 * j + 2 * i] - delta[i % 2], high = x[8 * j + 2 * i + 1] - delta[i % 2];
+        if (masked) {  // values that nobody sees may be NaN
+          if (probs.x == 0.0f) low = 0.0f;
+          if (probs.y == 0.0f) high = 0.0f;
+        }
+        tile[i] = cuda::pack<T>(probs.x * low, probs.y * high);
       }
       store_tile(j, tile);
     }
-    send(p.ds, strip0, piece);
+    hand_over();
   }
-  sent();
 }
 
 template <class T, bool from_probs>
@@ -289,7 +315,7 @@ __global__ void __cluster_dims__(ScoresTiles::cluster, 1, 1) __launch_bounds__(b
   if (threadIdx.x == 0) {
     control.ring.init(Tiles::cluster * consumer_warps);
     for (int w = 0; w < Tiles::warpgroups; ++w)
-      Barrier::init(&control.probs_full[w], 1), Barrier::init(&control.probs_empty[w], 4);
+      Barrier::init(&control.handed[w], 4), Barrier::init(&control.yours[w], 1);
     cutlass::arch::fence_barrier_init();
   }
   cute::cluster_sync();
@@ -299,8 +325,8 @@ __global__ void __cluster_dims__(ScoresTiles::cluster, 1, 1) __launch_bounds__(b
     cutlass::arch::warpgroup_reg_dealloc<Tiles::Registers::helper>();
     if (threadIdx.x == 0)
       scores_produce<from_probs>(p, shared, control, walk, block);
-    else if (from_probs && threadIdx.x == 32)
-      scores_produce_probs(p, shared, control, walk, block);
+    else if (threadIdx.x % 32 == 0 && threadIdx.x / 32 <= Tiles::warpgroups)
+      scores_carry<from_probs>(p, shared, control, walk, block, static_cast<int>(threadIdx.x) / 32 - 1);
     __syncwarp();
     cute::cluster_sync();  // nobody ends while the other block still writes its memory or signals its barriers
   } else {

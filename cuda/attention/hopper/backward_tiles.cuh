@@ -7,6 +7,7 @@
 #include <cuda.h>
 
 #include "attention/backward_tiles.cuh"
+#include "attention/hopper/softmax.cuh"
 #include "hopper/pipeline.cuh"
 #include "hopper/wgmma.cuh"
 
@@ -42,7 +43,7 @@ struct OwnerTiles {
   static constexpr int dq_elements = queries * D;
   using Registers = std::conditional_t<D == 64, hopper::Registers<40, 232>, hopper::Registers<24, 240>>;
 
-  // At D = 128 the values of four layers leave room for three more tiles, so that dS and kept P take turns in dout's ring.
+  // At D = 128 the values of four layers leave room for three more tiles, so that dS takes its turn in dout's ring.
   static constexpr bool pooled = D == 128 && values == Values::resident;
   static_assert(!pooled || scores_bytes == queries_bytes);
   static constexpr int q_stages = D == 128 && values != Values::one ? 1 : 2;
@@ -87,7 +88,7 @@ template <class Tiles>
 struct OwnerControl {
   Ring<Tiles::q_stages> q;
   Ring<Tiles::most_stages> dout;
-  Ring<Tiles::scores_stages> scores;  // kept P arrives; the slot, which dS takes over, is free
+  Ring<Tiles::scores_stages> scores;  // the slot for dS is free
   BarrierWord ds[2];                  // dS has been written, of even and of odd steps
   BarrierWord k, turn, added, dq_free;
   StepInfo info[Tiles::q_stages];
@@ -106,7 +107,7 @@ struct OwnerParams {
   Tensor4 dk_sum, dv_sum;
   float* dq_sums;
   int *turns, *ticket;
-  CUtensorMap q, k, probs, dout[max_layers], v[max_layers];
+  CUtensorMap q, k, dout[max_layers], v[max_layers];
 };
 
 struct ValuesParams {
@@ -168,25 +169,14 @@ __device__ __forceinline__ void clear_unseen_keys(char* k, int key0, int begin, 
 template <class T, int queries>
 __device__ __forceinline__ void round_operand(std::uint32_t (&a)[queries / 16][4], const float (&x)[queries / 2]) {
 #pragma unroll
-  for (int i = 0; i < queries / 4; ++i) a[i / 4][i % 4] = pack<T>(x[2 * i], x[2 * i + 1]);
+  for (int i = 0; i < queries / 4; ++i) a[i / 4][i % 4] = cuda::pack<T>(x[2 * i], x[2 * i + 1]);
 }
 
-// This lane's place in tiles [64 queries x 64 keys], for the 8 x 8 blocks of 16 keys x 16 queries that ldmatrix and stmatrix
-// transpose; the next 16 queries stand 16 rows on.
+// This lane's place in tiles [64 queries x 64 keys], for the 8 x 8 blocks of 16 keys x 16 queries that stmatrix
+// transposes; the next 16 queries stand 16 rows on.
 __device__ __forceinline__ std::uint32_t transposed_place(int warp) {
   const int lane = threadIdx.x % 32, row = lane % 8 + (lane & 16) / 2, chunk = 2 * warp + (lane & 8) / 8;
   return static_cast<std::uint32_t>(row * panel_row_bytes + ((chunk ^ (lane % 8)) * 16));
-}
-template <int queries>
-__device__ __forceinline__ void load_transposed(std::uint32_t (&a)[queries / 16][4], std::uint32_t place, int tile_step) {
-#pragma unroll
-  for (int j = 0; j < queries / 16; ++j) {
-    const std::uint32_t from = place + j / 4 * tile_step + j % 4 * 16 * panel_row_bytes;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[j][0]), "=r"(a[j][1]), "=r"(a[j][2]), "=r"(a[j][3])
-                 : "r"(from)
-                 : "memory");
-  }
 }
 template <int queries>
 __device__ __forceinline__ void store_transposed(std::uint32_t place, int tile_step,
@@ -226,28 +216,49 @@ __device__ __forceinline__ void exponentiate(float (&s)[queries / 2], const floa
     }
 }
 
-// dk or dv of a warp's 16 keys, in the inputs' dtype or in float32 and then added to `sum`, if there is one.
+// dk or dv of a warp's 16 keys: in the inputs' dtype, or in float32 and then added to `sum`, if there is one. What is added is read
+// before anything is stored, or each read would wait for the store before it.
 template <class T, int D>
 __device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, const Tensor4& sum, int batch, int head, int key0,
-                                           int keys, const float (&x)[D / 2], float scale) {
-  const int lane = threadIdx.x % 32;
+                                           int keys, float (&x)[D / 2], float scale) {
+  const int lane = threadIdx.x % 32, key = key0 + lane / 4;
+  if (!in_float) {
+    const float factor[2] = {scale, scale};
+    store_rows<T, D>(to, batch, head, key, keys, 0, x, factor);
+    return;
+  }
+  // Neighbouring lanes exchange their parts of two blocks of 8 columns, so that each has 4 neighbouring columns of one of them.
+  const bool odd = lane & 1;
+  const int column = odd ? 8 + 2 * (lane % 4 - 1) : 2 * (lane % 4);
+  const auto four = [&](int n, int i, int j) -> float& { return x[4 * (n + j / 2) + 2 * i + j % 2]; };
+#pragma unroll
+  for (int n = 0; n < D / 8; n += 2)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float &low = four(n, i, e), &high = four(n, i, 2 + e);
+        const float got = __shfl_xor_sync(~0u, odd ? low : high, 1);
+        (odd ? low : high) = got;
+        low *= scale, high *= scale;
+      }
+  if (sum.data != nullptr)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float* const row = attention::row_of<float>(sum, batch, head, min(key + 8 * i, keys - 1)) + column;
+#pragma unroll
+      for (int n = 0; n < D / 8; n += 2) {
+        const float4 before = __ldcs(reinterpret_cast<const float4*>(row + 8 * n));
+        four(n, i, 0) += before.x, four(n, i, 1) += before.y, four(n, i, 2) += before.z, four(n, i, 3) += before.w;
+      }
+    }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int key = key0 + lane / 4 + 8 * i;
-    if (key >= keys) continue;
+    if (key + 8 * i >= keys) continue;
+    float* const row = attention::row_of<float>(to, batch, head, key + 8 * i) + column;
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      const int column = 8 * n + 2 * (lane % 4);
-      float low = x[4 * n + 2 * i] * scale, high = x[4 * n + 2 * i + 1] * scale;
-      if (sum.data != nullptr) {
-        const float* const before = attention::row_of<float>(sum, batch, head, key) + column;
-        low += before[0], high += before[1];
-      }
-      if (in_float)
-        store_pair(attention::row_of<float>(to, batch, head, key), column, D, to.paired, low, high);
-      else
-        store_pair(attention::row_of<T>(to, batch, head, key), column, D, to.paired, low, high);
-    }
+    for (int n = 0; n < D / 8; n += 2)
+      *reinterpret_cast<float4*>(row + 8 * n) = make_float4(four(n, i, 0), four(n, i, 1), four(n, i, 2), four(n, i, 3));
   }
 }
 

@@ -132,7 +132,7 @@ struct ForwardConsumer {
     float factor[2] = {1.0f, 1.0f};
     if constexpr (online) softmax.finish(factor, lse, row, s.queries);
     if constexpr (keeps) kept.finish();
-    store_rows<T, D>(p.args.out, batch, head, row, s, out, factor);
+    store_rows<T, D>(p.args.out, batch, head, row, s.queries, 0, out, factor);
   }
 
  private:

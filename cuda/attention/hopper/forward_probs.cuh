@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(ForwardProbsTiles<D>::threads, 1)
     wgmma_wait<0>();
     pin(out);
     const float factor[2] = {p.factor, p.factor};
-    store_rows<T, D>(p.args.out, batch, head, row, s, out, factor);
+    store_rows<T, D>(p.args.out, batch, head, row, s.queries, 0, out, factor);
   }
 }
 

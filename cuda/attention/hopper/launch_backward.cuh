@@ -20,10 +20,10 @@ class Maps {
   Maps(const Shape& shape, const char* function) : shape_(shape), function_(function) {}
   CUtensorMap of_queries(const Tensor4& t, int rows) const { return make(t, shape_.batch, shape_.heads, shape_.queries, rows); }
   CUtensorMap of_keys(const Tensor4& t, int rows) const { return make(t, shape_.batch, shape_.kv_heads, shape_.keys, rows); }
-  CUtensorMap of_probs(const void* probs, int rows = attention::probs_tile) const {
+  CUtensorMap of_probs(const void* probs) const {
     const std::int64_t tiles = attention::probs_elements_of(shape_) / (attention::probs_tile * attention::probs_tile);
     CUtensorMap map;
-    check(make_probs_map(&map, probs, dtype, tiles * shape_.batch * shape_.heads, rows));
+    check(make_probs_map(&map, probs, dtype, tiles * shape_.batch * shape_.heads));
     return map;
   }
 
@@ -52,7 +52,7 @@ inline Schedule heads_together(int heads, int blocks, int together, const char* 
   return {blocks, heads, std::max(1, (heads + sections - 1) / sections)};
 }
 
-template <class T, int D, bool from_probs, Values values>
+template <class T, int D, Values values>
 void launch_owner(const BackwardParams& p, const char* function, cudaStream_t stream) {
   using Tiles = OwnerTiles<D, values>;
   const Shape& s = p.shape;
@@ -74,12 +74,11 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   const Maps<T> maps(s, function);
   params.q = maps.of_queries(p.q, Tiles::queries);
   params.k = maps.of_keys(p.k, Tiles::keys);
-  if constexpr (from_probs) params.probs = maps.of_probs(p.probs);
   for (int l = 0; l < p.layers; ++l) {
     params.dout[l] = maps.of_queries(p.dout[l], Tiles::queries);
     params.v[l] = maps.of_keys(p.v[l], Tiles::keys);
   }
-  launch(function, owner_kernel<T, D, from_probs, values>, attention::blocks_of(params.schedule), backward_threads,
+  launch(function, owner_kernel<T, D, values>, attention::blocks_of(params.schedule), backward_threads,
          Tiles::shared_bytes(p.layers), stream, params);
 }
 
@@ -124,7 +123,7 @@ void launch_scores(const BackwardParams& p, const void* probs, void* ds, const c
   params.lse = p.lse, params.delta = p.delta;
   params.layers = p.layers, params.panels = D / panel_columns;
   const Maps<T> maps(s, function);
-  params.probs = maps.of_probs(probs, from_probs ? attention::probs_tile : 16), params.ds = maps.of_probs(ds, 16);
+  params.probs = maps.of_probs(probs), params.ds = maps.of_probs(ds);
   if constexpr (!from_probs) {
     params.q = maps.of_queries(p.q, Tiles::queries);
     params.k = maps.of_keys(p.k, Tiles::keys / Tiles::cluster);
@@ -191,12 +190,11 @@ std::int64_t scores_bytes(std::int64_t queries, std::int64_t keys, bool causal, 
 template <class T, int D>
 BackwardPlan BackwardKernels<T, D>::plan(const Problem& p, bool from_probs, int layers) {
   using Tiles = tiled::OwnerTiles<D, tiled::Values::one>;
-  static const int least = std::getenv("EFFCORE_DS") ? std::atoi(std::getenv("EFFCORE_DS")) : 2;
-  static const int least_lse = std::getenv("EFFCORE_DS_LSE") ? std::atoi(std::getenv("EFFCORE_DS_LSE")) : 5;
   const std::int64_t bytes = scores_bytes<T>(p.queries, p.keys, p.causal, from_probs);
-  const int heads = layers < (from_probs ? least : least_lse)
-                        ? 0
-                        : tiled::scores_heads(p.batch, p.heads, p.heads / p.kv_heads, bytes, from_probs);
+  // From lse, where the values of all layers do not stay in shared memory.
+  const int heads = from_probs || !tiled::OwnerTiles<D, tiled::Values::resident>::fits(layers)
+                        ? tiled::scores_heads(p.batch, p.heads, p.heads / p.kv_heads, bytes, from_probs)
+                        : 0;
   return {false, Tiles::queries, Tiles::keys, heads > 0 ? 0 : Tiles::dq_elements, heads * bytes};
 }
 
@@ -218,15 +216,10 @@ void BackwardKernels<T, D>::owner(const BackwardParams& p, const char* function,
       }
     return;
   }
-  const bool resident = tiled::OwnerTiles<D, tiled::Values::resident>::fits(p.layers);
-  if (p.probs != nullptr)
-    resident ? tiled::launch_owner<T, D, true, tiled::Values::resident>(p, function, stream)
-             : tiled::launch_owner<T, D, true, tiled::Values::streamed>(p, function, stream);
-  else if (p.layers == 1)
-    tiled::launch_owner<T, D, false, tiled::Values::one>(p, function, stream);
-  else
-    resident ? tiled::launch_owner<T, D, false, tiled::Values::resident>(p, function, stream)
-             : tiled::launch_owner<T, D, false, tiled::Values::streamed>(p, function, stream);
+  if (p.layers == 1) return tiled::launch_owner<T, D, tiled::Values::one>(p, function, stream);
+  if (tiled::OwnerTiles<D, tiled::Values::resident>::fits(p.layers))
+    return tiled::launch_owner<T, D, tiled::Values::resident>(p, function, stream);
+  tiled::launch_owner<T, D, tiled::Values::streamed>(p, function, stream);
 }
 
 template <class T, int D>

@@ -136,14 +136,14 @@ __device__ __forceinline__ uint4 gather_columns(const std::uint32_t (&x)[4]) {
   return make_uint4(z[0], z[1], z[2], z[3]);
 }
 
-// Rows `row` and `row + 8` of the thread, times their factors, to device memory: 16 bytes a thread.
+// Rows `row` and `row + 8` of the thread, those before `rows`, times their factors to device memory: 16 bytes a thread, from
+// column `column0` on.
 template <class T, int D>
-__device__ __forceinline__ void store_rows(const attention::Tensor4& to, int batch, int head, int row,
-                                           const attention::Shape& s, const float (&out)[D / 2], const float (&factor)[2]) {
+__device__ __forceinline__ void store_rows(const attention::Tensor4& to, int batch, int head, int row, int rows, int column0,
+                                           const float (&out)[D / 2], const float (&factor)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int query = row + 8 * i;
-    T* const at = attention::row_of<T>(to, batch, head, min(query, s.queries - 1));
+    T* const at = attention::row_of<T>(to, batch, head, min(row + 8 * i, rows - 1));
 #pragma unroll
     for (int n = 0; n < D / 8; n += 4) {
       std::uint32_t x[4];
@@ -151,8 +151,8 @@ __device__ __forceinline__ void store_rows(const attention::Tensor4& to, int bat
       for (int j = 0; j < 4; ++j)
         x[j] = cuda::pack<T>(out[4 * (n + j) + 2 * i] * factor[i], out[4 * (n + j) + 2 * i + 1] * factor[i]);
       const uint4 eight = gather_columns(x);
-      const int column = 8 * (n + static_cast<int>(threadIdx.x % 4));
-      if (query < s.queries && column < s.value_dim) *reinterpret_cast<uint4*>(at + column) = eight;
+      const int column = column0 + 8 * (n + static_cast<int>(threadIdx.x % 4));
+      if (row + 8 * i < rows && column < to.columns) *reinterpret_cast<uint4*>(at + column) = eight;
     }
   }
 }
