@@ -42,6 +42,7 @@ struct ScoresParams {
 // A cluster's piece. `row` counts heads of the whole batch.
 struct ScoresPiece {
   int row, query0, key0;
+  bool masked;  // some keys are not seen by all of the queries
 };
 
 struct ScoresControl {
@@ -73,10 +74,12 @@ class ScoresWalk {
           if (++row_ == shape_.batch * shape_.heads) return false;
         }
       }
-      piece = {row_, block_ * rows, across_ * columns};
+      const int query0 = block_ * rows, last = min(query0 + rows, shape_.queries) - 1, key0 = across_ * columns;
       const Visibility seen(shape_, row_ / shape_.heads);
-      const attention::KeyRange range(seen, piece.query0, min(piece.query0 + rows, shape_.queries) - 1);
-      if (!range.empty() && range.begin < piece.key0 + columns && range.end > piece.key0) return true;
+      const attention::KeyRange range(seen, query0, last);
+      if (range.empty() || range.begin >= key0 + columns || range.end <= key0) continue;
+      piece = {row_, query0, key0, key0 + columns > seen.end(query0) || key0 < seen.begin(last)};
+      return true;
     }
   }
 
@@ -97,7 +100,8 @@ __device__ __forceinline__ void scores_produce(const ScoresParams& p, char* shar
   using Tiles = ScoresTiles;
   const Shape& s = p.shape;
   Turn<Tiles::stages> turn;
-  for (ScoresPiece piece; walk.next(piece);) {
+  ScoresPiece piece, next;
+  for (bool more = walk.next(piece); more; piece = next) {
     const int batch = piece.row / s.heads, head = piece.row % s.heads, kv_head = head / s.group;
     const auto load = [&](const CUtensorMap& of_queries, const CUtensorMap& of_keys) {
       for (int panel = 0; panel < p.panels; ++panel, turn.next()) {
@@ -115,7 +119,10 @@ __device__ __forceinline__ void scores_produce(const ScoresParams& p, char* shar
       }
     };
     if constexpr (!from_probs) load(p.q, p.k);
-    for (int layer = 0; layer < p.layers; ++layer) load(p.dout[layer], p.v[layer]);
+    for (int layer = 0; layer < p.layers; ++layer) {
+      load(p.dout[layer], p.v[layer]);
+      if (layer == min(1, p.layers - 1)) more = walk.next(next);  // while the ring is full
+    }
   }
   control.ring.wait_empty(turn);
   control.more[turn.stage] = false;
@@ -239,9 +246,6 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
     const ScoresPiece piece = control.piece[turn.stage];
     const int strip0 = piece.query0 + block * Tiles::queries + 64 * warpgroup, query = strip0 + 16 * warp + lane / 4;
     const std::int64_t row0 = static_cast<std::int64_t>(piece.row) * s.queries;
-    const Visibility seen(s, piece.row / s.heads);
-    const int first = min(strip0, s.queries - 1), last = min(first + 63, s.queries - 1);
-    const bool masked = piece.key0 + Tiles::keys > seen.end(first) || piece.key0 < seen.begin(last);
     float delta[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) delta[i] = query + 8 * i < s.queries ? p.delta[row0 + query + 8 * i] : 0.0f;
@@ -258,7 +262,8 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
       for (int n = 0; n < Tiles::keys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[4 * n + i] = exp2_approx(fmaf(x[4 * n + i], scale, -shift[i / 2]));
-      if (masked) {
+      if (piece.masked) {
+        const Visibility seen(s, piece.row / s.heads);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int column = piece.key0 + 2 * (lane % 4), at = min(query + 8 * i, s.queries - 1);
@@ -293,7 +298,7 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
       for (int i = 0; i < 4; ++i) {
         const float2 probs = unpack<T>(tile[i]);
         float low = x[8 * j + 2 * i] - delta[i % 2], high = x[8 * j + 2 * i + 1] - delta[i % 2];
-        if (masked) {  // values that nobody sees may be NaN
+        if (piece.masked) {  // values that nobody sees may be NaN
           if (probs.x == 0.0f) low = 0.0f;
           if (probs.y == 0.0f) high = 0.0f;
         }
