@@ -226,9 +226,10 @@ struct AttentionOps {
     return {slot(k, k.sizes(), accumulate_type(k.scalar_type())), slot(k, v.sizes(), accumulate_type(k.scalar_type()))};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> shared_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_slot,
-                                              const Tensor& v_slot, const OptionalTensor& lengths,
-                                              const OptionalTensor& first_key, bool causal, std::optional<double> scale) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> shared_kv(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                              const Tensor& k_slot, const Tensor& v_slot,
+                                                              const OptionalTensor& lengths, const OptionalTensor& first_key,
+                                                              bool causal, std::optional<double> scale) {
     auto [out, lse, probs] = run_forward("attention_shared_kv", q, k, v, lengths, first_key, causal, scale, Keep::lse);
     return {out, lse, slot(k, k_slot.sizes(), k_slot.scalar_type()), slot(k, v_slot.sizes(), v_slot.scalar_type())};
   }

@@ -10,9 +10,9 @@ namespace effcore::cuda::attention {
 
 // The blocks that a backward works in on the current GPU, and what that needs.
 struct BackwardPlan {
-  bool compact;       // the blocks for little shared memory
-  int queries, keys;  // of a block
-  int dq_elements;    // float32 sums a block of queries
+  bool compact;               // the blocks for little shared memory
+  int queries, keys;          // of a block
+  int dq_elements;            // float32 sums a block of queries
   std::int64_t scores_bytes;  // of dS, and of P where it is not kept, that go through device memory; 0: neither does
 };
 

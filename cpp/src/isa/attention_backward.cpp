@@ -279,7 +279,8 @@ void reduce(const BackwardJob& job, std::int64_t task) {
   const Segment s = segment_of(p, job.wave, task);
   char* memory = job.partial + s.head * job.splits * job.partial_bytes;
   const Partial<T> sum(job, memory);
-  const auto finish = [&](T* rows, std::int64_t stride, const TensorView& to, const TensorView& sum_before, std::int64_t n, T factor) {
+  const auto finish = [&](T* rows, std::int64_t stride, const TensorView& to, const TensorView& sum_before, std::int64_t n,
+                          T factor) {
     for (std::int64_t key = s.begin; key < s.end; ++key) {
       T* row = rows + key * stride;
       for (std::int64_t split = 1; split < job.splits; ++split) {

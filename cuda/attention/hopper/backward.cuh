@@ -1,4 +1,5 @@
-// Backward of a layer group's owner on sm_90a in one kernel (one layer is plain attention), P from lse, D = Dv = 64 or 128, 16-bit:
+// Backward of a layer group's owner on sm_90a in one kernel (one layer is plain attention), P from lse, D = Dv = 64 or 128,
+// 16-bit:
 //
 //   P = exp(S - lse);   dv = P^T dout_0;   dP = sum_l dout_l v_l^T;   dS = P * (dP - delta)
 //   dk = scale dS^T q;   dq = scale dS k
@@ -15,13 +16,13 @@
 // dq is added up in device memory over the blocks of keys, in turns (turns.cuh). A pass of its own for dq would recompute S and
 // every dP: layers + 2 products more. Where shared memory has 32 KiB to spare (all but four layers and more at D = 128, five
 // and more at D = 64), a part of dq waits there for its turn, one helper warp adds it by a bulk reduction and passes the turn
-// on, and the consumers go on. Else the consumers add from registers. With the last part, for which they wait in either case, they
-// scale and round the sum: causal, that is one step in a block's walk at D = 64 and two at 128.
+// on, and the consumers go on. Else the consumers add from registers. With the last part, for which they wait in either case,
+// they scale and round the sum: causal, that is one step in a block's walk at D = 64 and two at 128.
 //
 // Shared memory (OwnerTiles): K; V of all layers, or a ring of them; rings of Q, of dout_l, and of slots that hold dS
 // [queries x keys]. Layers go from the last to the first, and dP before S where there are several: one stage of Q is then
-// enough, since the next Q arrives behind layers - 1 products. dout wants a deep ring: an item is multiplied in less time than it
-// takes to arrive (four layers at D = 128: 348 TFLOP/s with two stages, 387 with three).
+// enough, since the next Q arrives behind layers - 1 products. dout wants a deep ring: an item is multiplied in less time than
+// it takes to arrive (four layers at D = 128: 348 TFLOP/s with two stages, 387 with three).
 #pragma once
 #include "attention/hopper/backward_helpers.cuh"
 

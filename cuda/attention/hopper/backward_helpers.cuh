@@ -89,8 +89,8 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
   }
 }
 
-// Where the sums of a block's dq [queries x D] stand: two halves of 64 rows or, at D = 128, of 64 columns, each in the order of a
-// warpgroup's accumulators: piece n of 8 stands n * 128 float4 on. This thread's first piece.
+// Where the sums of a block's dq [queries x D] stand: two halves of 64 rows or, at D = 128, of 64 columns, each in the order of
+// a warpgroup's accumulators: piece n of 8 stands n * 128 float4 on. This thread's first piece.
 template <int dq_elements>
 __device__ __forceinline__ float4* sums_of(float* dq_sums, int slot, int warpgroup) {
   return reinterpret_cast<float4*>(dq_sums + static_cast<std::int64_t>(slot) * dq_elements) + warpgroup * (dq_elements / 8) +

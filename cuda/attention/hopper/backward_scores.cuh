@@ -7,13 +7,13 @@
 //
 // Bound: layers products of 2 * queries * keys * D FLOPs (half causal); P is read and dS written once beside them. The owner in
 // one kernel (backward.cuh) keeps dk and dv in registers, which leaves a warpgroup 64 x 64 of dP at D = 128: each FLOP of it
-// costs three times as many bytes of shared memory and L2 as here, and with values that do not stay in shared memory L2 bounds it
-// at a third of this kernel's speed.
+// costs three times as many bytes of shared memory and L2 as here, and with values that do not stay in shared memory L2 bounds
+// it at a third of this kernel's speed.
 //
 // A cluster of two blocks owns 256 queries x 256 keys of dP, a warpgroup 64 x 256 of them, in registers; the depth, layers * D,
 // streams through a ring in panels of 64: [128 x 64] of a block's dout, and [256 x 64] of v, of which each block fetches one
-// half for both. P comes into tiles of shared memory while that goes on; dS takes its place there and leaves by TMA. Blocks stay
-// and take piece after piece, so that the next one's panels arrive while dS is made.
+// half for both. P comes into tiles of shared memory while that goes on; dS takes its place there and leaves by TMA. Blocks
+// stay and take piece after piece, so that the next one's panels arrive while dS is made.
 #pragma once
 #include <cute/arch/cluster_sm90.hpp>
 
@@ -25,7 +25,8 @@ struct ScoresTiles {
   static constexpr int cluster = 2, warpgroups = consumer_warps / 4, queries = 64 * warpgroups, keys = 256, stages = 3;
   static constexpr int cluster_queries = cluster * queries;
   using Registers = hopper::Registers<40, 232>;
-  static constexpr int tile_bytes = 64 * panel_row_bytes, probs_bytes = queries * keys * 2;  // P: [warpgroup][keys / 64][64 x 64]
+  static constexpr int tile_bytes = 64 * panel_row_bytes,
+                       probs_bytes = queries * keys * 2;  // P: [warpgroup][keys / 64][64 x 64]
   static constexpr int dout_bytes = queries * panel_row_bytes, v_bytes = keys * panel_row_bytes;
   static constexpr int dout_at = probs_bytes, v_at = dout_at + stages * dout_bytes, control_at = v_at + stages * v_bytes;
   static constexpr int shared_bytes = control_at + 256;
@@ -53,8 +54,8 @@ struct ScoresControl {
   bool more[ScoresTiles::stages];
 };
 
-// Every `clusters`-th of the pieces that are stored, from number `cluster` on, without those in which nobody sees anything: what
-// multiplies with dS does not read these.
+// Every `clusters`-th of the pieces that are stored, from number `cluster` on, without those in which nobody sees anything:
+// what multiplies with dS does not read these.
 class ScoresWalk {
  public:
   __device__ ScoresWalk(const Shape& s, int cluster, int clusters)
@@ -85,7 +86,8 @@ class ScoresWalk {
 
  private:
   __device__ int stored() const {
-    constexpr int rows = ScoresTiles::cluster_queries / attention::probs_tile, columns = ScoresTiles::keys / attention::probs_tile;
+    constexpr int rows = ScoresTiles::cluster_queries / attention::probs_tile,
+                  columns = ScoresTiles::keys / attention::probs_tile;
     return (attention::probs_tiles(shape_, min((block_ + 1) * rows, strips_) - 1) + columns - 1) / columns;
   }
 
@@ -113,7 +115,8 @@ __device__ __forceinline__ void scores_produce(const ScoresParams& p, char* shar
         cute::SM90_TMA_LOAD_4D::copy(&of_queries, full, static_cast<std::uint64_t>(Keep::last),
                                      shared + Tiles::dout_at + turn.stage * Tiles::dout_bytes, panel * panel_columns,
                                      piece.query0 + block * Tiles::queries, head, batch);
-        cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&of_keys, full, (1 << Tiles::cluster) - 1, static_cast<std::uint64_t>(Keep::last),
+        cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&of_keys, full, (1 << Tiles::cluster) - 1,
+                                               static_cast<std::uint64_t>(Keep::last),
                                                shared + Tiles::v_at + turn.stage * Tiles::v_bytes + block * Tiles::v_bytes / 2,
                                                panel * panel_columns, piece.key0 + block * Tiles::keys / 2, kv_head, batch);
       }
@@ -230,8 +233,8 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
     phase ^= 1;
   };
   const auto store_tile = [&](int j, const std::uint32_t (&tile)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(j)), "r"(tile[0]), "r"(tile[1]),
-                 "r"(tile[2]), "r"(tile[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(j)), "r"(tile[0]),
+                 "r"(tile[1]), "r"(tile[2]), "r"(tile[3])
                  : "memory");
   };
   const auto hand_over = [&] {
@@ -319,8 +322,7 @@ __global__ void __cluster_dims__(ScoresTiles::cluster, 1, 1) __launch_bounds__(b
   static_assert(sizeof(control) <= 256);
   if (threadIdx.x == 0) {
     control.ring.init(Tiles::cluster * consumer_warps);
-    for (int w = 0; w < Tiles::warpgroups; ++w)
-      Barrier::init(&control.handed[w], 4), Barrier::init(&control.yours[w], 1);
+    for (int w = 0; w < Tiles::warpgroups; ++w) Barrier::init(&control.handed[w], 4), Barrier::init(&control.yours[w], 1);
     cutlass::arch::fence_barrier_init();
   }
   cute::cluster_sync();

@@ -216,8 +216,8 @@ __device__ __forceinline__ void exponentiate(float (&s)[queries / 2], const floa
     }
 }
 
-// dk or dv of a warp's 16 keys: in the inputs' dtype, or in float32 and then added to `sum`, if there is one. What is added is read
-// before anything is stored, or each read would wait for the store before it.
+// dk or dv of a warp's 16 keys: in the inputs' dtype, or in float32 and then added to `sum`, if there is one. What is added is
+// read before anything is stored, or each read would wait for the store before it.
 template <class T, int D>
 __device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, const Tensor4& sum, int batch, int head, int key0,
                                            int keys, float (&x)[D / 2], float scale) {

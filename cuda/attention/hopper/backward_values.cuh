@@ -6,9 +6,10 @@
 // with this step's P^T dout, and exponentiated while that runs. Shared memory: K [128 keys x D], a ring of Q and dout [128 x
 // D].
 //
-// P kept: bound by reading P once. With dS and Q in place of P and dout, and a factor, this is also dk (backward_scores.cuh). A block owns 256 keys, 128 a warpgroup, so that dout, which comes out of L2 once for each
-// block, is half as much as P (at D = 128). P's tiles are the A operand as they lie in memory. Shared memory: a ring of P
-// [64 queries x 256 keys] and dout [64 x D], 192 KiB of it on its way.
+// P kept: bound by reading P once. With dS and Q in place of P and dout, and a factor, this is also dk (backward_scores.cuh). A
+// block owns 256 keys, 128 a warpgroup, so that dout, which comes out of L2 once for each block, is half as much as P (at D =
+// 128). P's tiles are the A operand as they lie in memory. Shared memory: a ring of P [64 queries x 256 keys] and dout [64 x
+// D], 192 KiB of it on its way.
 #pragma once
 #include "attention/hopper/backward_tiles.cuh"
 

@@ -11,7 +11,8 @@ struct Kernels {
   // All return false, having launched nothing, where an argument has no TMA descriptor (rows that are not multiples of 16 bytes
   // apart, expanded tensors): the portable kernels take it. `known_lse`: a consumer; `probs`: where an owner keeps P, or null.
   static bool forward(const ForwardParams& p, bool known_lse, void* probs, const char* function, cudaStream_t stream);
-  static bool forward_probs(const ForwardParams& p, float factor, const char* function, cudaStream_t stream);  // out times factor
+  static bool forward_probs(const ForwardParams& p, float factor, const char* function,
+                            cudaStream_t stream);  // out times factor
 };
 
 }  // namespace effcore::cuda::attention::hopper

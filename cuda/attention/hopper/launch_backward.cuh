@@ -144,9 +144,10 @@ void launch_scores(const BackwardParams& p, const void* probs, void* ds, const c
     throw std::runtime_error(std::string("effcore.") + function + ": the CUDA driver refused a tensor map");
 }
 
-// How many heads' dS, and P where it is not kept, stand in device memory at a time: all of them, or, where P was not to take that
-// memory in the first place, as many of a row of the batch as fit into 1 GiB, if any do.
-inline int scores_heads(std::int64_t batch, std::int64_t heads, std::int64_t group, std::int64_t bytes_per_head, bool from_probs) {
+// How many heads' dS, and P where it is not kept, stand in device memory at a time: all of them, or, where P was not to take
+// that memory in the first place, as many of a row of the batch as fit into 1 GiB, if any do.
+inline int scores_heads(std::int64_t batch, std::int64_t heads, std::int64_t group, std::int64_t bytes_per_head,
+                        bool from_probs) {
   constexpr std::int64_t room = std::int64_t{1} << 30;
   if (from_probs || batch * heads * bytes_per_head <= room) return static_cast<int>(batch * heads);
   return static_cast<int>(std::min(room / bytes_per_head / group * group, heads));

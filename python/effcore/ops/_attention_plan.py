@@ -11,7 +11,7 @@ import torch
 _FEWEST_CONSUMERS: dict[str, dict[int, int | None]] = {
     "CPU": {1 << 30: 1},  # reading P costs less than computing it
     "portable CUDA": {64: None, 1 << 30: 2},  # P is written in a pass of its own
-    "Hopper": {64: None, 128: 7, 1 << 30: 2},  # above 128 the portable kernels serve the backward
+    "Hopper": {64: None, 128: 3, 1 << 30: 2},  # above 128 the portable kernels serve the backward
 }
 
 # Up to how many tokens SDPA's cuDNN kernels are faster than ours, forward and backward together, by head dimension.
