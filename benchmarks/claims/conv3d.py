@@ -226,16 +226,21 @@ class Small(nn.Module):
         return [head(features) for head in self.heads]
 
 
-def train_and_test(make: Make, steps: int, seed: int, device: str) -> list[float]:
+def train_and_test(make: Make, steps: int, seed: int, device: str, dtype: torch.dtype) -> list[float]:
     """Shares of 2000 test clips whose digit, direction, and both are right."""
     torch.manual_seed(seed)
+
+    def precision():
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
     model = Small(make).to(device, memory_format=torch.channels_last_3d).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
     data, generator = MovingDigits("train"), torch.Generator().manual_seed(seed)
     for _ in range(steps):
         clips, *targets = (t.to(device) for t in data.sample(32, generator))
-        loss = sum(F.cross_entropy(out, target) for out, target in zip(model(clips), targets, strict=True))
+        with precision():
+            loss = sum(F.cross_entropy(out, target) for out, target in zip(model(clips), targets, strict=True))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -245,16 +250,16 @@ def train_and_test(make: Make, steps: int, seed: int, device: str) -> list[float
     right = torch.zeros(3)
     for _ in range(10):
         clips, *targets = (t.to(device) for t in test.sample(200, generator))
-        with torch.no_grad():
+        with torch.no_grad(), precision():
             found = [out.argmax(1) == target for out, target in zip(model(clips), targets, strict=True)]
         right += torch.stack([*found, found[0] & found[1]]).float().sum(1).cpu()
     return (right / 2000).tolist()
 
 
-def accuracy(device: str, steps: int, seeds: int, names: list[str]) -> list[dict]:
+def accuracy(device: str, dtype: torch.dtype, steps: int, seeds: int, names: list[str]) -> list[dict]:
     rows = []
     for name in names:
-        runs = [train_and_test(METHODS[name], steps, seed, device) for seed in range(seeds)]
+        runs = [train_and_test(METHODS[name], steps, seed, device, dtype) for seed in range(seeds)]
         parameters = sum(p.numel() for p in Small(METHODS[name]).parameters())
         row: dict[str, Any] = {"method": name, "parameters": parameters, "runs": runs}
         text = f"{name:<8} {parameters:>7,} parameters"
@@ -274,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.conv3d", description=__doc__)
     parser.add_argument("claim", choices=(*TASKS, "patches", "accuracy"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="speed and unet (default bfloat16 on cuda)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default bfloat16 on cuda)")
     parser.add_argument("--batch", type=int, help="clips (default 32 on cuda, 4 for unet, 2 on cpu)")
     parser.add_argument("--compile", action="store_true", help="all contenders through torch.compile (speed and unet)")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
@@ -293,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = patches(options.device, batch, options.rounds)
     else:
         rows = accuracy(
-            options.device, options.steps, options.seeds, options.only or ["Conv3D", "R(2+1)D", "Add", "Cat"]
+            options.device, dtype, options.steps, options.seeds, options.only or ["Conv3D", "R(2+1)D", "Add", "Cat"]
         )
     machine = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
     settings = {k: str(v) for k, v in vars(options).items() if k != "json" and v is not None}
