@@ -256,23 +256,41 @@ def train_and_test(make: Make, steps: int, seed: int, device: str, dtype: torch.
     return (right / 2000).tolist()
 
 
-def accuracy(device: str, dtype: torch.dtype, steps: int, seeds: int, names: list[str]) -> list[dict]:
+def accuracy(device: str, dtype: torch.dtype, steps: int, seeds: list[int], names: list[str]) -> list[dict]:
     rows = []
     for name in names:
-        runs = [train_and_test(METHODS[name], steps, seed, device, dtype) for seed in range(seeds)]
+        runs = {str(seed): train_and_test(METHODS[name], steps, seed, device, dtype) for seed in seeds}
         parameters = sum(p.numel() for p in Small(METHODS[name]).parameters())
-        row: dict[str, Any] = {"method": name, "parameters": parameters, "runs": runs}
-        text = f"{name:<8} {parameters:>7,} parameters"
-        for i, what in enumerate(("digit", "direction", "both")):
-            mean, spread = (
-                statistics.mean(r[i] for r in runs),
-                statistics.stdev(r[i] for r in runs) if seeds > 1 else 0.0,
-            )
-            row[what] = {"accuracy": mean, "spread": spread}
-            text += f"  {what} {mean:.2%} ± {spread:.2%}"
-        rows.append(row)
-        print(text, flush=True)
+        rows.append(summary({"method": name, "parameters": parameters, "runs": runs}))
     return rows
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """Means and spreads over a method's runs, printed."""
+    text = f"{row['method']:<8} {row['parameters']:>7,} parameters, {len(row['runs'])} runs"
+    for i, what in enumerate(("digit", "direction", "both")):
+        right = [run[i] for run in row["runs"].values()]
+        row[what] = {
+            "accuracy": statistics.mean(right),
+            "spread": statistics.stdev(right) if len(right) > 1 else 0.0,
+        }
+        text += f"  {what} {row[what]['accuracy']:.2%} ± {row[what]['spread']:.2%}"
+    print(text, flush=True)
+    return row
+
+
+def join(files: list[Path]) -> dict[str, Any]:
+    """One report of runs that were made apart (the same settings, other methods or seeds)."""
+    reports = [json.loads(file.read_text()) for file in files]
+    joined: dict[str, dict[str, Any]] = {}
+    for row in (row for report in reports for row in report["rows"]):
+        joined.setdefault(row["method"], row)["runs"].update(row["runs"])
+    order = {name: i for i, name in enumerate(METHODS)}
+    for row in joined.values():
+        row["runs"] = dict(sorted(row["runs"].items()))
+    rows = [summary(joined[name]) for name in sorted(joined, key=order.__getitem__)]
+    settings = {k: v for k, v in reports[0]["settings"].items() if k not in ("only", "seeds")}
+    return reports[0] | {"settings": settings, "rows": rows}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -284,22 +302,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="all contenders through torch.compile (speed and unet)")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--steps", type=int, default=400, help="of training (accuracy)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (accuracy)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of each method's runs (accuracy)")
+    parser.add_argument("--join", type=Path, nargs="+", help="reports of runs made apart, instead of runs (accuracy)")
     parser.add_argument("--only", nargs="+", choices=list(METHODS), help="methods")
     parser.add_argument("--json", type=Path, help="write the numbers")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
     batch = options.batch or (2 if not cuda else 4 if options.claim == "unet" else 32)
     dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
+    if options.join:
+        report = join(options.join)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1))
+        return 0
     if options.claim in TASKS:
         names = options.only or list(METHODS)
         rows = speed(TASKS[options.claim], options.device, batch, dtype, options.rounds, names, options.compile)
     elif options.claim == "patches":
         rows = patches(options.device, batch, options.rounds)
     else:
-        rows = accuracy(
-            options.device, dtype, options.steps, options.seeds, options.only or ["Conv3D", "R(2+1)D", "Add", "Cat"]
-        )
+        rows = accuracy(options.device, dtype, options.steps, options.seeds, options.only or list(METHODS))
     machine = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
     settings = {k: str(v) for k, v in vars(options).items() if k != "json" and v is not None}
     report = {"settings": settings, "machine": machine, "torch": torch.__version__, "rows": rows}

@@ -268,7 +268,7 @@ bool sum_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const
 #if defined(EFFCORE_HOPPER)
   const hopper::PartialSums sums = hopper_sums(args);
   const std::int64_t* step = args.geometry.stride;
-  r.splits = static_cast<int>(sums.splits), r.padded_columns = static_cast<int>(sums.columns);
+  r.splits = static_cast<int>(sums.count()), r.padded_columns = static_cast<int>(sums.columns);
   r.padded_depth = static_cast<int>(sums.taps * sums.channels);
   return hopper::weights(function, {args.x, args.dout, forward_taps(taps, args.geometry), {step[0], step[1], step[2]}}, sums,
                          launch);
@@ -350,21 +350,19 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   r.padded_channels = static_cast<int>(round_up(args.x.size[1], segment_of(args.x.dtype)));
   r.columns = static_cast<int>(args.dout.size[1]), r.channels = static_cast<int>(args.x.size[1]);
   r.taps = static_cast<int>(taps.size());
-  r.spatial_column = args.dspatial.stride[0], r.spatial_channel = args.dspatial.stride[1];
-  r.temporal_column = args.dtemporal.stride[0], r.temporal_channel = args.dtemporal.stride[1];
-  for (const PlacedTap& t : taps) {
-    r.spatial_tap[t.number] = static_cast<int>(t.tap.spatial);
-    r.temporal_tap[t.number] = static_cast<int>(t.tap.temporal);
-  }
-  r.dspatial = args.dspatial.data;
-  r.dtemporal = args.dtemporal.data;
+  const auto lay_out = [&](const TensorView& kernel, std::int64_t Tap::*place) {
+    KernelTaps k{kernel.data, kernel.stride[0], kernel.stride[1], 0, {}, {}};
+    for (const PlacedTap& t : taps)
+      if (t.tap.*place >= 0) {
+        k.place[k.taps] = static_cast<int>(t.tap.*place);
+        k.number[k.taps++] = static_cast<std::int16_t>(t.number);
+      }
+    return k;
+  };
+  r.spatial = lay_out(args.dspatial, &Tap::spatial), r.temporal = lay_out(args.dtemporal, &Tap::temporal);
   if (!sum_on_hopper(f, args, taps, r, launch)) sum(f, args, taps, r, launch);
 
-  r.parts = 1;
-  while (r.parts < 8 && 4 * r.parts <= r.splits) r.parts *= 2;
-
-  const dim3 blocks(static_cast<unsigned>(ceil_div(r.padded_depth, 4 * reduce_threads / r.parts)),
-                    static_cast<unsigned>(r.columns));
+  const dim3 blocks(static_cast<unsigned>(ceil_div(r.channels, reduce_channels)), static_cast<unsigned>(r.columns));
   with_type(f, args.x.dtype, [&](auto zero) {
     launch_overlapping(f, reduce_kernel<decltype(zero)>, blocks, reduce_threads, 0, static_cast<cudaStream_t>(launch.stream),
                        r);

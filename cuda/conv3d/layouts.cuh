@@ -50,53 +50,40 @@ __global__ void __launch_bounds__(pack_side* pack_rows) pack_kernel(const __grid
     }
 }
 
-constexpr int reduce_threads = 256;
+constexpr int reduce_threads = 256, reduce_channels = 64;
 
-// Adds the partial sums of four channels of one tap a thread, in the same order whatever the device; `parts` rows of threads
-// take every parts-th split each.
+// Adds the partial sums up, always in the same order: a block takes 64 channels of all taps of one output channel, 16 threads a
+// tap. They leave in the order of the kernels' memory, [channel][tap], through shared memory.
 template <class T>
 __global__ void __launch_bounds__(reduce_threads) reduce_kernel(const __grid_constant__ ReduceParams p) {
-  __shared__ float4 shares[reduce_threads];
-  const int width = reduce_threads / p.parts, part = threadIdx.x / width;
-  const int i = (static_cast<int>(blockIdx.x) * width + static_cast<int>(threadIdx.x) % width) * 4, n = blockIdx.y;
+  __shared__ float sums[max_taps][reduce_channels + 1];
+  const int n = blockIdx.y, channel = blockIdx.x * reduce_channels, thread = threadIdx.x;
   const std::int64_t size = static_cast<std::int64_t>(p.padded_columns) * p.padded_depth;
-  float4 sum{};
+  const int c = thread % 16 * 4;
   wait_for_kernel_before();
-  if (i < p.padded_depth) {
-    const float* const from = p.partial + static_cast<std::int64_t>(n) * p.padded_depth + i;
+  if (channel + c < p.padded_channels)
+    for (int tap = thread / 16; tap < p.taps; tap += reduce_threads / 16) {
+      const float* const from =
+          p.partial + static_cast<std::int64_t>(n) * p.padded_depth + tap * p.padded_channels + channel + c;
+      float4 sum{};
 #pragma unroll 8
-    for (int split = part; split < p.splits; split += p.parts) {
-      const float4 x = *reinterpret_cast<const float4*>(from + split * size);
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+      for (int split = 0; split < p.splits; ++split) {
+        const float4 x = *reinterpret_cast<const float4*>(from + split * size);
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+      }
+      float* const to = &sums[tap][c];
+      to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
     }
-  }
-  if (p.parts > 1) {
-    shares[threadIdx.x] = sum;
-    __syncthreads();
-    if (part != 0) return;
-    for (int k = 1; k < p.parts; ++k) {
-      const float4 x = shares[k * width + threadIdx.x];
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-  }
-  const int tap = i / p.padded_channels, c = i % p.padded_channels;
-  if (tap >= p.taps || c >= p.channels) return;
-  const auto store = [&](void* kernels, std::int64_t column_stride, std::int64_t channel_stride, int at) {
-    if (at < 0) return;
-    T* const to = static_cast<T*>(kernels) + n * column_stride + c * channel_stride + at;
-    if (channel_stride == 1) {
-      const bool paired = reinterpret_cast<std::uintptr_t>(to) % (2 * sizeof(T)) == 0;
-      store_pair(to, 0, p.channels - c, paired, sum.x, sum.y);
-      store_pair(to, 2, p.channels - c, paired, sum.z, sum.w);
-    } else {
-      const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (c + e < p.channels) to[e * channel_stride] = from_float<T>(sums[e]);
+  __syncthreads();
+  const auto store = [&](const KernelTaps& kernel) {
+    T* const to = static_cast<T*>(kernel.data) + n * kernel.column + channel * kernel.channel;
+    for (int i = thread; i < reduce_channels * kernel.taps; i += reduce_threads) {
+      const int at = i / kernel.taps, tap = i % kernel.taps;
+      if (channel + at < p.channels) to[at * kernel.channel + kernel.place[tap]] = from_float<T>(sums[kernel.number[tap]][at]);
     }
   };
-  store(p.dspatial, p.spatial_column, p.spatial_channel, p.spatial_tap[tap]);
-  store(p.dtemporal, p.temporal_column, p.temporal_channel, p.temporal_tap[tap]);
+  store(p.spatial);
+  store(p.temporal);
 }
 
 }  // namespace effcore::cuda::conv3d

@@ -1,6 +1,7 @@
 // Which warpgroup of which block sums which taps, and the launch.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
 #include "common/overlap.cuh"
@@ -11,7 +12,7 @@ namespace effcore::cuda::conv3d::hopper {
 namespace {
 
 // Blocks under way at once: a constant, so that every device sums in the same order.
-constexpr std::int64_t multiprocessors = 132;
+constexpr std::int64_t multiprocessors = 132, in_clusters = 128;  // a cluster lies in one of the device's groups of 16 or 18
 constexpr int most_halo_rows = 128;
 
 // Boxes that are read in sequence: one with a halo, or several with one tap each.
@@ -49,11 +50,12 @@ bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, 
   const int line = box.line(), plain_rows = line * box.lines(), halo_rows = line * (box.lines() + halo);
   for (int i = 0; i < tap_blocks; ++i) {
     TapBlock& block = p.tap_block[i];
+    std::fill(block.number, block.number + slots, std::int16_t{-1});
     int row = depth_of_step;
     // Spread evenly.
     for (std::int64_t u = i * count / tap_blocks; u < (i + 1) * count / tap_blocks; ++u) {
+      int slot = block.units * taps_of_warpgroup;
       Unit& unit = block.unit[block.units++];
-      int numbers = 0;
       for (int which = 0; which < 2; ++which) {
         Sequence& sequence = unit.sequence[which];
         sequence.first = static_cast<std::int16_t>(row);
@@ -63,7 +65,7 @@ bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, 
           if (with_halo) sequence.distance = static_cast<std::int16_t>(line);
           block.box[block.boxes++] = {static_cast<std::int16_t>(c.t), static_cast<std::int16_t>(c.h),
                                       static_cast<std::int16_t>(c.w), static_cast<std::int16_t>(row), with_halo};
-          for (const std::int64_t number : c.numbers) unit.number[numbers++] = static_cast<std::int16_t>(number);
+          for (const std::int64_t number : c.numbers) block.number[slot++] = static_cast<std::int16_t>(number);
           sequence.taps = static_cast<std::int16_t>(sequence.taps + c.numbers.size());
           row += with_halo ? halo_rows : plain_rows;
         }
@@ -91,21 +93,25 @@ template <class T>
 void run(const char* function, const TiledWeightsParams& p, int tap_blocks, int bytes, const Launch& launch) {
   const dim3 grid(static_cast<unsigned>(p.column_panels * p.channel_panels * tap_blocks), static_cast<unsigned>(p.splits));
   launch_overlapping(function, conv3d_weights_kernel<T>, grid, weights_threads, static_cast<std::size_t>(bytes),
-                     static_cast<cudaStream_t>(launch.stream), p);
+                     static_cast<cudaStream_t>(launch.stream), p, dim3(1, static_cast<unsigned>(p.cluster), 1));
 }
 
 }  // namespace
 
 PartialSums partial_sums(std::int64_t positions, std::int64_t columns, std::int64_t channels, std::int64_t taps) {
-  PartialSums sums{1, ceil_div(columns, 64) * 64, ceil_div(channels, 64) * 64, taps};
+  PartialSums sums{1, 1, ceil_div(columns, 64) * 64, ceil_div(channels, 64) * 64, taps};
   const std::int64_t blocks = sums.columns / 64 * (sums.channels / 64) * ceil_div(taps, summing_warpgroups * taps_of_warpgroup);
   const auto steps = static_cast<double>(ceil_div(positions, depth_of_step));
-  constexpr double write = 6;  // partial sums, in steps
+  constexpr double write = 3;  // partial sums, in steps
   double least = std::numeric_limits<double>::infinity();
   for (std::int64_t splits = 1; splits <= multiprocessors && (splits == 1 || splits <= steps); ++splits) {
-    const auto waves = static_cast<double>(ceil_div(blocks * splits, multiprocessors));
-    const double time = waves * (std::ceil(steps / static_cast<double>(splits)) + write);
-    if (time < least) least = time, sums.splits = splits;
+    static const char* const most = std::getenv("EFFCORE_C3D_CLUSTER");
+    std::int64_t cluster = most != nullptr ? std::atoi(most) : 8;
+    while (splits % cluster != 0) cluster /= 2;
+    const auto waves = static_cast<double>(ceil_div(blocks * splits, cluster > 1 ? in_clusters : multiprocessors));
+    const double time = waves * (std::ceil(steps / static_cast<double>(splits)) + write) +
+                        write * static_cast<double>(splits / cluster) / 8;  // read by the second kernel
+    if (time < least) least = time, sums.splits = splits, sums.cluster = cluster;
   }
   return sums;
 }
@@ -136,10 +142,10 @@ bool weights(const char* function, const WeightsProblem& problem, const PartialS
   p.tiling = Tiling(box, dout.size + 2, dout.size[0], problem.step);
   p.column_panels = static_cast<int>(sums.columns / 64);
   p.channel_panels = static_cast<int>(sums.channels / 64);
-  p.splits = static_cast<int>(sums.splits);
+  p.splits = static_cast<int>(sums.splits), p.cluster = static_cast<int>(sums.cluster);
   p.depth = sums.taps * sums.channels;
   p.partial = static_cast<float*>(launch.workspace);
-  const int bytes = p.stages * p.stage_bytes + behind;
+  const int bytes = std::max(p.stages * p.stage_bytes + behind, sums_bytes);
   if (x.dtype == DType::bfloat16) return run<bf16>(function, p, tap_blocks, bytes, launch), true;
 #if !defined(EFFCORE_CUDA_SET_CI)
   return run<fp16>(function, p, tap_blocks, bytes, launch), true;
