@@ -12,6 +12,14 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
+// The next kernel may begin (its blocks wait where they call wait_for_kernel_before) once all blocks of this one have said so.
+// Behind a kernel's own wait: what begins early then still finds everything but this kernel's results.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 template <class Params>
 void launch_overlapping(const char* function, void (*kernel)(Params), dim3 grid, dim3 block, std::size_t shared_bytes,
                         cudaStream_t stream, const Params& params, dim3 cluster = dim3(1, 1, 1)) {

@@ -362,7 +362,10 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   r.spatial = lay_out(args.dspatial, &Tap::spatial), r.temporal = lay_out(args.dtemporal, &Tap::temporal);
   if (!sum_on_hopper(f, args, taps, r, launch)) sum(f, args, taps, r, launch);
 
-  const dim3 blocks(static_cast<unsigned>(ceil_div(r.channels, reduce_channels)), static_cast<unsigned>(r.columns));
+  // Many partial sums are of few kernels: blocks of fewer channels, which share them among more threads.
+  r.lanes = r.splits > 8 ? 4 : 16;
+  r.parts = std::clamp(reduce_threads / r.lanes / r.taps, 1, static_cast<int>(ceil_div(r.splits, 4)));
+  const dim3 blocks(static_cast<unsigned>(ceil_div(r.channels, 4 * r.lanes)), static_cast<unsigned>(r.columns));
   with_type(f, args.x.dtype, [&](auto zero) {
     launch_overlapping(f, reduce_kernel<decltype(zero)>, blocks, reduce_threads, 0, static_cast<cudaStream_t>(launch.stream),
                        r);

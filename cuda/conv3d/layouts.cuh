@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(pack_side* pack_rows) pack_kernel(const __grid
   const bool along_columns = p.spatial_column < p.spatial_channel;
   const int lane = threadIdx.x;
   wait_for_kernel_before();
+  let_next_kernel_begin();
 #pragma unroll
   for (int i = 0; i < pack_side; i += pack_rows) {
     const int other = i + threadIdx.y, column = along_columns ? lane : other, channel = along_columns ? other : lane;
@@ -50,36 +51,42 @@ __global__ void __launch_bounds__(pack_side* pack_rows) pack_kernel(const __grid
     }
 }
 
-constexpr int reduce_threads = 256, reduce_channels = 64;
+constexpr int reduce_threads = 256, reduce_sums = max_taps * 65;
 
-// Adds the partial sums up, always in the same order: a block takes 64 channels of all taps of one output channel, 16 threads a
-// tap. They leave in the order of the kernels' memory, [channel][tap], through shared memory.
+// Adds the partial sums up, always in the same order: a block takes 4 * lanes channels of all taps of one output channel,
+// `lanes` threads a tap and part; part i has every parts-th sum from i on. They leave in the order of the kernels' memory,
+// [channel][tap], through shared memory.
 template <class T>
 __global__ void __launch_bounds__(reduce_threads) reduce_kernel(const __grid_constant__ ReduceParams p) {
-  __shared__ float sums[max_taps][reduce_channels + 1];
-  const int n = blockIdx.y, channel = blockIdx.x * reduce_channels, thread = threadIdx.x;
+  __shared__ float sums[reduce_sums];
+  const int channels = 4 * p.lanes, pitch = channels + 1, n = blockIdx.y, channel = blockIdx.x * channels;
+  const int thread = threadIdx.x, c = thread % p.lanes * 4;
   const std::int64_t size = static_cast<std::int64_t>(p.padded_columns) * p.padded_depth;
-  const int c = thread % 16 * 4;
   wait_for_kernel_before();
+  let_next_kernel_begin();
   if (channel + c < p.padded_channels)
-    for (int tap = thread / 16; tap < p.taps; tap += reduce_threads / 16) {
+    for (int item = thread / p.lanes; item < p.taps * p.parts; item += reduce_threads / p.lanes) {
+      const int tap = item % p.taps, part = item / p.taps;
       const float* const from =
           p.partial + static_cast<std::int64_t>(n) * p.padded_depth + tap * p.padded_channels + channel + c;
       float4 sum{};
 #pragma unroll 8
-      for (int split = 0; split < p.splits; ++split) {
+      for (int split = part; split < p.splits; split += p.parts) {
         const float4 x = *reinterpret_cast<const float4*>(from + split * size);
         sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
       }
-      float* const to = &sums[tap][c];
+      float* const to = &sums[item * pitch + c];
       to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
     }
   __syncthreads();
   const auto store = [&](const KernelTaps& kernel) {
     T* const to = static_cast<T*>(kernel.data) + n * kernel.column + channel * kernel.channel;
-    for (int i = thread; i < reduce_channels * kernel.taps; i += reduce_threads) {
+    for (int i = thread; i < channels * kernel.taps; i += reduce_threads) {
       const int at = i / kernel.taps, tap = i % kernel.taps;
-      if (channel + at < p.channels) to[at * kernel.channel + kernel.place[tap]] = from_float<T>(sums[kernel.number[tap]][at]);
+      if (channel + at >= p.channels) break;
+      float sum = 0.0f;
+      for (int part = 0; part < p.parts; ++part) sum += sums[(part * p.taps + kernel.number[tap]) * pitch + at];
+      to[at * kernel.channel + kernel.place[tap]] = from_float<T>(sum);
     }
   };
   store(p.spatial);

@@ -86,6 +86,7 @@ struct KernelTaps {
 struct ReduceParams {
   const float* partial;
   int splits, padded_columns, padded_depth, padded_channels;  // [splits][padded_columns][padded_depth: taps, padded_channels]
+  int lanes, parts;                                           // see reduce_kernel
   int columns, channels, taps;
   KernelTaps spatial, temporal;
 };

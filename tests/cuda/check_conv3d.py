@@ -57,6 +57,12 @@ PROBLEMS = [
     (3, 72, 256, (5, 13, 9), (3, 5, 5), (1, 2, 2), "same"),
     (2, 64, 64, (9, 20, 20), (5, 3, 3), 3, 1),
     (1, 512, 384, (2, 7, 7), (3, 3, 3), 1, "same"),
+    # One box for all taps: three sub-tiles of 128 columns (one in the last block), frames in pieces, other paddings, four of 64.
+    (8, 128, 128, (8, 28, 28), (3, 3, 3), 1, "same"),
+    (1, 128, 128, (20, 6, 6), (3, 3, 3), 1, "same"),
+    (4, 128, 256, (9, 26, 30), (3, 3, 3), 1, (0, 1, 2)),
+    (2, 192, 192, (16, 21, 19), (5, 3, 3), 1, (1, 0, 1)),
+    (4, 128, 64, (16, 40, 40), (3, 3, 3), 1, "same"),
 ]
 
 
@@ -178,10 +184,23 @@ def candidates(shape, dtype=torch.bfloat16):
     )
 
 
+def flops(shape) -> int:
+    """Of the 11 taps of the cross, those beyond the border too, as torch counts."""
+    batch, channels, frames, side = shape
+    return 2 * 11 * channels * channels * batch * frames * side * side
+
+
+def matmul_rate(clock, size: int = 8192) -> float:
+    """FLOP/s of torch's bfloat16 product of large matrices: what the tensor cores do at the clock that they keep."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / statistics.median(clock(lambda: a @ b) for _ in range(9))
+
+
 def speed(rounds: int = 15) -> list[dict]:
     clock = clock_for("cuda")
     torch.backends.cudnn.benchmark = True
-    rows = []
+    rows: list[dict] = []
+    rate = matmul_rate(clock)
     for shape in SHAPES:
         for what, calls in candidates(shape):
             for call in calls.values():
@@ -192,6 +211,9 @@ def speed(rounds: int = 15) -> list[dict]:
                 for name, call in calls.items():
                     times[name].append(clock(call) * 1e6)
             row: dict = {"what": what, "shape": shape, "us": {n: statistics.median(t) for n, t in times.items()}}
+            if "effcore" in times:
+                work = flops(shape) * (1 if what == "forward" else 3)
+                row["bound us"] = work / rate * 1e6  # if all of it ran as a large product does
             for peer in ("conv3d", "two convolutions"):
                 names = [n for n in times if n.startswith(peer)]
                 if "effcore" in times and names:
@@ -212,12 +234,15 @@ SMALL = [
     (1, 16, 40, (4, 96, 96), (3, 3, 3), 1, "same"),  # enough positions for tall blocks
     (1, 16, 72, (4, 96, 96), (3, 3, 3), 1, "same"),
     (1, 5, 3, (2, 5, 4), (3, 3, 3), 2, "same"),
+    (8, 256, 256, (4, 14, 14), (3, 3, 3), 1, "same"),  # pairs of blocks that share the channels
 ]
 
 
 def run_small() -> None:
     for problem in SMALL:
         for dtype in DTYPES.values():
+            if dtype == torch.float32 and problem[1] == 256:
+                continue  # takes too long
             tensors = make(problem, dtype, "sliced" if problem[1] == 72 else "channels last")
             leaves = [t.detach().requires_grad_() for t in tensors]
             cross_conv3d(*leaves, stride=problem[5], padding=problem[6]).sum().backward()
@@ -262,7 +287,10 @@ def main() -> int:
         print("FAILED", name, why[:600])
     for row in report.get("speed", []):
         ratios = "  ".join(f"{key} {row[key]:.2f}x" for key in row if key.startswith("against"))
-        print(row["what"], row["shape"], ratios, "| us:", "  ".join(f"{n} {t:.0f}" for n, t in row["us"].items()))
+        bound = f"  bound {row['bound us']:.1f}" if "bound us" in row else ""
+        print(
+            row["what"], row["shape"], ratios, "| us:", "  ".join(f"{n} {t:.1f}" for n, t in row["us"].items()), bound
+        )
     print(f"{len(found)} problems, {len(failed)} failed, on {report['device']}")
     return 1 if failed else 0
 

@@ -3,7 +3,6 @@
 
 #include "common/overlap.cuh"
 #include "common/tensor_map.h"
-#include "conv3d/hopper/boxed.h"
 #include "conv3d/hopper/rows.cuh"
 #include "conv3d/hopper/rows.h"
 
@@ -50,14 +49,10 @@ bool run(const char* function, TiledRowsParams p, const Launch& launch) {
 }  // namespace
 
 bool rows(const char* function, const RowsProblem& problem, const Launch& launch) {
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, function) != 9) return false;
-  const bool whole = problem.step[0] == 1 && problem.step[1] == 1 && problem.step[2] == 1;
-  return (whole && boxed_rows(function, problem, plan_boxes(problem), launch)) || tiled_rows(function, problem, launch);
-}
-
-bool tiled_rows(const char* function, const RowsProblem& problem, const Launch& launch) {
   const TensorView &from = problem.from, &to = problem.to;
   if (problem.taps.empty() || !readable(from)) return false;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, function) != 9) return false;
+
   const std::vector<Column> columns = columns_of(problem.taps, problem.step[1], max_taps);
   if (columns.size() > max_groups) return false;
   TiledRowsParams p{};

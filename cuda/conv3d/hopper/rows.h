@@ -21,7 +21,4 @@ struct RowsProblem {
 // False where these kernels do not serve it (another dtype, rows that TMA cannot describe): nothing was launched then.
 bool rows(const char* function, const RowsProblem& problem, const Launch& launch);
 
-// The part of it that reads voxels anew for each column of taps, at any steps that TMA takes.
-bool tiled_rows(const char* function, const RowsProblem& problem, const Launch& launch);
-
 }  // namespace effcore::cuda::conv3d::hopper

@@ -12,7 +12,7 @@ namespace effcore::cuda::conv3d::hopper {
 namespace {
 
 // Blocks under way at once: a constant, so that every device sums in the same order.
-constexpr std::int64_t multiprocessors = 132, in_clusters = 128;  // a cluster lies in one of the device's groups of 16 or 18
+constexpr std::int64_t multiprocessors = 132;
 constexpr int most_halo_rows = 128;
 
 // Boxes that are read in sequence: one with a halo, or several with one tap each.
@@ -106,9 +106,9 @@ PartialSums partial_sums(std::int64_t positions, std::int64_t columns, std::int6
   double least = std::numeric_limits<double>::infinity();
   for (std::int64_t splits = 1; splits <= multiprocessors && (splits == 1 || splits <= steps); ++splits) {
     static const char* const most = std::getenv("EFFCORE_C3D_CLUSTER");
-    std::int64_t cluster = most != nullptr ? std::atoi(most) : 8;
-    while (splits % cluster != 0) cluster /= 2;
-    const auto waves = static_cast<double>(ceil_div(blocks * splits, cluster > 1 ? in_clusters : multiprocessors));
+    std::int64_t cluster = most != nullptr ? std::atoi(most) : 2;
+    if (splits % cluster != 0) cluster = 1;
+    const auto waves = static_cast<double>(ceil_div(blocks * splits, multiprocessors));
     const double time = waves * (std::ceil(steps / static_cast<double>(splits)) + write) +
                         write * static_cast<double>(splits / cluster) / 8;  // read by the second kernel
     if (time < least) least = time, sums.splits = splits, sums.cluster = cluster;

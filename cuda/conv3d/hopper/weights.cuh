@@ -138,6 +138,7 @@ __device__ __forceinline__ void add_cluster(const TiledWeightsParams& p, const T
   const int rank = static_cast<int>(blockIdx.y) % p.cluster, rows = 64 / p.cluster, columns = taps.units * taps_of_warpgroup * 16;
   sm90::cluster_arrive();
   sm90::cluster_wait();
+  let_next_kernel_begin();
   for (int i = threadIdx.x; i < rows * columns; i += taps.units * 128) {
     const int row = rank * rows + i / columns, column = i % columns, number = taps.number[column / 16];
     if (number < 0) continue;
