@@ -31,23 +31,29 @@ constexpr int most_voxel_stages = 4, most_weight_stages = 8;
 
 // Taps that share a box: they are neighbours along h.
 struct Group {
-  std::int16_t t, h, w, first, taps;  // numbers[first ...]
+  std::int16_t t, h, w, first, taps;  // tap[first ...]
 };
 
+// Where the weights of a tap lie: which tensor [O, .., .., C], and where in its middle dimensions.
+struct TapWeights {
+  std::int16_t map, row, column;
+};
+constexpr int packed_map = 0, spatial_map = 1, temporal_map = 2;
+
 struct TiledRowsParams {
-  CUtensorMap box, box_with_halo, weights;
+  CUtensorMap box, box_with_halo, weights[3];
   Tiling tiling;
   int voxel_stages, voxel_bytes, weight_stages;
   int groups, blocks;  // blocks: of 64 channels
   int box_bytes, halo_bytes;
-  int padded_columns, columns;
+  int columns;
   void* out;
   std::int64_t out_stride[4];  // b, t, h, w
   bool out_aligned;
   const void* bias;
   std::int64_t bias_stride;
   Group group[max_groups];
-  std::int16_t number[max_taps];
+  TapWeights tap[max_taps];
 };
 
 struct RowsRings {
@@ -55,8 +61,9 @@ struct RowsRings {
   sm90::Ring<most_weight_stages> weights;
 };
 
-// RowBlocks: of 64 positions, for each of the two warpgroups.
-template <class T, int RowBlocks, int Columns>
+// RowBlocks: of 64 positions, for each of the two warpgroups. Transposed: the columns are the tensors' C, as for the gradient of
+// the data, and the channels their O: a tile is then [64 channels, Columns] in panels of 64 columns.
+template <class T, int RowBlocks, int Columns, bool Transposed>
 __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __grid_constant__ TiledRowsParams p) {
   constexpr int weight_bytes = Columns * 128, rows_of_block = 2 * RowBlocks * 64;
   extern __shared__ __align__(1024) char memory[];
@@ -77,6 +84,7 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
   if (threadIdx.x >= consumers) {
     if (threadIdx.x != consumers) return;
     constexpr auto keep = static_cast<std::uint64_t>(sm90::Keep::last);
+    bool packed = false;  // what the kernel before packs or adds up
     for (int i = 0; i < p.groups; ++i) {
       const Group& group = p.group[i];
       const bool halo = group.taps > 1;
@@ -88,13 +96,21 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
         cute::SM90_TMA_LOAD_5D::copy(halo ? &p.box_with_halo : &p.box, &rings.voxels.full[voxel_turn.stage], keep,
                                      memory + voxel_turn.stage * p.voxel_bytes, block * 64, w, t, at.b, h);
         voxel_turn.next(p.voxel_stages);
-        if (i == 0 && block == 0) wait_for_kernel_before();  // which packs the weights
         for (int tap = 0; tap < group.taps; ++tap) {
+          const TapWeights& weights = p.tap[group.first + tap];
+          if (weights.map == packed_map && !packed) wait_for_kernel_before(), packed = true;
           rings.weights.wait_empty(weight_turn);
           rings.weights.expect(weight_turn, weight_bytes);
-          cute::SM90_TMA_LOAD_2D::copy(&p.weights, &rings.weights.full[weight_turn.stage], keep,
-                                       weight_memory + weight_turn.stage * weight_bytes, block * 64,
-                                       p.number[group.first + tap] * p.padded_columns + first_column);
+          char* const to = weight_memory + weight_turn.stage * weight_bytes;
+          const auto load = [&](char* tile, int c, int o) {
+            cute::SM90_TMA_LOAD_4D::copy(&p.weights[weights.map], &rings.weights.full[weight_turn.stage], keep, tile, c,
+                                         weights.column, weights.row, o);
+          };
+          if constexpr (Transposed)
+            for (int panel = 0; panel < Columns / 64; ++panel)
+              load(to + panel * 64 * 128, first_column + panel * 64, block * 64);
+          else
+            load(to, block * 64, first_column);
           weight_turn.next(p.weight_stages);
         }
       }
@@ -128,14 +144,15 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
                                    static_cast<std::uint32_t>(warpgroup * RowBlocks * 64 * 128);
       for (int tap = 0; tap < taps; ++tap) {
         rings.weights.wait_full(weight_turn);
-        const sm90::SharedOperand<false> b(shared_address(weight_memory + weight_turn.stage * weight_bytes), Columns, false);
+        const sm90::SharedOperand<Transposed> b(shared_address(weight_memory + weight_turn.stage * weight_bytes),
+                                              Transposed ? 64 : Columns, false);
         pin();
         sm90::wgmma_begin();
 #pragma unroll
         for (int r = 0; r < RowBlocks; ++r) {
           const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>((tap * p.tiling.line + r * 64) * 128), 64,
                                              false);
-          sm90::multiply<T, Columns, 4, false, false>(sums[r], a, b, true);
+          sm90::multiply<T, Columns, 4, false, Transposed>(sums[r], a, b, true);
         }
         sm90::wgmma_commit();
         sm90::wgmma_wait<1>();
@@ -149,6 +166,7 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
   }
   sm90::wgmma_wait<0>();
   pin();
+  let_next_kernel_begin();
 
   // Both warpgroups are done with the voxels: their memory takes the results, of which whole lines leave.
   asm volatile("bar.sync 1, 256;" ::: "memory");

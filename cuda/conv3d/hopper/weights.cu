@@ -11,7 +11,7 @@
 namespace effcore::cuda::conv3d::hopper {
 namespace {
 
-// Blocks under way at once: a constant, so that every device sums in the same order.
+// Constants, so that every device sums in the same order.
 constexpr std::int64_t multiprocessors = 132;
 constexpr int most_halo_rows = 128;
 
@@ -101,17 +101,25 @@ void run(const char* function, const TiledWeightsParams& p, int tap_blocks, int 
 PartialSums partial_sums(std::int64_t positions, std::int64_t columns, std::int64_t channels, std::int64_t taps) {
   PartialSums sums{1, 1, ceil_div(columns, 64) * 64, ceil_div(channels, 64) * 64, taps};
   const std::int64_t blocks = sums.columns / 64 * (sums.channels / 64) * ceil_div(taps, summing_warpgroups * taps_of_warpgroup);
-  const auto steps = static_cast<double>(ceil_div(positions, depth_of_step));
-  constexpr double write = 3;  // partial sums, in steps
+  const std::int64_t steps = ceil_div(positions, depth_of_step);
+  // Microseconds of an H200: a step, the end of a block, and for each block's sums that the second kernel reads.
+  constexpr double step = 1.1, read = 0.036;
+  struct Cluster {
+    std::int64_t size, blocks;  // under way at once
+    double end;
+  };
+  // Clusters lie in the device's groups of multiprocessors, of which some have fewer than 16: 4 or 8 blocks leave many without.
+  constexpr Cluster clusters[] = {{1, multiprocessors, 4.5}, {2, multiprocessors, 3.5}, {7, 112, 2.5}};
+  static const char* const forced = std::getenv("EFFCORE_C3D_CLUSTER");
   double least = std::numeric_limits<double>::infinity();
-  for (std::int64_t splits = 1; splits <= multiprocessors && (splits == 1 || splits <= steps); ++splits) {
-    static const char* const most = std::getenv("EFFCORE_C3D_CLUSTER");
-    std::int64_t cluster = most != nullptr ? std::atoi(most) : 2;
-    if (splits % cluster != 0) cluster = 1;
-    const auto waves = static_cast<double>(ceil_div(blocks * splits, multiprocessors));
-    const double time = waves * (std::ceil(steps / static_cast<double>(splits)) + write) +
-                        write * static_cast<double>(splits / cluster) / 8;  // read by the second kernel
-    if (time < least) least = time, sums.splits = splits, sums.cluster = cluster;
+  for (const Cluster& cluster : clusters) {
+    if (forced != nullptr && std::atoi(forced) != cluster.size) continue;
+    for (std::int64_t splits = cluster.size; splits <= cluster.blocks && (splits == 1 || splits <= steps); splits += cluster.size) {
+      const auto waves = static_cast<double>(ceil_div(blocks * splits, cluster.blocks));
+      const double time = waves * (static_cast<double>(ceil_div(steps, splits)) * step + cluster.end) +
+                          static_cast<double>(splits / cluster.size * blocks) * read;
+      if (time < least) least = time, sums.splits = splits, sums.cluster = cluster.size;
+    }
   }
   return sums;
 }

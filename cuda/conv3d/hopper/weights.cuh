@@ -133,14 +133,15 @@ __device__ __forceinline__ void sum_taps(const TiledWeightsParams& p, const TapB
   if constexpr (Second > 0) store(second, own + First * 64);
 }
 
-// Each block of the cluster adds up what all of them have of its share of the rows, in the order of the splits.
+// Each block of the cluster adds up its share of what all of them have, in the order of the splits.
 __device__ __forceinline__ void add_cluster(const TiledWeightsParams& p, const TapBlock& taps, const char* memory, float* partial) {
-  const int rank = static_cast<int>(blockIdx.y) % p.cluster, rows = 64 / p.cluster, columns = taps.units * taps_of_warpgroup * 16;
+  const int rank = static_cast<int>(blockIdx.y) % p.cluster, columns = taps.units * taps_of_warpgroup * 16;
+  const int threads = taps.units * 128;
   sm90::cluster_arrive();
   sm90::cluster_wait();
   let_next_kernel_begin();
-  for (int i = threadIdx.x; i < rows * columns; i += taps.units * 128) {
-    const int row = rank * rows + i / columns, column = i % columns, number = taps.number[column / 16];
+  for (int i = rank * threads + static_cast<int>(threadIdx.x); i < 64 * columns; i += p.cluster * threads) {
+    const int row = i / columns, column = i % columns, number = taps.number[column / 16];
     if (number < 0) continue;
     const float4* const from = reinterpret_cast<const float4*>(memory) + row * (sums_pitch / 4) + column;
     float4 sum{};
