@@ -162,11 +162,12 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 
 
 def speed(
-    task: Task, device: str, batch: int, dtype: torch.dtype, rounds: int, names: list[str], compiled: bool
+    task: Task, device: str, batch: int, dtype: torch.dtype, rounds: int, names: list[str], compiled: bool, first: bool
 ) -> list[dict]:
     torch.backends.cudnn.benchmark = True  # its fastest algorithms
     made = {name: Contender(task, METHODS[name], batch, device, dtype, True, compiled) for name in names}
-    made["Conv3D, channels first"] = Contender(task, METHODS["Conv3D"], batch, device, dtype, False, compiled)
+    if first:
+        made["Conv3D, channels first"] = Contender(task, METHODS["Conv3D"], batch, device, dtype, False, compiled)
     times: dict[str, dict[str, list[float]]] = {name: {"train": [], "infer": []} for name in made}
     for number in range(rounds + 1):
         for name, contender in made.items():
@@ -300,6 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default bfloat16 on cuda)")
     parser.add_argument("--batch", type=int, help="clips (default 32 on cuda, 4 for unet, 2 on cpu)")
     parser.add_argument("--compile", action="store_true", help="all contenders through torch.compile (speed and unet)")
+    parser.add_argument("--channels-last", action="store_true", help="Conv3D in this format alone (speed and unet)")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--steps", type=int, default=400, help="of training (accuracy)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of each method's runs (accuracy)")
@@ -317,7 +319,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.claim in TASKS:
         names = options.only or list(METHODS)
-        rows = speed(TASKS[options.claim], options.device, batch, dtype, options.rounds, names, options.compile)
+        task, first = TASKS[options.claim], not options.channels_last
+        rows = speed(task, options.device, batch, dtype, options.rounds, names, options.compile, first)
     elif options.claim == "patches":
         rows = patches(options.device, batch, options.rounds)
     else:

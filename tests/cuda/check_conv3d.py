@@ -57,9 +57,10 @@ PROBLEMS = [
     (3, 72, 256, (5, 13, 9), (3, 5, 5), (1, 2, 2), "same"),
     (2, 64, 64, (9, 20, 20), (5, 3, 3), 3, 1),
     (1, 512, 384, (2, 7, 7), (3, 3, 3), 1, "same"),
-    # One box for all taps: three sub-tiles of 128 columns (one in the last block), frames in pieces, other paddings, four of 64.
+    # Full waves of blocks, and blocks that share the channels in pairs: odd sizes, kernels, paddings, blocks of channels.
     (8, 128, 128, (8, 28, 28), (3, 3, 3), 1, "same"),
     (1, 128, 128, (20, 6, 6), (3, 3, 3), 1, "same"),
+    (3, 200, 136, (5, 9, 11), (3, 3, 3), 1, "same"),
     (4, 128, 256, (9, 26, 30), (3, 3, 3), 1, (0, 1, 2)),
     (2, 192, 192, (16, 21, 19), (5, 3, 3), 1, (1, 0, 1)),
     (4, 128, 64, (16, 40, 40), (3, 3, 3), 1, "same"),
@@ -75,13 +76,19 @@ def poison() -> None:
     del large, small
 
 
+def channels_inside(kernel: torch.Tensor) -> torch.Tensor:
+    """As ``model.to(memory_format=torch.channels_last_3d)`` lays out the parameters of CrossConv3d."""
+    return kernel.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def make(problem, dtype: torch.dtype, layout: str):
     batch, channels, outputs, size, kernel, _, _ = problem
     scale = (channels * (kernel[0] + kernel[1] * kernel[2])) ** -0.5
     x = torch.randn(batch, *size, channels + 3, device="cuda").to(dtype)
     x = (x[..., 1 : channels + 1] if layout == "sliced" else x[..., :channels].contiguous()).movedim(-1, 1)
     weights = [torch.randn(outputs, channels, *k, device="cuda") * scale for k in (kernel[1:], kernel[:1])]
-    return [x, *(t.to(dtype) for t in weights), torch.randn(outputs, device="cuda").to(dtype)]
+    weights = [t.to(dtype) if layout == "sliced" else channels_inside(t.to(dtype)) for t in weights]
+    return [x, *weights, torch.randn(outputs, device="cuda").to(dtype)]
 
 
 def results(function, tensors, gradient, **options):
@@ -153,7 +160,13 @@ def candidates(shape, dtype=torch.bfloat16):
     def composed(x, across, along):
         return F.conv3d(x, across, padding=(0, 1, 1)) + F.conv3d(x, along, padding=(1, 0, 0))
 
-    made = {"effcore": (cross_conv3d, [voxels.contiguous(memory_format=LAST), spatial, temporal], LAST)}
+    inside = [channels_inside(spatial), channels_inside(temporal)]
+    made = {"effcore": (cross_conv3d, [voxels.contiguous(memory_format=LAST), *inside], LAST)}
+    made["effcore, kernels contiguous"] = (
+        cross_conv3d,
+        [voxels.contiguous(memory_format=LAST), spatial, temporal],
+        LAST,
+    )
     for what, call in (("conv3d", dense), ("two convolutions", composed)):
         for order, memory in (("last", LAST), ("first", torch.contiguous_format)):
             tensors = [t.contiguous(memory_format=memory) for t in (voxels, *kernels[what])]
@@ -178,7 +191,7 @@ def candidates(shape, dtype=torch.bfloat16):
     yield (
         "parts",
         {
-            "data": lambda: native.cross_conv3d_bwd_data(dout, spatial, temporal, ones, ones, frames, side, side),
+            "data": lambda: native.cross_conv3d_bwd_data(dout, *inside, ones, ones, frames, side, side),
             "weight": lambda: native.cross_conv3d_bwd_weight(x, dout, [3] * 3, ones, ones),
         },
     )

@@ -1,5 +1,6 @@
 // Boxes, tensor maps and launches of the rows of a product.
 #include <algorithm>
+#include <cstdlib>
 
 #include "common/overlap.cuh"
 #include "common/tensor_map.h"
@@ -18,15 +19,17 @@ struct Cost {
   }
 };
 
-template <class T, int RowBlocks, int Columns, bool Transposed>
+template <class T, class Shape>
 bool run(const char* function, TiledRowsParams p, const Launch& launch) {
-  const dim3 grid(static_cast<unsigned>(p.tiling.tiles), static_cast<unsigned>(ceil_div(p.columns, Columns)));
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.tiling.tiles, Shape::boxes)),
+                  static_cast<unsigned>(ceil_div(p.columns, Shape::columns)), Shape::blocks);
   // As many stages as there is memory for: of the multiprocessor, or of the share of it.
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
-  const bool shared = static_cast<int>(grid.x * grid.y) > device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const int memory = shared ? (most + 1024) / 2 - 1024 : most;
+  const bool two = static_cast<int>(grid.x * grid.y) > device_attribute(cudaDevAttrMultiProcessorCount, function);
+  const int memory = two && !Shape::shared ? (most + 1024) / 2 - 1024 : most;
+  p.voxel_bytes = Shape::boxes * p.halo_bytes;
   const auto bytes = [&](int voxels, int weights) {
-    return voxels * p.voxel_bytes + weights * Columns * 128 + static_cast<int>(sizeof(RowsRings));
+    return voxels * p.voxel_bytes + weights * Shape::columns * 128 + static_cast<int>(sizeof(RowsRings));
   };
   p.voxel_stages = 2, p.weight_stages = 3;
   if (bytes(p.voxel_stages, p.weight_stages) > most) return false;
@@ -40,10 +43,15 @@ bool run(const char* function, TiledRowsParams p, const Launch& launch) {
     else
       break;
   }
-  launch_overlapping(function, conv3d_rows_kernel<T, RowBlocks, Columns, Transposed>, grid, rows_threads,
+  launch_overlapping(function, conv3d_rows_kernel<T, Shape>, grid, Shape::threads,
                      static_cast<std::size_t>(bytes(p.voxel_stages, p.weight_stages)), static_cast<cudaStream_t>(launch.stream),
-                     p);
+                     p, dim3(1, 1, Shape::blocks));
   return true;
+}
+
+bool share_wanted() {
+  static const char* const text = std::getenv("EFFCORE_C3D_SHARED");
+  return text == nullptr || text[0] != '0';
 }
 
 // A map of [O, rows, columns, C] whose tile is `channels` x 1 x 1 x `outputs`; strides of O, rows, columns in elements.
@@ -135,7 +143,11 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
   // instead of 112. With 128 columns they would be alone on it, which loses more than reading less weights gains.
   const std::int64_t positions = to.size[0] * to.size[2] * to.size[3] * to.size[4];
   const bool tall = !wide && ceil_div(positions, 256) > device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const int log_rows = tall ? 8 : 7, rows_of_block = 1 << log_rows;
+  // Blocks that would leave multiprocessors without work share the channels in pairs, with 3 x 64 positions each.
+  const std::int64_t at_once = device_attribute(cudaDevAttrMultiProcessorCount, function);
+  const std::int64_t column_blocks = ceil_div(to.size[1], 128);
+  const bool shared = wide && problem.padded_channels >= 128 && ceil_div(positions, 192) * column_blocks * 2 <= at_once && share_wanted();
+  const int log_rows = tall ? 8 : shared ? 6 : 7, rows_of_block = 1 << log_rows;
   Cost cost{0, 0, static_cast<double>(rows_of_block), static_cast<double>(numbers.size()) * columns_of_block};
   for (int i = 0; i < p.groups; ++i) ++(p.group[i].taps > 1 ? cost.groups_with_halo : cost.groups);
   const int most_rows = tall ? 2 * rows_of_block - 96 : 2 * rows_of_block;
@@ -149,7 +161,6 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
   if (p.tiling.tiles == 0) return true;
   p.box_bytes = rows_of_block * 128;
   p.halo_bytes = box.line() * (box.lines() + halo) * 128;
-  p.voxel_bytes = p.halo_bytes;
   p.blocks = static_cast<int>(problem.padded_channels / 64);
   p.columns = static_cast<int>(to.size[1]);
   p.out = to.data;
@@ -161,9 +172,10 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
   }
   if (problem.bias != nullptr) p.bias = problem.bias->data, p.bias_stride = problem.bias->stride[0];
   const auto run_as = [&]<class T, bool transposed>(T, std::bool_constant<transposed>) {
-    return wide   ? run<T, 1, 128, transposed>(function, p, launch)
-           : tall ? run<T, 2, 64, transposed>(function, p, launch)
-                  : run<T, 1, 64, transposed>(function, p, launch);
+    return shared ? run<T, RowsShape<1, 128, transposed, true>>(function, p, launch)
+           : wide ? run<T, RowsShape<1, 128, transposed, false>>(function, p, launch)
+           : tall ? run<T, RowsShape<2, 64, transposed, false>>(function, p, launch)
+                  : run<T, RowsShape<1, 64, transposed, false>>(function, p, launch);
   };
   const auto run_with = [&](auto zero) {
     const bool transposed = problem.in_place != nullptr && problem.in_place->transposed;
