@@ -30,7 +30,8 @@ void launch_overlapping(const char* function, void (*kernel)(Params), dim3 grid,
   attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute[0].val.programmaticStreamSerializationAllowed = 1;
   attribute[1].id = cudaLaunchAttributeClusterDimension;
-  attribute[1].val.clusterDim.x = cluster.x, attribute[1].val.clusterDim.y = cluster.y, attribute[1].val.clusterDim.z = cluster.z;
+  attribute[1].val.clusterDim.x = cluster.x, attribute[1].val.clusterDim.y = cluster.y,
+  attribute[1].val.clusterDim.z = cluster.z;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
   config.attrs = attribute;

@@ -176,8 +176,11 @@ struct Kernels {
   bool in_place = false;
 
   Kernels(const char* function, const TensorView& from, const TensorView& spatial_, const TensorView& temporal_, int channel_,
-            const Launch& launch)
-      : spatial(spatial_), temporal(temporal_), channel(channel_), taps(cross(spatial, temporal)),
+          const Launch& launch)
+      : spatial(spatial_),
+        temporal(temporal_),
+        channel(channel_),
+        taps(cross(spatial, temporal)),
         size(packed_size(spatial, temporal, channel)) {
 #if defined(EFFCORE_HOPPER)
     in_place = device_attribute(cudaDevAttrComputeCapabilityMajor, function) == 9 && hopper::readable(from, spatial, temporal);
@@ -384,7 +387,7 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   r.padded_channels = static_cast<int>(round_up(args.x.size[1], segment_of(args.x.dtype)));
   r.columns = static_cast<int>(args.dout.size[1]), r.channels = static_cast<int>(args.x.size[1]);
   r.taps = static_cast<int>(taps.size());
-  const auto lay_out = [&](const TensorView& kernel, std::int64_t Tap::*place) {
+  const auto lay_out = [&](const TensorView& kernel, std::int64_t Tap::* place) {
     KernelTaps k{kernel.data, kernel.stride[0], kernel.stride[1], 0, {}, {}};
     for (const PlacedTap& t : taps)
       if (t.tap.*place >= 0) {

@@ -55,19 +55,21 @@ bool share_wanted() {
 }
 
 // A map of [O, rows, columns, C] whose tile is `channels` x 1 x 1 x `outputs`; strides of O, rows, columns in elements.
-bool encode_weights(CUtensorMap* map, DType dtype, const void* data, const std::int64_t (&sizes)[4], const std::int64_t (&strides)[3],
-                    int channels, int outputs) {
+bool encode_weights(CUtensorMap* map, DType dtype, const void* data, const std::int64_t (&sizes)[4],
+                    const std::int64_t (&strides)[3], int channels, int outputs) {
   const cuuint64_t size[4] = {static_cast<cuuint64_t>(sizes[3]), static_cast<cuuint64_t>(sizes[2]),
                               static_cast<cuuint64_t>(sizes[1]), static_cast<cuuint64_t>(sizes[0])};
   cuuint64_t stride[3];
   for (int d = 0; d < 3; ++d)  // a dimension of size 1 has no stride of its own
-    stride[d] = size[d + 1] == 1 ? static_cast<cuuint64_t>(ceil_div(sizes[3], 8) * 16) : static_cast<cuuint64_t>(strides[2 - d] * 2);
+    stride[d] =
+        size[d + 1] == 1 ? static_cast<cuuint64_t>(ceil_div(sizes[3], 8) * 16) : static_cast<cuuint64_t>(strides[2 - d] * 2);
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(channels), 1, 1, static_cast<cuuint32_t>(outputs)};
   return encode_tensor_map(map, dtype, data, size, stride, box);
 }
 
 // The maps, and where each tap's weights lie.
-bool place_weights(TiledRowsParams& p, const RowsProblem& problem, const std::vector<std::int64_t>& numbers, int columns_of_block) {
+bool place_weights(TiledRowsParams& p, const RowsProblem& problem, const std::vector<std::int64_t>& numbers,
+                   int columns_of_block) {
   const DType dtype = problem.from.dtype;
   if (problem.in_place == nullptr) {
     for (std::size_t i = 0; i < numbers.size(); ++i) p.tap[i] = {packed_map, static_cast<std::int16_t>(numbers[i]), 0};
@@ -93,11 +95,12 @@ bool place_weights(TiledRowsParams& p, const RowsProblem& problem, const std::ve
   }
   const std::int64_t o = spatial.size[0], c = spatial.size[1], padded_o = ceil_div(o, 64) * 64, padded_c = ceil_div(c, 64) * 64;
   const int outputs = kernels.transposed ? 64 : columns_of_block;
-  return encode_weights(&p.weights[packed_map], dtype, kernels.middle, {padded_o, 1, 1, padded_c}, {padded_c, 0, 0}, 64, outputs) &&
+  return encode_weights(&p.weights[packed_map], dtype, kernels.middle, {padded_o, 1, 1, padded_c}, {padded_c, 0, 0}, 64,
+                        outputs) &&
          encode_weights(&p.weights[spatial_map], dtype, spatial.data, {o, kh, kw, c},
                         {spatial.stride[0], spatial.stride[2], spatial.stride[3]}, 64, outputs) &&
-         encode_weights(&p.weights[temporal_map], dtype, temporal.data, {o, kt, 1, c}, {temporal.stride[0], temporal.stride[2], 0}, 64,
-                        outputs);
+         encode_weights(&p.weights[temporal_map], dtype, temporal.data, {o, kt, 1, c},
+                        {temporal.stride[0], temporal.stride[2], 0}, 64, outputs);
 }
 
 }  // namespace
@@ -146,7 +149,8 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
   // Blocks that would leave multiprocessors without work share the channels in pairs, with 3 x 64 positions each.
   const std::int64_t at_once = device_attribute(cudaDevAttrMultiProcessorCount, function);
   const std::int64_t column_blocks = ceil_div(to.size[1], 128);
-  const bool shared = wide && problem.padded_channels >= 128 && ceil_div(positions, 192) * column_blocks * 2 <= at_once && share_wanted();
+  const bool shared =
+      wide && problem.padded_channels >= 128 && ceil_div(positions, 192) * column_blocks * 2 <= at_once && share_wanted();
   const int log_rows = tall ? 8 : shared ? 6 : 7, rows_of_block = 1 << log_rows;
   Cost cost{0, 0, static_cast<double>(rows_of_block), static_cast<double>(numbers.size()) * columns_of_block};
   for (int i = 0; i < p.groups; ++i) ++(p.group[i].taps > 1 ? cost.groups_with_halo : cost.groups);

@@ -6,12 +6,17 @@
 // 64 columns to 44 FLOPs a byte, 240 TFLOP/s. Therefore:
 //
 // A block computes 128 or 256 positions, a box (boxes.h) with kernel_h - 1 more lines: 3 boxes with a halo and 2 without serve
-// 11 taps. Weights come as tiles [Columns, 64 channels], one a tap; 256 positions (with 64 columns) halve their part. (Blocks
-// of a cluster that fetch for each other by multicast were tried, and wait for each other longer than they save: 10 to 20 %
-// slower.)
+// 11 taps. Weights come as tiles of 64 channels, one a tap; 256 positions (with 64 columns) halve their part. (Blocks of a
+// cluster that fetch for each other by multicast were tried, and wait for each other longer than they save: 10 to 20 % slower.
+// So was one box with a halo all around for all taps, gathered into registers by ldmatrix: it reads a third of the bytes, but
+// takes a multiprocessor alone, where nothing hides its beginning and end: 0 to 40 % slower.)
+//
+// Weights are read where they lie if their channels are contiguous; only the middle, a sum of two kernels, is made by a kernel
+// before this one, which runs meanwhile: the middle is the last tap. Other weights are packed by that kernel.
 //
 // A producer warp fills two rings by TMA, as deep as there is memory for; two warpgroups multiply 64 or 128 positions each. Two
-// blocks share a multiprocessor: one multiplies while the other begins or ends.
+// blocks share a multiprocessor: one multiplies while the other begins or ends. Where positions are few, pairs of blocks with
+// three warpgroups of 64 positions share the channels and add up through each other's memory.
 #pragma once
 #include <cuda.h>
 
@@ -45,7 +50,7 @@ struct TiledRowsParams {
   CUtensorMap box, box_with_halo, weights[3];
   Tiling tiling;
   int voxel_stages, voxel_bytes, weight_stages;  // voxel_bytes: of a stage
-  int groups, blocks;  // blocks: of 64 channels
+  int groups, blocks;                            // blocks: of 64 channels
   int box_bytes, halo_bytes;
   int columns;
   void* out;
@@ -77,8 +82,8 @@ struct RowsShape {
 // Transposed: the columns are the tensors' C, as for the gradient of the data, and the channels their O: a tile is then
 // [64 channels, columns] in panels of 64 columns.
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::threads, Shape::shared ? 1 : 2) conv3d_rows_kernel(
-    const __grid_constant__ TiledRowsParams p) {
+__global__ void __launch_bounds__(Shape::threads, Shape::shared ? 1 : 2)
+    conv3d_rows_kernel(const __grid_constant__ TiledRowsParams p) {
   constexpr int RowBlocks = Shape::row_blocks, Columns = Shape::columns, consumers = Shape::consumers;
   constexpr bool Transposed = Shape::transposed;
   constexpr int weight_bytes = Columns * 128;
@@ -114,7 +119,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::shared ? 1 : 2) conv3d_
           const int w = at.w * p.tiling.step[2] + group.w, t = at.t * p.tiling.step[0] + group.t,
                     h = at.h * p.tiling.step[1] + group.h;
           cute::SM90_TMA_LOAD_5D::copy(halo ? &p.box_with_halo : &p.box, &rings.voxels.full[voxel_turn.stage], keep,
-                                       memory + voxel_turn.stage * p.voxel_bytes + box * p.halo_bytes, block * 64, w, t, at.b, h);
+                                       memory + voxel_turn.stage * p.voxel_bytes + box * p.halo_bytes, block * 64, w, t, at.b,
+                                       h);
         }
         voxel_turn.next(p.voxel_stages);
         for (int tap = 0; tap < group.taps; ++tap) {
@@ -162,12 +168,13 @@ __global__ void __launch_bounds__(Shape::threads, Shape::shared ? 1 : 2) conv3d_
     const int taps = p.group[i].taps;
     for (int block = first_block; block < end_block; ++block) {
       rings.voxels.wait_full(voxel_turn);
-      const std::uint32_t voxels = shared_address(memory + voxel_turn.stage * p.voxel_bytes) +
-                                   static_cast<std::uint32_t>(warpgroup * (Shape::shared ? p.halo_bytes : RowBlocks * 64 * 128));
+      const std::uint32_t voxels =
+          shared_address(memory + voxel_turn.stage * p.voxel_bytes) +
+          static_cast<std::uint32_t>(warpgroup * (Shape::shared ? p.halo_bytes : RowBlocks * 64 * 128));
       for (int tap = 0; tap < taps; ++tap) {
         rings.weights.wait_full(weight_turn);
         const sm90::SharedOperand<Transposed> b(shared_address(weight_memory + weight_turn.stage * weight_bytes),
-                                              Transposed ? 64 : Columns, false);
+                                                Transposed ? 64 : Columns, false);
         pin();
         sm90::wgmma_begin();
 #pragma unroll

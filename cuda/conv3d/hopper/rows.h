@@ -8,8 +8,8 @@
 
 namespace effcore::cuda::conv3d::hopper {
 
-// The kernels [O, C, kh, kw] and [O, C, kt] as they lie in memory, and the sum of their middles [padded O, padded C] (multiples of
-// 64). Transposed: the columns of the product are C and its channels O.
+// The kernels [O, C, kh, kw] and [O, C, kt] as they lie in memory, and the sum of their middles [padded O, padded C] (multiples
+// of 64). Transposed: the columns of the product are C and its channels O.
 struct KernelsInPlace {
   TensorView spatial, temporal;
   const void* middle = nullptr;

@@ -114,7 +114,8 @@ PartialSums partial_sums(std::int64_t positions, std::int64_t columns, std::int6
   double least = std::numeric_limits<double>::infinity();
   for (const Cluster& cluster : clusters) {
     if (forced != nullptr && std::atoi(forced) != cluster.size) continue;
-    for (std::int64_t splits = cluster.size; splits <= cluster.blocks && (splits == 1 || splits <= steps); splits += cluster.size) {
+    for (std::int64_t splits = cluster.size; splits <= cluster.blocks && (splits == 1 || splits <= steps);
+         splits += cluster.size) {
       const auto waves = static_cast<double>(ceil_div(blocks * splits, cluster.blocks));
       const double time = waves * (static_cast<double>(ceil_div(steps, splits)) * step + cluster.end) +
                           static_cast<double>(splits / cluster.size * blocks) * read;

@@ -134,7 +134,8 @@ __device__ __forceinline__ void sum_taps(const TiledWeightsParams& p, const TapB
 }
 
 // Each block of the cluster adds up its share of what all of them have, in the order of the splits.
-__device__ __forceinline__ void add_cluster(const TiledWeightsParams& p, const TapBlock& taps, const char* memory, float* partial) {
+__device__ __forceinline__ void add_cluster(const TiledWeightsParams& p, const TapBlock& taps, const char* memory,
+                                            float* partial) {
   const int rank = static_cast<int>(blockIdx.y) % p.cluster, columns = taps.units * taps_of_warpgroup * 16;
   const int threads = taps.units * 128;
   sm90::cluster_arrive();
