@@ -1,5 +1,6 @@
 // The conv3d family's host side: shapes to parameters, and which configuration of a kernel serves them.
 #include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -183,7 +184,9 @@ struct Kernels {
         taps(cross(spatial, temporal)),
         size(packed_size(spatial, temporal, channel)) {
 #if defined(EFFCORE_HOPPER)
-    in_place = device_attribute(cudaDevAttrComputeCapabilityMajor, function) == 9 && hopper::readable(from, spatial, temporal);
+    static const char* const wanted = std::getenv("EFFCORE_C3D_IN_PLACE");
+    in_place = wanted != nullptr && wanted[0] == '1' && device_attribute(cudaDevAttrComputeCapabilityMajor, function) == 9 &&
+               hopper::readable(from, spatial, temporal);
 #else
     static_cast<void>(from);
 #endif

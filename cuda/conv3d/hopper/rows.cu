@@ -51,7 +51,7 @@ bool run(const char* function, TiledRowsParams p, const Launch& launch) {
 
 bool share_wanted() {
   static const char* const text = std::getenv("EFFCORE_C3D_SHARED");
-  return text == nullptr || text[0] != '0';
+  return text != nullptr && text[0] == '1';
 }
 
 // A map of [O, rows, columns, C] whose tile is `channels` x 1 x 1 x `outputs`; strides of O, rows, columns in elements.

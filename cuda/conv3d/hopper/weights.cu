@@ -113,7 +113,7 @@ PartialSums partial_sums(std::int64_t positions, std::int64_t columns, std::int6
   static const char* const forced = std::getenv("EFFCORE_C3D_CLUSTER");
   double least = std::numeric_limits<double>::infinity();
   for (const Cluster& cluster : clusters) {
-    if (forced != nullptr && std::atoi(forced) != cluster.size) continue;
+    if (cluster.size != 1 && (forced == nullptr || std::atoi(forced) < cluster.size)) continue;
     for (std::int64_t splits = cluster.size; splits <= cluster.blocks && (splits == 1 || splits <= steps);
          splits += cluster.size) {
       const auto waves = static_cast<double>(ceil_div(blocks * splits, cluster.blocks));
