@@ -1,4 +1,4 @@
-"""EPAS's claims on one GPU: `python -m benchmarks.claims.epas train | decode`.
+"""EPAS's claims on one GPU: `python -m benchmarks.claims.epas train | decode | profile_train | profile_decode`.
 
 train: tokens a second of a training step of a 1.26B LLaMA whose upper two thirds share Q and K, against the same model compiled
 with the best SDPA backend, and against ours with nothing shared; and beside it the saving that measured parts predict: what a
@@ -8,6 +8,8 @@ speed, once as our kernels take it. At length 2048 with 32 heads of 64, and at 8
 
 decode: tokens a second behind a context of 8192 tokens, batch 32, one CUDA graph a step, against the same model with nothing
 shared. The paper: up to +29 %; our goal 1.40x (bytes allow 1.48x).
+
+profile_train, profile_decode: where the first of those training steps and the decoding step spend their time, kernel by kernel.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 import effcore
+from benchmarks.claims import _epas_profile as profiles
 from benchmarks.claims import _sharing as sharing
 from effcore.models import SharedCache
 
@@ -128,10 +131,44 @@ def decode(report: sharing.Report, quick: bool, rounds: int) -> None:
     )
 
 
+def profile_train(report: sharing.Report, quick: bool, rounds: int) -> None:
+    heads, length, batch = (32, 64, 2) if quick else (32, 2048, 8)
+    model = sharing.llama(heads, quick=quick, length=length)
+    layers = model.config.num_hidden_layers
+    start = sharing.shared_from(layers, FRACTION)
+    steps = {"compiled, SDPA cuDNN": sharing.Training(sharing.baseline(model, "cuDNN"), batch, length)}
+    ours = effcore.share_activations(model, mode="qk", start=start).compile_pieces()
+    steps[sharing.CONTROL] = sharing.Training(ours, batch, length, sharing.nothing_shared(layers))
+    steps[f"EPAS, {layers - start} of {layers} share qk"] = sharing.Training(ours, batch, length, start)
+    for name, step in steps.items():
+        found = profiles.measure(step, rounds)
+        print(profiles.describe(name, found), flush=True)
+        report.add([{"what": "train", "length": length, "model": name, "microseconds": found}])
+
+
+def profile_decode(report: sharing.Report, quick: bool, rounds: int) -> None:
+    batch, context = (2, 64) if quick else (32, 8192)
+    model = sharing.llama(32, quick=quick, length=context)
+    layers = model.config.num_hidden_layers
+    start = sharing.shared_from(layers, FRACTION)
+    model = effcore.share_activations(model, mode="qk", shared=0).compile_pieces()
+    for name, first in {"nothing shared": layers, f"EPAS, {layers - start} of {layers} share qk": start}.items():
+        model.set_layout(first if first < layers else sharing.nothing_shared(layers))
+        step = Decoding(model, batch, context)
+        found = profiles.measure(step, rounds)
+        print(profiles.describe(name, found), flush=True)
+        report.add([{"what": "decode", "context": context, "batch": batch, "model": name, "microseconds": found}])
+        del step
+        sharing.free()
+
+
+CLAIMS = {"train": train, "decode": decode, "profile_train": profile_train, "profile_decode": profile_decode}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = sharing.arguments("epas", __doc__ or "", ("train", "decode")).parse_args(arguments)
+    options = sharing.arguments("epas", __doc__ or "", tuple(CLAIMS)).parse_args(arguments)
     report = sharing.Report(options.json, f"epas {options.claim}")
-    {"train": train, "decode": decode}[options.claim](report, options.quick, options.rounds)
+    CLAIMS[options.claim](report, options.quick, options.rounds)
     return 0
 
 

@@ -1,4 +1,5 @@
-"""Speed of the attention family on a GPU against SDPA (flash and cuDNN), in one process on the same inputs.
+"""Speed of the attention family on a GPU against SDPA (flash and cuDNN), FlexAttention and flash-attn 4, in one process on the
+same inputs.
 
 Contenders alternate, L2 is flushed before every call, medians of CUDA events are reported. FLOPs count the products that
 the plain formula needs (2 forward and 5 backward, half of them where causal), whatever a kernel recomputes. Beside a forward
@@ -13,6 +14,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 import effcore  # noqa: E402
 from benchmarks.case import Work  # noqa: E402
 from benchmarks.ceilings import Ceilings, measure  # noqa: E402
+from benchmarks.ops._cuda_peers import PEERS, Peer, find_peers, working  # noqa: E402
 
 for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):
     effcore.__path__.append(folder)
@@ -43,8 +46,8 @@ def time_all(contenders: dict, rounds: int) -> dict[str, float]:
         try:
             for _ in range(2):
                 contenders[name]()
-        except RuntimeError as problem:
-            print(f"  {name}: {str(problem)[:200]}")
+        except Exception as problem:  # a peer that does not take these inputs
+            print(f"  {name}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
             del contenders[name], times[name]
     for _ in range(rounds):
         for name, run in contenders.items():
@@ -59,11 +62,6 @@ def time_all(contenders: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in times.items()}
 
 
-def sdpa(backend: SDPBackend, q, k, v):
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
 def training(
     dim: int,
     length: int,
@@ -71,6 +69,7 @@ def training(
     rounds: int,
     only: list[str],
     ceilings: Ceilings,
+    peers: dict[str, Peer],
     tokens: int = 16384,
     width: int = 2048,
 ) -> list[dict]:
@@ -79,7 +78,6 @@ def training(
     q, k, v, dout = (torch.randn(batch, heads, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     product = batch * heads * length * length * dim  # FLOPs of one causal product
     none = (None, None, True, None)
-    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     rows = []
 
     def report(
@@ -88,6 +86,8 @@ def training(
         if only and what not in only:
             return
         times = time_all(contenders, rounds)
+        theirs = [n for n in peers if n in times]
+        best = min(theirs, key=times.__getitem__, default=None)
         least = {n: 1e3 * ceilings.seconds(work) for n, work in (limits or {}).items() if n in times}
         row = {
             "what": what,
@@ -96,9 +96,9 @@ def training(
             "ms": times,
             "tflops": {n: products * product / t / 1e9 for n, t in times.items()},
             "of_limit": {n: t / times[n] for n, t in least.items()},
-            "ratio": {
-                f"{o}/{peer}": times[peer] / times[o] for o in ours for peer in backends if peer in times and o in times
-            },
+            "ratio": {f"{o}/{peer}": times[peer] / times[o] for o in ours for peer in theirs if o in times},
+            "best_peer": best,
+            "ratio_to_best_peer": {o: times[best] / times[o] for o in ours if best is not None and o in times},
         }
         rows.append(row)
 
@@ -106,27 +106,49 @@ def training(
         """So many products, and each of these tensors read or written once."""
         return Work(flops=done * product, bytes=sum(t.nbytes for t in tensors), dtype="bfloat16")
 
+    def ours(*inputs: torch.Tensor) -> torch.Tensor:
+        return effcore.ops.attention.attention(*inputs, causal=True)
+
+    def forward(attend: Callable, inputs: list[torch.Tensor]) -> Callable:
+        return lambda: attend(*inputs)
+
+    def both(attend: Callable, inputs: list[torch.Tensor], grad: torch.Tensor) -> Callable:
+        return lambda: torch.autograd.grad(attend(*inputs), inputs, grad)
+
+    peers = working(peers, ours, q, k, v, dout)
+    plain = {n: forward(p.attend, p.inputs(q, k, v)) for n, p in peers.items()}
     report(
         "forward",
         2,
-        {"effcore": lambda: native.attention(q, k, v, *none)}
-        | {n: (lambda b=b: sdpa(b, q, k, v)) for n, b in backends.items()},
+        {"effcore": lambda: native.attention(q, k, v, *none)} | plain,
         ("effcore",),
-        dict.fromkeys(("effcore", *backends), work(2, q, k, v, q)),
+        dict.fromkeys(("effcore", *peers), work(2, q, k, v, q)),
+    )
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    report(
+        "forward+backward",
+        7,
+        {"effcore": both(ours, leaves, dout)}
+        | {n: both(p.attend, p.inputs(*leaves), *p.inputs(dout)) for n, p in peers.items()},
+        ("effcore",),
+        dict.fromkeys(("effcore", *peers), work(7, q, k, v, q, dout)),
     )
     out, lse = native.attention(q, k, v, *none)
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    peers = {n: sdpa(b, *inputs) for n, b in backends.items()}
+
+    def backward_alone(p: Peer, repeats: int = 1) -> Callable:
+        inputs, grad = p.inputs(*leaves), p.inputs(dout)[0]
+        made = p.attend(*inputs)
+        return lambda: [torch.autograd.grad(made, inputs, grad, retain_graph=True) for _ in range(repeats)]
+
     backward = {"effcore": lambda: native.attention_bwd(dout, q, k, v, out, lse, *none, False)}
-    backward |= {n: (lambda o=o: torch.autograd.grad(o, inputs, dout, retain_graph=True)) for n, o in peers.items()}
-    report("backward", 5, backward, ("effcore",))
-    del peers, backward
+    backward |= {n: backward_alone(p) for n, p in peers.items()}
+    report("backward", 5, backward, ("effcore",), dict.fromkeys(backward, work(5, q, k, v, out, dout)))
+    del backward
 
     probs = native.attention_with_scores(q, k, v, *none, 1, 1)[2]
     empty = torch.empty(0, device="cuda", dtype=q.dtype)
     slots = (lse, torch.empty_like(q), torch.empty_like(v), torch.zeros((), device="cuda"))
     kept = {"lse": empty, "probs": probs}
-    plain = {n: (lambda b=b: sdpa(b, q, k, v)) for n, b in backends.items()}
     report(
         "owner keeps probs",
         2,
@@ -142,8 +164,7 @@ def training(
         ("lse", "probs"),
         {"lse": work(2, q, k, v, q), "probs": work(1, v, q, probs)},
     )
-    peers = {n: sdpa(b, *inputs) for n, b in backends.items()}
-    plain = {n: (lambda o=o: torch.autograd.grad(o, inputs, dout, retain_graph=True)) for n, o in peers.items()}
+    plain = {n: backward_alone(p) for n, p in peers.items()}
     report(
         "consumer backward",
         5,
@@ -151,10 +172,7 @@ def training(
         | plain,
         ("lse", "probs"),
     )
-    plain = {
-        n: (lambda o=o: [torch.autograd.grad(o, inputs, dout, retain_graph=True) for _ in range(layers)])
-        for n, o in peers.items()
-    }
+    plain = {n: backward_alone(p, layers) for n, p in peers.items()}
 
     def group(p):
         for _ in range(layers - 1):
@@ -208,14 +226,16 @@ def main() -> int:
     parser.add_argument("--dims", type=int, nargs="*", default=[64, 128])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--only", nargs="*", default=[], help="rows of the training table")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--no-decode", action="store_true")
     args = parser.parse_args()
     ceilings = measure("cuda", [torch.bfloat16])
+    peers = find_peers(args.peers)
     copy, matmul = ceilings.copy / 1e12, ceilings.matmul["bfloat16"] / 1e12
     rows = []
     for dim in args.dims:
         for length in args.lengths:
-            rows += training(dim, length, args.layers, args.rounds, args.only, ceilings)
+            rows += training(dim, length, args.layers, args.rounds, args.only, ceilings, peers)
             torch.cuda.empty_cache()
     if not args.no_decode:
         for shape in ((32, 32, 8, 8192, 128), (8, 32, 8, 32768, 128), (64, 32, 4, 2048, 64), (1, 32, 8, 65536, 128)):

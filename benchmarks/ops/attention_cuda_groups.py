@@ -1,4 +1,4 @@
-"""Layer groups on a GPU, forward and backward through autograd, against as many SDPA layers (flash and cuDNN).
+"""Layer groups on a GPU, forward and backward through autograd, against as many layers of SDPA (flash, cuDNN) and flash-attn 4.
 
 One process, the same inputs, contenders alternate, L2 is flushed before every call; medians of CUDA events. A QK group of n
 layers has one softmax(QK^T) and n values (from the log-sum-exp, or with P kept); a KV group has one K, V and n queries. The
@@ -13,6 +13,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,50 +23,56 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 from benchmarks.case import Work  # noqa: E402
 from benchmarks.ceilings import measure  # noqa: E402
-from benchmarks.ops.attention_cuda import SDPBackend, native, sdpa, time_all  # noqa: E402
+from benchmarks.ops._cuda_peers import PEERS, Peer, find_peers, working  # noqa: E402
+from benchmarks.ops.attention_cuda import native, time_all  # noqa: E402
 from effcore.ops import attention as ops  # noqa: E402  (the benchmark has put the package on the path)
 
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 PRODUCTS = 7  # of a layer's forward and backward: 2 and 5
 
 
-def backward_alone(q, k, v, dout) -> dict:
+def backward_alone(peers: dict[str, Peer], q, k, v, dout) -> dict:
     out, lse = native.attention(q, k, v, None, None, True, None)
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    peers = {name: sdpa(backend, *inputs) for name, backend in BACKENDS.items()}
+
+    def theirs(peer: Peer) -> Callable:
+        inputs, grad = peer.inputs(*(t.detach().requires_grad_() for t in (q, k, v))), peer.inputs(dout)[0]
+        made = peer.attend(*inputs)
+        return lambda: torch.autograd.grad(made, inputs, grad, retain_graph=True)
+
     return {"effcore": lambda: native.attention_bwd(dout, q, k, v, out, lse, None, None, True, None, False)} | {
-        name: (lambda o=o: torch.autograd.grad(o, inputs, dout, retain_graph=True)) for name, o in peers.items()
+        name: theirs(peer) for name, peer in peers.items()
     }
 
 
-def qk_group(q, k, values, douts) -> dict:
+def qk_group(peers: dict[str, Peer], q, k, values, douts) -> dict:
     def ours(keep):
         out, scores = ops.attention_with_scores(q, k, values[0], consumers=len(values) - 1, keep=keep, causal=True)
         outs = [out, *(ops.attention_from_scores(s, v) for s, v in zip(scores, values[1:], strict=True))]
         return torch.autograd.grad(outs, (q, k, *values), douts)
 
-    def peer(backend):
-        return torch.autograd.grad([sdpa(backend, q, k, v) for v in values], (q, k, *values), douts)
+    def theirs(peer: Peer) -> Callable:
+        leaves, grads = peer.inputs(q, k, *values), peer.inputs(*douts)
+        return lambda: torch.autograd.grad([peer.attend(*leaves[:2], v) for v in leaves[2:]], leaves, grads)
 
     return {keep: (lambda keep=keep: ours(keep)) for keep in ("lse", "probs")} | {
-        name: (lambda b=b: peer(b)) for name, b in BACKENDS.items()
+        name: theirs(peer) for name, peer in peers.items()
     }
 
 
-def kv_group(queries, k, v, douts) -> dict:
+def kv_group(peers: dict[str, Peer], queries, k, v, douts) -> dict:
     def ours():
         shared = ops.share_kv(k, v)
         outs = [ops.attention_shared_kv(q, shared, causal=True) for q in queries]
         return torch.autograd.grad(outs, (*queries, k, v), douts)
 
-    def peer(backend):
-        return torch.autograd.grad([sdpa(backend, q, k, v) for q in queries], (*queries, k, v), douts)
+    def theirs(peer: Peer) -> Callable:
+        leaves, grads = peer.inputs(k, v, *queries), peer.inputs(*douts)
+        return lambda: torch.autograd.grad([peer.attend(q, *leaves[:2]) for q in leaves[2:]], leaves, grads)
 
-    return {"float32 sums": ours} | {name: (lambda b=b: peer(b)) for name, b in BACKENDS.items()}
+    return {"float32 sums": ours} | {name: theirs(peer) for name, peer in peers.items()}
 
 
 def measure_shape(
-    dim: int, length: int, sizes: list[int], rounds: int, ceilings, tokens=16384, width=2048
+    dim: int, length: int, sizes: list[int], rounds: int, ceilings, peers: dict[str, Peer], tokens=16384, width=2048
 ) -> list[dict]:
     batch, heads = max(tokens // length, 1), width // dim
 
@@ -79,8 +87,8 @@ def measure_shape(
     def report(what: str, products: float, contenders: dict, needed: dict[str, Work]) -> None:
         times = time_all(contenders, rounds)
         limits = {name: 1e3 * ceilings.seconds(work) for name, work in needed.items() if name in times}
-        peer = min(times[name] for name in BACKENDS if name in times)
-        ours = [name for name in times if name not in BACKENDS]
+        peer = min(times[name] for name in peers if name in times)
+        ours = [name for name in times if name not in peers]
         rows.append(
             {
                 "what": what,
@@ -98,13 +106,19 @@ def measure_shape(
         return Work(flops=products * product, bytes=read, dtype="bfloat16")
 
     q, k, v, dout = new(), new(), new(), new(False)
-    report("backward", 5, backward_alone(q.detach(), k.detach(), v.detach(), dout), {"effcore": work(5)})
+    peers = working(peers, partial(ops.attention, causal=True), q, k, v, dout)
+    report("backward", 5, backward_alone(peers, q.detach(), k.detach(), v.detach(), dout), {"effcore": work(5)})
     for n in sizes:
         tensors, douts = [new() for _ in range(n)], [new(False) for _ in range(n)]
         # P is written once, and read by every consumer's forward and backward and by the owner's backward.
         needed = {"lse": work(5 * n + 2), "probs": work(3 * n + 4, 2 * n * kept)}
-        report(f"QK group of {n}", PRODUCTS * n, qk_group(q, k, tensors, douts), needed)
-        report(f"KV group of {n}", PRODUCTS * n, kv_group(tensors, k, v, douts), {"float32 sums": work(PRODUCTS * n)})
+        report(f"QK group of {n}", PRODUCTS * n, qk_group(peers, q, k, tensors, douts), needed)
+        report(
+            f"KV group of {n}",
+            PRODUCTS * n,
+            kv_group(peers, tensors, k, v, douts),
+            {"float32 sums": work(PRODUCTS * n)},
+        )
         del tensors, douts
         torch.cuda.empty_cache()
     return rows
@@ -116,12 +130,13 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192])
     parser.add_argument("--dims", type=int, nargs="*", default=[64, 128])
     parser.add_argument("--layers", type=int, nargs="*", default=[4])
+    parser.add_argument("--peers", nargs="*", default=("flash", "cudnn", "flash-attn 4"), choices=PEERS)
     args = parser.parse_args()
-    ceilings = measure("cuda", [torch.bfloat16])
+    ceilings, peers = measure("cuda", [torch.bfloat16]), find_peers(args.peers)
     rows = []
     for dim in args.dims:
         for length in args.lengths:
-            rows += measure_shape(dim, length, args.layers, args.rounds, ceilings)
+            rows += measure_shape(dim, length, args.layers, args.rounds, ceilings, peers)
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
     if out := os.environ.get("OUT"):
         Path(out, "attention_cuda_groups.json").write_text(json.dumps(report, indent=1))
