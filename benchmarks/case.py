@@ -50,6 +50,7 @@ class Case:
         outputs: names of the outputs, in order.
         peers: the first is also the same-dtype PyTorch computation that bounds our error.
         exact: the outputs in float64.
+        note: what a planner chose for this case, and why; stands below the table.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Case:
     exact: Call
     work: Work
     floor: Floor | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,8 @@ def table(rows: Sequence[Row], ceilings: Ceilings) -> str:
     text = align(HEADER, [cells(row, ceilings) for row in rows])
     if any(row.verdict.green and not row.timings.quiet for row in rows):
         text += "\n~ other processes were busy all the while: not to be quoted"
-    return text
+    notes = [f"  {row.case.name}: {row.case.note}" for row in rows if row.case.note]
+    return text + ("\n\nwhat the planner chooses:\n" + "\n".join(notes) if notes else "")
 
 
 def call_table(rows: Sequence[CallRow]) -> str:
@@ -202,7 +203,7 @@ def as_json(facts: dict[str, Any], ceilings: Ceilings, rows: Sequence[Row], call
             "dtype": row.case.work.dtype,
             "gate": {"green": row.verdict.green, "reason": row.verdict.reason, "errors": row.verdict.errors},
             "absent": row.absent,
-        }
+        } | ({"note": row.case.note} if row.case.note else {})
         if row.verdict.green:
             entry |= {
                 "seconds": {name: _times(row.timings.of(name)) for name in (row.case.ours.name, *row.peers)},

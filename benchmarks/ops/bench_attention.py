@@ -172,7 +172,15 @@ def _qk_group(settings: Settings, shape: Shape, dtype: torch.dtype, keep: str, f
         exact=exact,
         work=Work(flops=products * _product(shape), dtype=dtype_name(dtype)),
         floor=floor,
+        note=_keep_note(settings, shape, dtype),
     )
+
+
+def _keep_note(settings: Settings, shape: Shape, dtype: torch.dtype) -> str:
+    """What ``keep="auto"`` takes for a group of this shape, and why."""
+    q = torch.empty(1, dtype=dtype, device=settings.device).expand(shape)
+    question = {"causal": True, "consumers": LAYERS - 1}
+    return f"keep={ops.plan_keep(q, q, **question)!r}: {ops.explain_keep(q, q, **question)}"
 
 
 def _kv_group(settings: Settings, shape: Shape, dtype: torch.dtype, floor: Floor | None = None) -> Case:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from benchmarks.claims import _epas_profile as profiles
 from benchmarks.claims import _sharing as sharing
 
 
@@ -50,3 +51,28 @@ def test_a_report_is_on_disk_after_every_row(tmp_path):
 def test_shared_from(layers, fraction, first):
     assert sharing.shared_from(layers, fraction) == first
     assert sharing.nothing_shared(3) == "0_1_2"
+
+
+def test_a_profile_sums_kernels_by_kind_and_counts_the_time_between_them():
+    kernels = [  # two steps; the optimizer's kernel overlaps the copy
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 0.0, 10.0),
+        ("triton_poi_fused_add_cat_mul_0", 12.0, 16.0),
+        ("void effcore::cuda::attention::decode_kernel<cutlass::bfloat16_t>", 16.0, 20.0),
+        ("nvjet_tst_128x256", 30.0, 40.0),
+        ("void at::native::multi_tensor_apply_kernel<fused_adam>", 40.0, 50.0),
+        ("Memcpy DtoD", 44.0, 46.0),
+        ("nvjet_tst_128x256", 51.0, 53.0),
+    ]
+    found = profiles.summarise(reversed(kernels), steps=2)
+    assert found["kinds"] == {
+        "attention": 7.0,
+        "optimizer": 5.0,
+        "matrix products": 6.0,
+        "cache writes": 0.0,
+        "fused by the compiler": 2.0,
+        "other": 1.0,
+    }
+    assert found["idle"] == (2 + 10 + 1) / 2
+    assert found["kernels"]["nvjet_tst_128x256"] == {"microseconds": 6.0, "launches": 1.0}
+    text = profiles.describe("a step", found)
+    assert "a step: 28 us a step" in text and "idle" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -15,7 +16,7 @@ from benchmarks import gate, report, run
 from benchmarks.case import CallCost, Floor, Settings
 from benchmarks.ceilings import Ceilings, measure
 from benchmarks.gate import Verdict
-from benchmarks.ops import _attention, bench_attention
+from benchmarks.ops import _attention, _cuda_peers, bench_attention
 from benchmarks.report import CallRow, Row
 from benchmarks.timing import Timings, quartiles
 from tests.benchmarks import toy
@@ -41,6 +42,15 @@ def test_table_says_what_was_reached():
     header, _, line = text.splitlines()
     assert header.split()[:3] == ["case", "ours", "ms"]
     assert "50%" in line and "0.5 GB/s" in line and "1.2 met" in line
+
+
+def test_notes_of_the_planner_stand_below_the_table():
+    limits = Ceilings({"float32": 1e12}, 1e9)
+    plain = row(1.0, torch=1.0)
+    noted = dataclasses.replace(plain, case=dataclasses.replace(plain.case, note="keep='lse': no layer consumes"))
+    assert "planner" not in report.table([plain], limits)
+    assert report.table([plain, noted], limits).endswith("double: keep='lse': no layer consumes")
+    assert [c.get("note") for c in report.as_json({}, limits, [plain, noted], [])["cases"]] == [None, noted.case.note]
 
 
 def test_disturbed_rows_are_marked():
@@ -114,8 +124,31 @@ def test_folder_names():
 
 def test_attention_is_a_family():
     assert "attention" in run.families()
-    names = [c.name for c in bench_attention.cases(Settings())]
-    assert len(set(names)) == len(names)
+    cases = list(bench_attention.cases(Settings()))
+    assert len({c.name for c in cases}) == len(cases)
+    assert all(c.note.startswith("keep='") and len(c.note) > 20 for c in cases if c.name.startswith("QK group"))
+
+
+def test_peers_that_fail_or_are_wrong_are_left_out(capsys):
+    def right(q, k, v):
+        return reference.attention(q, k, v, causal=True)
+
+    def token_major(q, k, v):
+        return right(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    def fails(q, k, v):
+        raise ValueError("not on this GPU")
+
+    peers = [
+        _cuda_peers.Peer("right", right),
+        _cuda_peers.Peer("other order", token_major, token_major=True),
+        _cuda_peers.Peer("not causal", reference.attention),
+        _cuda_peers.Peer("fails", fails),
+    ]
+    inputs = [torch.randn(2, 3, 9, 4) for _ in range(4)]
+    assert list(_cuda_peers.working({p.name: p for p in peers}, right, *inputs)) == ["right", "other order"]
+    said = capsys.readouterr().err
+    assert "not causal: wrong result" in said and "fails: ValueError: not on this GPU" in said
 
 
 def test_ceilings_take_the_better():

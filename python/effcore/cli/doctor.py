@@ -225,10 +225,12 @@ _HOPPER = {
 
 
 def _groups(findings: dict[str, Any]) -> list[dict[str, str]]:
-    """What ``keep="auto"`` does in QK groups whose probabilities fit the budget."""
+    """What ``keep="auto"`` does in QK groups of 4 and 16 layers, for a row of 4096 tokens and a width of 2048; and whose kernels
+    serve a model's layer that shares nothing."""
     if not findings["build"]:
         return []
     from effcore.ops import _attention_plan as plan
+    from effcore.ops._attention_autograd import probs_elements
 
     devices: list[tuple[str, int | None]] = [("cpu", None)]
     if findings["cuda"]["available"]:
@@ -237,9 +239,12 @@ def _groups(findings: dict[str, Any]) -> list[dict[str, str]]:
     for device, index in devices:
         kernels = plan.kernels_of(device, index)
         for head_dim in (64, 128):
-            question = (kernels, head_dim, 15, 0, 0)
-            text = f"head dimension {head_dim}, 15 consumers"
-            rows.append(_row(device, text, f"keep {plan.choose(*question)}", plan.explain(*question), "QK group"))
+            heads = 2048 // head_dim
+            num_bytes = heads * probs_elements(4096, 4096, True) * 2
+            for consumers in (3, 15):
+                question = (kernels, head_dim, consumers, num_bytes, plan.default_budget(device, index))
+                text = f"{heads} heads of {head_dim}, {consumers} consumers"
+                rows.append(_row(device, text, f"keep {plan.choose(*question)}", plan.explain(*question), "QK group"))
             if plan.sdpa_is_faster(kernels, head_dim, 2048):
                 longer = "" if plan.sdpa_is_faster(kernels, head_dim, 1 << 20) else "; ours for long sequences"
                 rows.append(_row(device, f"head dimension {head_dim}", "SDPA cuDNN", f"faster{longer}", "layer alone"))
