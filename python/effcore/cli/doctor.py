@@ -225,8 +225,8 @@ _HOPPER = {
 
 
 def _groups(findings: dict[str, Any]) -> list[dict[str, str]]:
-    """What ``keep="auto"`` does in QK groups of 4 and 16 layers, for a row of 4096 tokens and a width of 2048; and whose kernels
-    serve a model's layer that shares nothing."""
+    """What ``keep="auto"`` does in QK groups of 4 and 16 layers, for a row of 4096 tokens and a width of 2048; and whose
+    kernels serve a model's layer that shares nothing."""
     if not findings["build"]:
         return []
     from effcore.ops import _attention_plan as plan
