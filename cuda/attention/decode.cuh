@@ -229,6 +229,7 @@ __global__ void __launch_bounds__(DecodeTiles<T, D, from_probs, compact>::thread
   }
 
   // Over the warps, in order.
+  let_next_kernel_begin();  // combine_kernel, where there is one
   async_wait<0>();
   __syncthreads();
   float* const outputs = reinterpret_cast<float*>(ring);  // [warp][head][D]

@@ -7,6 +7,7 @@
 #pragma once
 #include "attention/visibility.cuh"
 #include "common/element.cuh"
+#include "common/overlap.cuh"
 
 namespace effcore::cuda::attention {
 
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(combine_threads) combine_kernel(const __grid_c
   const std::int64_t row = blockIdx.x;
   const int batch = blockIdx.x / s.heads, head = blockIdx.x % s.heads;
   float maximum = -infinity, sum = 0.0f;
+  wait_for_kernel_before();  // its launch overlaps the end of decode_kernel
   if constexpr (!from_probs) {
     const float2* statistics = p.statistics + row * p.splits;
     for (int i = threadIdx.x % 32; i < p.splits; i += 32) maximum = fmaxf(maximum, statistics[i].x);

@@ -4,7 +4,7 @@
 
 #include "attention/decode.cuh"
 #include "attention/launch.h"
-#include "common/error.h"
+#include "common/overlap.cuh"
 
 namespace effcore::cuda::attention {
 
@@ -62,8 +62,9 @@ void Kernels<T, D>::decode(const DecodeParams& p, bool from_probs, const char* f
   if (clustered) params.partial = nullptr, params.statistics = nullptr;
   from_probs ? launch_decode<T, D, true>(params, function, stream) : launch_decode<T, D, false>(params, function, stream);
   if (!clustered)
-    launch(function, from_probs ? combine_kernel<T, true> : combine_kernel<T, false>, static_cast<unsigned>(s.batch) * s.heads,
-           combine_threads, p.splits * sizeof(float), stream, params);
+    launch_overlapping(function, from_probs ? combine_kernel<T, true> : combine_kernel<T, false>,
+                       dim3(static_cast<unsigned>(s.batch) * s.heads), dim3(combine_threads), p.splits * sizeof(float), stream,
+                       params);
 }
 
 }  // namespace effcore::cuda::attention

@@ -137,6 +137,9 @@ def grid() -> tuple[list[Case], list[Case]]:
             (2, 1, 1, 64, 64, "", "head", 1),
             (32, 8, 8192, 128, 128, "", "head", 1),
             (5, 1, 3001, 80, 33, "row", "head", 2),
+            (16, 8, 1500, 128, 128, "row", "head", 33),  # one block a row
+            (16, 8, 500, 64, 64, "", "head", 12),  # a cluster of two blocks a row
+            (16, 8, 3000, 64, 64, "row", "token", 12),  # more
         )
     ]
     return cases, decode

@@ -385,6 +385,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-sanitize", action="store_true", help="leave compute-sanitizer out")
     parser.add_argument("--small", action="store_true", help="only run each kernel once (what the sanitizer runs)")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="problems whose name matches ('decode' begins decoding's)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -399,6 +402,8 @@ def main() -> int:
     rows = []
 
     def attempt(what: str, run) -> None:
+        if not re.search(args.only, what):
+            return
         try:
             result = run()
             rows.extend(result if isinstance(result, list) else [result])

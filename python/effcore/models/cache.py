@@ -57,6 +57,7 @@ class SharedCache(Cache):
         self.length = 0  # dynamic: tokens held
         self.device_length: Tensor | None = None  # static: the same, int64 [] on the device
         self.first_key: Tensor | None = None  # [B] first visible key of the last token (padding, documents)
+        self._slots: Tensor | None = None  # static: where the pass writes its tokens, the same in every layer
         count = self.layout.num_layers
         self._stores: list[CacheStore | None] = [
             None if self.mode == "kv" and self.layout.is_consumer(i) else CacheStore() for i in range(count)
@@ -76,6 +77,7 @@ class SharedCache(Cache):
         """Tokens held: an int, or a tensor on the device where the cache is static (a copy: the cache's own is updated)."""
         if not self.is_static:
             return self.length
+        self._slots = None
         if self.device_length is None:
             self.device_length = torch.zeros((), dtype=torch.int64, device=device)
             if not torch.compiler.is_compiling():
@@ -118,6 +120,7 @@ class SharedCache(Cache):
         if self.is_static:
             assert self.device_length is not None
             self.device_length.add_(tokens)
+            self._slots = None
             if last is None:
                 self.first_key = None
             elif self.first_key is None or self.first_key.shape != last.shape:
@@ -156,14 +159,16 @@ class SharedCache(Cache):
             raise ValueError(
                 f"effcore.SharedCache: the static cache holds {capacity} tokens, and {tokens} more do not fit"
             )
-        at = torch.arange(tokens, device=values.device) + self.device_length
+        if self._slots is None or self._slots.shape[0] != tokens:
+            self._slots = torch.arange(tokens, device=values.device) + self.device_length
+        slots = self._slots
 
         def write(buffer: Tensor | None, new: Tensor) -> Tensor:
             if buffer is None:
                 buffer = new.new_zeros((*new.shape[:2], capacity, new.shape[3]))
                 if not torch.compiler.is_compiling():
                     torch._dynamo.mark_static_address(buffer)
-            return buffer.index_copy_(2, at, new)
+            return buffer.index_copy_(2, slots, new)
 
         store.keys = None if keys is None else write(store.keys, keys)
         store.values = write(store.values, values)
