@@ -57,8 +57,10 @@ def _causal_blocks(length: int) -> Any:
 
 
 def _flex() -> Attend:
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch._functorch.config.donated_buffer = False  # its backward is timed alone, several times behind one forward
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=_causal_blocks(q.shape[2]))
 

@@ -4,7 +4,8 @@ same inputs.
 Contenders alternate, L2 is flushed before every call, medians of CUDA events are reported. FLOPs count the products that
 the plain formula needs (2 forward and 5 backward, half of them where causal), whatever a kernel recomputes. Beside a forward
 stands its limit: the products that this way of computing it does need at the rate of a large matrix product, or its bytes at
-the rate of a large copy, whichever takes longer; both rates are measured first. Writes $OUT/attention_cuda.json, if OUT is set.
+the rate of a large copy, whichever takes longer; both rates are measured first. Writes $OUT/attention_cuda.json, with --decode-grid
+$OUT/attention_cuda_decode.json, if OUT is set.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def time_all(contenders: dict, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for name, run in contenders.items():
             flush.amax()
+            torch.cuda._sleep(400_000)  # until the host has launched what is timed
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             result = run()
@@ -74,6 +76,7 @@ def training(
     width: int = 2048,
 ) -> list[dict]:
     """Causal attention of 16k tokens, heads * dim = 2048, bf16."""
+    torch.compiler.reset()  # or FlexAttention is compiled anew only so many times
     batch, heads = max(tokens // length, 1), width // dim
     q, k, v, dout = (torch.randn(batch, heads, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     product = batch * heads * length * length * dim  # FLOPs of one causal product
@@ -188,6 +191,17 @@ def training(
     return rows
 
 
+def decode_grid() -> list[tuple[int, int, int, int, int]]:
+    """Batch, heads, kv heads, keys and head dimension of caches up to 16 GiB."""
+    return [
+        (batch, 4 * kv_heads if kv_heads < 32 else kv_heads, kv_heads, keys, 128)
+        for kv_heads in (1, 2, 8, 32)
+        for batch in (1, 4, 16, 64)
+        for keys in (512, 2048, 8192, 32768)
+        if batch * kv_heads * keys * 128 * 4 <= 16 << 30
+    ]
+
+
 def decoding(batch: int, heads: int, kv_heads: int, keys: int, dim: int, copy: float, rounds: int) -> dict:
     q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(batch, kv_heads, keys, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -211,11 +225,14 @@ def decoding(batch: int, heads: int, kv_heads: int, keys: int, dim: int, copy: f
     cache, kept = k.nbytes + v.nbytes, weights.nbytes + scales.nbytes
     moved = {"decode": cache, "with probs": cache + kept, "from probs": v.nbytes + kept, "flash": cache, "cudnn": cache}
     speed = {n: moved[n] / t / 1e9 for n, t in times.items()}
+    best = min((n for n in ("flash", "cudnn") if n in times), key=times.__getitem__, default=None)
     return {
         "what": f"decode B{batch} H{heads}/{kv_heads} S{keys} D{dim}",
         "ms": times,
         "tb_per_s": speed,
         "of_copy": {n: s / copy for n, s in speed.items()},
+        "best_peer": best,
+        "ratio_to_best_peer": times[best] / times["decode"] if best is not None else None,
     }
 
 
@@ -228,18 +245,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="rows of the training table")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--no-decode", action="store_true")
+    parser.add_argument("--decode-grid", action="store_true", help="decoding over a grid of shapes, and nothing else")
     args = parser.parse_args()
     ceilings = measure("cuda", [torch.bfloat16])
     peers = find_peers(args.peers)
     copy, matmul = ceilings.copy / 1e12, ceilings.matmul["bfloat16"] / 1e12
-    rows = []
-    for dim in args.dims:
-        for length in args.lengths:
-            rows += training(dim, length, args.layers, args.rounds, args.only, ceilings, peers)
-            torch.cuda.empty_cache()
-    if not args.no_decode:
-        for shape in ((32, 32, 8, 8192, 128), (8, 32, 8, 32768, 128), (64, 32, 4, 2048, 64), (1, 32, 8, 65536, 128)):
-            rows.append(decoding(*shape, copy, args.rounds))
+    rows: list[dict] = []
     report = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -247,8 +258,24 @@ def main() -> int:
         "matmul_tflops": matmul,
         "rows": rows,
     }
-    if out := os.environ.get("OUT"):
-        Path(out, "attention_cuda.json").write_text(json.dumps(report, indent=1))
+
+    def keep(more: list[dict]) -> None:
+        """As they come: a run that is cut off leaves what it had."""
+        rows.extend(more)
+        if out := os.environ.get("OUT"):
+            name = "attention_cuda_decode" if args.decode_grid else "attention_cuda"
+            Path(out, f"{name}.json").write_text(json.dumps(report, indent=1))
+
+    if args.decode_grid:
+        args.lengths, decode_shapes = [], decode_grid()
+    else:
+        decode_shapes = [(32, 32, 8, 8192, 128), (8, 32, 8, 32768, 128), (64, 32, 4, 2048, 64), (1, 32, 8, 65536, 128)]
+    for dim in args.dims:
+        for length in args.lengths:
+            keep(training(dim, length, args.layers, args.rounds, args.only, ceilings, peers))
+            torch.cuda.empty_cache()
+    for shape in decode_shapes if not args.no_decode else []:
+        keep([decoding(*shape, copy, args.rounds)])
     print(f"{report['device']}, torch {report['torch']}, copy {copy:.2f} TB/s, matmul {matmul:.0f} TFLOP/s")
     for row in rows:
         if "tflops" in row:
@@ -264,7 +291,8 @@ def main() -> int:
             print(
                 f"{row['what']:<32}",
                 "  ".join(f"{n} {1e3 * row['ms'][n]:.0f} us {x:.2f}" for n, x in row["of_copy"].items()),
-                "of copy bandwidth",
+                "of copy bandwidth |",
+                f"{row['ratio_to_best_peer']:.2f} of {row['best_peer']}" if row["best_peer"] else "",
             )
     return 0
 

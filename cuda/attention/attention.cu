@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention/decode_plan.h"
 #include "attention/dispatch.h"
 #ifdef EFFCORE_HOPPER
 #include "attention/hopper/backward.h"
@@ -126,9 +127,8 @@ struct DecodeWorkspace {
 };
 
 int splits_of(const Problem& p, const char* function) {
-  return dispatch(p, function, [&](auto kernels) {
-    return kernels.decode_splits(shape_of(p, function), device_attribute(cudaDevAttrMultiProcessorCount, function));
-  });
+  const Shape s = shape_of(p, function);
+  return decode_splits(s, ceil_div(s.group, decode_heads), device_attribute(cudaDevAttrMultiProcessorCount, function));
 }
 
 void run_decode(const Problem& p, DecodeParams params, bool from_probs, const TensorView& v, const TensorView& out,

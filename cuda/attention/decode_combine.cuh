@@ -11,7 +11,6 @@
 
 namespace effcore::cuda::attention {
 
-constexpr int decode_heads = 16;  // query heads that one block serves: the rows of an operand
 constexpr int max_cluster = 2;    // four are slower than two launches (H200: 269 against 253 us, 8192 keys, batch 32)
 
 __device__ __forceinline__ void cluster_sync() {
@@ -76,43 +75,57 @@ __device__ __forceinline__ void combine_cluster(const DecodeParams& p, const flo
   if (p.splits > 1) cluster_sync();  // nobody leaves while others read what it has
 }
 
-constexpr int combine_threads = 128;
+// A block puts a row's splits together. Its warps take every fourth split each, lanes take columns; the warps' sums are added in
+// their order. So a few loads of all lanes are on their way at once, and not a row of them one behind the other.
+constexpr int combine_warps = 4, combine_threads = 32 * combine_warps;
 
-template <class T, bool from_probs>
+template <class T, int D, bool from_probs>
 __global__ void __launch_bounds__(combine_threads) combine_kernel(const __grid_constant__ DecodeParams p) {
   constexpr float infinity = INFINITY;
   extern __shared__ float factors[];  // [splits]
+  __shared__ float sums[combine_warps][D];
   const Shape& s = p.shape;
   const std::int64_t row = blockIdx.x;
   const int batch = blockIdx.x / s.heads, head = blockIdx.x % s.heads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float maximum = -infinity, sum = 0.0f;
   wait_for_kernel_before();  // its launch overlaps the end of decode_kernel
   if constexpr (!from_probs) {
     const float2* statistics = p.statistics + row * p.splits;
-    for (int i = threadIdx.x % 32; i < p.splits; i += 32) maximum = fmaxf(maximum, statistics[i].x);
+    for (int i = lane; i < p.splits; i += 32) maximum = fmaxf(maximum, statistics[i].x);
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, offset));
     if (maximum == -infinity) maximum = 0.0f;
-    for (int i = threadIdx.x % 32; i < p.splits; i += 32) {
+    for (int i = lane; i < p.splits; i += 32) {
       const float2 split = statistics[i];
       const float factor = exp2_approx(split.x - maximum);
       sum = fmaf(split.y, factor, sum);
-      if (threadIdx.x < 32) factors[i] = factor;
+      if (warp == 0) factors[i] = factor;
     }
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
     __syncthreads();
   }
   const float inverse = from_probs ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum;
-  if (p.splits > 1) {
-    for (int column = threadIdx.x; column < s.value_dim; column += combine_threads) {
-      const float* partial = p.partial + row * p.splits * s.value_dim + column;
-      float x = 0.0f;
-#pragma unroll 16
-      for (int i = 0; i < p.splits; ++i)
-        x = fmaf(partial[static_cast<std::int64_t>(i) * s.value_dim], from_probs ? 1.0f : factors[i], x);
-      row_of<T>(p.out, batch, head, 0)[column] = from_float<T>(x * inverse);
+  float x[D / 32] = {};
+#pragma unroll 4
+  for (int i = warp; i < p.splits; i += combine_warps) {
+    const float* partial = p.partial + (row * p.splits + i) * s.value_dim;
+    const float factor = from_probs ? 1.0f : factors[i];
+#pragma unroll
+    for (int n = 0; n < D / 32; ++n) {
+      const int column = 32 * n + lane;
+      if (column < s.value_dim) x[n] = fmaf(partial[column], factor, x[n]);
     }
+  }
+#pragma unroll
+  for (int n = 0; n < D / 32; ++n) sums[warp][32 * n + lane] = x[n];
+  __syncthreads();
+  for (int column = threadIdx.x; column < s.value_dim; column += combine_threads) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < combine_warps; ++w) total += sums[w][column];
+    row_of<T>(p.out, batch, head, 0)[column] = from_float<T>(total * inverse);
   }
   if (!from_probs && p.weights != nullptr) {
     const int chunks = (s.keys + decode_chunk - 1) / decode_chunk;

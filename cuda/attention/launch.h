@@ -26,7 +26,6 @@ struct Kernels {
   static BackwardPlan backward_plan(bool from_probs, int layers, const char* function);
   static void backward(const BackwardParams& p, bool compact, const char* function, cudaStream_t stream);  // dq, dk, dv
   static void shared_backward(const BackwardParams& p, const char* function, cudaStream_t stream);         // dv
-  static int decode_splits(const Shape& s, int processors);
 };
 
 }  // namespace effcore::cuda::attention

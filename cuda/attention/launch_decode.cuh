@@ -1,24 +1,11 @@
 // Launchers of the decoding kernels.
 #pragma once
-#include <algorithm>
-
 #include "attention/decode.cuh"
 #include "attention/launch.h"
+#include "attention/schedule.h"
 #include "common/overlap.cuh"
 
 namespace effcore::cuda::attention {
-
-// Splits of the cache: two blocks for each place that the GPU has for one, so that rows of different length do not leave it
-// idle (one, where there is one row), of at least eight chunks each, so that the ring stays full; but where the cache is short,
-// one block a place.
-template <class T, int D>
-int Kernels<T, D>::decode_splits(const Shape& s, int processors) {
-  const std::int64_t head_tiles = (s.group + decode_heads - 1) / decode_heads;
-  const std::int64_t rows = std::max<std::int64_t>(1, static_cast<std::int64_t>(s.batch) * s.kv_heads * head_tiles);
-  const std::int64_t chunks = std::max(1, (s.keys + decode_chunk - 1) / decode_chunk), places = 2 * processors;
-  const std::int64_t splits = std::max(places / rows, std::min((s.batch > 1 ? 2 : 1) * places / rows, chunks / 8));
-  return static_cast<int>(std::clamp<std::int64_t>(splits, 1, chunks));
-}
 
 // Launches clusters of so many blocks.
 template <class Kernel>
@@ -56,13 +43,13 @@ template <class T, int D>
 void Kernels<T, D>::decode(const DecodeParams& p, bool from_probs, const char* function, cudaStream_t stream) {
   const Shape& s = p.shape;
   DecodeParams params = p;
-  params.head_tiles = (s.group + decode_heads - 1) / decode_heads;
+  params.head_tiles = ceil_div(s.group, decode_heads);
   const bool clustered =
       p.splits == 1 || (p.splits <= max_cluster && device_attribute(cudaDevAttrComputeCapabilityMajor, function) >= 9);
   if (clustered) params.partial = nullptr, params.statistics = nullptr;
   from_probs ? launch_decode<T, D, true>(params, function, stream) : launch_decode<T, D, false>(params, function, stream);
   if (!clustered)
-    launch_overlapping(function, from_probs ? combine_kernel<T, true> : combine_kernel<T, false>,
+    launch_overlapping(function, from_probs ? combine_kernel<T, D, true> : combine_kernel<T, D, false>,
                        dim3(static_cast<unsigned>(s.batch) * s.heads), dim3(combine_threads), p.splits * sizeof(float), stream,
                        params);
 }

@@ -8,6 +8,7 @@ namespace effcore::cuda::attention {
 
 constexpr int probs_tile = static_cast<int>(effcore::attention::probs_tile);
 constexpr int decode_chunk = static_cast<int>(effcore::attention::decode_chunk);
+constexpr int decode_heads = 16;  // query heads that a block of decoding serves: the rows of an operand
 
 // [B, heads, tokens, dim] with the last dimension contiguous.
 struct Tensor4 {

@@ -12,6 +12,4 @@
   template void Kernels<T, D>::shared_backward(const BackwardParams&, const char*, cudaStream_t); \
   template void Kernels<T, D>::delta(const DeltaParams&, const char*, cudaStream_t);
 
-#define EFFCORE_DECODE(T, D)                                    \
-  template int Kernels<T, D>::decode_splits(const Shape&, int); \
-  template void Kernels<T, D>::decode(const DecodeParams&, bool, const char*, cudaStream_t);
+#define EFFCORE_DECODE(T, D) template void Kernels<T, D>::decode(const DecodeParams&, bool, const char*, cudaStream_t);

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from effcore.models.flowhn_cache import BlockStore
 from effcore.models.flowhn_config import FlowHNConfig
 from effcore.models.flowhn_routes import Part, Route
-from effcore.models.layer import split_heads
+from effcore.models.layer import heads_first, split_heads
 from effcore.ops import attention as attention_ops
 from effcore.ops import routing, scan
 
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, part: Part, store: BlockStore | None) -> Tensor:
         """[B, K, C] -> [B, K, C]; a token sees those before it that came here, in this pass and in the store."""
-        q, k, v = (split_heads(p(x), self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = heads_first(*(split_heads(p(x), self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj)))
         if store is None:
             first = None
             if part.packed:

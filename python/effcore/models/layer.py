@@ -2,7 +2,9 @@
 
 The layer is cut where attention stands. What lies around it are *pieces*, pure functions of a layer and tensors: norm + QKV,
 norm + V, norm + Q, output + MLP. They never depend on the layout, so compiling them (``model.compile_pieces()``) makes a
-constant number of graphs, however the shared region grows; the sharing op is called between them.
+constant number of graphs, however the shared region grows; the sharing op is called between them. What a piece gives is
+token-major, [B, S, H, D], and turned to [B, H, S, D] outside: AOTAutograd takes the gradients of a compiled piece's results as
+contiguous and copies those that are not, and attention's gradients have the memory order of its inputs.
 
 What a group shares goes from layer to layer as a plain positional object (SharedScores, SharedKV, DecodeProbs): FSDP2 casts and
 copies tensors, dicts and tuples that it finds in a module's arguments, and leaves such objects alone.
@@ -86,14 +88,19 @@ def unused_projections(mode: str) -> tuple[str, ...]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on [B, H, S, D]; cos and sin are [1 or B, S, D]."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    """RoPE on [B, S, H, D]; cos and sin are [1 or B, S, D]."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return x * cos + rotate_half(x) * sin
 
 
 def split_heads(projected: Tensor, head_dim: int) -> Tensor:
-    """[B, S, H·D] -> [B, H, S, D], a view."""
-    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    """[B, S, H·D] -> [B, S, H, D], a view."""
+    return projected.unflatten(-1, (-1, head_dim))
+
+
+def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """[B, S, H, D] -> [B, H, S, D] of each, views."""
+    return tuple(t.transpose(1, 2) for t in tensors)
 
 
 def _queries(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -107,19 +114,19 @@ def _keys(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def project_qkv(layer: SharedDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm, projections, q/k norms and RoPE: q [B, Hq, S, D], k and v [B, Hkv, S, D], in one dtype (autocast: v's)."""
+    """Norm, projections, q/k norms and RoPE: q [B, S, Hq, D], k and v [B, S, Hkv, D], in one dtype (autocast: v's)."""
     x, attention = layer.input_layernorm(hidden), layer.self_attn
     v = split_heads(attention.v_proj(x), attention.head_dim)
     return _queries(attention, x, cos, sin).to(v.dtype), _keys(attention, x, cos, sin).to(v.dtype), v
 
 
 def project_q(layer: SharedDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A consumer of mode ``kv``: its queries."""
+    """A consumer of mode ``kv``: its queries [B, S, Hq, D]."""
     return _queries(layer.self_attn, layer.input_layernorm(hidden), cos, sin)
 
 
 def project_v(layer: SharedDecoderLayer, hidden: Tensor) -> Tensor:
-    """A consumer of mode ``qk``: its values."""
+    """A consumer of mode ``qk``: its values [B, S, Hkv, D]."""
     attention = layer.self_attn
     return split_heads(attention.v_proj(layer.input_layernorm(hidden)), attention.head_dim)
 
@@ -177,10 +184,10 @@ class SharedDecoderLayer(GradientCheckpointingLayer):
         layer_idx = self.self_attn.layer_idx
         produced: Any = None
         if isinstance(shared, ops.SharedKV):
-            q = self.pieces.project_q(self, hidden, cos, sin).to(shared.k.dtype)
+            (q,) = heads_first(self.pieces.project_q(self, hidden, cos, sin).to(shared.k.dtype))
             attended = _attend_kv(q, shared, seen, self.self_attn.scaling)
         elif shared is not None:
-            v = self.pieces.project_v(self, hidden)
+            (v,) = heads_first(self.pieces.project_v(self, hidden))
             if cache is not None:
                 v = cache.append_v(layer_idx, v)
             if isinstance(shared, ops.SharedScores):
@@ -189,7 +196,7 @@ class SharedDecoderLayer(GradientCheckpointingLayer):
                 assert seen.lengths is not None
                 attended = ops.decode_from_probs(shared, v, seen.lengths)
         else:
-            q, k, v = self.pieces.project_qkv(self, hidden, cos, sin)
+            q, k, v = heads_first(*self.pieces.project_qkv(self, hidden, cos, sin))
             if cache is not None:
                 k, v = cache.append_kv(layer_idx, k, v)
             if last is not None:
@@ -268,7 +275,8 @@ class KVProjection(nn.Module):
         """[B, S, C] -> k and v [B, Hkv, S, D], k after RoPE."""
         x = self.norm(hidden)
         v = split_heads(self.v_proj(x), self.head_dim)
-        return _keys(self, x, cos, sin).to(v.dtype), v
+        k, v = heads_first(_keys(self, x, cos, sin).to(v.dtype), v)
+        return k, v
 
     @torch.no_grad()
     def copy_from(self, layer: SharedDecoderLayer) -> None:
