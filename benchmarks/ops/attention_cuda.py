@@ -4,8 +4,8 @@ same inputs.
 Contenders alternate, L2 is flushed before every call, medians of CUDA events are reported. FLOPs count the products that
 the plain formula needs (2 forward and 5 backward, half of them where causal), whatever a kernel recomputes. Beside a forward
 stands its limit: the products that this way of computing it does need at the rate of a large matrix product, or its bytes at
-the rate of a large copy, whichever takes longer; both rates are measured first. Writes $OUT/attention_cuda.json, with --decode-grid
-$OUT/attention_cuda_decode.json, if OUT is set.
+the rate of a large copy, whichever takes longer; both rates are measured first. Writes $OUT/attention_cuda.json (with
+--decode-grid $OUT/attention_cuda_decode.json), if OUT is set.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Training: checkpointing, compiled pieces, whole-model graphs, the Trainer, LoRA."""
 
+import math
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -128,6 +130,23 @@ def test_a_growing_region_compiles_nothing_anew(mode, checkpointing):
         model.set_layout(layout)
         run(model, ids)
     assert counter.frame_count == 4
+
+
+def test_gradients_are_not_copied_between_compiled_pieces():
+    """Queries, keys and values leave a piece in the order in which their gradients come back."""
+    torch._dynamo.reset()
+    model, ids = share_activations(hf_model(), mode="qk", start=LAYERS - 2).train(), tokens()
+    model.compile_pieces(backend="aot_eager")
+    run(model, ids)
+    config = model.config
+    sizes = {
+        ids.numel() * heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+    }
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        run(model, ids)
+    copied = [e.input_shapes[0] for e in profiler.events() if e.name in ("aten::clone", "aten::contiguous")]
+    assert copied  # the profiler saw something
+    assert [shape for shape in copied if len(shape) == 4 and math.prod(shape) in sizes] == []
 
 
 def test_loss_counts_items_as_transformers_does():
