@@ -11,7 +11,7 @@
 
 namespace effcore::cuda::attention {
 
-constexpr int max_cluster = 2;    // four are slower than two launches (H200: 269 against 253 us, 8192 keys, batch 32)
+constexpr int max_cluster = 2;  // four are slower than two launches (H200: 269 against 253 us, 8192 keys, batch 32)
 
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
@@ -75,8 +75,8 @@ __device__ __forceinline__ void combine_cluster(const DecodeParams& p, const flo
   if (p.splits > 1) cluster_sync();  // nobody leaves while others read what it has
 }
 
-// A block puts a row's splits together. Its warps take every fourth split each, lanes take columns; the warps' sums are added in
-// their order. So a few loads of all lanes are on their way at once, and not a row of them one behind the other.
+// A block puts a row's splits together. Its warps take every fourth split each, lanes take columns; the warps' sums are added
+// in their order. So a few loads of all lanes are on their way at once, and not a row of them one behind the other.
 constexpr int combine_warps = 4, combine_threads = 32 * combine_warps;
 
 template <class T, int D, bool from_probs>

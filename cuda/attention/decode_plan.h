@@ -2,8 +2,8 @@
 //
 // A split is a block; a processor holds two. Blocks that run together share the bandwidth evenly, and one for each processor is
 // enough to use it up. So waves of 2 * processors blocks take as long as their chunks, a last wave of fewer than `processors`
-// as long as one of so many, and each wave one chunk's time more, in which the rings fill and run dry. The fewest splits within a
-// twentieth of the least such time are taken, for what is cut has to be put together again. Where there are no more rows than
+// as long as one of so many, and each wave one chunk's time more, in which the rings fill and run dry. The fewest splits within
+// a twentieth of the least such time are taken, for what is cut has to be put together again. Where there are no more rows than
 // processors that is a cluster of two at least: it costs nothing, and rows of different length share the GPU better.
 #pragma once
 #include <algorithm>
