@@ -1,4 +1,4 @@
-// Tensor maps for the bulk tensor copy engine: boxes of 16-bit elements in the 128-byte swizzle that wgmma reads.
+// Tensor maps for the bulk tensor copy engine: boxes in the 128-byte swizzle that wgmma reads, of 16-bit elements or float32.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -29,9 +29,11 @@ template <int Rank>
 bool encode_tensor_map(CUtensorMap* map, DType dtype, const void* data, const cuuint64_t (&size)[Rank],
                        const cuuint64_t (&stride)[Rank - 1], const cuuint32_t (&box)[Rank], const cuuint32_t (&step)[Rank]) {
   const auto encode = tensor_map_encoder();
+  const CUtensorMapDataType type = dtype == DType::float32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   return encode != nullptr &&
-         encode(map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Rank,
-                const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+         encode(map, type, Rank, const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

@@ -123,7 +123,7 @@ constexpr std::int64_t align(std::int64_t bytes) {
 // Everything that follows from shapes alone, so that results are the same on every GPU.
 struct Plan {
   std::int64_t tiles, experts, tokens, length, segments, splits, slots;
-  std::int64_t splits_at, partial_at, bytes;
+  std::int64_t splits_at, drawn_at, partial_at, bytes;
 
   explicit Plan(const GroupedGram& args) {
     const std::int64_t columns = (args.x.size[1] + block - 1) / block;
@@ -137,15 +137,15 @@ struct Plan {
     segments = experts + splits;
     slots = 2 * splits;
     splits_at = align(segments * static_cast<std::int64_t>(sizeof(Segment)));
-    partial_at = splits_at + align(splits * static_cast<std::int64_t>(sizeof(Split)));
+    drawn_at = splits_at + align(splits * static_cast<std::int64_t>(sizeof(Split)));
+    partial_at = drawn_at + align(sizeof(int));
     bytes = partial_at + slots * tiles * block * block * 4;
   }
 };
 
-bool run_on_hopper([[maybe_unused]] const GramParams& p, [[maybe_unused]] unsigned blocks, [[maybe_unused]] DType dtype,
-                   [[maybe_unused]] cudaStream_t stream) {
+bool run_on_hopper([[maybe_unused]] const GramParams& p, [[maybe_unused]] DType dtype, [[maybe_unused]] cudaStream_t stream) {
 #ifdef EFFCORE_HOPPER
-  return hopper::grouped_gram("grouped_gram", p, blocks, dtype, stream);
+  return hopper::grouped_gram("grouped_gram", p, dtype, stream);
 #else
   return false;
 #endif
@@ -179,7 +179,8 @@ void grouped_gram(const GroupedGram& args, const Launch& where) {
               static_cast<int>(plan.splits),
               static_cast<int>(plan.slots),
               reinterpret_cast<Segment*>(memory),
-              reinterpret_cast<Split*>(memory + plan.splits_at)};
+              reinterpret_cast<Split*>(memory + plan.splits_at),
+              reinterpret_cast<int*>(memory + plan.drawn_at)};
   p.x = args.x.data;
   p.stride = args.x.stride[0];
   p.dim = static_cast<int>(args.x.size[1]);
@@ -195,7 +196,7 @@ void grouped_gram(const GroupedGram& args, const Launch& where) {
   plan_segments<<<1, 32, 0, stream>>>(p.groups);
   check_launch(f);
   const auto blocks = static_cast<unsigned>(plan.segments * plan.tiles);
-  if (!run_on_hopper(p, blocks, args.x.dtype, stream)) {
+  if (!run_on_hopper(p, args.x.dtype, stream)) {
     switch (args.x.dtype) {
       case DType::bfloat16: run<bf16>(p, blocks, stream); break;
       case DType::float16: run<fp16>(p, blocks, stream); break;

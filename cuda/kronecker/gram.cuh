@@ -29,6 +29,11 @@ __device__ __forceinline__ int2 triangle(int tile, int n) {
   return {row, row + tile};
 }
 
+// And back.
+__device__ __forceinline__ int triangle_number(int row, int column, int n) {
+  return row * n - row * (row - 1) / 2 + column - row;
+}
+
 // Writes the element and its mirror. Previous values come from the upper triangle alone, which no other thread writes.
 __device__ __forceinline__ void store_element(const GramParams& p, int expert, int i, int j, float sum) {
   if (i > j || j >= p.dim) return;

@@ -28,6 +28,7 @@ struct Groups {
   int max_segments, max_splits, max_slots;
   Segment* segments;  // [max_segments]
   Split* splits;      // [max_splits]
+  int* drawn;         // pieces of work that blocks have drawn, for those that stay
 };
 
 // Sums over the lanes before this one, and adds all lanes to `total`.
@@ -47,6 +48,7 @@ __device__ __forceinline__ int count_before(int x, int& total) {
 // One warp, 32 experts at a time.
 static __global__ void plan_segments(Groups g) {
   const int lane = threadIdx.x;
+  if (lane == 0) *g.drawn = 0;
   const auto tokens_of = [&](int e, int& begin) {
     begin = 0;
     if (e >= g.experts) return 0;

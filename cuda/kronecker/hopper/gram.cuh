@@ -2,14 +2,13 @@
 //
 // Bound: T * D^2 FLOPs on the tensor cores (4096 a cycle and multiprocessor).
 //
-// A block computes one tile of the upper triangle, 128 x 128, of one segment. x streams by TMA through a ring of stages of 64
-// tokens, in panels of 64 columns (wgmma.cuh) that serve as either operand, each read with the depth running down its rows; on
-// the diagonal two panels are both. Two warpgroups hold 64 rows each. The last stage of a segment may hold tokens of the next
-// one: the consumers overwrite them with zeros (what a token of another expert holds, NaN or not, must not be multiplied).
+// A block computes a pair of tiles of one segment at a time (pairs.cuh), a warpgroup the 128 x 128 sums of one of them. x streams
+// by TMA through a ring of stages of 32 tokens, in panels of 64 columns (wgmma.cuh) that serve as either operand, each read with
+// the depth running down its rows. The last stage of a segment may hold tokens of the next one: the consumers overwrite them
+// with zeros (what a token of another expert holds, NaN or not, must not be multiplied). Results leave through shared memory by
+// TMA, once as they are and once transposed, while the next pair's tokens arrive.
 //
-// Two blocks share a multiprocessor, so that one multiplies while the other writes its results, twice 64 KiB. On an H200 at 60
-// experts, 131072 tokens, 1408 columns: tiles of 128 x 256, which read a quarter less but stand alone, take 1.2 times as long,
-// and pairs of blocks in a cluster that load their common rows once, 1.04 times.
+// Blocks stay and draw the next pair from a counter: experts' loads differ.
 #pragma once
 #include <cuda.h>
 
@@ -18,124 +17,241 @@
 #include "hopper/pipeline.cuh"
 #include "hopper/wgmma.cuh"
 #include "kronecker/gram.cuh"
+#include "kronecker/hopper/pairs.cuh"
 
 namespace effcore::cuda::kronecker::hopper {
 
 namespace sm90 = effcore::cuda::hopper;
 
-constexpr int consumers = 2 * 128, tile_threads = consumers + 32, steps = 64, stages = 3;
-constexpr int panel_bytes = steps * sm90::panel_row_bytes, stage_panels = 2 * block / 64;
-constexpr int stage_bytes = stage_panels * panel_bytes;
-constexpr int tile_shared_bytes = stages * stage_bytes + static_cast<int>(sizeof(sm90::Ring<stages>));
+constexpr int consumers = 2 * 128, pair_threads = consumers + 32, steps = 32, stages = 6;
+constexpr int panel_bytes = steps * sm90::panel_row_bytes, operand_bytes = 2 * panel_bytes, stage_bytes = 3 * operand_bytes;
+// Results on their way out: a piece of 64 x 64 as two boxes of 64 rows x 128 bytes; each warpgroup has two pieces.
+constexpr int half = 64, box_columns = 32, box_bytes = half * box_columns * 4, piece_bytes = 2 * box_bytes;
 
-struct TiledGramParams {
+struct PairGramParams {
   GramParams gram;
-  CUtensorMap x;  // boxes of 64 tokens x 64 columns
+  int pairs, work;               // pairs of a segment, and of all of them
+  bool copies_out;               // by TMA
+  CUtensorMap x;                 // boxes of 32 tokens x 64 columns
+  CUtensorMap result, partial;   // boxes of 64 rows x 32 columns of matrices [D, D] and tiles [128, 128]
 };
+
+struct Work {
+  Segment segment;  // expert -1: there is no more
+  Pair pair;
+};
+
+struct PairGramShared {
+  char tokens[stages][stage_bytes];
+  char pieces[2][2][piece_bytes];
+  Work work[2];
+  sm90::Ring<stages> ring;
+  sm90::Ring<2> draws;
+};
+
+__device__ __forceinline__ void meet_warpgroup() {
+  asm volatile("bar.sync %0, 128;" ::"r"(2 + static_cast<int>(threadIdx.x) / 128) : "memory");
+}
 
 // By the consumers: no token from `begin` on in a stage.
 __device__ __forceinline__ void clear_tokens(char* stage, int begin) {
   const int chunks = (steps - begin) * sm90::panel_row_bytes / 16;
-  for (int panel = 0; panel < stage_panels; ++panel)
+  for (int panel = 0; panel < stage_bytes / panel_bytes; ++panel)
     for (int i = threadIdx.x; i < chunks; i += consumers)
       reinterpret_cast<uint4*>(stage + panel * panel_bytes + begin * sm90::panel_row_bytes)[i] = make_uint4(0, 0, 0, 0);
   sm90::fence_async();
   asm volatile("bar.sync 1, 256;" ::: "memory");
 }
 
-// A warpgroup's 64 rows of the tile, summed over the segment's tokens.
+using Sums = float[2][block / 2];  // of a thread: rows 0-63 and 64-127 of its warpgroup's tile, laid out as wgmma.cuh says
+
+// A warpgroup's tile, summed over the segment's tokens.
 template <class T>
-__device__ __forceinline__ void sum_tokens(float (&sums)[block / 2], const Segment& segment, bool diagonal, char* memory,
-                                           sm90::Ring<stages>& ring) {
-  const int warpgroup = threadIdx.x / 128;
-  const int tokens = segment.end - segment.begin;
+__device__ __forceinline__ void sum_tokens(Sums& sums, const Work& work, int warpgroup, PairGramShared& shared,
+                                           sm90::Turn<stages>& turn) {
+  const int tokens = work.segment.end - work.segment.begin;
+  const std::uint32_t rows = sm90::uniform(work.pair.alone() ? 0 : warpgroup) * operand_bytes;
+  const std::uint32_t columns = sm90::uniform(work.pair.alone() ? 0 : work.pair.operand(warpgroup)) * operand_bytes;
 #pragma unroll
-  for (float& sum : sums) sum = 0.0f;
-  sm90::Turn<stages> turn, read;
+  for (int i = 0; i < block; ++i) sums[i / half][i % half] = 0.0f;
+  sm90::Turn<stages> read;
   for (int first = 0; first < tokens; first += steps) {
-    ring.wait_full(turn);
-    char* const rows = memory + turn.stage * stage_bytes;
-    char* const columns = diagonal ? rows : rows + stage_bytes / 2;
-    if (tokens - first < steps) clear_tokens(rows, tokens - first);
-    const sm90::SharedOperand<true> a(shared_address(rows + warpgroup * panel_bytes), steps, false);
-    const sm90::SharedOperand<true> b(shared_address(columns), steps, false);
-    sm90::pin(sums);
+    shared.ring.wait_full(turn);
+    char* const stage = shared.tokens[turn.stage];
+    if (tokens - first < steps) clear_tokens(stage, tokens - first);
+    const std::uint32_t address = shared_address(stage);
+    const sm90::SharedOperand<true> upper(address + rows, steps, false), lower(address + rows + panel_bytes, steps, false);
+    const sm90::SharedOperand<true> across(address + columns, steps, false);
+    sm90::pin(sums[0]);
+    sm90::pin(sums[1]);
     sm90::wgmma_begin();
-    sm90::multiply<T, block, steps / 16, true, true>(sums, a, b, true);
+    sm90::multiply<T, block, steps / 16, true, true>(sums[0], upper, across, true);
+    sm90::multiply<T, block, steps / 16, true, true>(sums[1], lower, across, true);
     sm90::wgmma_commit();
     sm90::wgmma_wait<1>();
-    if (first > 0 && threadIdx.x % 128 == 0) ring.release(read);
+    if (first > 0 && threadIdx.x % 128 == 0) shared.ring.release(read);
     read = turn;
     turn.next();
   }
   sm90::wgmma_wait<0>();
-  sm90::pin(sums);
+  sm90::pin(sums[0]);
+  sm90::pin(sums[1]);
+  if (tokens > 0 && threadIdx.x % 128 == 0) shared.ring.release(read);
 }
 
-// Four lanes write 32 bytes of a row, eight lanes 32 bytes of a column; results leave the second-level cache first, where
-// tokens are read again.
-__device__ __forceinline__ void store_tile(const GramParams& p, const Segment& segment, int number, int2 place,
-                                           const float (&sums)[block / 2]) {
-  const int thread = threadIdx.x % 128, lane = thread % 32;
-  const int row = threadIdx.x / 128 * 64 + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
-  const auto each = [&](const auto& store) {
+// Where a thread's sums lie in a tile.
+struct Place {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  int row = warp * 16 + lane / 4, column = lane % 4 * 2;
+};
+
+// alpha * sums + beta * previous; of previous values the upper triangle is read.
+__device__ __forceinline__ void scale(const GramParams& p, int expert, int row0, int column0, Sums& sums) {
+  const Place at;
+  const float* const previous = p.previous == nullptr ? nullptr : p.previous + static_cast<std::int64_t>(expert) * p.dim * p.dim;
 #pragma unroll
-    for (int i = 0; i < block / 4; ++i) store(row + i % 2 * 8, i / 2 * 8 + column, sums[2 * i], sums[2 * i + 1]);
-  };
-  if (segment.slot >= 0) {
-    float* const partial = p.partial + (static_cast<std::int64_t>(segment.slot) * p.tiles + number) * block * block;
-    each([&](int r, int c, float x, float y) { *reinterpret_cast<float2*>(partial + r * block + c) = make_float2(x, y); });
-  } else if (p.dim % 2 == 0 && p.previous == nullptr && place.x != place.y) {
-    float* const matrix = p.result + static_cast<std::int64_t>(segment.expert) * p.dim * p.dim;
-    each([&](int r, int c, float x, float y) {
-      const std::int64_t i = place.x * block + r, j = place.y * block + c;
-      if (j >= p.dim) return;
-      x *= p.alpha, y *= p.alpha;
-      __stcs(reinterpret_cast<float2*>(matrix + i * p.dim + j), make_float2(x, y));
-      __stcs(matrix + j * p.dim + i, x);
-      __stcs(matrix + (j + 1) * p.dim + i, y);
-    });
-  } else {
-    each([&](int r, int c, float x, float y) {
-      store_element(p, segment.expert, place.x * block + r, place.y * block + c, x);
-      store_element(p, segment.expert, place.x * block + r, place.y * block + c + 1, y);
-    });
+  for (int i = 0; i < block; ++i) {
+    float& sum = sums[i / half][i % half];
+    sum *= p.alpha;
+    if (previous == nullptr) continue;
+    const int row = row0 + i / half * half + at.row + i / 2 % 2 * 8, column = column0 + i % half / 4 * 8 + at.column + i % 2;
+    if (max(row, column) < p.dim)
+      sum = fmaf(p.beta, previous[static_cast<std::int64_t>(min(row, column)) * p.dim + max(row, column)], sum);
   }
+}
+
+// A piece of 64 x 64, in the 128-byte swizzle of its two boxes: rows of the tile, or columns where `mirrored`.
+template <bool mirrored>
+__device__ __forceinline__ void stage_piece(char* piece, const float (&sums)[block / 2], int right) {
+  const Place at;
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float* const pair = sums + 32 * right + 4 * n + 2 * i;  // (row + 8 i, 8 n + column) and its neighbour
+      if (mirrored) {
+        const int chunk = at.warp % 2 * 4 + i * 2 + at.lane / 16;
+        char* const box = piece + at.warp / 2 * box_bytes + at.lane / 4 % 4 * 4;
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          *reinterpret_cast<float*>(box + (8 * n + at.column + j) * 128 + (chunk ^ (at.column + j)) * 16) = pair[j];
+      } else {
+        const int chunk = n % 4 * 2 + at.lane % 4 / 2;
+        char* const box = piece + n / 4 * box_bytes + at.lane % 2 * 8;
+        *reinterpret_cast<float2*>(box + (at.row + 8 * i) * 128 + (chunk ^ at.lane / 4) * 16) = make_float2(pair[0], pair[1]);
+      }
+    }
+}
+
+// The tile and, off the diagonal, its mirror; on the diagonal the two are the same bits.
+__device__ __forceinline__ void copy_out(const PairGramParams& p, const Segment& segment, int row, int column, int warpgroup,
+                                         const Sums& sums, PairGramShared& shared) {
+  const bool is_partial = segment.slot >= 0, leader = threadIdx.x % 128 == 0;
+  const int n = (p.gram.dim + block - 1) / block;
+  const CUtensorMap& map = is_partial ? p.partial : p.result;
+  const int matrix = is_partial ? segment.slot * p.gram.tiles + triangle_number(row, column, n) : segment.expert;
+  const int row0 = is_partial ? 0 : row * block, column0 = is_partial ? 0 : column * block;
+  int buffer = 0;
+  const auto send = [&]<bool mirrored>(int down, int right, const float (&half_sums)[block / 2]) {
+    char* const piece = shared.pieces[warpgroup][buffer];
+    buffer ^= 1;
+    if (leader) cute::tma_store_wait<1>();
+    meet_warpgroup();
+    stage_piece<mirrored>(piece, half_sums, right);
+    sm90::fence_async();
+    meet_warpgroup();
+    if (!leader) return;
+    const int y = row0 + down * half, x = column0 + right * half;
+    for (int i = 0; i < 2; ++i)
+      cute::SM90_TMA_STORE_3D::copy(&map, piece + i * box_bytes, (mirrored ? y : x) + i * box_columns, mirrored ? x : y, matrix);
+    cute::tma_store_arrive();
+  };
+  const bool both = !is_partial && row != column;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    send.template operator()<false>(i / 2, i % 2, sums[i / 2]);
+    if (both) send.template operator()<true>(i / 2, i % 2, sums[i / 2]);
+  }
+}
+
+// Where rows of the result do not start at multiples of 16 bytes.
+__device__ __forceinline__ void store_elements(const GramParams& p, int expert, int row0, int column0, const Sums& sums) {
+  const Place at;
+#pragma unroll
+  for (int i = 0; i < block; ++i)
+    store_element(p, expert, row0 + i / half * half + at.row + i / 2 % 2 * 8, column0 + i % half / 4 * 8 + at.column + i % 2,
+                  sums[i / half][i % half]);
 }
 
 template <class T>
-__global__ void __launch_bounds__(tile_threads, 2) tiled_gram_kernel(const __grid_constant__ TiledGramParams p) {
-  extern __shared__ __align__(1024) char memory[];
-  const Segment segment = p.gram.groups.segments[blockIdx.x / p.gram.tiles];
-  if (segment.expert < 0) return;
-  const int number = blockIdx.x % p.gram.tiles;
-  const int2 place = triangle(number, (p.gram.dim + block - 1) / block);
-  const bool diagonal = place.x == place.y;
-  auto& ring = *reinterpret_cast<sm90::Ring<stages>*>(memory + stages * stage_bytes);
-  if (threadIdx.x == 0) {
-    ring.init(2);
-    cutlass::arch::fence_barrier_init();
+__device__ __forceinline__ void consume(const PairGramParams& p, PairGramShared& shared) {
+  const int warpgroup = sm90::uniform(threadIdx.x / 128);
+  sm90::Turn<stages> turn;
+  for (sm90::Turn<2> draw;; draw.next()) {
+    shared.draws.wait_full(draw);
+    const Work work = shared.work[draw.stage];
+    shared.draws.release(draw);
+    if (work.segment.expert < 0) break;
+    Sums sums;
+    sum_tokens<T>(sums, work, warpgroup, shared, turn);
+    if (warpgroup == 1 && work.pair.alone()) continue;
+    const int row = work.pair.rows[warpgroup], column = work.pair.columns[warpgroup];
+    if (work.segment.slot < 0 && !p.copies_out) {
+      store_elements(p.gram, work.segment.expert, row * block, column * block, sums);
+      continue;
+    }
+    if (work.segment.slot < 0) scale(p.gram, work.segment.expert, row * block, column * block, sums);
+    copy_out(p, work.segment, row, column, warpgroup, sums, shared);
   }
-  __syncthreads();
+  if (threadIdx.x % 128 == 0) cute::tma_store_wait<0>();
+}
 
-  if (threadIdx.x < consumers) {
-    float sums[block / 2];
-    sum_tokens<T>(sums, segment, diagonal, memory, ring);
-    store_tile(p.gram, segment, number, place, sums);
-  } else if (threadIdx.x == consumers) {
-    sm90::Turn<stages> turn;
-    const int panels = diagonal ? stage_panels / 2 : stage_panels;
-    for (int token = segment.begin; token < segment.end; token += steps) {
-      ring.wait_empty(turn);
-      ring.expect(turn, panels * panel_bytes);
-      for (int panel = 0; panel < panels; ++panel) {
-        const int column = (panel < 2 ? place.x : place.y) * block + panel % 2 * 64;
-        cute::SM90_TMA_LOAD_2D::copy(&p.x, &ring.full[turn.stage], static_cast<std::uint64_t>(sm90::Keep::last),
-                                     memory + turn.stage * stage_bytes + panel * panel_bytes, column, token);
+// By one thread.
+__device__ __forceinline__ void produce(const PairGramParams& p, PairGramShared& shared) {
+  const int n = (p.gram.dim + block - 1) / block;
+  sm90::Turn<stages> turn;
+  sm90::Turn<2> draw;
+  const auto hand_over = [&](const Work& work) {
+    shared.draws.wait_empty(draw);
+    shared.work[draw.stage] = work;
+    sm90::Barrier::arrive(&shared.draws.full[draw.stage]);
+    draw.next();
+  };
+  for (int number = atomicAdd(p.gram.groups.drawn, 1); number < p.work;) {
+    const int next = atomicAdd(p.gram.groups.drawn, 1);
+    const Work work{p.gram.groups.segments[number / p.pairs], pair(number % p.pairs, n)};
+    number = next;
+    if (work.segment.expert < 0) continue;
+    hand_over(work);
+    const int operands = work.pair.operands();
+    for (int token = work.segment.begin; token < work.segment.end; token += steps) {
+      shared.ring.wait_empty(turn);
+      shared.ring.expect(turn, operands * operand_bytes);
+      for (int panel = 0; panel < 2 * operands; ++panel) {
+        const int operand = panel / 2, column = (operand < 2 ? work.pair.rows[operand] : work.pair.columns[0]) * block;
+        cute::SM90_TMA_LOAD_2D::copy(&p.x, &shared.ring.full[turn.stage], static_cast<std::uint64_t>(sm90::Keep::last),
+                                     shared.tokens[turn.stage] + panel * panel_bytes, column + panel % 2 * 64, token);
       }
       turn.next();
     }
   }
+  hand_over(Work{{-1, 0, 0, -1}, {}});
+}
+
+template <class T>
+__global__ void __launch_bounds__(pair_threads, 1) pair_gram_kernel(const __grid_constant__ PairGramParams p) {
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<PairGramShared*>(memory);
+  if (threadIdx.x == 0) {
+    shared.ring.init(2);
+    shared.draws.init(consumers);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < consumers)
+    consume<T>(p, shared);
+  else if (threadIdx.x == consumers)
+    produce(p, shared);
 }
 
 }  // namespace effcore::cuda::kronecker::hopper

@@ -6,6 +6,6 @@
 namespace effcore::cuda::kronecker::hopper {
 
 // False where this kernel does not serve it (another dtype, rows that TMA cannot describe): nothing was launched then.
-bool grouped_gram(const char* function, const GramParams& p, unsigned blocks, DType dtype, cudaStream_t stream);
+bool grouped_gram(const char* function, const GramParams& p, DType dtype, cudaStream_t stream);
 
 }  // namespace effcore::cuda::kronecker::hopper
