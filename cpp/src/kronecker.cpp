@@ -10,6 +10,7 @@
 
 #include "effcore/cpu.h"
 #include "kronecker_kernels.h"
+#include "pages.h"
 #include "scratch.h"
 #include "tasks.h"
 
@@ -79,6 +80,10 @@ void grouped_gram(const GroupedGram& args, const Threads& threads) {
   const GramJob job{args.x, args.alpha, args.result};
   const GramKernels& kernels = gram_kernels(args.x.dtype);
   std::vector<Segment> segments = segments_of(args);
+  if (args.previous == nullptr) {
+    const std::int64_t element = args.x.dtype == DType::float64 ? 8 : 4;
+    prefer_large_pages(args.result, static_cast<std::size_t>((args.offsets.size[0] - 1) * dim * dim * element));
+  }
   // Consecutive segments of different experts that fit; a second segment of an expert reads what the first has written.
   for (std::size_t first = 0; first < segments.size();) {
     std::size_t last = first;

@@ -32,9 +32,9 @@ bool encode_tensor_map(CUtensorMap* map, DType dtype, const void* data, const cu
   const CUtensorMapDataType type = dtype == DType::float32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encode != nullptr &&
-         encode(map, type, Rank, const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode != nullptr && encode(map, type, Rank, const_cast<void*>(data), size, stride, box, step,
+                                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 template <int Rank>

@@ -19,11 +19,12 @@ template <class E>
 struct Left {  // SIMD: element (i, step) of a panel is packed[step * panel + i]
   using Operand = typename E::Operand;
   static constexpr std::int64_t rows = E::panel;
+  static constexpr bool halves = true;  // of a panel on the diagonal the quarter below it is left out
   static std::int64_t elements(std::int64_t, std::int64_t) { return 0; }
   static void pack(Operand*, const Operand*, std::int64_t, std::int64_t, std::int64_t, std::int64_t) {}
   template <class Product>
   static void set(Product& p, const Operand*, const Operand* right, std::int64_t depth, std::int64_t row, std::int64_t step) {
-    p.a = right + row * depth + step * E::panel;
+    p.a = right + row / E::panel * E::panel * depth + step * E::panel + row % E::panel;
     p.a_row = 1;
     p.a_column = E::panel;
   }
@@ -34,6 +35,7 @@ template <>
 struct Left<simd::Amx> {
   using Operand = simd::bfloat16;
   static constexpr std::int64_t rows = 2 * simd::tile;
+  static constexpr bool halves = false;
   // Rows an odd number of cache lines apart: the sixteen rows of a tile fall into different sets.
   static std::int64_t stride(std::int64_t depth) { return round_up(depth, 64) + simd::tile_steps; }
   static std::int64_t elements(std::int64_t depth, std::int64_t dim) { return round_up(dim, gram_block) * stride(depth); }
@@ -95,21 +97,34 @@ struct Gram {
     {
       [[maybe_unused]] const typename E::Session session;
       // Steps outermost: a block's operands for `k_block` steps stay in the second-level cache beside its sums.
-      for (std::int64_t step = 0; step == 0 || step < depth; step += k_block<Operand>)
-        for (std::int64_t r = 0; r < rows; r += Left<E>::rows) {
-          const std::int64_t skip = row == column ? r / E::panel * E::panel : 0;  // what lies below the diagonal
+      for (std::int64_t step = 0; step == 0 || step < depth; step += k_block<Operand>) {
+        const auto multiply = [&](std::int64_t r, std::int64_t m, std::int64_t c, std::int64_t n) {
+          if (m <= 0 || n <= 0) return;
           simd::Product<Operand, T> p;
-          p.m = least(Left<E>::rows, rows - r);
-          p.n = columns - skip;
+          p.m = m;
+          p.n = n;
           p.k = least(k_block<Operand>, depth - step);
           Left<E>::set(p, left, right, depth, row + r, step);
-          p.b = right + (column + skip) * depth + step * E::panel;
+          p.b = right + (column + c) / E::panel * E::panel * depth + step * E::panel + c % E::panel;
           p.b_panel = depth * E::panel;
-          p.c = sums + r * sums_row + skip;
+          p.c = sums + r * sums_row + c;
           p.c_row = sums_row;
           p.add = step > 0;
           E::multiply(p);
+        };
+        for (std::int64_t r = 0; r < rows; r += Left<E>::rows) {
+          const std::int64_t m = least(Left<E>::rows, rows - r);
+          if (row != column) {
+            multiply(r, m, 0, columns);
+          } else if (constexpr std::int64_t half = E::panel / 2; Left<E>::halves) {
+            multiply(r, least(half, m), r, columns - r);
+            multiply(r + half, m - half, r + half, least(half, columns - r - half));
+            multiply(r + half, m - half, r + E::panel, columns - r - E::panel);
+          } else {
+            multiply(r, m, r / E::panel * E::panel, columns - r / E::panel * E::panel);
+          }
         }
+      }
     }
     write(job, s, sums, sums_row, row, column, rows, columns);
   }

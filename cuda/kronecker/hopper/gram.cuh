@@ -2,11 +2,11 @@
 //
 // Bound: T * D^2 FLOPs on the tensor cores (4096 a cycle and multiprocessor).
 //
-// A block computes a pair of tiles of one segment at a time (pairs.cuh), a warpgroup the 128 x 128 sums of one of them. x streams
-// by TMA through a ring of stages of 32 tokens, in panels of 64 columns (wgmma.cuh) that serve as either operand, each read with
-// the depth running down its rows. The last stage of a segment may hold tokens of the next one: the consumers overwrite them
-// with zeros (what a token of another expert holds, NaN or not, must not be multiplied). Results leave through shared memory by
-// TMA, once as they are and once transposed, while the next pair's tokens arrive.
+// A block computes a pair of tiles of one segment at a time (pairs.cuh), a warpgroup the 128 x 128 sums of one of them. x
+// streams by TMA through a ring of stages of 32 tokens, in panels of 64 columns (wgmma.cuh) that serve as either operand, each
+// read with the depth running down its rows. The last stage of a segment may hold tokens of the next one: the consumers
+// overwrite them with zeros (what a token of another expert holds, NaN or not, must not be multiplied). Results leave through
+// shared memory by TMA, once as they are and once transposed, while the next pair's tokens arrive.
 //
 // Blocks stay and draw the next pair from a counter: experts' loads differ.
 #pragma once
@@ -30,10 +30,10 @@ constexpr int half = 64, box_columns = 32, box_bytes = half * box_columns * 4, p
 
 struct PairGramParams {
   GramParams gram;
-  int pairs, work;               // pairs of a segment, and of all of them
-  bool copies_out;               // by TMA
-  CUtensorMap x;                 // boxes of 32 tokens x 64 columns
-  CUtensorMap result, partial;   // boxes of 64 rows x 32 columns of matrices [D, D] and tiles [128, 128]
+  int pairs, work;              // pairs of a segment, and of all of them
+  bool copies_out;              // by TMA
+  CUtensorMap x;                // boxes of 32 tokens x 64 columns
+  CUtensorMap result, partial;  // boxes of 64 rows x 32 columns of matrices [D, D] and tiles [128, 128]
 };
 
 struct Work {
@@ -108,7 +108,8 @@ struct Place {
 // alpha * sums + beta * previous; of previous values the upper triangle is read.
 __device__ __forceinline__ void scale(const GramParams& p, int expert, int row0, int column0, Sums& sums) {
   const Place at;
-  const float* const previous = p.previous == nullptr ? nullptr : p.previous + static_cast<std::int64_t>(expert) * p.dim * p.dim;
+  const float* const previous =
+      p.previous == nullptr ? nullptr : p.previous + static_cast<std::int64_t>(expert) * p.dim * p.dim;
 #pragma unroll
   for (int i = 0; i < block; ++i) {
     float& sum = sums[i / half][i % half];
@@ -163,7 +164,8 @@ __device__ __forceinline__ void copy_out(const PairGramParams& p, const Segment&
     if (!leader) return;
     const int y = row0 + down * half, x = column0 + right * half;
     for (int i = 0; i < 2; ++i)
-      cute::SM90_TMA_STORE_3D::copy(&map, piece + i * box_bytes, (mirrored ? y : x) + i * box_columns, mirrored ? x : y, matrix);
+      cute::SM90_TMA_STORE_3D::copy(&map, piece + i * box_bytes, (mirrored ? y : x) + i * box_columns, mirrored ? x : y,
+                                    matrix);
     cute::tma_store_arrive();
   };
   const bool both = !is_partial && row != column;

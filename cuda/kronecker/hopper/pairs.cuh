@@ -1,7 +1,7 @@
 // Tiles of the upper triangle two by two: what a block of the kernel for sm_90a computes at a time.
 //
-// Rows 2i and 2i + 1 share the columns right of them; at column 2i + 1 the second tile lies on the diagonal and its rows are the
-// columns already. What is left, the diagonal's tiles (2i, 2i), goes in pairs that share nothing. So three operands of 128
+// Rows 2i and 2i + 1 share the columns right of them; at column 2i + 1 the second tile lies on the diagonal and its rows are
+// the columns already. What is left, the diagonal's tiles (2i, 2i), goes in pairs that share nothing. So three operands of 128
 // columns make two tiles, and two operands do where the diagonal is met: 85 FLOPs a byte of x instead of 64.
 #pragma once
 
