@@ -11,6 +11,7 @@ implementation by name; :func:`_experts_forward` is ours, registered while taps 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -306,19 +307,33 @@ def labels_of(batch: Batch) -> Tensor | None:
     return batch[1] if len(batch) > 1 else None
 
 
+def _last_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
+    """int64 [B]: where the last token of each row stands, which no padding hides. None where the inputs do not say."""
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+    if mask is None and isinstance(ids, Tensor) and ids.dim() == 2:
+        return ids.new_full((len(ids),), ids.shape[1] - 1, dtype=torch.long)
+    return None
+
+
 def logits_of(model: nn.Module, batch: Batch, answers: Tensor | None) -> Tensor:
     """[B, classes]: what the model says about a batch. Of a language model, the logits of ``answers`` behind the last token."""
     device = next(model.parameters()).device
+    last = places = None  # int64 [B], the last token of each row; int64 [K], ascending: the tokens that have logits
     if isinstance(batch, Mapping):
         inputs: dict[str, Any] = {
             k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"
         }
         if hasattr(model, "config") and getattr(model.config, "is_encoder_decoder", None) is not None:
             inputs.setdefault("use_cache", False)
+        last = _last_tokens(inputs)
+        if answers is not None and last is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
+            places = last.unique()
+            inputs["logits_to_keep"] = places
         out = model(**inputs)
-        mask = inputs.get("attention_mask")
     else:
-        out, mask = model(batch[0].to(device)), None
+        out = model(batch[0].to(device))
     logits = out if isinstance(out, Tensor) else out.logits
     if logits.dim() == 3:
         if answers is None:
@@ -330,9 +345,14 @@ def logits_of(model: nn.Module, batch: Batch, answers: Tensor | None) -> Tensor:
             raise InputError(
                 f"effcore.laplace: answers has token {int(answers.max())} of a vocabulary of {logits.shape[2]}"
             )
-        places = torch.arange(logits.shape[1], device=logits.device)
-        last = (mask * places).argmax(1) if mask is not None else places[-1:].expand(len(logits))
-        logits = logits[torch.arange(len(logits), device=logits.device), last][:, answers.to(logits.device)]
+        rows = torch.arange(len(logits), device=logits.device)
+        if last is None:
+            column = torch.full_like(rows, logits.shape[1] - 1)
+        elif places is None or len(places) != logits.shape[1]:
+            column = last
+        else:
+            column = torch.searchsorted(places, last)
+        logits = logits[rows, column][:, answers.to(logits.device)]
     if logits.dim() != 2:
         raise InputError(f"effcore.laplace: logits must have shape [batch, classes] but have {list(logits.shape)}")
     return logits.float() if logits.dtype != torch.float64 else logits
