@@ -2,9 +2,14 @@
 `python -m benchmarks.claims.bayesian_moe_fit [--quick] --json FILE`.
 
 The peer does what Laplace libraries do with a model whose experts are linear layers: hooks on each expert's second layer add up
-its two Kronecker factors in float32, expert by expert, and each factor is decomposed at the end (timed for one layer, since the
-layers are equal). It runs on the same weights
+its two Kronecker factors in float32, expert by expert, and each factor is decomposed at the end. It runs on the same weights
 (views of the stacked ones). Both take the exact Fisher matrix over the same answers, from the same batches.
+
+Three parts, of which --parts chooses some:
+- small: a model of two layers, both ways measured from beginning to end;
+- full: the model of 1 billion parameters. Of the peer --peer-batches batches and the factors of --peer-experts experts of one
+  layer are timed where that is less than all, and scaled up: its work is the same for each batch, expert and layer;
+- memory: what is held at the peak beyond the model, for one batch, against the rank, and with full factors (hessian="kron").
 
 Goal: ours, of rank 10, at least ten times as fast, in memory that grows with the rank and not with the square of the width.
 """
@@ -12,6 +17,7 @@ Goal: ours, of rank 10, at least ten times as fast, in memory that grows with th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -87,13 +93,18 @@ class Factors:
         self.b.addmm_(g.mT, g)
 
 
-def loop(model: Any, batches: list[Batch]) -> list[Factors]:
-    """The peer's sums; its hooks stay on the model."""
+def with_hooks(model: Any) -> list[Factors]:
+    """The peer's model, in place."""
     factors = []
     for layer in model.model.layers:
         layer.mlp.experts = LoopedExperts(layer.mlp.experts)
         factors += [Factors(down) for down in layer.mlp.experts.down]
     model.requires_grad_(False)
+    return factors
+
+
+def loop(model: Any, batches: list[Batch], factors: list[Factors]) -> list[Factors]:
+    """The peer's sums."""
     for batch in batches:
         logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1, ANSWERS].float()
         p = logits.detach().softmax(-1)
@@ -133,54 +144,101 @@ def kept_bytes(result: Any) -> int:
     return sum(t.nbytes for pair in result for decomposition in pair for t in decomposition)
 
 
+class Report:
+    """What was measured, on the screen and in the file as it comes."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.parts = options, {}
+
+    def measure(self, part: str, name: str, run: Callable[[], Any]) -> tuple[float, Any]:
+        seconds, peak, result = measured(run, self.options.device)
+        kept = kept_bytes(result)
+        print(f"{part:7s} {name:28s} {seconds:8.3f} s   peak {peak / 2**20:8.0f} MiB   kept {kept / 2**20:8.1f} MiB",
+              flush=True)  # fmt: skip
+        self.add(part, name, {"seconds": seconds, "peak_bytes": peak, "kept_bytes": kept})
+        return seconds, result
+
+    def add(self, part: str, name: str, value: Any) -> None:
+        self.parts.setdefault(part, {})[name] = value
+        if self.options.json:
+            settings = {k: v for k, v in vars(self.options).items() if not isinstance(v, Path)}
+            device = torch.cuda.get_device_name() if self.options.device.startswith("cuda") else "cpu"
+            report = {"claim": "bayesian_moe_fit", "torch": torch.__version__, "device": device, "settings": settings}
+            self.options.json.parent.mkdir(parents=True, exist_ok=True)
+            self.options.json.write_text(json.dumps(report | {"parts": self.parts}, indent=1))
+
+
+def compare(report: Report, part: str, shape: tuple[int, int, int], peer_batches: int, peer_experts: int) -> None:
+    """Ours and the loop on a model of this (width, inner width, layers)."""
+    options = report.options
+    dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
+    model = make_model(*shape, options.device, dtype)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{part}: {parameters / 1e9:.2f} billion parameters, {dtype}", flush=True)
+    report.add(part, "parameters", parameters)
+    batches = make_batches(options, options.batches)
+    laplace(model, batches[:1], answers=ANSWERS, rank=10)  # libraries load, handles are made
+    ours, _ = report.measure(part, "ours, rank 10", lambda: laplace(model, batches, answers=ANSWERS, rank=10))
+    report.measure(part, "ours, rank 20", lambda: laplace(model, batches, answers=ANSWERS, rank=20))
+    few = min(peer_batches, len(batches))
+    hooked = with_hooks(model)
+    loop(model, batches[:1], hooked)  # sums of this one stay: their values do not matter
+    sums, factors = report.measure(part, f"loop: sums, {few} batches", lambda: loop(model, batches[:few], hooked))
+    some = factors[: min(peer_experts, len(factors))]
+    decomposed(some[:1])
+    parts, _ = report.measure(part, f"loop: eigh, {len(some)} experts", lambda: decomposed(some))
+    sums, parts = sums * len(batches) / few, parts * len(factors) / len(some)
+    how = "measured" if few == len(batches) and len(some) == len(factors) else "scaled up"
+    print(f"{part}: the loop takes {sums:.2f} s for its sums and {parts:.2f} s for eigh ({how}): {(sums + parts) / ours:.1f} "
+          f"times as long as rank 10 (goal 10), {sums / ours:.2f} times for its sums alone", flush=True)  # fmt: skip
+    report.add(part, "ratio", {"whole": (sums + parts) / ours, "sums": sums / ours, "loop": how})
+
+
+def memory(report: Report) -> None:
+    """Of one batch, by rank and width; the width of experts goes along."""
+    options = report.options
+    dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
+    for width in (options.width // 2, options.width):
+        model = make_model(width, options.inner * width // options.width, 2, options.device, dtype)
+        batches = make_batches(options, 1)
+        for name, settings in (*((f"rank {k}", {"rank": k}) for k in (10, 20, 40)), ("kron", {"hessian": "kron"})):
+            fit = functools.partial(laplace, model, batches, answers=ANSWERS, **settings)
+            fit()
+            report.measure("memory", f"width {width}, {name}", fit)
+
+
+def make_batches(options: argparse.Namespace, count: int) -> list[Batch]:
+    size = (options.batch, options.length)
+    return [{"input_ids": torch.randint(100, 32_000, size, device=options.device)} for _ in range(count)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.bayesian_moe_fit", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--parts", nargs="*", default=["small", "full", "memory"])
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--inner", type=int, default=704, help="width of an expert")
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64, help="sequences")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--peer-batches", type=int, default=2)
+    parser.add_argument("--peer-experts", type=int, default=60)
     parser.add_argument("--quick", action="store_true", help="a toy model, to see that it runs; not the claim")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.width, options.inner, options.layers, options.batches, options.batch = 128, 64, 1, 2, 2
-    dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    model = make_model(options.width, options.inner, options.layers, options.device, dtype)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e9:.2f} billion parameters, {options.device}, {dtype}", flush=True)
-    batches = [
-        {"input_ids": torch.randint(100, 32_000, (options.batch, options.length), device=options.device)}
-        for _ in range(options.batches)
-    ]
-    results: dict[str, Any] = {}
-
-    def record(name: str, run: Callable[[], Any]) -> Any:
-        seconds, peak, result = measured(run, options.device)
-        results[name] = {"seconds": seconds, "peak_bytes": peak, "kept_bytes": kept_bytes(result)}
-        kept = results[name]["kept_bytes"]
-        print(f"{name:26s} {seconds:8.2f} s   peak {peak / 2**30:6.2f} GiB   kept {kept / 2**30:6.3f} GiB", flush=True)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            settings = {k: v for k, v in vars(options).items() if not isinstance(v, Path)}
-            report = {"claim": "bayesian_moe_fit", "parameters": parameters, "torch": torch.__version__}
-            options.json.write_text(json.dumps(report | {"settings": settings, "results": results}, indent=1))
-        return result
-
-    def ours(count: int, **settings: Any) -> Any:
-        return laplace(model, batches[:count], answers=ANSWERS, **settings)
-
-    ours(1, rank=10)  # libraries load, handles are made
-    record("ours, rank 10", lambda: ours(len(batches), rank=10))
-    record("ours, rank 20", lambda: ours(len(batches), rank=20))
-    factors = record("loop: sums", lambda: loop(model, batches))
-    record("loop: eigh of a layer", lambda: decomposed(factors[: len(factors) // options.layers]))
-    seconds = {name: result["seconds"] for name, result in results.items()}
-    whole = seconds["loop: sums"] + options.layers * seconds["loop: eigh of a layer"]
-    print(f"the loop takes {whole / seconds['ours, rank 10']:.1f} times as long as rank 10 (goal 10), "
-          f"{seconds['loop: sums'] / seconds['ours, rank 10']:.1f} times for its sums alone")  # fmt: skip
+        options.width, options.inner, options.layers, options.batches, options.batch = 128, 64, 2, 2, 2
+    report = Report(options)
+    everything = 1 << 30
+    if "small" in options.parts:
+        compare(report, "small", (options.width // 2, options.inner // 2, 2), everything, everything)
+    if "full" in options.parts:
+        compare(
+            report, "full", (options.width, options.inner, options.layers), options.peer_batches, options.peer_experts
+        )
+    if "memory" in options.parts:
+        memory(report)
     return 0
 
 
