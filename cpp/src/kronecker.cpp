@@ -64,8 +64,11 @@ void run_wave(const GramJob& job, const GramKernels& kernels, const Segment* seg
   for (const Segment* s = segments; s < segments + count; ++s) {
     for (std::int64_t first = 0; first < s->end - s->begin; first += gram_pack) packs.push_back({s, first, 0});
     for (std::int64_t row = 0; row < dim; row += gram_block)
-      for (std::int64_t column = row; column < dim; column += gram_block) blocks.push_back({s, row, column});
+      for (std::int64_t column = row + gram_block; column < dim; column += gram_block) blocks.push_back({s, row, column});
   }
+  // Blocks on the diagonal take half as long: they come last, so that threads end together.
+  for (const Segment* s = segments; s < segments + count; ++s)
+    for (std::int64_t row = 0; row < dim; row += gram_block) blocks.push_back({s, row, row});
   run_tasks(threads, static_cast<std::int64_t>(packs.size()),
             [&](std::int64_t task) { kernels.pack(job, *packs[task].segment, packs[task].row); });
   run_tasks(threads, static_cast<std::int64_t>(blocks.size()),

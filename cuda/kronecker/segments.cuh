@@ -2,8 +2,8 @@
 //
 // An expert's tokens are cut into segments of at most `length`; an expert without tokens has one empty segment. A segment that
 // is its expert's only one writes the result; others write partial sums into numbered slots, which a second kernel adds up in
-// their order: the same sums in every run. Segments of full length come first, so that none of them begins when the others
-// end.
+// their order: the same sums in every run. Long segments come first, so that none of them begins when the others end: those
+// of full length, then the others by falling length, in steps of an eighth of the mean load.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -55,16 +55,43 @@ static __global__ void plan_segments(Groups g) {
     begin = min(max(g.offsets[e], 0), g.tokens);
     return max(min(g.offsets[e + 1], g.tokens) - begin, 0);
   };
-  int begin = 0, all_full = 0;
-  for (int base = 0; base < g.experts; base += 32) count_before(tokens_of(base + lane, begin) / g.length, all_full);
+  const int eighth = max(g.tokens / max(8 * g.experts, 1), 1);
+  // Lanes whose segment of less than full length is about as long as this lane's; none where it has no such segment.
+  const auto alike = [&](int e, int tokens, int& size) {
+    const bool has_rest = e < g.experts && (tokens % g.length > 0 || tokens == 0);
+    size = min(tokens % g.length / eighth, 31);
+    const unsigned lanes = __match_any_sync(~0u, has_rest ? size : -1);
+    return has_rest ? lanes : 0u;
+  };
+  __shared__ int place[32];  // of the next segment of each size
+  place[lane] = 0;
+  __syncwarp();
+  int begin = 0, all_full = 0, size = 0;
+  for (int base = 0; base < g.experts; base += 32) {
+    const int tokens = tokens_of(base + lane, begin);
+    count_before(tokens / g.length, all_full);
+    const unsigned lanes = alike(base + lane, tokens, size);
+    if (lanes != 0 && lane == __ffs(lanes) - 1) place[size] += __popc(lanes);
+    __syncwarp();
+  }
+  int rest = all_full;
+  const int first_of_size = count_before(place[31 - lane], rest);
+  __syncwarp();
+  place[31 - lane] = first_of_size;
+  __syncwarp();
 
-  int full = 0, rest = all_full, slots = 0, splits = 0;
+  int full = 0, slots = 0, splits = 0;
   for (int base = 0; base < g.experts; base += 32) {
     const int e = base + lane, tokens = tokens_of(e, begin), end = begin + tokens;
     const int my_full = tokens / g.length;
-    const int my_rest = e < g.experts && (tokens % g.length > 0 || tokens == 0) ? 1 : 0;
+    const unsigned lanes = alike(e, tokens, size);
+    const int my_rest = lanes != 0 ? 1 : 0;
     const int my_slots = my_full + my_rest > 1 ? my_full + my_rest : 0;
-    const int first_full = count_before(my_full, full), first_rest = count_before(my_rest, rest);
+    const int first_full = count_before(my_full, full);
+    const int first_rest = place[size] + __popc(lanes & ((1u << lane) - 1));
+    __syncwarp();
+    if (lanes != 0 && lane == __ffs(lanes) - 1) place[size] += __popc(lanes);
+    __syncwarp();
     const int first_slot = count_before(my_slots, slots), split = count_before(my_slots > 0, splits);
     // Overlapping groups could ask for more than there is: what does not fit is left out.
     const bool fits = first_full + my_full <= g.max_segments && first_rest + my_rest <= g.max_segments &&

@@ -15,11 +15,11 @@ void run(const char* function, const PairGramParams& p, unsigned blocks, cudaStr
   check_launch(function);
 }
 
-// [count, rows, rows] in float32, in boxes of 64 rows x 32 columns.
+// [count, rows, rows] in float32, in boxes of 32 x 32.
 bool encode_matrices(CUtensorMap* map, float* data, int rows, std::int64_t count) {
   const auto n = static_cast<cuuint64_t>(rows);
   const cuuint64_t size[3] = {n, n, static_cast<cuuint64_t>(count)}, stride[2] = {n * 4, n * n * 4};
-  const cuuint32_t box[3] = {box_columns, half, 1};
+  const cuuint32_t box[3] = {quarter, quarter, 1};
   return encode_tensor_map(map, DType::float32, data, size, stride, box);
 }
 

@@ -3,7 +3,7 @@
 // Bound: T * D^2 FLOPs on the tensor cores (4096 a cycle and multiprocessor).
 //
 // A block computes a pair of tiles of one segment at a time (pairs.cuh), a warpgroup the 128 x 128 sums of one of them. x
-// streams by TMA through a ring of stages of 32 tokens, in panels of 64 columns (wgmma.cuh) that serve as either operand, each
+// streams by TMA through a ring of stages of 64 tokens, in panels of 64 columns (wgmma.cuh) that serve as either operand, each
 // read with the depth running down its rows. The last stage of a segment may hold tokens of the next one: the consumers
 // overwrite them with zeros (what a token of another expert holds, NaN or not, must not be multiplied). Results leave through
 // shared memory by TMA, once as they are and once transposed, while the next pair's tokens arrive.
@@ -23,17 +23,17 @@ namespace effcore::cuda::kronecker::hopper {
 
 namespace sm90 = effcore::cuda::hopper;
 
-constexpr int consumers = 2 * 128, pair_threads = consumers + 32, steps = 32, stages = 6;
+constexpr int consumers = 2 * 128, pair_threads = consumers + 32, steps = 64, stages = 4;
 constexpr int panel_bytes = steps * sm90::panel_row_bytes, operand_bytes = 2 * panel_bytes, stage_bytes = 3 * operand_bytes;
-// Results on their way out: a piece of 64 x 64 as two boxes of 64 rows x 128 bytes; each warpgroup has two pieces.
-constexpr int half = 64, box_columns = 32, box_bytes = half * box_columns * 4, piece_bytes = 2 * box_bytes;
+// Results on their way out: a piece of 64 x 32 of a tile as two boxes of 32 x 32; each warpgroup has two pieces.
+constexpr int half = 64, quarter = 32, box_bytes = quarter * quarter * 4, piece_bytes = 2 * box_bytes;
 
 struct PairGramParams {
   GramParams gram;
   int pairs, work;              // pairs of a segment, and of all of them
   bool copies_out;              // by TMA
-  CUtensorMap x;                // boxes of 32 tokens x 64 columns
-  CUtensorMap result, partial;  // boxes of 64 rows x 32 columns of matrices [D, D] and tiles [128, 128]
+  CUtensorMap x;                // boxes of 64 tokens x 64 columns
+  CUtensorMap result, partial;  // boxes of 32 x 32 of matrices [D, D] and tiles [128, 128]
 };
 
 struct Work {
@@ -121,25 +121,27 @@ __device__ __forceinline__ void scale(const GramParams& p, int expert, int row0,
   }
 }
 
-// A piece of 64 x 64, in the 128-byte swizzle of its two boxes: rows of the tile, or columns where `mirrored`.
+// 64 rows and 32 columns of the tile, sums 4 n .. 4 n + 3 of a thread those of columns 8 n + .., in the 128-byte swizzle of the
+// piece's boxes: one box below the other or, `mirrored`, side by side with columns as rows.
 template <bool mirrored>
-__device__ __forceinline__ void stage_piece(char* piece, const float (&sums)[block / 2], int right) {
+__device__ __forceinline__ void stage_piece(char* piece, const float (&sums)[block / 2], int part) {
   const Place at;
+  char* const box = piece + at.warp / 2 * box_bytes;
 #pragma unroll
-  for (int n = 0; n < 8; ++n)
+  for (int n = 0; n < 4; ++n)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float* const pair = sums + 32 * right + 4 * n + 2 * i;  // (row + 8 i, 8 n + column) and its neighbour
+      const float* const two = sums + 16 * part + 4 * n + 2 * i;  // (row + 8 i, 8 n + column) and its neighbour
       if (mirrored) {
         const int chunk = at.warp % 2 * 4 + i * 2 + at.lane / 16;
-        char* const box = piece + at.warp / 2 * box_bytes + at.lane / 4 % 4 * 4;
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          *reinterpret_cast<float*>(box + (8 * n + at.column + j) * 128 + (chunk ^ (at.column + j)) * 16) = pair[j];
+          *reinterpret_cast<float*>(box + (8 * n + at.column + j) * 128 + (chunk ^ (at.column + j)) * 16 +
+                                    at.lane / 4 % 4 * 4) = two[j];
       } else {
-        const int chunk = n % 4 * 2 + at.lane % 4 / 2;
-        char* const box = piece + n / 4 * box_bytes + at.lane % 2 * 8;
-        *reinterpret_cast<float2*>(box + (at.row + 8 * i) * 128 + (chunk ^ at.lane / 4) * 16) = make_float2(pair[0], pair[1]);
+        const int chunk = n * 2 + at.lane % 4 / 2;
+        *reinterpret_cast<float2*>(box + (at.row % quarter + 8 * i) * 128 + (chunk ^ at.lane / 4) * 16 + at.lane % 2 * 8) =
+            make_float2(two[0], two[1]);
       }
     }
 }
@@ -153,26 +155,26 @@ __device__ __forceinline__ void copy_out(const PairGramParams& p, const Segment&
   const int matrix = is_partial ? segment.slot * p.gram.tiles + triangle_number(row, column, n) : segment.expert;
   const int row0 = is_partial ? 0 : row * block, column0 = is_partial ? 0 : column * block;
   int buffer = 0;
-  const auto send = [&]<bool mirrored>(int down, int right, const float (&half_sums)[block / 2]) {
+  const auto send = [&]<bool mirrored>(int down, int part, const float (&half_sums)[block / 2]) {
     char* const piece = shared.pieces[warpgroup][buffer];
     buffer ^= 1;
     if (leader) cute::tma_store_wait<1>();
     meet_warpgroup();
-    stage_piece<mirrored>(piece, half_sums, right);
+    stage_piece<mirrored>(piece, half_sums, part);
     sm90::fence_async();
     meet_warpgroup();
     if (!leader) return;
-    const int y = row0 + down * half, x = column0 + right * half;
-    for (int i = 0; i < 2; ++i)
-      cute::SM90_TMA_STORE_3D::copy(&map, piece + i * box_bytes, (mirrored ? y : x) + i * box_columns, mirrored ? x : y,
-                                    matrix);
+    for (int i = 0; i < 2; ++i) {
+      const int y = row0 + down * half + i * quarter, x = column0 + part * quarter;
+      cute::SM90_TMA_STORE_3D::copy(&map, piece + i * box_bytes, mirrored ? y : x, mirrored ? x : y, matrix);
+    }
     cute::tma_store_arrive();
   };
   const bool both = !is_partial && row != column;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    send.template operator()<false>(i / 2, i % 2, sums[i / 2]);
-    if (both) send.template operator()<true>(i / 2, i % 2, sums[i / 2]);
+  for (int i = 0; i < 8; ++i) {
+    send.template operator()<false>(i / 4, i % 4, sums[i / 4]);
+    if (both) send.template operator()<true>(i / 4, i % 4, sums[i / 4]);
   }
 }
 
@@ -208,32 +210,37 @@ __device__ __forceinline__ void consume(const PairGramParams& p, PairGramShared&
   if (threadIdx.x % 128 == 0) cute::tma_store_wait<0>();
 }
 
-// By one thread.
+// By one warp: a lane for each panel.
 __device__ __forceinline__ void produce(const PairGramParams& p, PairGramShared& shared) {
-  const int n = (p.gram.dim + block - 1) / block;
+  const int n = (p.gram.dim + block - 1) / block, lane = threadIdx.x % 32;
   sm90::Turn<stages> turn;
   sm90::Turn<2> draw;
   const auto hand_over = [&](const Work& work) {
     shared.draws.wait_empty(draw);
-    shared.work[draw.stage] = work;
-    sm90::Barrier::arrive(&shared.draws.full[draw.stage]);
+    if (lane == 0) {
+      shared.work[draw.stage] = work;
+      sm90::Barrier::arrive(&shared.draws.full[draw.stage]);
+    }
     draw.next();
   };
-  for (int number = atomicAdd(p.gram.groups.drawn, 1); number < p.work;) {
-    const int next = atomicAdd(p.gram.groups.drawn, 1);
+  const auto draw_next = [&] { return lane == 0 ? atomicAdd(p.gram.groups.drawn, 1) : 0; };
+  for (int drawn = draw_next();;) {
+    const int number = __shfl_sync(~0u, drawn, 0);
+    if (number >= p.work) break;
+    drawn = draw_next();  // known by the time that it is needed
     const Work work{p.gram.groups.segments[number / p.pairs], pair(number % p.pairs, n)};
-    number = next;
     if (work.segment.expert < 0) continue;
     hand_over(work);
-    const int operands = work.pair.operands();
+    const int panels = 2 * work.pair.operands();
+    const int block_column = lane < 2 ? work.pair.rows[0] : lane < 4 ? work.pair.rows[1] : work.pair.columns[0];
+    const int column = block_column * block + lane % 2 * sm90::panel_columns;
     for (int token = work.segment.begin; token < work.segment.end; token += steps) {
       shared.ring.wait_empty(turn);
-      shared.ring.expect(turn, operands * operand_bytes);
-      for (int panel = 0; panel < 2 * operands; ++panel) {
-        const int operand = panel / 2, column = (operand < 2 ? work.pair.rows[operand] : work.pair.columns[0]) * block;
+      if (lane == 0) shared.ring.expect(turn, panels * panel_bytes);
+      __syncwarp();
+      if (lane < panels)
         cute::SM90_TMA_LOAD_2D::copy(&p.x, &shared.ring.full[turn.stage], static_cast<std::uint64_t>(sm90::Keep::last),
-                                     shared.tokens[turn.stage] + panel * panel_bytes, column + panel % 2 * 64, token);
-      }
+                                     shared.tokens[turn.stage] + lane * panel_bytes, column, token);
       turn.next();
     }
   }
@@ -252,7 +259,7 @@ __global__ void __launch_bounds__(pair_threads, 1) pair_gram_kernel(const __grid
   __syncthreads();
   if (threadIdx.x < consumers)
     consume<T>(p, shared);
-  else if (threadIdx.x == consumers)
+  else
     produce(p, shared);
 }
 

@@ -281,13 +281,17 @@ def gradients(logits: Tensor, cotangents: Tensor, taps: Sequence[Tap], number: i
     passes = []
     for c, cotangent in enumerate(cotangents):
         last = c == len(cotangents) - 1
-        passes.append(
-            torch.autograd.grad(logits, outputs, cotangent.to(logits.dtype), retain_graph=not last, allow_unused=True)
+        found = torch.autograd.grad(
+            logits, outputs, cotangent.to(logits.dtype), retain_graph=not last, allow_unused=True
         )
+        passes.append(list(found))
     layers = []
     for i, (tap, record) in enumerate(zip(taps, records, strict=True)):
         parts = [torch.zeros_like(record.outputs) if p[i] is None else p[i] for p in passes]
         g = torch.stack([p.detach().reshape(-1, tap.outputs) for p in parts], 1)
+        parts.clear()
+        for p in passes:  # of all layers they would be half of the memory at the peak
+            p[i] = None
         if not bool(torch.isfinite(g).all()) or not bool(torch.isfinite(record.inputs).all()):
             raise InputError(f"effcore.laplace: NaN or infinite gradients at {tap.name} in batch {number}")
         active = (g != 0).flatten(1).any(1)
