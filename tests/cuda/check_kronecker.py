@@ -84,10 +84,10 @@ def check_lowrank() -> None:
             torch.testing.assert_close(captured + discarded[e], count * values.sum(), rtol=1e-4, atol=1e-6)
 
 
-def run_all(dims: tuple[int, ...], loads: tuple[list[int], ...]) -> int:
+def run_all(dims: tuple[int, ...], loads: tuple[list[int], ...], layouts: tuple[str, ...]) -> int:
     """The number of Gram matrices that failed; each is printed."""
     failed = checked = 0
-    for dim, load, dtype, layout in itertools.product(dims, loads, DTYPES, LAYOUTS):
+    for dim, load, dtype, layout in itertools.product(dims, loads, DTYPES, layouts):
         checked += 1
         try:
             check(list(load), dim, dtype, layout)
@@ -119,8 +119,9 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="few and small problems")
     parser.add_argument("--sanitize", action="store_true", help="small problems under compute-sanitizer too")
     options = parser.parse_args()
-    dims = (1, 130, 264) if options.small else (1, 7, 8, 64, 128, 129, 136, 320, 704, 1408)
-    failed = run_all(dims, (*LOADS[:1], *LOADS[-1:]) if options.small else LOADS)
+    dims = (130, 264) if options.small else (1, 7, 8, 64, 128, 129, 136, 320, 704, 1408)
+    loads = (*LOADS[:1], *LOADS[-1:]) if options.small else LOADS
+    failed = run_all(dims, loads, LAYOUTS[::2] if options.small else LAYOUTS)
     if not options.small:
         check_lowrank()
         print("low-rank updates passed")
