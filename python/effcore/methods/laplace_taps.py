@@ -278,20 +278,24 @@ def gradients(logits: Tensor, cotangents: Tensor, taps: Sequence[Tap], number: i
     """
     records = [tap.take() for tap in taps]
     outputs = [r.outputs for r in records]
-    passes = []
+    passes: list[list[Tensor | None]] = []
     for c, cotangent in enumerate(cotangents):
         last = c == len(cotangents) - 1
-        found = torch.autograd.grad(
-            logits, outputs, cotangent.to(logits.dtype), retain_graph=not last, allow_unused=True
+        passes.append(
+            list(
+                torch.autograd.grad(
+                    logits, outputs, cotangent.to(logits.dtype), retain_graph=not last, allow_unused=True
+                )
+            )
         )
-        passes.append(list(found))
     layers = []
     for i, (tap, record) in enumerate(zip(taps, records, strict=True)):
-        parts = [torch.zeros_like(record.outputs) if p[i] is None else p[i] for p in passes]
-        g = torch.stack([p.detach().reshape(-1, tap.outputs) for p in parts], 1)
-        parts.clear()
-        for p in passes:  # of all layers they would be half of the memory at the peak
-            p[i] = None
+        parts: list[Tensor] = []
+        for found in passes:
+            part, found[i] = found[i], None  # kept for all layers they would be half of the memory at the peak
+            parts.append((torch.zeros_like(record.outputs) if part is None else part).detach())
+        g = torch.stack([part.reshape(-1, tap.outputs) for part in parts], 1)
+        del part, parts
         if not bool(torch.isfinite(g).all()) or not bool(torch.isfinite(record.inputs).all()):
             raise InputError(f"effcore.laplace: NaN or infinite gradients at {tap.name} in batch {number}")
         active = (g != 0).flatten(1).any(1)
