@@ -6,7 +6,7 @@ from torch import nn
 
 from effcore.errors import InputError
 from effcore.methods.bayesian_moe import Posterior, laplace
-from effcore.methods.laplace_taps import find_taps, listening
+from effcore.methods.laplace_taps import find_taps, listening, logits_of
 from effcore.reference.kronecker import dense_factor
 from tests.methods.laplace_toys import ANSWERS, moe, text, toy
 
@@ -169,3 +169,17 @@ def test_save_and_load(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["posterior.safetensors"]
     with pytest.raises(InputError, match="no module of the model"):
         Posterior.load(tmp_path / "posterior.safetensors", toy())
+
+
+def test_logits_of_last_tokens_alone():
+    """Padded rows: only the columns where some row ends go through the output layer, and each row finds its own."""
+    model, batch = moe("qwen2"), text()
+    with torch.no_grad():
+        everything = model(batch["input_ids"], batch["attention_mask"]).logits
+    widths = []
+    hook = model.lm_head.register_forward_hook(lambda _m, _inputs, out: widths.append(out.shape[1]))
+    logits = logits_of(model, batch, torch.tensor(ANSWERS))
+    hook.remove()
+    ends = batch["attention_mask"].sum(1) - 1
+    assert widths == [len(ends.unique())] and widths[0] < everything.shape[1]
+    torch.testing.assert_close(logits, everything[torch.arange(len(ends)), ends][:, ANSWERS])

@@ -281,18 +281,15 @@ def gradients(logits: Tensor, cotangents: Tensor, taps: Sequence[Tap], number: i
     passes: list[list[Tensor | None]] = []
     for c, cotangent in enumerate(cotangents):
         last = c == len(cotangents) - 1
-        passes.append(
-            list(
-                torch.autograd.grad(
-                    logits, outputs, cotangent.to(logits.dtype), retain_graph=not last, allow_unused=True
-                )
-            )
+        found = torch.autograd.grad(
+            logits, outputs, cotangent.to(logits.dtype), retain_graph=not last, allow_unused=True
         )
+        passes.append(list(found))
     layers = []
     for i, (tap, record) in enumerate(zip(taps, records, strict=True)):
         parts: list[Tensor] = []
-        for found in passes:
-            part, found[i] = found[i], None  # kept for all layers they would be half of the memory at the peak
+        for of_layers in passes:
+            part, of_layers[i] = of_layers[i], None  # all layers' together would be half of the memory at the peak
             parts.append((torch.zeros_like(record.outputs) if part is None else part).detach())
         g = torch.stack([part.reshape(-1, tap.outputs) for part in parts], 1)
         del part, parts
