@@ -1,28 +1,28 @@
 """ResNets at 2×: vanilla, timed ranks, freezing, merging, branching; images a second against the same model dense.
 
-Beside each: what the paper gained, and what a roofline of every layer predicts on this chip (_low_rank_roofline).
+Beside each: what the paper gained, and what a roofline of every layer predicts on this chip (_low_rank_roofline). Each variant
+lives in a process of its own (_low_rank_worker), so that all of them compile at once; then they run in turns, one at a time.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ceilings
-from benchmarks.claims import _low_rank_roofline as roofline
+from benchmarks.claims._low_rank_worker import Spec, Worker, started
 from benchmarks.ops import lowrank_cuda
 from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import freeze
 from effcore.methods.low_rank_merge import branch, merge
 
 DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
+IMAGES = {50: 256, 101: 128, 152: 128}  # of a batch on a GPU
 # Per cent of images a second gained in training and at inference, as the papers have them.
 PAPER = {
     (50, "merging"): (43.6, 40.6),
@@ -40,119 +40,135 @@ def resnet(depth: int) -> nn.Module:
     return transformers.ResNetForImageClassification(config)
 
 
-def variants(dense: nn.Module, x: Tensor, training: bool) -> dict[str, Callable[[], nn.Module]]:
-    def made(change: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
-        def make() -> nn.Module:
-            model = copy.deepcopy(dense)
-            change(model)
-            return model
-
-        return make
-
-    cores = [r"layer\.1\.convolution"]
+def variants(x: Tensor, training: bool) -> dict[str, Callable[[nn.Module], Any]]:
+    """What each does to the dense model."""
     multiple = 32 if x.is_cuda else 16
+    timed: dict[str, Any] = {
+        "data": [x],
+        "measure": "training" if training else "inference",
+        "weighted": False,
+    }
 
     def frozen(model: nn.Module) -> None:
         low_rank.decompose(model, 2.0, multiple=multiple)
         freeze(model)
 
+    def in_turn(model: nn.Module) -> None:
+        frozen(model)
+        freeze(model, False)
+        freeze(model, inner=True)  # sequential freezing's odd periods; its even ones are freezing
+
     def branched(model: nn.Module) -> None:
         low_rank.decompose(model, 2.0, multiple=multiple)
         branch(model, 4)
 
-    timed = {"data": [x], "measure": "training" if training else "inference", "weighted": False}
     return {
-        "vanilla": made(lambda m: low_rank.decompose(m, 2.0, multiple=1)),  # the paper's ranks: 38, 77, 154, 309
-        "multiples": made(lambda m: low_rank.decompose(m, 2.0, multiple=multiple)),
-        "timed ranks": made(lambda m: low_rank.decompose(m, 2.0, **timed)),  # type: ignore[arg-type]
-        "freezing": made(frozen),
-        "merging": made(lambda m: merge(m, 2.0, multiple=multiple)),
-        "branching": made(branched),
-        "cores only, timed": made(lambda m: low_rank.decompose(m, 2.0, include=cores, **timed)),  # type: ignore[arg-type]
+        "dense": lambda model: None,
+        "vanilla": lambda model: low_rank.decompose(model, 2.0, multiple=1),  # the paper's ranks: 38, 77, 154, 309
+        "multiples": lambda model: low_rank.decompose(model, 2.0, multiple=multiple),
+        "timed ranks": lambda model: low_rank.decompose(model, 2.0, **timed),
+        "cores only, timed": lambda model: low_rank.decompose(model, 2.0, include=[r"layer\.1\.convolution"], **timed),
+        "merging": lambda model: merge(model, 2.0, multiple=multiple),
+        "branching": branched,
+        **({"freezing": frozen, "freezing, inner": in_turn} if training else {}),
     }
 
 
-def _compiled(model: nn.Module) -> Callable[[Tensor], Any]:
-    """Compiled under a code object of its own: models of one class share a limit of compilations, and run eager beyond it."""
-    space: dict[str, Any] = {"model": model}
-    exec("def call(x):\n    return model(x)", space)
-    return torch.compile(space["call"])
+def made(spec: Spec) -> tuple[nn.Module, Tensor]:
+    """The variant, and a batch for it."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if spec.device == "cuda" else torch.float32
+    x = torch.randn(spec.batch, 3, spec.size, spec.size, device=spec.device, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    model = resnet(spec.depth).to(device=spec.device, dtype=dtype, memory_format=torch.channels_last)
+    model.train(spec.training)
+    variants(x, spec.training)[spec.variant](model)
+    return model, x
 
 
-def _rates(device: str, dtype: torch.dtype) -> ceilings.Ceilings:
+def _rates(device: str) -> ceilings.Ceilings:
     if device == "cuda":
         return lowrank_cuda.ceilings(torch.zeros(64 << 20, device=device))[0]
-    return ceilings.measure(device, [dtype])
-
-
-def _seconds(model: nn.Module, call: Callable[[Tensor], Any], x: Tensor, training: bool) -> float:
-    model.zero_grad(set_to_none=True)
-    begin = time.perf_counter()
-    if training:
-        call(x).logits.float().logsumexp(1).sum().backward()
-    else:
-        with torch.no_grad():
-            call(x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return ceilings.measure(device, [torch.float32])
 
 
 def measure(
-    depth: int, device: str, batch: int, *, training: bool, compiled: bool, rounds: int, only: str = "", size: int = 224
+    depths: Iterable[int],
+    device: str,
+    batch: int | None,
+    *,
+    passes: Iterable[bool],
+    rounds: int,
+    only: Iterable[str] = (),
+    done: Iterable[tuple[str, str, str]] = (),
+    at_once: int = 32,
+    warm: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    dense = resnet(depth).to(device=device, dtype=dtype, memory_format=torch.channels_last).train(training)
-    x = torch.randn(batch, 3, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    rates = _rates(device, dtype)
-    baseline = _compiled(dense) if compiled else dense
-    predicted_dense = roofline.seconds(dense, x, training, rates)
-    for name, make in variants(dense, x, training).items():
-        if only and name not in only.split(","):
+    """One row for each depth, pass (training or not) and variant; ``done`` ones are left out.
+
+    Args:
+        at_once: processes that compile at a time.
+        warm: compile alone, for the caches that TORCHINDUCTOR_CACHE_DIR names.
+    """
+    done = set(done)
+    x = torch.empty(0, device=device)
+    groups: list[list[Spec]] = []
+    for depth, training in itertools.product(depths, passes):
+        what, images = "training" if training else "inference", batch or (IMAGES[depth] if device == "cuda" else 4)
+        names = [n for n in variants(x, training) if n != "dense" and (not only or n in only)]
+        names = [n for n in names if (f"ResNet-{depth}", what, n) not in done]
+        if names:
+            groups.append([Spec(depth, n, training, device, images) for n in ("dense", *names)])
+    with started([spec for group in groups for spec in group], at_once, keep=not warm) as workers:
+        rates = _rates(device)
+        for group in groups:
+            yield from _rows({s.variant: workers[s] for s in group if s in workers}, rounds, rates)
+
+
+def _rows(workers: dict[str, Worker], rounds: int, rates: ceilings.Ceilings) -> Iterator[dict[str, Any]]:
+    if "dense" not in workers:
+        return
+    times: dict[str, list[float]] = {n: [] for n in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            times[name].append(worker.seconds())
+    predicted = {name: worker.roofline(rates) for name, worker in workers.items()}
+    facts = {name: worker.facts for name, worker in workers.items()}
+    dense = workers["dense"].spec
+    for name in workers:
+        if name == "dense":
             continue
-        begin = time.perf_counter()
-        model = make()
-        took = time.perf_counter() - begin
-        runs = {"dense": (dense, baseline), name: (model, _compiled(model) if compiled else model)}
-        times: dict[str, list[float]] = {n: [] for n in runs}
-        for _ in range(2):
-            for run in runs.values():
-                _seconds(*run, x, training)
-        for _ in range(rounds):
-            for n, run in runs.items():
-                times[n].append(_seconds(*run, x, training))
+        paper = PAPER.get((dense.depth, name))
         ratio = statistics.median(a / b for a, b in zip(times["dense"], times[name], strict=True))
-        paper = PAPER.get((depth, name))
-        predicted = predicted_dense / roofline.seconds(model, x, training, rates)
+        bound = predicted["dense"] / predicted[name]
         r: dict[str, Any] = {
-            "model": f"ResNet-{depth}",
+            "model": f"ResNet-{dense.depth}",
             "variant": name,
-            "what": "training" if training else "inference",
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "parameters_dense": sum(p.numel() for p in dense.parameters()),
-            "gflops": _gflops(model, x),
-            "gflops_dense": _gflops(dense, x),
-            "images_s_dense": batch / statistics.median(times["dense"]),
-            "images_s": batch / statistics.median(times[name]),
+            "what": "training" if dense.training else "inference",
+            "images": dense.batch,
+            "parameters": facts[name]["parameters"],
+            "parameters_dense": facts["dense"]["parameters"],
+            "gflops": facts[name]["gflops"],
+            "gflops_dense": facts["dense"]["gflops"],
+            "images_s_dense": dense.batch / statistics.median(times["dense"]),
+            "images_s": dense.batch / statistics.median(times[name]),
             "ratio": ratio,
-            "ratio_roofline": predicted,
-            "seconds_dense_roofline": predicted_dense,
-            "paper_gain_percent": None if paper is None else paper[0 if training else 1],
-            "seconds_to_make": took,
+            "ratio_roofline": bound,
+            "of_the_roofline": ratio / bound,
+            "of_the_roofline_gain": (ratio - 1) / (bound - 1) if bound > 1 else None,
+            "seconds_dense_roofline": predicted["dense"],
+            "paper_gain_percent": None if paper is None else paper[0 if dense.training else 1],
+            "seconds_to_make": facts[name]["seconds_to_make"],
         }
-        print(
-            f"ResNet-{depth} {r['what']:9} {name:18} {r['parameters'] / 1e6:6.1f} of {r['parameters_dense'] / 1e6:.1f} M  "
-            f"{r['gflops']:.2f} of {r['gflops_dense']:.2f} GFLOP  {r['images_s']:7.1f} of {r['images_s_dense']:.1f} images/s  "
-            f"{ratio:.2f}x  (roofline {predicted:.2f}x)"
-            + ("" if paper is None else f"  (paper {1 + r['paper_gain_percent'] / 100:.2f}x)"),
-            flush=True,
-        )
+        print(_line(r), flush=True)
         yield r
 
 
-def _gflops(model: nn.Module, x: Tensor) -> float:
-    """Of one image, forward."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x[:1])
-    return counter.get_total_flops() / 1e9
+def _line(r: dict[str, Any]) -> str:
+    gain = "" if r["of_the_roofline_gain"] is None else f", {r['of_the_roofline_gain']:.0%} of its gain"
+    paper = "" if r["paper_gain_percent"] is None else f"  (paper {1 + r['paper_gain_percent'] / 100:.2f}x)"
+    return (
+        f"{r['model']} {r['what']:9} {r['variant']:18} {r['parameters'] / 1e6:6.1f} of {r['parameters_dense'] / 1e6:.1f} M  "
+        f"{r['gflops']:.2f} of {r['gflops_dense']:.2f} GFLOP  {r['images_s']:7.1f} of {r['images_s_dense']:.1f} images/s  "
+        f"{r['ratio']:.2f}x  (roofline {r['ratio_roofline']:.2f}x: {r['of_the_roofline']:.0%}{gain}){paper}"
+    )

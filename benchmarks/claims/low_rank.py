@@ -1,7 +1,10 @@
-"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | progressive | smollm`.
+"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | search | progressive | smollm`.
 
 speed: ResNets at 2× against the same model (on a GPU in bfloat16, channels_last, compiled), images a second of training and of
-inference, beside the paper's gains (arXiv 2407.20266). Random weights: speed does not depend on them.
+inference, beside the paper's gains (arXiv 2407.20266). Random weights: speed does not depend on them. Rows that the file of
+--json has already are not measured again.
+
+search: how long `decompose` takes on a ResNet-152 and on a LLaMA of 1.2 G parameters.
 
 progressive: a small LLaMA trained on the standard library, its MLPs 2× and 4× smaller in one step or in two, equal tokens.
 
@@ -27,12 +30,16 @@ from benchmarks.run import use_carried_libraries  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.low_rank", description=__doc__)
-    parser.add_argument("claim", choices=("speed", "progressive", "smollm"))
+    parser.add_argument("claim", choices=("speed", "search", "progressive", "smollm"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--depths", type=int, nargs="+", default=[50], choices=(50, 101, 152))
-    parser.add_argument("--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu)")
+    parser.add_argument("--batch", type=int, help="images (speed; default 128 or 256 on cuda, 4 on cpu)")
     parser.add_argument("--rounds", type=int, default=7, help="(speed)")
-    parser.add_argument("--only", default="", help="some variants: merging,freezing (speed)")
+    parser.add_argument("--only", nargs="+", default=[], help="some variants: merging freezing (speed)")
+    parser.add_argument(
+        "--warm", action="store_true", help="fill the caches of torch.compile and measure nothing (speed)"
+    )
+    parser.add_argument("--at-once", type=int, default=16, help="processes that compile at a time (speed)")
     parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
     parser.add_argument("--no-inference", action="store_true", help="training alone (speed)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the dense model (progressive)")
@@ -45,40 +52,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the numbers")
     options = parser.parse_args(arguments)
     use_carried_libraries()
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     rows: list[dict[str, Any]] = []
-    for row in _rows(options):
+    if options.claim == "speed" and options.json and options.json.exists():
+        rows = json.loads(options.json.read_text())["rows"]
+    for row in _rows(options, list(rows)):
         rows.append(row)
         if options.json:  # after each: these runs are long
-            machine = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
             report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "rows": rows}
             options.json.write_text(json.dumps(report, indent=1))
     return 0
 
 
-def _rows(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    from benchmarks.claims import _low_rank_language, _low_rank_resnet
+def _rows(options: argparse.Namespace, done: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    from benchmarks.claims import _low_rank_language, _low_rank_resnet, _low_rank_search
 
-    cuda = options.device == "cuda"
     if options.claim == "progressive":
         return _low_rank_language.progressive(
             options.steps, options.recovery, options.seeds, options.width, options.layers, options.device
         )
     if options.claim == "smollm":
         return _low_rank_language.smollm(tuple(options.ratios), options.device, options.windows)
-    return (
-        row
-        for depth in options.depths
-        for training in (False, True)
-        if not (options.no_training if training else options.no_inference)
-        for row in _low_rank_resnet.measure(
-            depth,
-            options.device,
-            options.batch or (256 if cuda else 4),
-            training=training,
-            compiled=cuda,
-            rounds=options.rounds,
-            only=options.only,
-        )
+    if options.claim == "search":
+        return _low_rank_search.search(options.device)
+    passes = [training for training, no in ((False, options.no_inference), (True, options.no_training)) if not no]
+    return _low_rank_resnet.measure(
+        options.depths,
+        options.device,
+        options.batch,
+        passes=passes,
+        rounds=options.rounds,
+        only=options.only,
+        done=[(row["model"], row["what"], row["variant"]) for row in done],
+        at_once=options.at_once,
+        warm=options.warm,
     )
 
 

@@ -15,6 +15,8 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -90,11 +92,13 @@ def decompose(
         _known(model, ranks)
     layers, stay = find(model, include, exclude)
     before = sum(p.numel() for p in model.parameters())
+    at = [perf_counter()]
 
     seen: dict[str, Seen] | None = None
     if data is not None:
         seen = observe(model, layers, data, moments=weighted)
     moments = {name: s.moments for name, s in (seen or {}).items()} if weighted else {}
+    at.append(perf_counter())
     timer = Timer(seen if measure is not None else None, training=measure == "training")
     if ratio is not None:
         choices = by_ratio(layers, ratio, multiple, timer)
@@ -106,8 +110,11 @@ def decompose(
         assert ranks is not None
         choices = [_given(layer, ranks[layer.name], timer) for layer in layers]
 
+    at.append(perf_counter())
     rows = [_apply(model, choice, moments.get(choice.layer.name)) for choice in choices]
+    at.append(perf_counter())
     result = DecompositionReport(target, rows, before, sum(p.numel() for p in model.parameters()))
+    result.seconds = dict(zip(("batches", "ranks", "factors"), (b - a for a, b in pairwise(at)), strict=True))
     for name, why in stay.items():
         weight = model.get_submodule(name).weight
         n = weight.numel() if isinstance(weight, torch.Tensor) else 0

@@ -34,6 +34,7 @@ class DecompositionReport:
     layers: list[LayerReport] = field(default_factory=list)
     parameters_before: int = 0  # of the model
     parameters_after: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # batches, ranks (the search, with its timings), factors
 
     @property
     def ratio(self) -> float:
