@@ -6,9 +6,11 @@ lives in a process of its own (_low_rank_worker), so that all of them compile at
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,10 @@ from benchmarks.claims._low_rank_worker import Spec, Worker, started
 from benchmarks.ops import lowrank_cuda
 from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import freeze
-from effcore.methods.low_rank_merge import branch, merge
+from effcore.methods.low_rank_layers import find
+from effcore.methods.low_rank_measure import observe
+from effcore.methods.low_rank_merge import branch, merge, timed_ranks
+from effcore.methods.low_rank_ranks import Timer, by_ratio
 
 DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 IMAGES = {50: 256, 101: 128, 152: 128}  # of a batch on a GPU
@@ -40,49 +45,77 @@ def resnet(depth: int) -> nn.Module:
     return transformers.ResNetForImageClassification(config)
 
 
-def variants(x: Tensor, training: bool) -> dict[str, Callable[[nn.Module], Any]]:
-    """What each does to the dense model."""
-    multiple = 32 if x.is_cuda else 16
-    timed: dict[str, Any] = {
-        "data": [x],
-        "measure": "training" if training else "inference",
-        "weighted": False,
-    }
+def variants(cuda: bool, training: bool) -> dict[str, Callable[[nn.Module, dict[str, Any]], Any]]:
+    """What each does to the dense model, given ranks where timing finds them (``searched``)."""
+    multiple = 32 if cuda else 16
 
-    def frozen(model: nn.Module) -> None:
+    def frozen(model: nn.Module, ranks: dict[str, Any], inner: bool = False) -> None:
         low_rank.decompose(model, 2.0, multiple=multiple)
-        freeze(model)
+        freeze(model, inner=inner)
 
-    def in_turn(model: nn.Module) -> None:
-        frozen(model)
-        freeze(model, False)
-        freeze(model, inner=True)  # sequential freezing's odd periods; its even ones are freezing
-
-    def branched(model: nn.Module) -> None:
+    def branched(model: nn.Module, ranks: dict[str, Any]) -> None:
         low_rank.decompose(model, 2.0, multiple=multiple)
         branch(model, 4)
 
-    return {
-        "dense": lambda model: None,
-        "vanilla": lambda model: low_rank.decompose(model, 2.0, multiple=1),  # the paper's ranks: 38, 77, 154, 309
-        "multiples": lambda model: low_rank.decompose(model, 2.0, multiple=multiple),
-        "timed ranks": lambda model: low_rank.decompose(model, 2.0, **timed),
-        "cores only, timed": lambda model: low_rank.decompose(model, 2.0, include=[r"layer\.1\.convolution"], **timed),
-        "merging": lambda model: merge(model, 2.0, multiple=multiple),
-        "branching": branched,
-        **({"freezing": frozen, "freezing, inner": in_turn} if training else {}),
+    def given(model: nn.Module, ranks: dict[str, Any]) -> None:
+        low_rank.decompose(model, ranks=ranks)
+
+    def given_frozen(model: nn.Module, ranks: dict[str, Any], inner: bool = False) -> None:
+        given(model, ranks)
+        freeze(model, inner=inner)
+
+    trained: dict[str, Callable[[nn.Module, dict[str, Any]], Any]] = {
+        "freezing": frozen,
+        "freezing, inner": partial(
+            frozen, inner=True
+        ),  # of sequential freezing's two periods the other one is freezing
+        "timed ranks, freezing": given_frozen,
+        "timed ranks, freezing, inner": partial(given_frozen, inner=True),
     }
+    return {
+        "dense": lambda model, ranks: None,
+        "vanilla": lambda model, ranks: low_rank.decompose(
+            model, 2.0, multiple=1
+        ),  # the paper's ranks: 38, 77, 154, 309
+        "multiples": lambda model, ranks: low_rank.decompose(model, 2.0, multiple=multiple),
+        "timed ranks": given,
+        "cores only, timed": given,
+        "merging": lambda model, ranks: merge(model, 2.0, multiple=multiple),
+        "merging, timed": lambda model, ranks: merge(model, ranks=ranks),
+        "branching": branched,
+        **(trained if training else {}),
+    }
+
+
+CORES = r"layer\.1\.convolution"
+
+
+def searched(spec: Spec) -> dict[str, Any] | None:
+    """The ranks that timing finds for a variant, or None where it times nothing. To be called while nothing else runs."""
+    if "timed" not in spec.variant:
+        return None
+    model, x = _dense(spec)
+    measure: Any = "training" if spec.training else "inference"
+    if spec.variant.startswith("merging"):
+        return dict(timed_ranks(model, 2.0, [x], measure=measure))
+    layers = find(model, [CORES] if spec.variant.startswith("cores") else None)[0]
+    timer = Timer(observe(model, layers, [x], moments=False), training=spec.training)
+    return {c.layer.name: c.rank for c in by_ratio(layers, 2.0, None, timer) if c.rank is not None}
+
+
+def _dense(spec: Spec) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if spec.device == "cuda" else torch.float32
+    x = torch.randn(spec.batch, 3, spec.size, spec.size, device=spec.device, dtype=dtype)
+    model = resnet(spec.depth).to(device=spec.device, dtype=dtype, memory_format=torch.channels_last)
+    return model.train(spec.training), x.to(memory_format=torch.channels_last)
 
 
 def made(spec: Spec) -> tuple[nn.Module, Tensor]:
     """The variant, and a batch for it."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if spec.device == "cuda" else torch.float32
-    x = torch.randn(spec.batch, 3, spec.size, spec.size, device=spec.device, dtype=dtype)
-    x = x.to(memory_format=torch.channels_last)
-    model = resnet(spec.depth).to(device=spec.device, dtype=dtype, memory_format=torch.channels_last)
-    model.train(spec.training)
-    variants(x, spec.training)[spec.variant](model)
+    model, x = _dense(spec)
+    ranks = {name: tuple(rank) if isinstance(rank, list) else rank for name, rank in spec.ranks or ()}
+    variants(spec.device == "cuda", spec.training)[spec.variant](model, ranks)
     return model, x
 
 
@@ -99,26 +132,40 @@ def measure(
     *,
     passes: Iterable[bool],
     rounds: int,
+    ranks: dict[str, dict[str, Any]],
+    save: Callable[[], None],
     only: Iterable[str] = (),
     done: Iterable[tuple[str, str, str]] = (),
-    at_once: int = 32,
+    at_once: int = 16,
+    find_ranks: bool = False,
     warm: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """One row for each depth, pass (training or not) and variant; ``done`` ones are left out.
 
     Args:
+        ranks: those found by timing, by the spec's text; what is not there is searched for and written into it.
+        save: called when something was written into it.
         at_once: processes that compile at a time.
+        find_ranks: search for ranks alone.
         warm: compile alone, for the caches that TORCHINDUCTOR_CACHE_DIR names.
     """
     done = set(done)
-    x = torch.empty(0, device=device)
     groups: list[list[Spec]] = []
     for depth, training in itertools.product(depths, passes):
         what, images = "training" if training else "inference", batch or (IMAGES[depth] if device == "cuda" else 4)
-        names = [n for n in variants(x, training) if n != "dense" and (not only or n in only)]
+        names = [n for n in variants(device == "cuda", training) if n != "dense" and (not only or n in only)]
         names = [n for n in names if (f"ResNet-{depth}", what, n) not in done]
         if names:
             groups.append([Spec(depth, n, training, device, images) for n in ("dense", *names)])
+    for group in groups:
+        for i, spec in enumerate(group):
+            found = searched(spec) if str(spec) not in ranks else ranks[str(spec)]
+            if found is not None:
+                ranks[str(spec)] = found
+                save()
+                group[i] = dataclasses.replace(spec, ranks=tuple(found.items()))
+    if find_ranks:
+        return
     with started([spec for group in groups for spec in group], at_once, keep=not warm) as workers:
         rates = _rates(device)
         for group in groups:

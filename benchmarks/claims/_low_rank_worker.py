@@ -28,6 +28,7 @@ class Spec:
     device: str
     batch: int
     size: int = 224
+    ranks: tuple[tuple[str, Any], ...] | None = None  # by layer, found beforehand by timing
 
     def __str__(self) -> str:
         return f"ResNet-{self.depth} {'training' if self.training else 'inference'} {self.variant}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--warm", action="store_true", help="fill the caches of torch.compile and measure nothing (speed)"
     )
+    parser.add_argument("--find-ranks", action="store_true", help="find ranks by timing and measure nothing (speed)")
     parser.add_argument("--at-once", type=int, default=16, help="processes that compile at a time (speed)")
     parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
     parser.add_argument("--no-inference", action="store_true", help="training alone (speed)")
@@ -52,19 +53,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the numbers")
     options = parser.parse_args(arguments)
     use_carried_libraries()
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     rows: list[dict[str, Any]] = []
+    ranks: dict[str, dict[str, Any]] = {}  # those that timing found
     if options.claim == "speed" and options.json and options.json.exists():
-        rows = json.loads(options.json.read_text())["rows"]
-    for row in _rows(options, list(rows)):
-        rows.append(row)
-        if options.json:  # after each: these runs are long
+        before = json.loads(options.json.read_text())
+        rows, ranks = before["rows"], before.get("ranks", {})
+
+    def save() -> None:  # after each row: these runs are long
+        if options.json:
+            machine = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
             report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "rows": rows}
-            options.json.write_text(json.dumps(report, indent=1))
+            options.json.write_text(json.dumps(report | ({"ranks": ranks} if ranks else {}), indent=1))
+
+    for row in _rows(options, list(rows), ranks, save):
+        rows.append(row)
+        save()
     return 0
 
 
-def _rows(options: argparse.Namespace, done: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+def _rows(
+    options: argparse.Namespace,
+    done: list[dict[str, Any]],
+    ranks: dict[str, dict[str, Any]],
+    save: Callable[[], None],
+) -> Iterable[dict[str, Any]]:
     from benchmarks.claims import _low_rank_language, _low_rank_resnet, _low_rank_search
 
     if options.claim == "progressive":
@@ -82,9 +94,12 @@ def _rows(options: argparse.Namespace, done: list[dict[str, Any]]) -> Iterable[d
         options.batch,
         passes=passes,
         rounds=options.rounds,
+        ranks=ranks,
+        save=save,
         only=options.only,
         done=[(row["model"], row["what"], row["variant"]) for row in done],
         at_once=options.at_once,
+        find_ranks=options.find_ranks,
         warm=options.warm,
     )
 

@@ -14,17 +14,23 @@ is 0.49, 0.74, 0.84 at N = 2, 4, 8). Channels are re-ordered first so that the b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from effcore.methods.low_rank_factor import KernelFactors, relative_error, reorder, tucker_ranks
-from effcore.methods.low_rank_layers import as_laid_out, replace
-from effcore.methods.low_rank_ranks import snap
+from effcore.methods.low_rank_layers import Layer, as_laid_out, replace
+from effcore.methods.low_rank_measure import Clock, observe, shape_key
+from effcore.methods.low_rank_ranks import fastest_near, snap
 from effcore.nn.low_rank import LowRankConv2d
 
+Pair = tuple[int, int]
 Conv = nn.Conv2d
 Norm = nn.BatchNorm2d
 
@@ -97,31 +103,41 @@ def _norm(channels: int, like: Norm) -> Norm:
 
 
 def merge(
-    model: nn.Module, ratio: float = 2.0, *, multiple: int = 8, include: Iterable[Bottleneck] | None = None
+    model: nn.Module,
+    ratio: float = 2.0,
+    *,
+    multiple: int = 8,
+    include: Iterable[Bottleneck] | None = None,
+    ranks: Mapping[str, Pair] | None = None,
 ) -> dict[str, float]:
     """Merges every bottleneck of a model, in place. Returns the relative error of each k×k kernel.
 
     Args:
         ratio: of the k×k kernels (the ranks of Tucker-2); the 1×1s around them shrink with the ranks. 1 keeps full ranks.
         multiple: ranks are multiples of it.
+        ranks: instead, (r1, r2) by the name of the k×k convolution, as :func:`timed_ranks` finds them; other bottlenecks stay.
 
     Raises:
-        ValueError: the model has no bottleneck, or ratio is below 1.
+        ValueError: the model has no bottleneck, ratio is below 1, or ranks names what is no k×k convolution of a bottleneck, or
+            ranks that it cannot have.
     """
     if not ratio >= 1:
         raise ValueError(f"effcore.merge: ratio must be at least 1, got {ratio}")
-    blocks = bottlenecks(model) if include is None else list(include)
-    if not blocks:
-        raise ValueError("effcore.merge: the model has no bottleneck (1x1, kxk, 1x1 convolutions with batch norms)")
+    blocks = _blocks(model, include)
+    if ranks is None:
+        ranks = {b.convs[1]: _wanted(model, b, ratio, multiple) for b in blocks}
+    for name, pair in ranks.items():
+        if name not in {b.convs[1] for b in blocks}:
+            raise ValueError(f"effcore.merge: ranks names {name!r}, which is not the k×k convolution of a bottleneck")
+        Layer(name, model.get_submodule(name), "conv").check(pair)
     errors = {}
     for block in blocks:
+        if block.convs[1] not in ranks:
+            continue
         convs = [model.get_submodule(n) for n in block.convs]
         norms = [None if n is None else model.get_submodule(n) for n in block.norms]
         (w1, b1), (w2, b2), (w3, b3) = (folded(c, n) for c, n in zip(convs, norms, strict=True))  # type: ignore[arg-type]
-        out, features, kh, kw = w2.shape
-        ranks = (features, out) if ratio == 1 else snap(tucker_ranks(features, out, kh * kw, ratio), multiple)
-        assert isinstance(ranks, tuple)
-        first, core, last = KernelFactors.of(w2).split(ranks)
+        first, core, last = KernelFactors.of(w2).split(ranks[block.convs[1]])
         errors[block.convs[1]] = relative_error(w2, torch.einsum("op,pqhw,qi->oihw", last, core, first))
         # The bias of the middle layer passes through its own last factor's inverse: last is orthonormal.
         pieces = (
@@ -137,6 +153,86 @@ def merge(
                 assert isinstance(norm, Norm)
                 replace(model, place, _norm(weight.shape[0], norm))
     return errors
+
+
+def _blocks(model: nn.Module, include: Iterable[Bottleneck] | None) -> list[Bottleneck]:
+    blocks = bottlenecks(model) if include is None else list(include)
+    if not blocks:
+        raise ValueError("effcore.merge: the model has no bottleneck (1x1, kxk, 1x1 convolutions with batch norms)")
+    return blocks
+
+
+def _wanted(model: nn.Module, block: Bottleneck, ratio: float, multiple: int) -> Pair:
+    conv: Any = model.get_submodule(block.convs[1])
+    out, features, *kernel = conv.weight.shape
+    if ratio == 1:
+        return features, out
+    pair = snap(tucker_ranks(features, out, math.prod(kernel), ratio), multiple)
+    assert isinstance(pair, tuple)
+    return pair
+
+
+@torch.no_grad()
+def timed_ranks(
+    model: nn.Module,
+    ratio: float,
+    data: Iterable[Any],
+    *,
+    multiple: int = 8,
+    measure: Literal["inference", "training"] = "inference",
+    include: Iterable[Bottleneck] | None = None,
+) -> dict[str, Pair]:
+    """Ranks for :func:`merge`, after timing the three convolutions of each bottleneck on the shapes that batches show.
+
+    They go to the fast side of a step in time, at most a quarter below the ratio's; a bottleneck that merging would slow down
+    is not in the result. Bottlenecks of one shape are timed once.
+
+    Args:
+        ratio, multiple, include: as for :func:`merge`.
+        data: a few batches, as :func:`effcore.decompose` takes them.
+        measure: what is timed, inference or training.
+
+    Raises:
+        ValueError: as :func:`merge`; data without a batch.
+    """
+    if not ratio > 1:
+        raise ValueError(f"effcore.timed_ranks: ratio must be above 1, got {ratio}")
+    if measure not in ("inference", "training"):
+        raise ValueError(f"effcore.timed_ranks: measure must be 'inference' or 'training', got {measure!r}")
+    blocks = _blocks(model, include)
+    layers = {
+        n: Layer(n, model.get_submodule(n), "conv") for b in blocks for n in b.convs
+    }  # 1×1s by their whole kernels
+    seen = observe(model, list(layers.values()), data, moments=False)
+    clock = Clock(training=measure == "training")
+
+    def dense(block: Bottleneck) -> float:
+        return sum(clock((shape_key(layers[n]), None), layers[n].module, seen[n]) for n in block.convs)
+
+    def merged(block: Bottleneck, pair: Pair) -> float:
+        total = 0.0
+        for name, out, features in zip(block.convs, (*pair, None), (None, *pair), strict=True):
+            conv: Any = layers[name].module
+            weight = conv.weight.new_empty(out or conv.out_channels, features or conv.in_channels, *conv.kernel_size)
+            at = seen[name]
+            at = dataclasses.replace(at, shape=(at.shape[0], weight.shape[1], *at.shape[2:]))
+            total += clock((shape_key(layers[name]), pair), _conv(conv, weight, weight.new_zeros(len(weight))), at)
+        return total
+
+    def size(block: Bottleneck, pair: Pair) -> int:
+        one, core, three = (layers[n].weight.shape for n in block.convs)
+        return int(one[1] * pair[0] + math.prod(core[2:]) * pair[0] * pair[1] + pair[1] * three[0])
+
+    result: dict[str, Pair] = {}
+    for block in blocks:
+        if any(n not in seen for n in block.convs):
+            continue
+        wanted = _wanted(model, block, ratio, multiple)
+        pair, ms = fastest_near(wanted, multiple, partial(merged, block), partial(size, block))
+        assert isinstance(pair, tuple)
+        if ms < dense(block):
+            result[block.convs[1]] = pair
+    return result
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ one within reach.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -85,16 +86,18 @@ def _usable(layer: Layer, rank: Rank) -> str:
     return ""
 
 
-def _fastest_near(layer: Layer, rank: Rank, multiple: int, timer: Timer) -> tuple[Rank, float]:
-    """The greatest of the candidates from ``rank`` down whose parameters a millisecond are within SLACK of the most.
+def fastest_near(
+    rank: Rank, multiple: int, ms: Callable[[Any], float], size: Callable[[Any], int]
+) -> tuple[Rank, float]:
+    """The greatest of the candidates from ``rank`` down whose parameters (``size``) a millisecond are within SLACK of the most.
 
     Where time falls with the rank, and no faster, that is ``rank`` itself; below a step in time it is the rank under the step.
     """
     candidates = {snap(rank, multiple): None}
     for step in range(1, 4):
         candidates[snap(_scaled(rank, 1 - step * (1 - WINDOW) / 3), multiple)] = None
-    times = {r: timer.at(layer, r) for r in candidates if _positive(r)}
-    rate = {r: layer.parameters_at(r) / t for r, t in times.items()}
+    times = {r: ms(r) for r in candidates if _positive(r)}
+    rate = {r: size(r) / t for r, t in times.items()}
     most = max(rate.values())
     return next((r, t) for r, t in times.items() if rate[r] * SLACK >= most)
 
@@ -109,7 +112,7 @@ def by_size(layer: Layer, rank: Rank, multiple: int, timer: Timer) -> Choice:
     if timer.seen is not None and layer.name not in timer.seen:
         return Choice(layer, None, "no batch reached it")
     dense = timer.dense(layer)
-    best, ms = _fastest_near(layer, rank, multiple, timer)
+    best, ms = fastest_near(rank, multiple, lambda r: timer.at(layer, r), layer.parameters_at)
     if ms >= dense:
         return Choice(layer, None, "dense is faster", dense, dense)
     return Choice(layer, best, "", dense, ms)
