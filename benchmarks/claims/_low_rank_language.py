@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,24 @@ def perplexity(model: nn.Module, windows: Tensor, batch: int = 8) -> float:
 
 
 def _train(
-    model: nn.Module, windows: Tensor, steps: int, batch: int, lr: float, before: Callable[..., None] | None = None
+    model: nn.Module,
+    windows: Tensor,
+    steps: int,
+    batch: int,
+    lr: float,
+    before: Callable[..., None] | None = None,
+    cycles: int = 1,
 ) -> None:
-    """AdamW with a linear warm-up and a cosine; ``before(model, step, epoch, optimizer)`` runs ahead of each step."""
+    """AdamW with ``cycles`` of warm-up and cosine; ``before(model, step, epoch, optimizer)`` runs ahead of each step."""
+    period = -(-steps // cycles)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     order = torch.Generator().manual_seed(0)
     model.train()
     for step in range(steps):
         if before is not None:
             before(model, step, 0.0, optimizer)
-        rate = lr * min(1.0, (step + 1) / 20) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        at = step % period
+        rate = lr * min(1.0, (at + 1) / 20) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * at / period)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         part = windows[torch.randint(len(windows), (batch,), generator=order)]
@@ -51,9 +59,9 @@ def _train(
 
 
 def progressive(
-    steps: int, recovery: int, seeds: list[int], width: int, layers: int, device: str
-) -> list[dict[str, Any]]:
-    """A byte-level LLaMA trained on the standard library, its MLPs then a half and a quarter: equal size, equal tokens."""
+    steps: int, recovery: int, seeds: list[int], width: int, layers: int, ratios: tuple[float, ...], device: str
+) -> Iterator[dict[str, Any]]:
+    """A byte-level LLaMA trained on the standard library, its MLPs then smaller by ``ratios``: equal size, equal tokens."""
     import transformers
 
     from effcore.data import byte_tokenizer
@@ -63,7 +71,6 @@ def progressive(
     corpus = load_corpus(None, tokenizer)
     train, held = (_windows(t, 256).to(device) for t in (corpus.train, corpus.validation))
     held = held[:: max(1, len(held) // 128)][:128]
-    rows = []
     for seed in seeds:
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(
@@ -76,25 +83,31 @@ def progressive(
         dense = transformers.LlamaForCausalLM(config).to(device)
         _train(dense, train, steps, 8, 1e-3)
         options = {"include": ["mlp"], "multiple": 1}
-        for ratio in (2.0, 4.0):
-            # One step, then all of the recovery; or two steps to the same rank with half of it each.
-            ways = {"single step": (ratio,), "progressive": (math.sqrt(ratio), math.sqrt(ratio))}
-            for name, ratios in ways.items():
+        for ratio in ratios:
+            # One step, then all of the recovery; or halves (two steps at least) to the same rank, with an equal part of it
+            # each, under one schedule of the learning rate or under one a stage.
+            stages = max(2, round(math.log2(ratio)))
+            ways = {
+                "single step": (1, 1),
+                "progressive": (stages, 1),
+                "progressive, a schedule a stage": (stages, stages),
+            }
+            for name, (count, cycles) in ways.items():
                 model = copy.deepcopy(dense)
-                schedule = ProgressiveDecomposition(ratios, every=max(1, recovery // len(ratios)), options=options)
-                _train(model, train, recovery, 8, 5e-4, schedule.apply)
-                rows.append(
-                    {
-                        "seed": seed,
-                        "ratio": ratio,
-                        "way": name,
-                        "mlp_parameters": sum(p.numel() for n, p in model.named_parameters() if "mlp" in n),
-                        "perplexity_dense": perplexity(dense, held),
-                        "perplexity": perplexity(model, held),
-                    }
-                )
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    return rows
+                every = max(1, -(-recovery // count))
+                schedule = ProgressiveDecomposition((ratio ** (1 / count),) * count, every=every, options=options)
+                _train(model, train, recovery, 8, 5e-4, schedule.apply, cycles)
+                row = {
+                    "seed": seed,
+                    "ratio": ratio,
+                    "way": name,
+                    "stages": count,
+                    "mlp_parameters": sum(p.numel() for n, p in model.named_parameters() if "mlp" in n),
+                    "perplexity_dense": perplexity(dense, held),
+                    "perplexity": perplexity(model, held),
+                }
+                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                yield row
 
 
 def smollm(ratios: tuple[float, ...], device: str, windows: int = 24) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ inference, beside the paper's gains (arXiv 2407.20266). Random weights: speed do
 
 search: how long `decompose` takes on a ResNet-152 and on a LLaMA of 1.2 G parameters.
 
-progressive: a small LLaMA trained on the standard library, its MLPs 2× and 4× smaller in one step or in two, equal tokens.
+progressive: a small LLaMA trained on the standard library, its MLPs 2×, 4× and 16× smaller in one step or in several,
+equal tokens.
 
 smollm: SmolLM2-135M's perplexity at several ratios, plain against data-aware SVD, without training.
 """
@@ -48,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(progressive)")
     parser.add_argument("--width", type=int, default=192, help="(progressive)")
     parser.add_argument("--layers", type=int, default=4, help="(progressive)")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[1.25, 1.5, 2.0], help="(smollm)")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", help="(progressive, default 2 4 16; smollm, default 1.25 1.5 2)"
+    )
     parser.add_argument("--windows", type=int, default=24, help="of 256 tokens, held out (smollm)")
     parser.add_argument("--json", type=Path, help="write the numbers")
     options = parser.parse_args(arguments)
@@ -81,10 +84,16 @@ def _rows(
 
     if options.claim == "progressive":
         return _low_rank_language.progressive(
-            options.steps, options.recovery, options.seeds, options.width, options.layers, options.device
+            options.steps,
+            options.recovery,
+            options.seeds,
+            options.width,
+            options.layers,
+            tuple(options.ratios or (2.0, 4.0, 16.0)),
+            options.device,
         )
     if options.claim == "smollm":
-        return _low_rank_language.smollm(tuple(options.ratios), options.device, options.windows)
+        return _low_rank_language.smollm(tuple(options.ratios or (1.25, 1.5, 2.0)), options.device, options.windows)
     if options.claim == "search":
         return _low_rank_search.search(options.device)
     passes = [training for training, no in ((False, options.no_inference), (True, options.no_training)) if not no]

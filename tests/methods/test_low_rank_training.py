@@ -6,10 +6,11 @@ from torch import nn
 
 import effcore
 from effcore.errors import InputError
+from effcore.methods import low_rank_merge
 from effcore.methods.low_rank_callbacks import Freezing, ProgressiveDecomposition, SequentialFreezing, shrink
 from effcore.methods.low_rank_checkpoint import DESCRIPTION, load_decomposed, save_decomposed
 from effcore.methods.low_rank_factor import reorder
-from effcore.methods.low_rank_merge import bottlenecks, branch, merge
+from effcore.methods.low_rank_merge import bottlenecks, branch, merge, timed_ranks
 from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
 from tests.methods.test_low_rank import MODELS, hugging_face
 
@@ -133,6 +134,42 @@ def test_merging_shrinks_and_trains():
         merge(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="ratio must be at least 1"):
         merge(model, 0.5)
+
+
+def test_merging_at_given_ranks():
+    model = resnet_with_statistics(True)
+    names = [b.convs[1] for b in bottlenecks(model)]
+    dense = {n: model.get_submodule(n).weight.shape for n in names}
+    errors = merge(model, ranks={names[1]: (8, 6)})
+    assert list(errors) == [names[1]]
+    assert model.get_submodule(names[1]).weight.shape == (6, 8, 3, 3)
+    assert all(model.get_submodule(n).weight.shape == dense[n] for n in (names[0], names[2]))
+    with pytest.raises(ValueError, match=r"ranks names 'classifier.1'"):
+        merge(model, ranks={"classifier.1": (8, 8)})
+    with pytest.raises(ValueError, match=rf"rank of {names[0]} must be from"):
+        merge(model, ranks={names[0]: (8, 17)})
+
+
+@pytest.mark.parametrize("measure", ["inference", "training"])
+def test_merging_goes_under_a_step_in_time(measure, monkeypatch):
+    class Stepped(low_rank_merge.Clock):
+        """Time is weights; kernels of more than eight channels take three times as long, those of 24 none at all."""
+
+        def __call__(self, key, module, seen):
+            assert seen.shape[1] == module.in_channels and self.training == (measure == "training")
+            narrow = min(module.weight.shape[:2])
+            return 0.0 if narrow == 24 else module.weight.numel() * (3.0 if narrow > 8 else 1.0)
+
+    monkeypatch.setattr(low_rank_merge, "Clock", Stepped)
+    model = resnet_with_statistics(True)
+    blocks = bottlenecks(model)
+    ranks = timed_ranks(model, 2.0, [torch.randn(2, 3, 32, 32)], multiple=1, measure=measure)
+    assert ranks == {
+        b.convs[1]: (8, 8) for b in blocks[:2]
+    }  # 9 by the ratio; nothing is faster than the third's dense layers
+    assert len(merge(model, ranks=ranks)) == 2
+    with pytest.raises(ValueError, match="gave no batch"):
+        timed_ranks(model, 2.0, [])
 
 
 def test_merged_and_branched_convolutions_stay_channels_last():
