@@ -64,3 +64,18 @@ def test_sharded_training_resumes(method, text, tmp_path):
     effcore("train", method, "--resume", "--out", sharded, "-q", folder=tmp_path, torchrun=True)
     assert losses(sharded) == pytest.approx(whole, rel=1e-3)
     assert effcore("generate", sharded, "--prompt", "def ", "-n", "8", folder=tmp_path)
+
+
+def test_compress(text, tmp_path):
+    """Layers timed and factored on the GPU; the result loads without the model that it was made of."""
+    from effcore.methods.low_rank_checkpoint import load_decomposed
+
+    effcore("train", "baseline", "--data", text, *overrides(), "--out", tmp_path / "run", "-q", folder=tmp_path)
+    made = ["compress", tmp_path / "run", "--text", text, "--length", "64", "-o", tmp_path / "small", "--json"]
+    report = json.loads(effcore(*made, "--ratio", "2", folder=tmp_path))
+    timed = [x for x in report["layers"] if x["ms_before"] is not None]
+    assert timed and all(x["ms_after"] <= x["ms_before"] for x in timed)
+    shutil.rmtree(tmp_path / "run")
+    small = load_decomposed(tmp_path / "small")
+    assert torch.isfinite(small(torch.tensor([[1, 2, 3]])).logits).all()
+    assert sum(p.numel() for p in small.parameters()) == report["parameters_after"]

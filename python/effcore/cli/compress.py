@@ -29,6 +29,8 @@ def compress(
     """Decomposes a model's layers; writes the model, report.json and report.png."""
     import json
 
+    import torch
+
     from effcore.cli.output import check_free
     from effcore.errors import InputError
     from effcore.methods import low_rank
@@ -40,6 +42,8 @@ def compress(
         raise InputError(f"--out {out}: the model is there")
     network, tokenizer = load_model(model)
     network.eval()
+    if torch.cuda.is_available():  # layers are timed where the model is, and factored there
+        network.cuda()
     data: list[Any] | None = None
     if text is not None:
         if not text.is_file():
