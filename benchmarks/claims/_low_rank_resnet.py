@@ -37,6 +37,12 @@ PAPER = {
     (152, "merging"): (55.9, 54.9),
 }
 
+# Sequential freezing's two periods (2309.03824): the outer factors are frozen, then the inner ones.
+SEQUENTIAL = {
+    "sequential freezing": ("freezing", "freezing, inner"),
+    "timed ranks, sequential freezing": ("timed ranks, freezing", "timed ranks, freezing, inner"),
+}
+
 
 def resnet(depth: int) -> nn.Module:
     import transformers
@@ -181,8 +187,13 @@ def _rows(workers: dict[str, Worker], rounds: int, rates: ceilings.Ceilings) -> 
             times[name].append(worker.seconds())
     predicted = {name: worker.roofline(rates) for name, worker in workers.items()}
     facts = {name: worker.facts for name, worker in workers.items()}
+    for name, periods in SEQUENTIAL.items():
+        if all(p in workers for p in periods):  # as many steps of one as of the other
+            times[name] = [statistics.mean(pair) for pair in zip(*(times[p] for p in periods), strict=True)]
+            predicted[name] = statistics.mean(predicted[p] for p in periods)
+            facts[name] = facts[periods[0]]
     dense = workers["dense"].spec
-    for name in workers:
+    for name in times:
         if name == "dense":
             continue
         paper = PAPER.get((dense.depth, name))
