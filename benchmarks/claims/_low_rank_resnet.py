@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import ceilings
-from benchmarks.claims._low_rank_worker import Spec, Worker, started
+from benchmarks.claims._low_rank_worker import Spec, Start, Worker
 from benchmarks.ops import lowrank_cuda
 from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import freeze
@@ -27,7 +27,6 @@ from effcore.methods.low_rank_merge import branch, merge, timed_ranks
 from effcore.methods.low_rank_ranks import Timer, by_ratio
 
 DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
-IMAGES = {50: 256, 101: 128, 152: 128}  # of a batch on a GPU
 # Per cent of images a second gained in training and at inference, as the papers have them.
 PAPER = {
     (50, "merging"): (43.6, 40.6),
@@ -55,6 +54,9 @@ def variants(cuda: bool, training: bool) -> dict[str, Callable[[nn.Module, dict[
     """What each does to the dense model, given ranks where timing finds them (``searched``)."""
     multiple = 32 if cuda else 16
 
+    def by_ratio_of(multiple: int) -> Callable[[nn.Module, dict[str, Any]], Any]:
+        return lambda model, ranks: low_rank.decompose(model, 2.0, multiple=multiple)
+
     def frozen(model: nn.Module, ranks: dict[str, Any], inner: bool = False) -> None:
         low_rank.decompose(model, 2.0, multiple=multiple)
         freeze(model, inner=inner)
@@ -72,18 +74,14 @@ def variants(cuda: bool, training: bool) -> dict[str, Callable[[nn.Module, dict[
 
     trained: dict[str, Callable[[nn.Module, dict[str, Any]], Any]] = {
         "freezing": frozen,
-        "freezing, inner": partial(
-            frozen, inner=True
-        ),  # of sequential freezing's two periods the other one is freezing
+        "freezing, inner": partial(frozen, inner=True),
         "timed ranks, freezing": given_frozen,
         "timed ranks, freezing, inner": partial(given_frozen, inner=True),
     }
     return {
         "dense": lambda model, ranks: None,
-        "vanilla": lambda model, ranks: low_rank.decompose(
-            model, 2.0, multiple=1
-        ),  # the paper's ranks: 38, 77, 154, 309
-        "multiples": lambda model, ranks: low_rank.decompose(model, 2.0, multiple=multiple),
+        "vanilla": by_ratio_of(1),  # the paper's ranks: 38, 77, 154, 309
+        "multiples": by_ratio_of(multiple),
         "timed ranks": given,
         "cores only, timed": given,
         "merging": lambda model, ranks: merge(model, 2.0, multiple=multiple),
@@ -112,16 +110,16 @@ def searched(spec: Spec) -> dict[str, Any] | None:
 def _dense(spec: Spec) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if spec.device == "cuda" else torch.float32
-    x = torch.randn(spec.batch, 3, spec.size, spec.size, device=spec.device, dtype=dtype)
-    model = resnet(spec.depth).to(device=spec.device, dtype=dtype, memory_format=torch.channels_last)
+    with torch.device(spec.device):
+        x = torch.randn(spec.batch, 3, spec.size, spec.size, dtype=dtype)
+        model = resnet(spec.depth).to(dtype=dtype, memory_format=torch.channels_last)
     return model.train(spec.training), x.to(memory_format=torch.channels_last)
 
 
 def made(spec: Spec) -> tuple[nn.Module, Tensor]:
     """The variant, and a batch for it."""
     model, x = _dense(spec)
-    ranks = {name: tuple(rank) if isinstance(rank, list) else rank for name, rank in spec.ranks or ()}
-    variants(spec.device == "cuda", spec.training)[spec.variant](model, ranks)
+    variants(spec.device == "cuda", spec.training)[spec.variant](model, dict(spec.ranks or ()))
     return model, x
 
 
@@ -158,7 +156,7 @@ def measure(
     done = set(done)
     groups: list[list[Spec]] = []
     for depth, training in itertools.product(depths, passes):
-        what, images = "training" if training else "inference", batch or (IMAGES[depth] if device == "cuda" else 4)
+        what, images = "training" if training else "inference", batch or (256 if device == "cuda" else 4)
         names = [n for n in variants(device == "cuda", training) if n != "dense" and (not only or n in only)]
         names = [n for n in names if (f"ResNet-{depth}", what, n) not in done]
         if names:
@@ -169,13 +167,18 @@ def measure(
             if found is not None:
                 ranks[str(spec)] = found
                 save()
-                group[i] = dataclasses.replace(spec, ranks=tuple(found.items()))
+                pairs = ((name, tuple(rank) if isinstance(rank, list) else rank) for name, rank in found.items())
+                group[i] = dataclasses.replace(spec, ranks=tuple(pairs))
     if find_ranks:
         return
-    with started([spec for group in groups for spec in group], at_once, keep=not warm) as workers:
-        rates = _rates(device)
+    start = Start([spec for group in groups for spec in group], at_once, keep=not warm)
+    try:
         for group in groups:
-            yield from _rows({s.variant: workers[s] for s in group if s in workers}, rounds, rates)
+            workers = start.ready(group)
+            if not warm:
+                yield from _rows(workers, rounds, _rates(device))
+    finally:
+        start.end()
 
 
 def _rows(workers: dict[str, Worker], rounds: int, rates: ceilings.Ceilings) -> Iterator[dict[str, Any]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import multiprocessing
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ceilings import Ceilings
+from effcore.methods.low_rank_factor import KernelFactors
 
 LEAST_SECONDS = 0.05  # of a measurement: as many steps as that takes
 
@@ -39,7 +39,10 @@ class Worker:
 
     def __init__(self, spec: Spec):
         self.spec = spec
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # torch and transformers are imported once
+        context.set_forkserver_preload(
+            ["transformers.models.resnet.modeling_resnet", "benchmarks.claims._low_rank_resnet"]
+        )
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, spec), daemon=False)
         self.process.start()
@@ -72,59 +75,64 @@ class Worker:
         self.process.join()
 
 
-@contextlib.contextmanager
-def started(specs: list[Spec], at_once: int, *, keep: bool = True) -> Iterator[dict[Spec, Worker]]:
-    """All of them, compiled; those that fail are named and left out.
+class Start:
+    """Workers that are being made, ``at_once`` at a time, in the order of their specs; ``keep=False`` ends each when it has
+    compiled."""
 
-    Args:
-        at_once: processes that compile at a time.
-        keep: False ends each when it has compiled.
-    """
-    gate = threading.Semaphore(at_once)
-    workers: dict[Spec, Worker] = {}
+    def __init__(self, specs: list[Spec], at_once: int, *, keep: bool = True):
+        self._pool = concurrent.futures.ThreadPoolExecutor(at_once)
+        self._keep = keep
+        self._made = {spec: self._pool.submit(self._make, spec) for spec in specs}
 
-    def start(spec: Spec) -> None:
-        with gate:
-            try:
-                worker = Worker(spec)
-            except RuntimeError as error:
-                print(error, flush=True)
-                return
-            parts = ", ".join(f"{k} {v:.1f}" for k, v in worker.facts.items() if k.startswith("seconds"))
-            print(f"{spec}: ready ({parts})", flush=True)
-            if keep:
-                workers[spec] = worker
-            else:
+    def _make(self, spec: Spec) -> Worker | None:
+        try:
+            worker = Worker(spec)
+        except RuntimeError as error:
+            print(error, flush=True)
+            return None
+        parts = ", ".join(f"{k} {v:.1f}" for k, v in worker.facts.items() if k.startswith("seconds"))
+        print(f"{spec}: ready ({parts})", flush=True)
+        if not self._keep:
+            worker.end()
+        return worker
+
+    def ready(self, specs: list[Spec]) -> dict[str, Worker]:
+        """Waits for these; by variant, those that failed left out."""
+        made = {spec.variant: self._made[spec].result() for spec in specs}
+        return {variant: worker for variant, worker in made.items() if worker is not None}
+
+    def end(self) -> None:
+        self._pool.shutdown()
+        for made in self._made.values():
+            worker = made.result()
+            if worker is not None and self._keep:
                 worker.end()
 
-    threads = [threading.Thread(target=start, args=(spec,)) for spec in specs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    try:
-        yield workers
-    finally:
-        for worker in workers.values():
-            worker.end()
+
+def _compile(model: nn.Module) -> None:
+    """The stem and each bottleneck by itself: blocks of one shape compile once, and nothing would be fused across blocks."""
+    torch._dynamo.config.recompile_limit = 64
+    for module in model.modules():
+        if type(module).__name__ in ("ResNetEmbeddings", "ResNetBottleNeckLayer"):
+            module.compile()
 
 
-def _step(model: nn.Module, call: Any, x: Tensor, training: bool) -> None:
+def _step(model: nn.Module, x: Tensor, training: bool) -> None:
     if training:
         model.zero_grad(set_to_none=True)
-        call(x).logits.float().logsumexp(1).sum().backward()
+        model(x).logits.float().logsumexp(1).sum().backward()
     else:
         with torch.no_grad():
-            call(x)
+            model(x)
 
 
-def _seconds(model: nn.Module, call: Any, x: Tensor, training: bool) -> float:
+def _seconds(model: nn.Module, x: Tensor, training: bool) -> float:
     def timed(steps: int) -> float:
         if x.is_cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(steps):
-            _step(model, call, x, training)
+            _step(model, x, training)
         if x.is_cuda:
             torch.cuda.synchronize()
         return (time.perf_counter() - begin) / steps
@@ -138,11 +146,11 @@ def _seconds(model: nn.Module, call: Any, x: Tensor, training: bool) -> float:
     return result
 
 
-def _patiently(model: nn.Module, call: Any, x: Tensor, training: bool) -> None:
+def _patiently(model: nn.Module, x: Tensor, training: bool) -> None:
     """The first step, among other processes that make theirs: where memory is short, later."""
     for _ in range(20):
         try:
-            return _step(model, call, x, training)
+            return _step(model, x, training)
         except torch.OutOfMemoryError:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -167,12 +175,14 @@ def _serve(connection: Connection, spec: Spec) -> None:
     try:
         use_carried_libraries()
         begin = time.perf_counter()
+        KernelFactors.split.__defaults__ = (1,)  # one sweep of HOOI: times do not depend on the weights
         model, x = claim.made(spec)
         facts = {"seconds_to_make": time.perf_counter() - begin, "gflops": _gflops(model, x)}
         facts["parameters"] = sum(p.numel() for p in model.parameters())
         begin = time.perf_counter()
-        call = torch.compile(model) if x.is_cuda else model
-        _patiently(model, call, x, spec.training)
+        if x.is_cuda:
+            _compile(model)
+        _patiently(model, x, spec.training)
         if x.is_cuda:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -180,7 +190,7 @@ def _serve(connection: Connection, spec: Spec) -> None:
         connection.send(("ready", facts))
         while (request := connection.recv())[0] != "end":
             if request[0] == "seconds":
-                connection.send(("seconds", _seconds(model, call, x, spec.training)))
+                connection.send(("seconds", _seconds(model, x, spec.training)))
             else:
                 connection.send(("roofline", roofline.seconds(model, x, spec.training, request[1])))
     except EOFError:

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("claim", choices=("speed", "search", "progressive", "smollm"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--depths", type=int, nargs="+", default=[50], choices=(50, 101, 152))
-    parser.add_argument("--batch", type=int, help="images (speed; default 128 or 256 on cuda, 4 on cpu)")
+    parser.add_argument("--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu)")
     parser.add_argument("--rounds", type=int, default=7, help="(speed)")
     parser.add_argument("--only", nargs="+", default=[], help="some variants: merging freezing (speed)")
     parser.add_argument(

@@ -63,11 +63,13 @@ def graph_of(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 def times(ways: dict[str, Callable[[], Any]], flush: Tensor) -> dict[str, float]:
-    """Median microseconds of each, alternating."""
+    """Median microseconds of each, alternating; the first one changes, for a long product leaves a slower chip behind."""
     graphs = {name: graph_of(call) for name, call in ways.items()}
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, (graph, _) in graphs.items():
+    names = list(graphs)
+    for i in range(ROUNDS):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            graph, _ = graphs[name]
             flush.sum()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -73,7 +73,7 @@ def folded(conv: Conv, norm: Norm | None) -> tuple[Tensor, Tensor]:
     return weight * scale[:, None, None, None], (bias - norm.running_mean.double()) * scale + beta
 
 
-def _conv(like: Conv, weight: Tensor, bias: Tensor) -> Conv:
+def _conv(like: Conv, weight: Tensor, bias: Tensor | None) -> Conv:
     new = Conv(
         weight.shape[1],
         weight.shape[0],
@@ -81,24 +81,28 @@ def _conv(like: Conv, weight: Tensor, bias: Tensor) -> Conv:
         like.stride,  # type: ignore[arg-type]
         like.padding,  # type: ignore[arg-type]
         like.dilation,  # type: ignore[arg-type]
+        bias=bias is not None,
         padding_mode=like.padding_mode,  # type: ignore[arg-type]
         device=like.weight.device,
         dtype=like.weight.dtype,
     )
     with torch.no_grad():
         new.weight.copy_(weight)
-        assert new.bias is not None
-        new.bias.copy_(bias)
+        if new.bias is not None and bias is not None:
+            new.bias.copy_(bias)
     return as_laid_out(like.weight, new).train(like.training)
 
 
-def _norm(channels: int, like: Norm) -> Norm:
-    """A batch norm that is the identity until it is trained: the one before it is in the weights."""
+def _norm(channels: int, like: Norm, bias: Tensor) -> Norm:
+    """A batch norm that adds ``bias`` alone until it is trained: the one before it is in the weights."""
     assert like.running_mean is not None
     where = like.running_mean
     new = Norm(channels, like.eps, like.momentum, like.affine, device=where.device, dtype=where.dtype)
     assert new.running_var is not None
     new.running_var.fill_(1 - like.eps)
+    if like.affine:
+        with torch.no_grad():
+            new.bias.copy_(bias)
     return new.train(like.training)
 
 
@@ -145,13 +149,14 @@ def merge(
             (core, last.T @ b2),
             (torch.einsum("ocxy,cp->opxy", w3, last), b3 + w3[:, :, 0, 0] @ (b2 - last @ (last.T @ b2))),
         )
-        for name, conv, (weight, bias) in zip(block.convs, convs, pieces, strict=True):
+        for name, place, conv, norm, (weight, bias) in zip(block.convs, block.norms, convs, norms, pieces, strict=True):
             assert isinstance(conv, Conv)
-            replace(model, name, _conv(conv, weight, bias))
-        for place, norm, (weight, _) in zip(block.norms, norms, pieces, strict=True):
+            # A convolution's own bias in front of a norm would have a gradient to sum that is zero.
+            own = None if isinstance(norm, Norm) and norm.affine else bias
+            replace(model, name, _conv(conv, weight, own))
             if place is not None:
                 assert isinstance(norm, Norm)
-                replace(model, place, _norm(weight.shape[0], norm))
+                replace(model, place, _norm(weight.shape[0], norm, bias))
     return errors
 
 
@@ -216,7 +221,7 @@ def timed_ranks(
             weight = conv.weight.new_empty(out or conv.out_channels, features or conv.in_channels, *conv.kernel_size)
             at = seen[name]
             at = dataclasses.replace(at, shape=(at.shape[0], weight.shape[1], *at.shape[2:]))
-            total += clock((shape_key(layers[name]), pair), _conv(conv, weight, weight.new_zeros(len(weight))), at)
+            total += clock((shape_key(layers[name]), pair), _conv(conv, weight, None), at)
         return total
 
     def size(block: Bottleneck, pair: Pair) -> int:
