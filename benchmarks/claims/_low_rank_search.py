@@ -42,30 +42,29 @@ def _resnet(device: str) -> tuple[nn.Module, Tensor]:
 
 
 def search(device: str) -> Iterator[dict[str, Any]]:
-    for name, make in (("ResNet-152", _resnet), ("LLaMA 1.2B", _llama)):
-        for measure in ("inference", "training"):
-            for weighted in (False, True):
-                torch.manual_seed(0)
-                model, x = make(device)
-                begin = time.perf_counter()
-                low_rank.decompose(model, 2.0, data=[x], measure=measure, weighted=weighted)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                took = time.perf_counter() - begin
-                report = low_rank.report(model)
-                row: dict[str, Any] = {"model": name, "measure": measure, "weighted": weighted, "seconds": took}
-                row |= {
-                    "parts": report.seconds,
-                    "layers": len(report.layers),
-                    "decomposed": sum(x.rank is not None for x in report.layers),
-                }
-                parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in report.seconds.items())
-                print(
-                    f"{name} {measure:9} {'weighted' if weighted else 'plain':8} {took:6.1f} s ({parts}); "
-                    f"{row['decomposed']} of {row['layers']} layers decomposed",
-                    flush=True,
-                )
-                yield row
-                del model, x
-                if device == "cuda":
-                    torch.cuda.empty_cache()
+    for weighted, measure in ((True, "inference"), (False, "training")):
+        for name, make in (("LLaMA 1.2B", _llama), ("ResNet-152", _resnet)):
+            torch.manual_seed(0)
+            model, x = make(device)
+            begin = time.perf_counter()
+            low_rank.decompose(model, 2.0, data=[x], measure=measure, weighted=weighted)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            took = time.perf_counter() - begin
+            report = low_rank.report(model)
+            row: dict[str, Any] = {"model": name, "measure": measure, "weighted": weighted, "seconds": took}
+            row |= {
+                "parts": report.seconds,
+                "layers": len(report.layers),
+                "decomposed": sum(x.rank is not None for x in report.layers),
+            }
+            parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in report.seconds.items())
+            print(
+                f"{name} {measure:9} {'weighted' if weighted else 'plain':8} {took:6.1f} s ({parts}); "
+                f"{row['decomposed']} of {row['layers']} layers decomposed",
+                flush=True,
+            )
+            yield row
+            del model, x
+            if device == "cuda":
+                torch.cuda.empty_cache()

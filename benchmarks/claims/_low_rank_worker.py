@@ -138,8 +138,9 @@ def _seconds(model: nn.Module, x: Tensor, training: bool) -> float:
         return (time.perf_counter() - begin) / steps
 
     timed(1)  # allocates
-    once = timed(1)
-    result = timed(max(1, int(LEAST_SECONDS / once)))
+    result = timed(1)
+    if result < LEAST_SECONDS:
+        result = timed(int(LEAST_SECONDS / result) + 1)
     if x.is_cuda:  # leave the memory to the others
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
