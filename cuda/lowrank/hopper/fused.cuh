@@ -129,8 +129,8 @@ struct FusedConsumer {
   FusedShared<T>& shared;
   const FusedParams& p;
   const int block, warpgroup, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-  sm90::Turn<stages> turn, read;  // the next panel; the next to be released
-  int row = 0;                    // of the warpgroup
+  sm90::Turn<stages> turn, read;              // the next panel; the next to be released
+  int row = 0;                                // of the warpgroup
   std::uint32_t bias[tile_columns / 8] = {};  // of the next tile
 
   __device__ FusedConsumer(FusedShared<T>& shared_, const FusedParams& p_, int block_, int warpgroup_)

@@ -51,10 +51,9 @@ bool run(const FusedProblem& problem, const Launch& launch) {
   const std::int64_t rank = problem.first.size[transposed ? 1 : 0];
   FusedParams p{};
   p.wide = columns % tile_columns == 0;
-  const auto encode_result = p.wide ? encode_wide : [](CUtensorMap* map, DType type, const void* data, std::int64_t m,
-                                                       std::int64_t n, std::int64_t stride) {
-    return encode(map, type, data, m, n, stride);
-  };
+  const auto encode_result = p.wide ? encode_wide
+                                    : [](CUtensorMap* map, DType type, const void* data, std::int64_t m, std::int64_t n,
+                                         std::int64_t stride) { return encode(map, type, data, m, n, stride); };
   if (!encode(&p.x, problem.x) || !encode(&p.first, problem.first) || !encode(&p.second, problem.second) ||
       !encode_result(&p.out, dtype, problem.out.data, rows, columns, problem.out.stride[0]) ||
       (problem.hidden != nullptr && !encode(&p.hidden, dtype, problem.hidden, rows, rank, rank)) ||
