@@ -1,8 +1,10 @@
-"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | search | progressive | smollm`.
+"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | layers | search | progressive | smollm`.
 
 speed: ResNets at 2× against the same model (on a GPU in bfloat16, channels_last, compiled), images a second of training and of
 inference, beside the paper's gains (arXiv 2407.20266). Random weights: speed does not depend on them. Rows that the file of
 --json has already are not measured again.
+
+layers: their convolutions one by one, at dense and at reduced widths, beside the roofline's times.
 
 search: how long `decompose` takes on a ResNet-152 and on a LLaMA of 1.2 G parameters.
 
@@ -31,7 +33,7 @@ from benchmarks.run import use_carried_libraries  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.low_rank", description=__doc__)
-    parser.add_argument("claim", choices=("speed", "search", "progressive", "smollm"))
+    parser.add_argument("claim", choices=("speed", "layers", "search", "progressive", "smollm"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--depths", type=int, nargs="+", default=[50], choices=(50, 101, 152))
     parser.add_argument("--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu)")
@@ -80,7 +82,7 @@ def _rows(
     ranks: dict[str, dict[str, Any]],
     save: Callable[[], None],
 ) -> Iterable[dict[str, Any]]:
-    from benchmarks.claims import _low_rank_language, _low_rank_resnet, _low_rank_search
+    from benchmarks.claims import _low_rank_language, _low_rank_layers, _low_rank_resnet, _low_rank_search
 
     if options.claim == "progressive":
         return _low_rank_language.progressive(
@@ -94,6 +96,8 @@ def _rows(
         )
     if options.claim == "smollm":
         return _low_rank_language.smollm(tuple(options.ratios or (1.25, 1.5, 2.0)), options.device, options.windows)
+    if options.claim == "layers":
+        return _low_rank_layers.layers(options.batch or 256)
     if options.claim == "search":
         return _low_rank_search.search(options.device)
     passes = [training for training, no in ((False, options.no_inference), (True, options.no_training)) if not no]
