@@ -1,4 +1,4 @@
-"""Convolutions of a bottleneck at the channels that it has and at those that rank 2x leaves: microseconds beside the roofline's.
+"""Convolutions of a bottleneck at its own channels and at those that 2x leaves: microseconds beside the roofline's.
 
 It says where a variant of `speed` stays behind its prediction: a library's kernels are made for 64, 128 and 256 channels, and
 at half of them they reach less of the bound than the dense layer does.
@@ -48,7 +48,7 @@ def layers(batch: int) -> Iterator[dict[str, Any]]:
         }
         flops = 2.0 * y.numel() * features * size * size
         work = Work(flops=flops, bytes=2.0 * (x.numel() + y.numel() + weight.numel()), dtype="bfloat16")
-        row = {"in": features, "out": out, "kernel": size, "side": side, "stride": stride}
+        row: dict[str, Any] = {"in": features, "out": out, "kernel": size, "side": side, "stride": stride}
         row |= {"bound": 1e6 * rates.seconds(work)} | times(ways, flush)
         print(
             f"{size}x{size} {features:4} -> {out:4} on {side}x{side} stride {stride}: forward {row['forward']:6.1f} us "
