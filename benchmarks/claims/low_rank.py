@@ -1,4 +1,4 @@
-"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | layers | search | progressive | smollm`.
+"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | layers | search | progressive | smollm | table`.
 
 speed: ResNets at 2× against the same model (on a GPU in bfloat16, channels_last, compiled), images a second of training and of
 inference, beside the paper's gains (arXiv 2407.20266). Random weights: speed does not depend on them. Rows that the file of
@@ -12,6 +12,8 @@ progressive: a small LLaMA trained on the standard library, its MLPs 2×, 4× an
 equal tokens.
 
 smollm: SmolLM2-135M's perplexity at several ratios, plain against data-aware SVD, without training.
+
+table: what a file of these, or of benchmarks/ops/lowrank_cuda.py, holds, as Markdown.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from benchmarks.run import use_carried_libraries  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.low_rank", description=__doc__)
-    parser.add_argument("claim", choices=("speed", "layers", "search", "progressive", "smollm"))
+    parser.add_argument("claim", choices=("speed", "layers", "search", "progressive", "smollm", "table"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--depths", type=int, nargs="+", default=[50], choices=(50, 101, 152))
     parser.add_argument("--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu)")
@@ -55,8 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--ratios", type=float, nargs="+", help="(progressive, default 2 4 16; smollm, default 1.25 1.5 2)"
     )
     parser.add_argument("--windows", type=int, default=24, help="of 256 tokens, held out (smollm)")
-    parser.add_argument("--json", type=Path, help="write the numbers")
+    parser.add_argument("--json", type=Path, help="write the numbers; read them (table)")
+    parser.add_argument("--picture", type=Path, help="draw speed's rows (table)")
     options = parser.parse_args(arguments)
+    if options.claim == "table":
+        from benchmarks.claims import _low_rank_tables
+
+        print(_low_rank_tables.table(options.json))
+        if options.picture:
+            _low_rank_tables.picture(options.json, options.picture)
+        return 0
     use_carried_libraries()
     rows: list[dict[str, Any]] = []
     ranks: dict[str, dict[str, Any]] = {}  # those that timing found
