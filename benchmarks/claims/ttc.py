@@ -23,7 +23,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
 from benchmarks.claims import _adding, _runs, _sorting  # noqa: E402
-from benchmarks.claims._small_lm import fresh, train  # noqa: E402
+from benchmarks.claims._small_lm import fresh, training  # noqa: E402
+from benchmarks.claims._step import together  # noqa: E402
 from effcore.data import byte_tokenizer  # noqa: E402
 from effcore.methods.sampling import sample_texts  # noqa: E402
 from effcore.methods.ttc import Costs, TTCEarlyStopping  # noqa: E402
 from effcore.methods.ttc_accuracy import Samples  # noqa: E402
+from effcore.methods.ttc_curves import TooFew, fit_training  # noqa: E402
 
 TASKS: dict[str, Any] = {"adding": _adding, "sorting": _sorting}
 SPLITS = {"test": 2, "validation": 5}  # millions that the seeds of the queries begin with
@@ -73,115 +75,151 @@ class Evaluator:
         return Samples(correct, answers, tokens=sum(len(t) + 1 for row in texts for t in row))
 
 
-def one(seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The stopped run of a seed; then with the full run; then with what came of the projections."""
-    steps, task = options.steps, TASKS[options.task]
-    sizes = range(options.size[0], options.size[1] + 1)
-    new = task.PER_ITEM * max(sizes) + 1  # tokens of an answer with its end
-    draw = task.draws(dict.fromkeys(sizes, 1.0))
-    tokens_per_step = options.batch * (max(sizes) + 1 + new)
-    settings: dict[str, Any] = {"batch": options.batch, "peak": options.peak, "seed": seed}
+class Trial:
+    """A seed: the stopped run, then the full run, then what came of the projections. Each stage is a generator of steps and
+    returns what it found; ``state`` keeps the stopped run's weights for an interrupted trial."""
 
-    def evaluator(million: int, seed_of_samples: int) -> Evaluator:
-        return Evaluator(task, task.prompts(million * 10**6 + seed, options.items, sizes), new, seed_of_samples)
+    def __init__(self, seed: int, options: argparse.Namespace, state: Path):
+        self.seed, self.options, self.state = seed, options, state
+        self.steps, self.task = options.steps, TASKS[options.task]
+        self.sizes = range(options.size[0], options.size[1] + 1)
+        self.new = self.task.PER_ITEM * max(self.sizes) + 1  # tokens of an answer with its end
+        self.draw = self.task.draws(dict.fromkeys(self.sizes, 1.0))
+        self.tokens_per_step = options.batch * (max(self.sizes) + 1 + self.new)
+        self.every = max(self.steps // options.checkpoints, 1)
+        self.settings: dict[str, Any] = {"batch": options.batch, "peak": options.peak, "seed": seed}
+        self.validation, self.test = self._evaluator(1, 5), self._evaluator(SPLITS[options.split], 7)
+        self.running = self._model()
+        self.average = copy.deepcopy(self.running)
 
-    def model():
-        return fresh(seed, layers=options.layers, width=options.width).to(options.device)
+    def _evaluator(self, million: int, seed_of_samples: int) -> Evaluator:
+        asked = self.task.prompts(million * 10**6 + self.seed, self.options.items, self.sizes)
+        return Evaluator(self.task, asked, self.new, seed_of_samples)
 
-    validation, test = evaluator(1, 5), evaluator(SPLITS[options.split], 7)
-    running = model()
-    average = copy.deepcopy(running)
-    stopper = TTCEarlyStopping(
-        validation,
-        budget=steps * tokens_per_step,
-        most_samples=options.most_samples,
-        margin=options.margin,
-        costs=Costs.measure(running, prompt=max(sizes) + 1, new=new),
-    )
-    every = max(steps // options.checkpoints, 1)
-    constant = lambda step: options.peak * min((step + 1) / (0.05 * steps), 1.0)  # noqa: E731
+    def _model(self) -> Any:
+        return fresh(self.seed, layers=self.options.layers, width=self.options.width).to(self.options.device)
 
-    def add_to_average(step: int) -> bool:
+    def constant(self, step: int) -> float:
+        """The learning rate of the run that is stopped."""
+        return self.options.peak * min((step + 1) / (0.05 * self.steps), 1.0)
+
+    def add_to_average(self, step: int) -> bool:
         """The mean of about the last 3 % of the steps."""
-        if (step + 1) % options.average_every == 0:
+        if (step + 1) % self.options.average_every == 0:
             with torch.no_grad():
-                rate = min(options.average_every / (0.03 * (step + 1)), 1.0)
-                torch._foreach_lerp_(list(average.parameters()), list(running.parameters()), rate)
+                rate = min(self.options.average_every / (0.03 * (step + 1)), 1.0)
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.running.parameters()), rate)
         return False
 
-    def check(step: int) -> bool:
-        add_to_average(step)
-        if (step + 1) % every:
-            return False
-        decision = stopper.check(average, (step + 1) * tokens_per_step)
-        print(f"seed {seed}, step {step + 1}: {decision.accuracies}, {decision.reason}", flush=True)
-        return decision.stop
+    def stopped(self) -> Generator[None, None, dict[str, Any]]:
+        """The row of the stopped run, with its decisions."""
+        options, steps = self.options, self.steps
+        stopper = TTCEarlyStopping(
+            self.validation,
+            budget=steps * self.tokens_per_step,
+            most_samples=options.most_samples,
+            margin=options.margin,
+            costs=Costs.measure(self.running, prompt=max(self.sizes) + 1, new=self.new),
+        )
 
-    train(running, draw, steps=steps, each=check, schedule=constant, **settings)
-    decision = stopper.decisions[-1]
-    projections = [
-        d.projected for d in stopper.decisions if d.projected is not None and d.tokens <= 0.3 * stopper.plan.budget
-    ]
-    at = round(decision.tokens / tokens_per_step)
-    k = decision.samples if decision.stop and decision.samples else 1
-    many = max(k, 8)
-    ours, ours_greedy = test(average, many), test.greedy(average)
-    # The same checkpoint with its rate decayed to 0 over a tenth more steps.
-    last, more = copy.deepcopy(running), max(at // 10, 1)
-    down = lambda step: options.peak * (1 - (step - at) / more)  # noqa: E731
-    train(last, draw, steps=at + more, first=at, schedule=down, **settings)
-    decayed = test(last, many)
-    evaluated = len(stopper.decisions)
-    answer = options.items * (task.PER_ITEM * sum(sizes) / len(sizes) + 1)  # tokens of one sample of each query
-    row = {
-        "seed": seed,
-        "stopped": decision.stop,
-        "budget": stopper.plan.budget,
-        "stop_share": at / steps,
-        "saved": decision.saved,
-        "K": k,
-        "full_single": None,
-        "full_greedy": None,
-        "full_at_K": None,
-        "stopped_single": ours.accuracy(1, "majority"),
-        "stopped_greedy": ours_greedy,
-        "stopped_at_K": ours.accuracy(k, "majority"),
-        "stopped_pass_at_K": ours.accuracy(k, "pass"),
-        "decayed_single": decayed.accuracy(1, "majority"),
-        "decayed_at_K": decayed.accuracy(k, "majority"),
-        "projected": decision.projected,
-        "projected_at_30": projections[-1] if projections else None,
-        "constant_run": None,
-        "projection_error_at_30": None,
-        "evaluation_share": stopper.evaluation_tokens / (evaluated * answer * sum(range(1, options.most_samples + 1))),
-        "evaluation_share_reused": stopper.evaluation_tokens / (evaluated * answer * options.most_samples),
-        "break_even_tokens": decision.break_even,
-        "full_seconds": None,
-    }
-    decisions = {"decisions": [d.as_json() for d in stopper.decisions]}
-    print(json.dumps(row), flush=True)
-    yield row | decisions
-    began = time.perf_counter()
-    full = model()
-    train(full, draw, steps=steps, **settings)
-    row["full_seconds"] = time.perf_counter() - began
-    theirs = test(full, many)
-    row |= {"full_single": theirs.accuracy(1, "majority"), "full_at_K": theirs.accuracy(k, "majority")}
-    row["full_greedy"] = test.greedy(full)
-    print(json.dumps(row), flush=True)
-    yield row | decisions
-    if decision.stop:
-        train(running, draw, steps=steps, first=at, each=add_to_average, schedule=constant, **settings)
-    row["constant_run"] = validation(average, 8).accuracy(1, "majority")
-    if projections:
-        row["projection_error_at_30"] = abs(projections[-1] - row["constant_run"])
-    print(f"seed {seed}, the constant run's end: {row['constant_run']:.1%}", flush=True)
-    yield row | decisions
+        def check(step: int) -> bool:
+            self.add_to_average(step)
+            if (step + 1) % self.every:
+                return False
+            decision = stopper.check(self.average, (step + 1) * self.tokens_per_step)
+            print(f"seed {self.seed}, step {step + 1}: {decision.accuracies}, {decision.reason}", flush=True)
+            return decision.stop
+
+        yield from training(self.running, self.draw, steps=steps, each=check, schedule=self.constant, **self.settings)
+        decision = stopper.decisions[-1]
+        at = round(decision.tokens / self.tokens_per_step)
+        k = decision.samples if decision.stop and decision.samples else 1
+        ours, ours_greedy = self.test(self.average, max(k, 8)), self.test.greedy(self.average)
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([self.running.state_dict(), self.average.state_dict()], self.state)
+        # The same checkpoint with its rate decayed to 0 over a tenth more steps.
+        last, more = copy.deepcopy(self.running), max(at // 10, 1)
+        down = lambda step: options.peak * (1 - (step - at) / more)  # noqa: E731
+        yield from training(last, self.draw, steps=at + more, first=at, schedule=down, **self.settings)
+        decayed = self.test(last, max(k, 8))
+        evaluated = len(stopper.decisions)
+        # Tokens of one sample of each query, every K up to K_max at every checkpoint or K_max once.
+        answer = options.items * (self.task.PER_ITEM * sum(self.sizes) / len(self.sizes) + 1) * evaluated
+        spent, most = stopper.evaluation_tokens, options.most_samples
+        return {
+            "seed": self.seed,
+            "stopped": decision.stop,
+            "budget": stopper.plan.budget,
+            "stop_step": at,
+            "stop_share": at / steps,
+            "saved": decision.saved,
+            "K": k,
+            "stopped_single": ours.accuracy(1, "majority"),
+            "stopped_greedy": ours_greedy,
+            "stopped_at_K": ours.accuracy(k, "majority"),
+            "stopped_pass_at_K": ours.accuracy(k, "pass"),
+            "decayed_single": decayed.accuracy(1, "majority"),
+            "decayed_at_K": decayed.accuracy(k, "majority"),
+            "projected": decision.projected,
+            "evaluation_share": spent / (answer * sum(range(1, most + 1))),
+            "evaluation_share_reused": spent / (answer * most),
+            "break_even_tokens": decision.break_even,
+            "decisions": [d.as_json() for d in stopper.decisions],
+        }
+
+    def full(self, row: dict[str, Any]) -> Generator[None, None, dict[str, Any]]:
+        """The run of the whole budget, with its own decayed rate."""
+        began, model = time.perf_counter(), self._model()
+        yield from training(model, self.draw, steps=self.steps, **self.settings)
+        seconds = time.perf_counter() - began
+        theirs = self.test(model, max(row["K"], 8))
+        return {
+            "full_single": theirs.accuracy(1, "majority"),
+            "full_at_K": theirs.accuracy(row["K"], "majority"),
+            "full_greedy": self.test.greedy(model),
+            "full_seconds": seconds,
+        }
+
+    def onward(self, row: dict[str, Any]) -> Generator[None, None, dict[str, Any]]:
+        """The stopped run at its constant rate on to the end, uncounted: what was projected for it at the stop and at 30 % of
+        the budget, and what came."""
+        at, share = row["stop_step"], 0.3 * self.steps
+        for model, held in zip(
+            (self.running, self.average), torch.load(self.state, map_location=self.options.device), strict=True
+        ):
+            model.load_state_dict(held)
+        seen = [
+            (d["tokens"], d["accuracies"]["1"]) for d in row["decisions"] if d["tokens"] <= share * self.tokens_per_step
+        ]
+
+        def look(step: int) -> bool:
+            self.add_to_average(step)
+            if (step + 1) % self.every == 0 and step < share:
+                now = self.validation(self.average, 8).accuracy(1, "majority")
+                seen.append(((step + 1) * self.tokens_per_step, now))
+            return False
+
+        settings = self.settings | {"first": at, "schedule": self.constant}
+        yield from training(self.running, self.draw, steps=self.steps, each=look, **settings)
+        came = self.validation(self.average, 8).accuracy(1, "majority")
+        tokens, accuracies = np.array(seen).T
+        try:
+            projected = fit_training(tokens, accuracies, self.options.items)(row["budget"])
+        except TooFew:
+            return {"constant_run": came}
+        return {
+            "constant_run": came,
+            "projected_at_30": projected.value,
+            "projected_at_30_bounds": (projected.low, projected.high),
+            "projection_error_at_30": abs(projected.value - came),
+            "projection_error_at_stop": abs(row["projected"] - came) if row["stopped"] else None,
+            "points_to_30": seen,
+        }
 
 
 def show(rows: list[dict]) -> str:
     def mean(key: str) -> str:
-        values = [row[key] for row in rows if row[key] is not None]
+        values = [row[key] for row in rows if row.get(key) is not None]
         if not values:
             return "not seen"
         spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
@@ -198,9 +236,11 @@ def show(rows: list[dict]) -> str:
         ("stopped_greedy", "stopped run, greedy"),
         ("decayed_at_K", "stopped and decayed, K* samples"),
         ("decayed_single", "stopped and decayed, one sample"),
-        ("projected_at_30", "projection at 30 % of the budget, or at the stop before"),
+        ("projected", "projection at the stop"),
+        ("projected_at_30", "projection at 30 % of the budget"),
         ("constant_run", "what it projects: the constant run's end"),
-        ("projection_error_at_30", "the projection's error"),
+        ("projection_error_at_stop", "the projection's error at the stop"),
+        ("projection_error_at_30", "the projection's error at 30 % of the budget"),
         ("evaluation_share", "evaluation cost of exhaustive search's"),
         ("evaluation_share_reused", "the same, where that draws K_max once"),
     ):
@@ -223,9 +263,9 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
             x, [d["accuracies"]["1"] for d in row["decisions"]], color=color, label=f"seed {row['seed']}, one sample"
         )
         axes.plot(x, [d["accuracies"]["8"] for d in row["decisions"]], "--", color=color, label="eight samples")
-        if row["full_single"] is not None:
+        if "full_single" in row:
             axes.axhline(row["full_single"], color=color, linestyle=":", alpha=0.7)
-        if row["constant_run"] is not None:
+        if "constant_run" in row:
             axes.plot(row["budget"], row["constant_run"], "x", color=color)
         axes.plot(x[-1:], [row["stopped_at_K"]], "*", markersize=13, color=color, markeredgecolor="k")
     axes.set_xlabel("training tokens")
@@ -273,13 +313,25 @@ def main(arguments: list[str] | None = None) -> int:
     if options.merge:
         head = _runs.merge(options.merge)
         rows, options.seeds = head["runs"], []
-    missing = [seed for seed in options.seeds if seed not in [row["seed"] for row in rows]]
-    running = [one(seed, options) for seed in missing]
-    for run in running * 3:
-        row = next(run)
-        rows = [other for other in rows if other["seed"] != row["seed"]] + [row]
+    trials = [
+        Trial(seed, options, options.json.with_suffix(f".seed{seed}.pt")) for seed in options.seeds if not options.merge
+    ]
+
+    def row_of(trial: Trial) -> dict[str, Any]:
+        return next((row for row in rows if row["seed"] == trial.seed), {})
+
+    # Stage by stage, the seeds side by side: each stage's results are written before the next one begins.
+    for stage, made in (("stopped", "K"), ("full", "full_single"), ("onward", "constant_run")):
+        missing = [trial for trial in trials if made not in row_of(trial)]
+        runs = [getattr(trial, stage)(*([row_of(trial)] if row_of(trial) else [])) for trial in missing]
+        began = time.perf_counter()
+        for trial, found in zip(missing, together(runs, device=options.device), strict=True):
+            known = row_of(trial)
+            rows = [row for row in rows if row is not known] + [known | found]
+            print(f"seed {trial.seed}: {json.dumps({k: v for k, v in found.items() if k != 'decisions'})}", flush=True)
+        rows.sort(key=lambda row: row["seed"])
         _runs.write(options.json, head | {"runs": rows})
-    _runs.write(options.json, head | {"runs": rows})
+        print(f"{stage}: {time.perf_counter() - began:.0f} s", flush=True)
     print(show(rows))
     draw_curves(options.json.with_suffix(".png"), rows)
     return 0

@@ -27,17 +27,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
 from benchmarks.claims import _runs  # noqa: E402
 from benchmarks.claims import _sorting as task  # noqa: E402
+from benchmarks.claims._sampling_speed import sampling  # noqa: E402
 from benchmarks.claims._small_lm import fresh, train  # noqa: E402
 from benchmarks.claims._sorting_verifier import verifier as learned_verifier  # noqa: E402
 from effcore.data import byte_tokenizer  # noqa: E402
-from effcore.methods.sampling import sample_texts, sample_tokens  # noqa: E402
+from effcore.methods.sampling import sample_texts  # noqa: E402
 from effcore.methods.vds_report import COLUMNS, measure, table  # noqa: E402
 from effcore.methods.vds_ttt import LoraSettings, VerifierTTT  # noqa: E402
 from effcore.methods.verifiers import Verifier, calibrate  # noqa: E402
@@ -193,91 +194,6 @@ def summarise(runs: list[dict]) -> tuple[dict, dict]:
     return rows, gains
 
 
-def _large(length: int) -> LlamaForCausalLM:
-    """TinyLlama's shape (1.1 billion parameters), random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        max_position_embeddings=length,
-    )
-    with torch.device("cuda"):
-        return LlamaForCausalLM(config).to(torch.bfloat16)
-
-
-def sampling(options: argparse.Namespace) -> list[dict]:
-    """Ours against generate(num_return_sequences=N), on a LLaMA with random weights and on those that share activations."""
-    import effcore
-
-    # Seconds of processors on the CPU, which other work on the machine disturbs less.
-    cuda = options.device == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    rows = []
-    cases = ((2048, 32, 16), (4096, 64, 16)) if cuda else ((256, 16, 8), (256, 64, 8))
-    for sharing in (None, "qk", "kv"):
-        for prompt, new, n in cases:
-            model = _large(max(c[0] + c[1] for c in cases)) if cuda else fresh(0, layers=6, width=256)
-            model = model.to(options.device).eval()
-            model.config.max_position_embeddings = 8192
-            model.generation_config.eos_token_id = None  # every sample has the same length
-            if sharing is not None:
-                model = effcore.share_activations(model, mode=sharing, start=model.config.num_hidden_layers // 2)
-            ids = torch.randint(0, 256, (2, prompt), device=options.device)
-            settings = {"max_new_tokens": new, "do_sample": True, "top_k": 0, "pad_token_id": 257}
-
-            def ours(model=model, ids=ids, n=n, settings=settings):
-                sample_tokens(model, ids, num_samples=n, **settings)
-
-            def peer(model=model, ids=ids, n=n, settings=settings):
-                with torch.no_grad():
-                    model.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=n, **settings)
-
-            def reading(count, model=model, ids=ids):
-                with torch.no_grad():
-                    model(ids.repeat_interleave(count, 0), use_cache=True, logits_to_keep=1)
-
-            calls = {
-                "ours": ours,
-                "peer": peer,
-                "read": lambda r=reading: r(1),
-                "read all": lambda r=reading, n=n: r(n),
-            }
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for round_ in range(options.rounds + 1):
-                for name, call in calls.items():
-                    start = clock()
-                    call()
-                    if cuda:
-                        torch.cuda.synchronize()
-                    if round_:
-                        times[name].append(clock() - start)
-            middle = {name: statistics.median(values) for name, values in times.items()}
-            decode = middle["peer"] - middle["read all"]
-            allowed = middle["peer"] / (middle["read"] + decode)
-            ratio = statistics.median(p / o for p, o in zip(times["peer"], times["ours"], strict=True))
-            rows.append(
-                {
-                    "model": sharing or "plain",
-                    "prompt": prompt,
-                    "new": new,
-                    "samples": n,
-                    "ratio": ratio,
-                    "allowed": allowed,
-                }
-                | {"seconds": middle, "share": ratio / allowed}
-            )
-            print(
-                f"{rows[-1]['model']:<6} {prompt} + {new} tokens, N = {n}: {ratio:.2f}x of {allowed:.2f}x allowed "
-                f"({ratio / allowed:.0%})",
-                flush=True,
-            )
-    return rows
-
-
 def draw(path: Path, runs: list[dict]) -> None:
     """A panel a seed: its bases differ more than what is to be seen, which is the gain."""
     import matplotlib
@@ -348,7 +264,10 @@ def main(arguments: list[str] | None = None) -> int:
         options.seeds = options.seeds[:1]
         options.batch, options.verifier_problems, options.rounds, options.long_shares = 32, 200, 1, [0.01, 0.03]
     if options.sampling:
-        _runs.write(options.json, _runs.describe(options) | {"rows": sampling(options)})
+        rows = []
+        for row in sampling(options.device, options.rounds):
+            rows.append(row)
+            _runs.write(options.json, _runs.describe(options) | {"rows": rows})
         return 0
     head = _runs.describe(options)
     runs = _runs.kept(options.json, head)
