@@ -15,55 +15,40 @@ from torch import Tensor, nn
 
 from benchmarks.claims._snippets import Classifier
 from benchmarks.claims._step import TrainStep, linear_decay
+from effcore.methods import importance
 from effcore.methods.swiftlearn import SwiftLearnSampler
 
-ARMS: dict[str, dict[str, Any]] = {  # name: settings of the sampler; "short": ends where keep = 0.1 would
+ARMS: dict[str, dict[str, Any]] = {  # name: settings of the sampler, and of the run
     "all data": {"keep": 1.0},
-    "SwiftLearn": {},
+    "all data, as many steps": {"keep": 1.0},
     "random subset": {"select": "random"},
-    "SwiftLearn, fixed subset": {"select": "topk"},
-    "all data, as many steps": {"keep": 1.0, "short": True},
-    "SwiftLearn, detrended": {"detrend": True},
+    "SwiftLearn": {"detrend": False},
+    "SwiftLearn, fixed subset": {"select": "topk", "detrend": False},
+    "SwiftLearn, detrended": {},
+    "SwiftLearn, probabilities": {"probabilities": True, "detrend": False},
+    "SwiftLearn, probabilities detrended": {"probabilities": True},
     "SwiftLearn, measured in evaluation": {"recording": "evaluation"},
-    "SwiftLearn, reweighted": {"max_weight": 5.0},
-    "least change": {"detrend": True, "flip": True},
-    "SwiftLearn, probabilities": {"probabilities": True},
-    "SwiftLearn, probabilities detrended": {"probabilities": True, "detrend": True},
     "SwiftLearn, probabilities in evaluation": {"probabilities": True, "recording": "evaluation"},
+    "SwiftLearn, reweighted": {"max_weight": 5.0, "detrend": False},
+    "the least change": {"opposite": True},
 }
 
 
-class Detrended(SwiftLearnSampler):
-    flip = False
+class Opposite(SwiftLearnSampler):
+    """Prefers the samples whose outputs moved least."""
 
-    def _drawn(self, epoch):
+    def _drawn(self, epoch: int) -> Tensor:
         if epoch == self.warmup_epochs:
             self._share()
-            self._change = detrended(self._change, self.places())
-            if self.flip:
-                self._change = -self._change
+            self._change = -usual(self)[1]
+            self.detrend = False
         return super()._drawn(epoch)
 
-    def places(self):
-        found = []
-        for epoch in (self.warmup_epochs - 2, self.warmup_epochs - 1):
-            order = self.order(epoch)
-            places = torch.empty_like(order)
-            places[order] = torch.arange(len(order))
-            found.append(places)
-        return found
 
-
-def detrended(change, places, blocks=50):
-    change = change.clone()
-    for _ in range(2):
-        for place in places:
-            block = place * blocks // len(change)
-            known = ~change.isnan()
-            total = torch.zeros(blocks).index_add_(0, block[known], change[known])
-            count = torch.zeros(blocks).index_add_(0, block[known], torch.ones(int(known.sum())))
-            change /= (total / count.clamp(min=1)).clamp(min=1e-30)[block]
-    return change
+def usual(sampler: SwiftLearnSampler) -> tuple[Tensor, Tensor]:
+    """What the warm-up recorded, as it is and detrended."""
+    last = (sampler.warmup_epochs - 2, sampler.warmup_epochs - 1)
+    return sampler._change, importance.detrended(sampler._change, [sampler._places(epoch) for epoch in last])
 
 
 class Task:
@@ -80,6 +65,7 @@ class Task:
         layers: int | None,
         most: int | None,
         compiled: bool,
+        alone: bool,
     ):
         held = dict(np.load(tokens))
         chosen = np.random.default_rng(0).permutation(len(held["train_ids"]))[:most]
@@ -87,7 +73,7 @@ class Task:
         self.data = {n: torch.from_numpy(held[n].astype(np.int64)).to(device) for n in held if n != "classes"}
         self.classes = len(held["classes"])
         self.model, self.device, self.batch, self.epochs, self.layers = model, device, batch, epochs, layers
-        self.compiled = compiled
+        self.compiled, self.alone = compiled, alone
         # Whole batches in every epoch of every arm: a step of another shape is no CUDA graph and takes as long as ten.
         self.samples = len(self.data["train_ids"]) // (10 * batch) * 10 * batch or len(self.data["train_ids"])
 
@@ -98,13 +84,10 @@ class Task:
     def run(self, arm: str, peak: float, seed: int) -> Generator[None, None, dict]:
         """A step at each ``next``; returns the row of the result."""
         settings = {"keep": 0.1, "epochs": self.epochs, "seed": seed} | ARMS[arm]
-        settings.pop("short", None)
         as_recorded = (lambda x: x.float().softmax(-1)) if settings.pop("probabilities", False) else torch.clone
-        kind = Detrended if settings.pop("detrend", False) else SwiftLearnSampler
-        flip = settings.pop("flip", False)
+        kind = Opposite if settings.pop("opposite", False) else SwiftLearnSampler
         torch.manual_seed(seed)
         sampler = kind(self.samples, **settings)
-        sampler.flip = flip
         total = self.steps(arm)
         model = Classifier(self.model, self.classes, self.layers).to(self.device).train()
         called = torch.compile(model, dynamic=False) if self.compiled else model
@@ -129,13 +112,20 @@ class Task:
         trainer = TrainStep(model, forward, first)
         yield
         self._wait()
-        began, selecting, step, notes = time.perf_counter(), 0.0, 0, {}
+        began, selecting, step, noted = time.perf_counter(), 0.0, 0, {}
         for epoch in range(self.epochs):
+            if step == total:
+                break
+            if self.alone:
+                self._wait()  # so that drawing is not charged for the steps before it
+            elif epoch == sampler.warmup_epochs and sampler.keep < 1:
+                sampler._share()
+                noted = self.describe(sampler)
             before = time.perf_counter()
             order = sampler.order(epoch)
             selecting += time.perf_counter() - before
-            if epoch == sampler.warmup_epochs and sampler.keep < 1 and not self.quiet:
-                notes = self.describe(sampler, model, order)
+            if noted and "right_drawn" not in noted:
+                noted |= self.describe_drawn(model, order)
             # At once: a copy for each step would wait for the step.
             for there in order.to(self.device).split(self.batch):
                 if step == total:
@@ -151,28 +141,25 @@ class Task:
         self._wait()
         seconds = time.perf_counter() - began
         row = {"arm": arm, "peak": peak, "seed": seed, "seconds": seconds, "steps": step, "selecting": selecting}
-        row |= {split: self.accuracy(model, split) for split in ("validation", "test")} | notes
+        row |= {split: self.accuracy(model, split) for split in ("validation", "test")}
+        row |= {"alone": self.alone} | noted
         print(json.dumps(row), flush=True)
         return row
 
-    quiet = False
+    def describe(self, sampler: SwiftLearnSampler) -> dict[str, Any]:
+        """Of what the warm-up recorded: the share of the variance of log ‖ΔP‖² that is due to when samples were visited."""
+        if sampler.select == "random" or sampler.recording == "evaluation":
+            return {"explained_by_time": None}
+        logs = [part.clamp(min=1e-12).log() for part in usual(sampler)]
+        return {"explained_by_time": 1 - (logs[1].var() / logs[0].var()).item()}
 
-    def describe(self, sampler, model, order) -> dict:
-        """Of the importances at the first draw."""
-        found = {
+    def describe_drawn(self, model: nn.Module, order: Tensor) -> dict[str, Any]:
+        """Of the first samples drawn: how many the model has right, and the shares of the rarest and commonest class."""
+        labels = self.data["train_labels"][order.to(self.device)].bincount(minlength=self.classes) / len(order)
+        return {
             "right_all": self._right(model, torch.arange(0, self.samples, 10)),
             "right_drawn": self._right(model, order),
-        }
-        labels = self.data["train_labels"][order.to(self.device)].bincount(minlength=self.classes)
-        found |= {"classes_drawn": [labels.min().item() / len(order), labels.max().item() / len(order)]}
-        if sampler.select == "random" or sampler.recording == "evaluation":
-            return found
-        change = sampler._change.clone()
-        log = change.clamp(min=1e-12).log()
-        left = detrended(change, Detrended.places(sampler)).clamp(min=1e-12).log()
-        return found | {
-            "explained_by_time": 1 - (left.var() / log.var()).item(),
-            "deviation": (change.std() / change.mean()).item(),
+            "classes_drawn": [labels.min().item(), labels.max().item()],
         }
 
     def _right(self, model, chosen) -> float:

@@ -41,6 +41,8 @@ from benchmarks.claims._step import together  # noqa: E402
 from benchmarks.claims._swiftlearn_runs import ARMS, Task  # noqa: E402
 from effcore.methods.swiftlearn import SwiftLearnSampler  # noqa: E402
 
+TIMED = ("all data", "SwiftLearn", "all data, as many steps")
+
 
 def selection(samples: int, rounds: int) -> list[dict]:
     """Seconds to score and draw a tenth of ``samples`` without replacement, alternating; and processor seconds of all threads,
@@ -80,89 +82,102 @@ def selection(samples: int, rounds: int) -> list[dict]:
     return rows
 
 
-def timing(task: Task, peak: float, runs: int) -> dict:
-    """All data and SwiftLearn in turn; the speed-up is the median of the pairs' ratios."""
-    pairs = [
-        [together([task.run(arm, peak, seed)], device=task.device)[0] for arm in ("all data", "SwiftLearn")]
-        for seed in range(runs)
+def speed(rows: list[dict]) -> dict | None:
+    """Of the runs that were timed alone, by seed and peak: medians of the ratios. What SwiftLearn takes longer than as many
+    steps of all data is its own cost: recording, scoring, drawing."""
+    timed = {(row["arm"], row["seed"], row["peak"]): row["seconds"] for row in rows if row["alone"]}
+    rounds = [
+        [timed[arm, seed, peak] for arm in TIMED]
+        for name, seed, peak in timed
+        if name == TIMED[0] and all((arm, seed, peak) in timed for arm in TIMED)
     ]
-    found = {
-        "seconds": [statistics.median(pair[i]["seconds"] for pair in pairs) for i in range(2)],
-        "speedup": statistics.median(full["seconds"] / ours["seconds"] for full, ours in pairs),
-        "selecting_share": statistics.median(ours["selecting"] / ours["seconds"] for _, ours in pairs),
-        "runs": [row for pair in pairs for row in pair],
+    if not rounds:
+        return None
+    drawing = [row["selecting"] / row["seconds"] for row in rows if row["alone"] and row["arm"] == "SwiftLearn"]
+    return {
+        "seconds": dict(zip(TIMED, map(statistics.median, zip(*rounds, strict=True)), strict=True)),
+        "speedup": statistics.median(full / ours for full, ours, _ in rounds),
+        "own_share": statistics.median((ours - short) / ours for _, ours, short in rounds),
+        "drawing_share": statistics.median(drawing),
+        "rounds": len(rounds),
     }
-    full, ours = found["seconds"]
-    print(
-        f"all data {full:.2f} s, SwiftLearn {ours:.2f} s: {found['speedup']:.2f}x, drawing {found['selecting_share']:.2%}"
-    )
-    return found
+
+
+def difference(rows: list[dict], arm: str, other: str) -> tuple[float, float | None] | None:
+    """Points of test accuracy between two arms, paired by seed, with the standard error over the seeds."""
+    score = {(row["arm"], row["seed"]): 100 * row["test"] for row in rows}
+    values = [
+        value - score[other, seed] for (name, seed), value in score.items() if name == arm and (other, seed) in score
+    ]
+    if not values:
+        return None
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """Mean and spread of each arm over its seeds; speed-ups are ratios of the same seed's times."""
-    full = {row["seed"]: row for row in rows if row["arm"] == "all data"}
+    """Mean and spread of each arm over its seeds, and its differences to all data and to random subsets."""
     found = []
     for arm in ARMS:
         mine = [row for row in rows if row["arm"] == arm]
-        if not mine:
-            continue
-        accuracies = [row["test"] for row in mine]
-        paired = [row for row in mine if row["seed"] in full]
-        found.append(
-            {
-                "arm": arm,
-                "accuracy": statistics.mean(accuracies),
-                "spread": statistics.stdev(accuracies) if len(mine) > 1 else 0.0,
-                "seconds": statistics.mean(row["seconds"] for row in mine),
-                "speedup": statistics.mean(full[r["seed"]]["seconds"] / r["seconds"] for r in paired)
-                if paired
-                else None,
-                "selecting_share": statistics.mean(row["selecting"] / row["seconds"] for row in mine),
-                "seeds": len(mine),
-            }
-        )
+        if mine:
+            tests = [row["test"] for row in mine]
+            found.append(
+                {
+                    "arm": arm,
+                    "peak": mine[0]["peak"],
+                    "steps": mine[0]["steps"],
+                    "test": statistics.mean(tests),
+                    "spread": statistics.stdev(tests) if len(mine) > 1 else None,
+                    "to_all": difference(rows, arm, "all data"),
+                    "to_random": difference(rows, arm, "random subset"),
+                    "seeds": len(mine),
+                }
+            )
     return found
 
 
-def show(summary: list[dict], ceiling: float) -> str:
-    lines = ["| | test accuracy | points to all data | seconds | speed-up | drawing |", "|---|---|---|---|---|---|"]
-    base = summary[0]["accuracy"]
+def show(summary: list[dict]) -> str:
+    def points(found: tuple[float, float | None] | None) -> str:
+        if found is None:
+            return ""
+        return f"{found[0]:+.2f}" + (f" ± {found[1]:.2f}" if found[1] is not None else "")
+
+    lines = [
+        "| | steps | learning rate | test accuracy | points to all data | to random subsets |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in summary:
-        times = "| | |"
-        if row["speedup"] is not None:
-            times = f"{row['seconds']:.1f} | {row['speedup']:.2f}× | {row['selecting_share']:.2%} |"
-        spread = f" ± {row['spread']:.2%}" if row["seeds"] > 1 else ""
-        lines.append(
-            f"| {row['arm']} | {row['accuracy']:.2%}{spread} | {100 * (row['accuracy'] - base):+.2f} | " + times
-        )
-    lines.append(f"| ceiling | | | | {ceiling:.2f}× | |")
-    lines.append("| the paper (BERT, GLUE) | | −0.92 | | 3.36× | |")
+        spread = f" ± {100 * row['spread']:.2f}" if row["spread"] is not None else ""
+        to_all = "" if row["arm"] == "all data" else points(row["to_all"])
+        to_random = "" if row["arm"] in ("all data", "random subset") else points(row["to_random"])
+        run = f"| {row['arm']} | {row['steps']:,} | {row['peak']:g} "
+        lines.append(run + f"| {100 * row['test']:.2f}{spread} % | {to_all} | {to_random} |")
+    lines.append("| the paper: BERT on GLUE, mean | | | | −0.92 at most | not compared |")
     return "\n".join(lines)
 
 
-def draw(path: Path, summary: list[dict], ceiling: float) -> None:
+def draw(path: Path, rows: list[dict], summary: list[dict]) -> None:
+    """Test accuracy of each arm, a dot a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
-    for row, marker in zip(summary, "osD^v", strict=False):
-        axes.errorbar(
-            row["speedup"] or 1.0,
-            100 * row["accuracy"],
-            yerr=100 * row["spread"],
-            marker=marker,
-            capsize=3,
-            label=row["arm"],
+    figure, axes = pyplot.subplots(figsize=(7.5, 0.45 * len(summary) + 1.3), constrained_layout=True)
+    for place, row in enumerate(summary):
+        tests = [100 * other["test"] for other in rows if other["arm"] == row["arm"]]
+        color = (
+            "#0072B2" if row["arm"].startswith("SwiftLearn") else "#D55E00" if row["arm"] == "random subset" else "0.35"
         )
-    axes.axhline(100 * summary[0]["accuracy"] - 0.92, color="0.6", linestyle=":", label="0.92 points below all data")
-    axes.axvline(3.36, color="#D55E00", linestyle=":", label="the paper's speed-up, 3.36×")
-    axes.axvline(ceiling, color="0.3", linestyle="--", label=f"ceiling, {ceiling:.2f}×")
-    axes.set_xlabel("speed-up over all data, end to end")
-    axes.set_ylabel("test accuracy (%)")
-    axes.legend(fontsize=8)
+        axes.plot(tests, [place] * len(tests), "o", color=color, alpha=0.6)
+        axes.plot(100 * row["test"], place, "|", color=color, markersize=18, markeredgewidth=2)
+    if summary[0]["arm"] == "all data":
+        goal = 100 * summary[0]["test"] - 0.92
+        axes.axvline(goal, color="0.6", linestyle=":", label="0.92 points below all data: the paper's claim")
+        figure.legend(loc="outside upper center", fontsize=8)
+    axes.set_yticks(range(len(summary)), [row["arm"] for row in summary])
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy (%), a dot a seed")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -192,10 +207,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which are run")
     parser.add_argument(
-        "--together", type=int, default=1, help="so many runs side by side on one GPU: their seconds are no timings"
+        "--together", type=int, default=1, help="runs side by side on one GPU: above 1 their seconds are no timings"
     )
     parser.add_argument("--compile", action="store_true", help="the encoder through torch.compile")
-    parser.add_argument("--timing", type=int, metavar="RUNS", help="only time all data and SwiftLearn, so often each")
+    parser.add_argument("--merge", type=Path, nargs="+", help="only put together what these results hold")
     parser.add_argument("--selection", action="store_true", help="time a draw from ten million samples instead")
     parser.add_argument("--json", type=Path, default=Path("swiftlearn.json"), help="what it holds is not run again")
     options = parser.parse_args(arguments)
@@ -224,15 +239,16 @@ def main(arguments: list[str] | None = None) -> int:
         layers=options.layers,
         most=options.samples,
         compiled=options.compile,
+        alone=options.together == 1,
     )
     ceiling = SwiftLearnSampler(task.samples, 0.1, epochs=options.epochs).speedup_ceiling
     head = _runs.describe(options) | {"samples": task.samples, "classes": task.classes, "ceiling": ceiling}
-    if options.timing:
-        task.quiet = True
-        together([task.run("all data, as many steps", options.peaks[0], 99)], device=options.device)  # warms up
-        _runs.write(options.json, head | {"timing": timing(task, options.peaks[0], options.timing)})
-        return 0
     rows = _runs.kept(options.json, head)
+    for path in options.merge or []:
+        rows.extend(_runs.kept(path, head))
+    if options.merge:
+        rows = list({(r["arm"], r["peak"], r["seed"]): r for r in sorted(rows, key=lambda r: r["alone"])}.values())
+        options.seconds = 0.0
     began = time.monotonic()
 
     def complete(wanted: list[tuple[str, float, int]]) -> None:
@@ -259,9 +275,18 @@ def main(arguments: list[str] | None = None) -> int:
         if tried:
             best[arm] = max(tried, key=lambda row: row["validation"])["peak"]
     complete([(arm, best[arm], seed) for seed in options.seeds for arm in best])
-    summary = summarise([row for row in rows if row["peak"] == best.get(row["arm"])])
-    _runs.write(options.json, head | {"peaks": best, "runs": rows, "summary": summary})
-    print(show(summary, ceiling))
+    chosen = [row for row in rows if row["peak"] == best.get(row["arm"])]
+    summary = summarise(chosen)
+    timed = speed(rows)
+    _runs.write(options.json, head | {"peaks": best, "runs": rows, "summary": summary, "speed": timed})
+    print(show(summary))
+    if timed:
+        seconds = ", ".join(f"{arm} {seconds:.2f} s" for arm, seconds in timed["seconds"].items())
+        print(
+            f"{seconds}: {timed['speedup']:.2f}x of {ceiling:.2f}x; SwiftLearn's own cost {timed['own_share']:.2%}, "
+            f"of it drawing {timed['drawing_share']:.2%}"
+        )
+    draw(options.json.with_suffix(".png"), chosen, summary)
     return 0
 
 

@@ -184,17 +184,18 @@ class Trial:
         """The stopped run at its constant rate on to the end, uncounted: what was projected for it at the stop and at 30 % of
         the budget, and what came."""
         at, share = row["stop_step"], 0.3 * self.steps
-        for model, held in zip(
-            (self.running, self.average), torch.load(self.state, map_location=self.options.device), strict=True
-        ):
-            model.load_state_dict(held)
+        if self.state.is_file():
+            for model, held in zip((self.running, self.average), torch.load(self.state), strict=True):
+                model.load_state_dict(held)
+        else:  # from another machine: once more from the beginning
+            at = 0
         seen = [
             (d["tokens"], d["accuracies"]["1"]) for d in row["decisions"] if d["tokens"] <= share * self.tokens_per_step
         ]
 
         def look(step: int) -> bool:
             self.add_to_average(step)
-            if (step + 1) % self.every == 0 and step < share:
+            if (step + 1) % self.every == 0 and row["stop_step"] <= step < share:
                 now = self.validation(self.average, 8).accuracy(1, "majority")
                 seen.append(((step + 1) * self.tokens_per_step, now))
             return False

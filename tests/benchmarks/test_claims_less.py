@@ -62,14 +62,14 @@ def test_swiftlearn(tmp_path, capsys):
     np.savez(tmp_path / "tokens.npz", **arrays)
     out = tmp_path / "r.json"
     given = ["--device", "cpu", "--model", tmp_path / "encoder", "--tokens", tmp_path / "tokens.npz", "--json", out]
-    given += ["--batch", 16, "--epochs", 5, "--seeds", 0, 1, "--peaks", 1e-3, 1e-2]
+    given += ["--batch", 16, "--epochs", 5, "--seeds", 0, 1, "--peaks", 1e-3, 1e-2, "--together", 4]
     assert swiftlearn.main([str(part) for part in given]) == 0
     result = json.loads(out.read_text())
     steps = {row["arm"]: row["steps"] for row in result["runs"]}
     short = 2 * 10 + 3 * 1  # 160 samples are whole batches
     assert steps == {arm: 5 * 10 if arm == "all data" else short for arm in swiftlearn.ARMS}
-    assert len(result["runs"]) == 2 * 5 + 2  # two peaks of each baseline were tried
-    assert "| ceiling" in capsys.readouterr().out and out.with_suffix(".png").is_file()
+    assert len(result["runs"]) == 3 * len(swiftlearn.ARMS)  # two peaks with the first seed, the better with the second
+    assert "| the paper" in capsys.readouterr().out and out.with_suffix(".png").is_file()
     assert swiftlearn.main([str(part) for part in given]) == 0  # nothing is run again
     assert json.loads(out.read_text())["runs"] == result["runs"]
 

@@ -11,6 +11,7 @@ Drawing without replacement with probabilities Pr is one top-k: the k largest of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SELECTIONS = ("gumbel", "topk", "random")
+_BLOCKS, _BLOCK_LEAST = 64, 256  # of samples recorded at about the same time, and the fewest in each
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,33 @@ def squared_change(new: Tensor, old: Tensor, counts: Tensor | None = None) -> Te
     """‖new − old‖² a row, float32 [B], of values [B, W]; divided by ``counts`` [B] (tokens) where given."""
     change = (new - old).square().sum(1)
     return change if counts is None else change / counts.clamp(min=1)
+
+
+def detrended(change: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """Changes relative to those of the samples that were recorded at about the same times, with the same mean as before.
+
+    A run's outputs move fast at first and slowly later. So a sample that is visited early in one warm-up epoch and late in
+    the next has moved far, whatever it is. What is left is the sample's own.
+
+    Args:
+        change: float32 [N], NaN where unknown.
+        places: int64 [N] each: where a sample stands in the order of each of the two epochs.
+    """
+    blocks = min(_BLOCKS, len(change) // _BLOCK_LEAST)
+    if blocks < 2:
+        return change
+    known = ~change.isnan()
+    found = change.clone()
+    for place in places:
+        block = place * blocks // len(change)
+        values, at = found[known], block[known]
+        total = torch.zeros(blocks).index_add_(0, at, values)
+        count = torch.bincount(at, minlength=blocks).clamp(min=1)
+        usual = total / count
+        # A block that nobody moved in tells nothing.
+        factor = torch.where(usual > 0, values.mean() / usual, 1.0)
+        found *= factor[block]
+    return found
 
 
 def token_log_probs(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,8 @@ class SwiftLearnSampler(Sampler[int]):
             training passes record.
         recording: ``training`` takes the outputs of the warm-up's own passes; ``evaluation`` measures by forward passes over
             everything after each of the last two warm-up epochs, in evaluation mode, at the cost of 2/3 of an epoch.
+        detrend: takes out of the training passes' recordings what is due to when a sample was visited (see
+            :func:`effcore.methods.importance.detrended`); the paper does not.
         max_weight: reweights the loss by 1/(N·Pr), at most this; None does not (see :meth:`weights`).
         seed: of every order and draw.
 
@@ -73,18 +75,15 @@ class SwiftLearnSampler(Sampler[int]):
         refresh_every: int | None = None,
         refresh: str = "all",
         recording: str = "training",
+        detrend: bool = True,
         max_weight: float | None = None,
         seed: int = 0,
     ):
         self.samples = dataset if isinstance(dataset, int) else len(dataset)
         self.keep, self.epochs, self.warmup_epochs = keep, epochs, warmup_epochs
         self.select, self.sigma, self.seed = select, sigma, seed
-        self.refresh_every, self.refresh, self.recording, self.max_weight = (
-            refresh_every,
-            refresh,
-            recording,
-            max_weight,
-        )
+        self.refresh_every, self.refresh, self.recording = refresh_every, refresh, recording
+        self.detrend, self.max_weight = detrend, max_weight
         self._check()
         self.kept = min(max(round(keep * self.samples), 1), self.samples)
         self._processes = Processes()
@@ -158,11 +157,20 @@ class SwiftLearnSampler(Sampler[int]):
         """The samples of an epoch in their order, int64. All processes ask together; the first call after the warm-up draws."""
         if epoch < self.warmup_epochs:
             self._measure(epoch)
-            return torch.randperm(self.samples, generator=self._generator(epoch))
+            return self._permutation(epoch)
         if epoch not in self._orders:
             self._measure(epoch)
             self._orders[epoch] = self._drawn(epoch)
         return self._orders[epoch]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        return torch.randperm(self.samples, generator=self._generator(epoch))
+
+    def _places(self, epoch: int) -> Tensor:
+        """Where each sample stands in the order of a warm-up epoch."""
+        places = torch.empty(self.samples, dtype=torch.long)
+        places[self._permutation(epoch)] = torch.arange(self.samples)
+        return places
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
@@ -174,6 +182,9 @@ class SwiftLearnSampler(Sampler[int]):
             )
             return self._processes.broadcast(order)
         self._share()
+        if epoch == self.warmup_epochs and self.recording == "training" and self.detrend:
+            last = (self.warmup_epochs - 2, self.warmup_epochs - 1)
+            self._change = importance.detrended(self._change, [self._places(e) for e in last])
         self._standard = importance.Standard.of(self._change, self.sigma)
         if self._standard.is_constant and self.keep < 1 and not self._warned:
             self._warned = True
@@ -422,7 +433,18 @@ class SwiftLearnSampler(Sampler[int]):
         self._fresh.zero_()
 
     def _settings(self) -> dict[str, Any]:
-        names = ("keep", "epochs", "warmup_epochs", "select", "sigma", "refresh_every", "refresh", "recording", "seed")
+        names = (
+            "keep",
+            "epochs",
+            "warmup_epochs",
+            "select",
+            "sigma",
+            "refresh_every",
+            "refresh",
+            "recording",
+            "detrend",
+            "seed",
+        )
         return {name: getattr(self, name) for name in names}
 
 
