@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -12,6 +13,13 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run failed for a reason outside the program (a full disk, a loss that is not a number). The message is one line."""
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says so: an OSError, or one of several exceptions of torch and safetensors with that text."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(text in str(error) for text in ("No space left", "File too large", "Disk quota"))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

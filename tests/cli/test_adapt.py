@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 from effcore.data import byte_tokenizer
-from effcore.errors import InputError
+from effcore.errors import InputError, RunError
 from tests.methods.test_sampling import model as tiny_model
 
 
@@ -64,6 +64,22 @@ def test_run_folder_report_and_merged_model(places):
     assert "(threshold differ)" in str(invoke(places, "--threshold", 0.2, "--resume").exception)
     result = invoke(places, "--threshold", 1.0, "--overwrite")
     assert result.exit_code == 0 and "the model is unchanged" in result.output
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(places, monkeypatch):
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    def full(self, folder, **_):
+        (folder / "adapter_model.safetensors").write_bytes(b"what fits")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", full)
+    result = invoke(places, "--threshold", 0.1)
+    assert isinstance(result.exception, RunError) and "continue with --resume" in str(result.exception)
+    assert len((places / "run" / "scores-0.jsonl").read_text().splitlines()) == 5
+    monkeypatch.undo()
+    assert "Trained on 5 of 5" in invoke(places, "--threshold", 0.1, "--resume").output
 
 
 @pytest.mark.parametrize(

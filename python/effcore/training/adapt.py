@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from effcore.errors import InputError
+from effcore.errors import InputError, RunError, disk_is_full
 from effcore.methods.vds_report import measure, table
 from effcore.methods.vds_ttt import VerifierTTT
 from effcore.methods.verifiers import ClassifierVerifier, ProcessRewardVerifier, Verifier, VerifierError
@@ -106,6 +107,7 @@ def adapt(
 
     Raises:
         InputError: something that the user gave is wrong; also an unusable verifier.
+        RunError: the disk is full.
     """
     prompts, answers = read_queries(queries)
     sets = {"adapted queries": (prompts, answers)}
@@ -147,17 +149,23 @@ def adapt(
             warnings.simplefilter("ignore")  # that nothing changed is in the report
             adapted = learner.adapt(prompts)
         evaluate("after", adapted)
+        changed = any(learner.selected)
+        if merge and changed:
+            with quiet_transformers():
+                adapted.merge_and_unload().save_pretrained(out / "model")
+                tokenizer.save_pretrained(out / "model")
+        report = {"selected": learner.selected, "queries": len(prompts), "changed": changed, "accuracy": rows}
+        write_atomically(out / "report.json", json.dumps(report, indent=1) + "\n")
+        if rows:
+            write_atomically(
+                out / "report.md", f"# VDS-TTT\n\nN = {learner.num_samples}, τ = {learner.threshold}\n\n{table(rows)}\n"
+            )
     except VerifierError as error:
         raise InputError(f"--verifier {verifier}: {error}; what was drawn is in {out}") from error
-    changed = any(learner.selected)
-    if merge and changed:
-        with quiet_transformers():
-            adapted.merge_and_unload().save_pretrained(out / "model")
-            tokenizer.save_pretrained(out / "model")
-    report = {"selected": learner.selected, "queries": len(prompts), "changed": changed, "accuracy": rows}
-    write_atomically(out / "report.json", json.dumps(report, indent=1) + "\n")
-    if rows:
-        write_atomically(
-            out / "report.md", f"# VDS-TTT\n\nN = {learner.num_samples}, τ = {learner.threshold}\n\n{table(rows)}\n"
-        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not disk_is_full(error):
+            raise
+        raise RunError(
+            f"the disk is full ({out}): phases that are done are kept; free space, continue with --resume"
+        ) from error
     return report

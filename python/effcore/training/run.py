@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from transformers import PrinterCallback, default_data_collator
 import effcore
 from effcore.data import Corpus, PackedTokens, load_corpus
 from effcore.data.packing import spread
-from effcore.errors import InputError, RunError
+from effcore.errors import InputError, RunError, disk_is_full
 from effcore.methods.echo_llama import ECHOSchedule
 from effcore.methods.epas import EPASSchedule, StaticSchedule
 from effcore.methods.sharing import SharingSchedule
@@ -288,8 +287,7 @@ def explained(folder: RunFolder) -> Iterator[None]:
             "out of GPU memory: lower training.batch_size or data.length, or --set gradient_checkpointing=true"
         ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and not any(text in str(error) for text in ("No space left", "File too large", "Disk quota")):
+        if not disk_is_full(error):
             raise
         found = checkpoints(folder.path)
         kept = (
