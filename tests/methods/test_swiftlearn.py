@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -88,6 +89,36 @@ def test_recordings_that_wait_are_stored_as_if_one_by_one(again, monkeypatch):
     for name in ("values", "change", "recordings"):
         assert torch.equal(states[0][name], states[1][name]), name
     torch.testing.assert_close(states[0]["change"], (values[1] - values[0]).square().sum(1))
+
+
+def test_detrended_leaves_what_is_the_samples_own():
+    samples = 64 * 512
+    own = torch.empty(samples).exponential_(generator=generator())
+    places = [torch.randperm(samples, generator=generator(1 + i)) for i in range(2)]
+    change = own * torch.exp(3 * places[1] / samples - 4 * places[0] / samples)
+    change[::100] = torch.nan
+    found = importance.detrended(change, places)
+    known = ~change.isnan()
+    few = change[1:99]
+    assert torch.equal(found.isnan(), ~known) and torch.equal(importance.detrended(few, places), few)
+    assert found[known].mean().item() == pytest.approx(change[known].mean().item(), rel=0.05)
+    like = lambda x: torch.corrcoef(torch.stack([x[known].log(), own[known].log()]))[0, 1].item()  # noqa: E731
+    assert like(change) < 0.75 and like(found) > 0.99
+
+
+@pytest.mark.parametrize("detrend", [True, False])
+def test_when_a_sample_was_visited_does_not_make_it_important(detrend):
+    """Outputs that near their ends with the step, those of some samples farther away."""
+    sampler = effcore.SwiftLearnSampler(4096, 0.1, epochs=3, select="topk", detrend=detrend)
+    ends = 1 + torch.rand(4096, 1, generator=generator())
+    step, visited = 0, []
+    for epoch in range(2):
+        visited.append(sampler.order(epoch))
+        for ids in visited[-1].split(32):
+            step += 1
+            sampler.record(ids, ends[ids] * (1 - math.exp(-step / 100)))
+    early = torch.isin(sampler.order(2), visited[0][:1024]).float().mean()
+    assert (early < 0.4) if detrend else (early > 0.8)
 
 
 @pytest.mark.slow
@@ -184,6 +215,7 @@ def test_it_keeps_the_samples_whose_outputs_moved():
         {"select": "random"},
         {"refresh_every": 2, "refresh": "visited"},
         {"refresh_every": 2},
+        {"detrend": False},
         {"recording": "evaluation"},
         {"max_weight": 3.0},
         {"keep": 1.0},
