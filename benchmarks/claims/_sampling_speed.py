@@ -95,3 +95,24 @@ def sampling(device: str, rounds: int) -> Iterator[dict]:
                 flush=True,
             )
             yield row
+
+
+def table(rows: list[dict]) -> str:
+    """A line a model; for each pair of lengths the ratio, what they allow, and the share."""
+    names = {
+        "plain": "LLaMA of transformers",
+        "qk": "QK shared by half of the layers",
+        "kv": "KV shared by half of the layers",
+    }
+    lengths = list(dict.fromkeys((row["prompt"], row["new"]) for row in rows))
+    lines = ["| | " + " | ".join(f"ratio, {prompt:,} + {new} tokens | allowed" for prompt, new in lengths) + " |"]
+    lines.append("|---" * (1 + 2 * len(lengths)) + "|")
+    for model, name in names.items():
+        found = {(row["prompt"], row["new"]): row for row in rows if row["model"] == model}
+        if found:
+            cells = [
+                f"{row['ratio']:.2f}× | {row['allowed']:.2f}× ({row['share']:.0%})" if row else " | "
+                for row in map(found.get, lengths)
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

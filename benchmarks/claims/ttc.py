@@ -251,34 +251,42 @@ def show(rows: list[dict]) -> str:
 
 
 def draw_curves(path: Path, rows: list[dict]) -> None:
-    """Both curves up to each stop, as in the paper's figures."""
+    """A panel a seed: both curves up to the stop and what was projected there, as in the paper's figures, and what came."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), constrained_layout=True)
-    for row, color in zip(rows, ("#0072B2", "#D55E00", "#009E73"), strict=False):
-        x = [d["tokens"] for d in row["decisions"]]
-        axes.plot(
-            x, [d["accuracies"]["1"] for d in row["decisions"]], color=color, label=f"seed {row['seed']}, one sample"
-        )
-        axes.plot(x, [d["accuracies"]["8"] for d in row["decisions"]], "--", color=color, label="eight samples")
+    size = {"figsize": (4.2 * len(rows), 4.0), "sharey": True, "squeeze": False, "constrained_layout": True}
+    figure, panels = pyplot.subplots(1, len(rows), **size)
+    for axes, row in zip(panels[0], rows, strict=True):
+        at = [100 * d["tokens"] / row["budget"] for d in row["decisions"]]
+        for k, color in (("1", "#0072B2"), ("2", "#56B4E9"), ("4", "#E69F00"), ("8", "#D55E00")):
+            seen = [100 * d["accuracies"][k] for d in row["decisions"]]
+            axes.plot(at, seen, "o-", markersize=3, color=color, label=f"K = {k}")
+        later = [(100 * tokens / row["budget"], 100 * seen) for tokens, seen in row.get("points_to_30", [])]
+        later = [point for point in later if point[0] >= at[-1]]
+        if later:
+            axes.plot(*zip(*later, strict=True), ":", color="#0072B2", label="K = 1, had it gone on")
+        if row.get("projected") is not None:
+            axes.axhline(100 * row["projected"], color="0.5", linewidth=1, label="projected for the full budget")
         if "full_single" in row:
-            axes.axhline(row["full_single"], color=color, linestyle=":", alpha=0.7)
-        if "constant_run" in row:
-            axes.plot(row["budget"], row["constant_run"], "x", color=color)
-        axes.plot(x[-1:], [row["stopped_at_K"]], "*", markersize=13, color=color, markeredgecolor="k")
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel("accuracy")
-    axes.set_title(
-        "validation to the stop, crosses: the constant run's end; on test: stars, the stop with K* samples; "
-        "dotted, the full run's one sample",
-        fontsize=8,
-    )
-    axes.legend(fontsize=8)
+            axes.axhline(
+                100 * row["full_single"], color="k", linestyle="--", linewidth=1, label="full run, one sample (test)"
+            )
+        label = "the stopped run with K* samples (test)"
+        axes.plot(
+            at[-1], 100 * row["stopped_at_K"], "*", markersize=14, color="#009E73", markeredgecolor="k", label=label
+        )
+        axes.set_title(
+            f"seed {row['seed']}: stopped at {row['stop_share']:.1%} of the budget, K* = {row['K']}", fontsize=9
+        )
+        axes.set_xlabel("training tokens (% of the budget)")
+        axes.set_xlim(0, 32 if row["stop_share"] < 0.3 else 101)
+    panels[0][0].set_ylabel("accuracy (%)")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=8, ncol=4, loc="outside upper center")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -35,6 +35,7 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 from benchmarks.claims import _runs  # noqa: E402
 from benchmarks.claims import _sorting as task  # noqa: E402
 from benchmarks.claims._sampling_speed import sampling  # noqa: E402
+from benchmarks.claims._sampling_speed import table as sampling_table  # noqa: E402
 from benchmarks.claims._small_lm import fresh, train  # noqa: E402
 from benchmarks.claims._sorting_verifier import verifier as learned_verifier  # noqa: E402
 from effcore.data import byte_tokenizer  # noqa: E402
@@ -268,6 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
         for row in sampling(options.device, options.rounds):
             rows.append(row)
             _runs.write(options.json, _runs.describe(options) | {"rows": rows})
+        print(sampling_table(rows))
         return 0
     head = _runs.describe(options)
     runs = _runs.kept(options.json, head)
