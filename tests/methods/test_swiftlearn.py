@@ -78,13 +78,13 @@ def test_recordings_that_wait_are_stored_as_if_one_by_one(again, monkeypatch):
     values = [torch.randn(40, 3, generator=generator(epoch)) for epoch in range(2)]
     states = []
     for waiting in (1, 100):
-        monkeypatch.setattr("effcore.methods.swiftlearn._PENDING", waiting)
+        monkeypatch.setattr("effcore.methods._recordings.PENDING", waiting)
         sampler = effcore.SwiftLearnSampler(40, 0.5, epochs=3)
         for epoch in range(2):
             for ids in batches[epoch]:
                 sampler.record(ids, values[epoch][ids])
             if not again:
-                sampler._flush()
+                sampler._share()
         states.append(sampler.state_dict())
     for name in ("values", "change", "recordings"):
         assert torch.equal(states[0][name], states[1][name]), name

@@ -24,7 +24,7 @@ records are gathered at the borders of epochs, one process draws, all follow.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -33,8 +33,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from effcore.methods import importance
 from effcore.methods._gather import Processes
-
-_PENDING = 64  # recordings that stay on their device before they are copied in one go
+from effcore.methods._recordings import Recording, Recordings
 
 Scores = Tensor | tuple[Tensor, Tensor]  # values [B, W], or values and token counts [B]
 
@@ -95,7 +94,7 @@ class SwiftLearnSampler(Sampler[int]):
         self._change = torch.full((self.samples,), torch.nan)
         self._recordings = torch.zeros(self.samples, dtype=torch.uint8)
         self._fresh = torch.zeros(self.samples, dtype=torch.bool)  # recorded here, unknown to the other processes
-        self._pending: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._recorded = Recordings()  # on their way to the tensors above
         self._steps = 0  # given out by batches()
         self._measured = 0  # the last epoch before which samples were measured by forward passes
         self._warned = False
@@ -232,9 +231,8 @@ class SwiftLearnSampler(Sampler[int]):
             )
         if not self.wants_records:
             return
-        self._pending.append((ids.detach(), values.detach(), counts))
-        if len(self._pending) >= _PENDING:
-            self._flush()
+        self._recorded.add(ids, values, counts)
+        self._take(self._recorded.arrived())
 
     def record_language(self, ids: Tensor, logits: Tensor, labels: Tensor) -> None:
         """:meth:`record` for a causal language model: logits [B, S, vocabulary], labels [B, S] with −100 for no label."""
@@ -242,11 +240,10 @@ class SwiftLearnSampler(Sampler[int]):
             with torch.no_grad():
                 self.record(ids, *importance.token_log_probs(logits, labels))
 
-    def _flush(self) -> None:
-        pending, self._pending = _joined(self._pending), []
+    def _take(self, recordings: Iterable[Recording]) -> None:
         visited = self.refresh_every is not None and self.refresh == "visited"
-        for ids, values, counts in pending:
-            ids, values = ids.cpu().long(), values.float().cpu()
+        for ids, values, counts in recordings:
+            ids, values = ids.long(), values.float()
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.samples:
                 raise ValueError(
                     f"effcore.SwiftLearnSampler.record: sample numbers must be from 0 to {self.samples - 1}, got "
@@ -254,7 +251,7 @@ class SwiftLearnSampler(Sampler[int]):
                 )
             if not visited:  # a sample of a drawn epoch that arrives late, or a duplicate that fills up a batch
                 due = self._recordings[ids] < self.warmup_epochs
-                ids, values, counts = ids[due], values[due], None if counts is None else counts.cpu()[due]
+                ids, values, counts = ids[due], values[due], None if counts is None else counts[due]
             self._store(ids, values, counts)
 
     def _store(self, ids: Tensor, values: Tensor, counts: Tensor | None) -> None:
@@ -288,7 +285,7 @@ class SwiftLearnSampler(Sampler[int]):
 
     def _share(self) -> None:
         """All processes learn what each has recorded."""
-        self._flush()
+        self._take(self._recorded.everything())
         if self._processes.count == 1:
             return
         ids = self._fresh.nonzero().flatten()
@@ -429,7 +426,7 @@ class SwiftLearnSampler(Sampler[int]):
         self._orders = {int(epoch): order.long() for epoch, order in state["orders"].items()}
         self._standard = importance.Standard(*state["standard"])
         self._steps, self._measured = state["steps"], state["measured"]
-        self._pending.clear()
+        self._recorded.clear()
         self._fresh.zero_()
 
     def _settings(self) -> dict[str, Any]:
@@ -446,20 +443,6 @@ class SwiftLearnSampler(Sampler[int]):
             "seed",
         )
         return {name: getattr(self, name) for name in names}
-
-
-_Recording = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _joined(recordings: list[_Recording]) -> list[_Recording]:
-    """The same as one recording, where they are alike and no sample occurs twice: one copy to the host, one update."""
-    if len(recordings) < 2 or len({(r[1].shape[1], r[2] is None, r[0].device, r[1].device) for r in recordings}) > 1:
-        return recordings
-    ids = torch.cat([r[0] for r in recordings]).cpu()
-    if len(ids.unique()) < len(ids):
-        return recordings
-    counts = [r[2] for r in recordings if r[2] is not None]
-    return [(ids, torch.cat([r[1] for r in recordings]), torch.cat(counts) if counts else None)]
 
 
 class _Numbered(Dataset):
