@@ -86,22 +86,22 @@ def linear_decay(step: int, total: int, *, peak: float, warmup: float = 0.05) ->
     return peak * min((step + 1) / first, (total - step) / max(total - first, 1))
 
 
-def together(runs: Sequence[Generator[None, None, Result]], *, device: str) -> list[Result]:
-    """What the runs return, one step of each in turn: on CUDA each has a stream of its own, as the steps of one small model
-    fill a few percent of a GPU. All of one thread, so what they draw from torch's generators does not depend on chance."""
-    streams = [torch.cuda.Stream() if device == "cuda" else None for _ in runs]
-    for stream in filter(None, streams):
+def together(
+    runs: Sequence[Generator[None, None, Result]], done: Callable[[int, Result], None], *, device: str
+) -> None:
+    """One step of each in turn; ``done`` gets each run's number and what it returns as it ends. On CUDA each has a stream of
+    its own, as the steps of one small model fill a few percent of a GPU. All of one thread, so what they draw from torch's
+    generators does not depend on chance."""
+    streams = {i: torch.cuda.Stream() if device == "cuda" else None for i in range(len(runs))}
+    for stream in filter(None, streams.values()):
         stream.wait_stream(torch.cuda.current_stream())
-    results: dict[int, Result] = {}
-    while len(results) < len(runs):
-        for i, (run, stream) in enumerate(zip(runs, streams, strict=True)):
-            if i in results:
-                continue
+    while streams:
+        for i, stream in list(streams.items()):
             with torch.cuda.stream(stream):
                 try:
-                    next(run)
+                    next(runs[i])
                 except StopIteration as end:
-                    results[i] = end.value
-    for stream in filter(None, streams):
-        torch.cuda.current_stream().wait_stream(stream)
-    return [results[i] for i in range(len(runs))]
+                    if stream is not None:
+                        stream.synchronize()
+                    del streams[i]
+                    done(i, end.value)

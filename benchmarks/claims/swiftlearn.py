@@ -252,19 +252,19 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
 
     def complete(wanted: list[tuple[str, float, int]]) -> None:
-        """Runs what the file has not, some side by side, shorter ones first; begins none where the time is over."""
-        done = {(row["arm"], row["peak"], row["seed"]) for row in rows}
-        missing = [one for one in wanted if one not in done]
-        for steps in sorted({task.steps(arm) for arm, _, _ in missing}):
-            group = [one for one in missing if task.steps(one[0]) == steps]
-            for at in range(0, len(group), options.together):
-                if time.monotonic() - began > options.seconds:
-                    return
-                began_group = time.monotonic()
-                runs = [task.run(*one) for one in group[at : at + options.together]]
-                rows.extend(together(runs, device=options.device))
-                print(f"{len(runs)} runs: {time.monotonic() - began_group:.1f} s", flush=True)
-                _runs.write(options.json, head | {"runs": rows})
+        """Runs what the file has not, some side by side; begins none where the time is over."""
+        held = {(row["arm"], row["peak"], row["seed"]) for row in rows}
+        missing = [one for one in wanted if one not in held]
+
+        def done(_: int, row: dict) -> None:
+            rows.append(row)
+            _runs.write(options.json, head | {"runs": rows})
+            print(f"{time.monotonic() - began:.1f} s", flush=True)
+
+        for at in range(0, len(missing), options.together):
+            if time.monotonic() - began > options.seconds:
+                return
+            together([task.run(*one) for one in missing[at : at + options.together]], done, device=options.device)
 
     # Each arm's learning rate is tuned on the validation split, with the first seed.
     first = options.seeds[0]

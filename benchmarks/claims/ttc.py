@@ -6,8 +6,8 @@ a constant rate; what is evaluated of it is the moving average of its weights, w
 give. At every checkpoint K = 1, 2, 4, 8 samples of each validation query are evaluated (one reading of each prompt), and the
 stopper decides; a majority vote makes one answer of K samples, so nothing at test time knows what is right. On a test split:
 the full run's single sample, the same with K* samples, its greedy answer, the stopped model at K*, and the stopped checkpoint
-with its learning rate decayed over a tenth more steps. Behind the stop the constant run goes on to its end, uncounted, to see
-what came of the projection.
+with its learning rate decayed over a tenth more steps. Behind the stop the constant run goes on to 30 % of the budget,
+uncounted, to see what is projected there; the truth is the full run's one sample on the validation queries.
 
 Counted as training: all steps up to the stop, and every token generated for evaluation. The paper: up to 92 % fewer training
 FLOPs. Exhaustive search is K = 1 .. K_max drawn separately at every checkpoint; beside it, K_max drawn once at each.
@@ -22,7 +22,6 @@ import copy
 import json
 import statistics
 import sys
-import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -167,55 +166,59 @@ class Trial:
             "decisions": [d.as_json() for d in stopper.decisions],
         }
 
-    def full(self, row: dict[str, Any]) -> Generator[None, None, dict[str, Any]]:
+    def full(self) -> Generator[None, None, dict[str, Any]]:
         """The run of the whole budget, with its own decayed rate."""
-        began, model = time.perf_counter(), self._model()
+        model = self._model()
         yield from training(model, self.draw, steps=self.steps, **self.settings)
-        seconds = time.perf_counter() - began
-        theirs = self.test(model, max(row["K"], 8))
+        theirs = self.test(model, 8)
         return {
             "full_single": theirs.accuracy(1, "majority"),
-            "full_at_K": theirs.accuracy(row["K"], "majority"),
             "full_greedy": self.test.greedy(model),
-            "full_seconds": seconds,
+            "full_by_samples": {k: theirs.accuracy(k, "majority") for k in range(1, 9)},
+            "full_on_validation": self.validation(model, 8).accuracy(1, "majority"),
         }
 
     def onward(self, row: dict[str, Any]) -> Generator[None, None, dict[str, Any]]:
-        """The stopped run at its constant rate on to the end, uncounted: what was projected for it at the stop and at 30 % of
-        the budget, and what came."""
-        at, share = row["stop_step"], 0.3 * self.steps
+        """The stopped run at its constant rate on to 30 % of the budget, uncounted: what is projected there for the whole."""
+        first, last = row["stop_step"], round(0.3 * self.steps)
         if self.state.is_file():
             for model, held in zip((self.running, self.average), torch.load(self.state), strict=True):
                 model.load_state_dict(held)
         else:  # from another machine: once more from the beginning
-            at = 0
-        seen = [
-            (d["tokens"], d["accuracies"]["1"]) for d in row["decisions"] if d["tokens"] <= share * self.tokens_per_step
-        ]
+            first = 0
+        seen = [(d["tokens"], d["accuracies"]["1"]) for d in row["decisions"]]
+        seen = [(tokens, accuracy) for tokens, accuracy in seen if tokens <= last * self.tokens_per_step]
 
         def look(step: int) -> bool:
             self.add_to_average(step)
-            if (step + 1) % self.every == 0 and row["stop_step"] <= step < share:
+            if (step + 1) % self.every == 0 and step >= row["stop_step"]:
                 now = self.validation(self.average, 8).accuracy(1, "majority")
                 seen.append(((step + 1) * self.tokens_per_step, now))
             return False
 
-        settings = self.settings | {"first": at, "schedule": self.constant}
-        yield from training(self.running, self.draw, steps=self.steps, each=look, **settings)
-        came = self.validation(self.average, 8).accuracy(1, "majority")
+        settings = self.settings | {"first": first, "schedule": self.constant}
+        yield from training(self.running, self.draw, steps=last, each=look, **settings)
         tokens, accuracies = np.array(seen).T
         try:
             projected = fit_training(tokens, accuracies, self.options.items)(row["budget"])
         except TooFew:
-            return {"constant_run": came}
+            return {"points_to_30": seen}
         return {
-            "constant_run": came,
+            "points_to_30": seen,
             "projected_at_30": projected.value,
             "projected_at_30_bounds": (projected.low, projected.high),
-            "projection_error_at_30": abs(projected.value - came),
-            "projection_error_at_stop": abs(row["projected"] - came) if row["stopped"] else None,
-            "points_to_30": seen,
         }
+
+
+def errors(row: dict[str, Any]) -> dict[str, Any]:
+    """Of the projections, against the full run's one sample on the validation queries; and the full run with K* samples."""
+    if "full_on_validation" not in row:
+        return {}
+    found = {"full_at_K": row["full_by_samples"].get(str(row.get("K")))}
+    for name in ("projected", "projected_at_30"):
+        if row.get(name) is not None:
+            found[f"{name}_error"] = abs(row[name] - row["full_on_validation"])
+    return found
 
 
 def show(rows: list[dict]) -> str:
@@ -237,11 +240,11 @@ def show(rows: list[dict]) -> str:
         ("stopped_greedy", "stopped run, greedy"),
         ("decayed_at_K", "stopped and decayed, K* samples"),
         ("decayed_single", "stopped and decayed, one sample"),
-        ("projected", "projection at the stop"),
-        ("projected_at_30", "projection at 30 % of the budget"),
-        ("constant_run", "what it projects: the constant run's end"),
-        ("projection_error_at_stop", "the projection's error at the stop"),
-        ("projection_error_at_30", "the projection's error at 30 % of the budget"),
+        ("full_on_validation", "the full run on the validation queries, one sample"),
+        ("projected", "projected for it at the stop"),
+        ("projected_error", "the error"),
+        ("projected_at_30", "projected for it at 30 % of the budget"),
+        ("projected_at_30_error", "the error"),
         ("evaluation_share", "evaluation cost of exhaustive search's"),
         ("evaluation_share_reused", "the same, where that draws K_max once"),
     ):
@@ -329,18 +332,22 @@ def main(arguments: list[str] | None = None) -> int:
     def row_of(trial: Trial) -> dict[str, Any]:
         return next((row for row in rows if row["seed"] == trial.seed), {})
 
-    # Stage by stage, the seeds side by side: each stage's results are written before the next one begins.
-    for stage, made in (("stopped", "K"), ("full", "full_single"), ("onward", "constant_run")):
-        missing = [trial for trial in trials if made not in row_of(trial)]
-        runs = [getattr(trial, stage)(*([row_of(trial)] if row_of(trial) else [])) for trial in missing]
-        began = time.perf_counter()
-        for trial, found in zip(missing, together(runs, device=options.device), strict=True):
-            known = row_of(trial)
-            rows = [row for row in rows if row is not known] + [known | found]
-            print(f"seed {trial.seed}: {json.dumps({k: v for k, v in found.items() if k != 'decisions'})}", flush=True)
-        rows.sort(key=lambda row: row["seed"])
+    def done(trial: Trial, found: dict[str, Any]) -> None:
+        nonlocal rows
+        found = json.loads(json.dumps(found))
+        print(f"seed {trial.seed}: {json.dumps({k: v for k, v in found.items() if k != 'decisions'})}", flush=True)
+        row = row_of(trial) | {"seed": trial.seed} | found
+        rows = sorted([other for other in rows if other["seed"] != trial.seed] + [row], key=lambda row: row["seed"])
         _runs.write(options.json, head | {"runs": rows})
-        print(f"{stage}: {time.perf_counter() - began:.0f} s", flush=True)
+
+    # The seeds side by side: the stopped runs first; then the full ones, and what would have come of the stopped.
+    begun = [(trial, trial.stopped()) for trial in trials if "K" not in row_of(trial)]
+    together([run for _, run in begun], lambda i, found: done(begun[i][0], found), device=options.device)
+    later = [(trial, trial.full()) for trial in trials if "full_single" not in row_of(trial)]
+    later += [(trial, trial.onward(row_of(trial))) for trial in trials if "points_to_30" not in row_of(trial)]
+    together([run for _, run in later], lambda i, found: done(later[i][0], found), device=options.device)
+    rows = [row | errors(row) for row in rows]
+    _runs.write(options.json, head | {"runs": rows})
     print(show(rows))
     draw_curves(options.json.with_suffix(".png"), rows)
     return 0
