@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -42,6 +43,7 @@ from effcore.methods.ttc_accuracy import Samples  # noqa: E402
 from effcore.methods.ttc_curves import TooFew, fit_training  # noqa: E402
 
 TASKS: dict[str, Any] = {"adding": _adding, "sorting": _sorting}
+STAGES = {"stopped": "K", "onward": "points_to_30", "full": "full_single"}  # and what each leaves in a row
 SPLITS = {"test": 2, "validation": 5}  # millions that the seeds of the queries begin with
 
 
@@ -311,9 +313,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--most-samples", type=int, default=32)
     parser.add_argument("--margin", type=float, default=0.01, help="accuracy that may be lost to the projection")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--stages", choices=tuple(STAGES), nargs="+", default=list(STAGES), help="to do some now and others later"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed of a tiny model: that it runs, no result")
     parser.add_argument(
-        "--merge", type=Path, nargs="+", help="only put together what these results of other seeds hold"
+        "--merge", type=Path, nargs="+", help="only put together what these results of other seeds or stages hold"
     )
     parser.add_argument("--json", type=Path, default=Path("ttc.json"), help="what it holds is not run again")
     options = parser.parse_args(arguments)
@@ -323,8 +328,11 @@ def main(arguments: list[str] | None = None) -> int:
     head = _runs.describe(options)
     rows = _runs.kept(options.json, head)
     if options.merge:
-        head = _runs.merge(options.merge)
-        rows, options.seeds = head["runs"], []
+        parts = [row for path in options.merge for row in _runs.kept(path, head)]
+        by_seed: dict[int, dict] = {}
+        for row in parts:
+            by_seed[row["seed"]] = by_seed.get(row["seed"], {}) | row
+        rows = [by_seed[seed] for seed in sorted(by_seed)]
     trials = [
         Trial(seed, options, options.json.with_suffix(f".seed{seed}.pt")) for seed in options.seeds if not options.merge
     ]
@@ -340,12 +348,14 @@ def main(arguments: list[str] | None = None) -> int:
         rows = sorted([other for other in rows if other["seed"] != trial.seed] + [row], key=lambda row: row["seed"])
         _runs.write(options.json, head | {"runs": rows})
 
-    # The seeds side by side: the stopped runs first; then the full ones, and what would have come of the stopped.
-    begun = [(trial, trial.stopped()) for trial in trials if "K" not in row_of(trial)]
-    together([run for _, run in begun], lambda i, found: done(begun[i][0], found), device=options.device)
-    later = [(trial, trial.full()) for trial in trials if "full_single" not in row_of(trial)]
-    later += [(trial, trial.onward(row_of(trial))) for trial in trials if "points_to_30" not in row_of(trial)]
-    together([run for _, run in later], lambda i, found: done(later[i][0], found), device=options.device)
+    # The seeds side by side: the stopped runs, then what would have come of them together with the full ones.
+    for stages in (("stopped",), ("onward", "full")):
+        begun = []
+        for trial, stage in itertools.product(trials, [stage for stage in stages if stage in options.stages]):
+            row = row_of(trial)
+            if STAGES[stage] not in row and (stage != "onward" or "K" in row):
+                begun.append((trial, trial.onward(row) if stage == "onward" else getattr(trial, stage)()))
+        together([run for _, run in begun], lambda i, found, of=begun: done(of[i][0], found), device=options.device)
     rows = [row | errors(row) for row in rows]
     _runs.write(options.json, head | {"runs": rows})
     print(show(rows))

@@ -67,7 +67,8 @@ class Curve:
         """Fit, lower and upper bound at many x, for plots."""
         rows = _evaluate(self.kind, self.parameters, np.asarray(x, float))
         tail = (1 - self.confidence) / 2
-        return rows[0], np.quantile(rows[1:], tail, axis=0), np.quantile(rows[1:], 1 - tail, axis=0)
+        low, high = np.quantile(rows[1:], [tail, 1 - tail], axis=0)
+        return rows[0], np.minimum(low, rows[0]), np.maximum(high, rows[0])
 
 
 def on_the_envelope(accuracies: np.ndarray) -> np.ndarray:
