@@ -24,6 +24,7 @@ ARMS: dict[str, dict[str, Any]] = {  # name: settings of the sampler, and of the
     "random subset": {"select": "random"},
     "SwiftLearn": {"detrend": False},
     "SwiftLearn, fixed subset": {"select": "topk", "detrend": False},
+    # Why: what is due to the time of a visit taken out, other measures, weights of the loss, the opposite choice.
     "SwiftLearn, detrended": {},
     "SwiftLearn, probabilities": {"probabilities": True, "detrend": False},
     "SwiftLearn, probabilities detrended": {"probabilities": True},
@@ -32,6 +33,9 @@ ARMS: dict[str, dict[str, Any]] = {  # name: settings of the sampler, and of the
     "SwiftLearn, reweighted": {"max_weight": 5.0, "detrend": False},
     "the least change": {"opposite": True},
 }
+
+
+CLAIM = tuple(ARMS)[:5]
 
 
 class Opposite(SwiftLearnSampler):

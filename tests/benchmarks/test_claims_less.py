@@ -62,7 +62,22 @@ def test_swiftlearn(tmp_path, capsys):
     np.savez(tmp_path / "tokens.npz", **arrays)
     out = tmp_path / "r.json"
     given = ["--device", "cpu", "--model", tmp_path / "encoder", "--tokens", tmp_path / "tokens.npz", "--json", out]
-    given += ["--batch", 16, "--epochs", 5, "--seeds", 0, 1, "--peaks", 1e-3, 1e-2, "--together", 4]
+    given += [
+        "--batch",
+        16,
+        "--epochs",
+        5,
+        "--seeds",
+        0,
+        1,
+        "--peaks",
+        1e-3,
+        1e-2,
+        "--together",
+        4,
+        "--arms",
+        *swiftlearn.ARMS,
+    ]
     assert swiftlearn.main([str(part) for part in given]) == 0
     result = json.loads(out.read_text())
     steps = {row["arm"]: row["steps"] for row in result["runs"]}
