@@ -268,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Each arm's learning rate is tuned on the validation split, with the first seed.
     first = options.seeds[0]
-    complete([(arm, peak, first) for arm in options.arms for peak in options.peaks])
+    tuned = options.seeds if len(options.peaks) == 1 else [first]  # nothing to tune: all seeds side by side
+    complete([(arm, peak, seed) for seed in tuned for arm in options.arms for peak in options.peaks])
     best = {}
     for arm in options.arms:
         tried = [row for row in rows if (row["arm"], row["seed"]) == (arm, first)]
