@@ -358,8 +358,10 @@ def main(arguments: list[str] | None = None) -> int:
         together([run for _, run in begun], lambda i, found, of=begun: done(of[i][0], found), device=options.device)
     rows = [row | errors(row) for row in rows]
     _runs.write(options.json, head | {"runs": rows})
-    print(show(rows))
-    draw_curves(options.json.with_suffix(".png"), rows)
+    whole = [row for row in rows if "K" in row]
+    if whole:
+        print(show(whole))
+        draw_curves(options.json.with_suffix(".png"), whole)
     return 0
 
 
