@@ -100,6 +100,14 @@ def layers_of(model: Any) -> Iterator[nn.Module]:
     yield from model.model.layers
 
 
+def compiled(model: Any) -> Any:
+    """``model`` with its layers compiled, on a GPU."""
+    if next(model.parameters()).is_cuda:
+        for layer in layers_of(model):
+            layer.compile(dynamic=False)  # a size a strategy: none of them changes
+    return model
+
+
 def forward_flops(model: Any, length: int) -> float:
     """Of one text: two a weight of each matrix and token, the causal half of the attention products, 7 a state of a scan."""
     if isinstance(model, effcore.FlowHNForCausalLM):

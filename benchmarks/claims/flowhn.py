@@ -6,29 +6,36 @@ goals at 350M: 93 % of the predicted ratio. The paper, 65k tokens of vocabulary:
 
 blocks: the same without embeddings and head, forward and backward. Our goal: FAC 1.80x no split.
 
-peers: training steps of transformers' Falcon-H1 and Jamba classes as pip installs them (their torch paths), beside FAC; nothing
-is compiled.
+peers: training steps of transformers' Falcon-H1 and Jamba classes beside FAC, nothing compiled: their torch paths, as pip
+installs them, or mamba-ssm's and causal-conv1d's kernels where these are installed; then with layers compiled as well. Our goal
+there: 1.3x.
 
-profile: where the GPU's time goes in FAC's blocks, forward and backward. Our goal: moving tokens at most 3 %.
+profile: where the GPU's time goes in FAC's blocks, forward and backward, and what moving tokens costs: the blocks' time less
+that of the same blocks with every token left where it is. Our goal: at most 3 %.
 
 decode: milliseconds a token behind 8192 tokens, beside the LLaMA; nothing is compiled or captured.
 
-loss: the strategies at equal tokens of a real text: validation loss. The paper's 1B accuracies: no split 42.95, AE 40.17, FA
-38.50, FAC 41.97, sequential 42.06.
+loss: the strategies at equal tokens of a real text: validation loss (_flowhn_loss.py). The paper's 1B accuracies: no split
+42.95, AE 40.17, FA 38.50, FAC 41.97, sequential 42.06.
 
 MFU has one definition: three times the forward's FLOPs (_hybrids.forward_flops) over the card's dense bfloat16 peak.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import nn
 
+from benchmarks.claims import _flowhn_loss
 from benchmarks.claims import _hybrids as hybrids
 from benchmarks.claims import _sharing as sharing
 from effcore.methods.flowhn import block_flops
@@ -39,13 +46,6 @@ LENGTH = 1024
 def _peak() -> float | None:
     name = torch.cuda.get_device_name() if sharing.CUDA else ""
     return next((peak for card, peak in hybrids.HALF_PRECISION_PEAK.items() if card in name), None)
-
-
-def _compiled(model: Any) -> Any:
-    if sharing.CUDA:
-        for layer in hybrids.layers_of(model):
-            layer.compile(dynamic=False)  # a size a strategy: none of them changes
-    return model
 
 
 def _make(name: str, size: str, length: int) -> Any:
@@ -85,14 +85,16 @@ def _training(
         model = _make(name, size, length)
         flops[name], counts[name] = hybrids.forward_flops(model, length), hybrids.parameters(model)
         try:
-            step = sharing.Training(_compiled(model) if compiled else model, batch, length)
+            step = sharing.Training(hybrids.compiled(model) if compiled else model, batch, length)
             step()
             sharing.synchronize()
         except Exception as error:  # one model that does not run here must not hide the others
             print(f"  {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
         steps[name] = step
-    rows = _rows(steps, flops, batch * length, batch, rounds, size=size, length=length, batch=batch, **more)
+    rows = _rows(
+        steps, flops, batch * length, batch, rounds, size=size, length=length, batch=batch, compiled=compiled, **more
+    )
     for row in rows:
         row["parameters"] = counts[row["model"]]
     return rows
@@ -104,11 +106,16 @@ def train(size: str, batch: int, length: int, rounds: int) -> list[dict]:
 
 
 def peers(size: str, batch: int, length: int, rounds: int) -> list[dict]:
-    print(f"training beside transformers' hybrids as installed, {size}, {batch} texts of {length} tokens", flush=True)
+    built = all(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d"))
+    kernels = "mamba-ssm and causal-conv1d" if built else "none: as installed"
+    print(f"training beside transformers' hybrids, {size}, {batch} texts of {length}, kernels: {kernels}", flush=True)
     rows: list[dict] = []
-    for name in ("Falcon-H1 (transformers)", "Jamba (transformers)"):
-        rows += _training([hybrids.STRATEGIES["fac"], name], size, batch, length, rounds, compiled=False, what="peers")
-        sharing.free()
+    for compiled in (False, True) if built else (False,):
+        print(f" layers compiled: {compiled}", flush=True)
+        for name in ("Falcon-H1 (transformers)", "Jamba (transformers)"):
+            pair, more = [hybrids.STRATEGIES["fac"], name], {"kernels": kernels, "compiled": compiled}
+            rows += _training(pair, size, batch, length, rounds, what="peers", **more)
+            sharing.free()
     return rows
 
 
@@ -134,24 +141,53 @@ def blocks(size: str, batch: int, length: int, rounds: int) -> list[dict]:
     print(f"blocks alone, forward and backward, {size}, {batch} texts of {length} tokens", flush=True)
     steps, flops = {}, {}
     for name in hybrids.STRATEGIES.values():
-        model = _compiled(_make(name, size, length)).train()
+        model = hybrids.compiled(_make(name, size, length)).train()
         steps[name] = _Blocks(model, batch, length)
         flops[name] = model.config.num_hidden_layers * block_flops(model.config)
     return _rows(steps, flops, batch * length, batch, rounds, size=size, length=length, batch=batch, what="blocks")
 
 
 KINDS = {
-    "moving tokens": ("routing::",),
+    "moving tokens, with what they are moved for": ("routing::", "_index_"),
     "scan": ("scan::",),
     "attention": ("attention",),
     "products": ("gemm", "nvjet", "cutlass"),
 }
 
 
-def profile(size: str, batch: int, length: int) -> list[dict]:
+class _InPlace:
+    """A step in which no token moves: both branches take rows as they lie. Equal work otherwise; results without a meaning."""
+
+    def __init__(self, step: Any):
+        self.step = step
+
+    def __call__(self) -> None:
+        def cut(x: torch.Tensor, order: Any, inverse: Any, sizes: list[int] | None = None) -> Any:
+            return (x,) if sizes is None else x.split(sizes)
+
+        with mock.patch("effcore.ops.routing.permute_tokens", cut):
+            self.step()
+
+
+def _moving(size: str, batch: int, length: int, rounds: int) -> list[dict]:
+    steps: dict[str, Any] = {}
+    for name, wrap in (("moved", lambda step: step), ("in place", _InPlace)):
+        model = hybrids.compiled(_make(hybrids.STRATEGIES["fac"], size, length)).train()
+        steps[name] = wrap(_Blocks(model, batch, length))
+    times = sharing.in_turns(steps, rounds=rounds, repeats=3)
+    share = statistics.median(1 - b / a for a, b in zip(times["moved"], times["in place"], strict=True))
+    row = {"what": "profile", "size": size, "batch": batch, "length": length, "kind": "moving tokens", "share": share}
+    row |= {f"{name}_ms": 1e3 * statistics.median(values) for name, values in times.items()}
+    print(f"  moving tokens: {row['moved_ms']:.2f} ms, in place {row['in place_ms']:.2f} ms: {share:.1%}", flush=True)
+    return [row]
+
+
+def profile(size: str, batch: int, length: int, rounds: int) -> list[dict]:
     """Shares of the GPU's time, kernels sorted by their names; the rest are norms, gates and sums."""
     print(f"where the time of FAC's blocks goes, {size}, {batch} texts of {length} tokens", flush=True)
-    step = _Blocks(_compiled(_make(hybrids.STRATEGIES["fac"], size, length)).train(), batch, length)
+    moving = _moving(size, batch, length, rounds)
+    sharing.free()
+    step = _Blocks(hybrids.compiled(_make(hybrids.STRATEGIES["fac"], size, length)).train(), batch, length)
     for _ in range(3):
         step()
     activities = [torch.profiler.ProfilerActivity.CUDA if sharing.CUDA else torch.profiler.ProfilerActivity.CPU]
@@ -167,10 +203,10 @@ def profile(size: str, batch: int, length: int) -> list[dict]:
     total = sum(spent.values())
     rows = []
     for kind, microseconds in sorted(spent.items(), key=lambda item: -item[1]):
-        print(f"  {kind:<16} {microseconds / 3e3:9.2f} ms {microseconds / total:6.1%}", flush=True)
+        print(f"  {kind:<45} {microseconds / 3e3:9.2f} ms {microseconds / total:6.1%}", flush=True)
         row = {"what": "profile", "size": size, "batch": batch, "length": length, "kind": kind}
         rows.append(row | {"ms": microseconds / 3e3, "share": microseconds / total})
-    return rows
+    return moving + rows
 
 
 @torch.no_grad()
@@ -198,71 +234,33 @@ def decode(size: str, batch: int, length: int) -> list[dict]:
     return rows
 
 
-def loss(size: str, batch: int, length: int, steps: int) -> list[dict]:
-    """AdamW as in the paper: 3e-4, betas 0.9 and 0.95, decay 0.1, 10 % warm-up, cosine."""
-    from effcore.data import PackedTokens, byte_tokenizer, load_corpus
-
-    tokenizer = byte_tokenizer()
-    corpus = load_corpus(None, tokenizer)
-    held = PackedTokens(corpus.validation, length)
-    held_out = torch.stack([torch.as_tensor(held[i]["input_ids"]) for i in range(min(len(held), 8 * batch))])
-    windows = PackedTokens(corpus.train, length, samples=steps * batch, seed=0)
-    print(f"validation loss after {steps} steps of {batch} x {length} bytes of {corpus.name}, {size}", flush=True)
-    rows = []
-    for strategy, name in hybrids.STRATEGIES.items():
-        torch.manual_seed(0)
-        model = hybrids.flowhn(strategy, size, length, sharing.DEVICE, torch.float32)
-        model.resize_token_embeddings(len(tokenizer))
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=sharing.CUDA
-        )
-        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, max(steps // 10, 1))
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [max(steps // 10, 1)])
-        begin = time.perf_counter()
-        model.train()
-        for i in range(steps):
-            rows_ = [torch.as_tensor(windows[i * batch + j]["input_ids"]) for j in range(batch)]
-            ids = torch.stack(rows_).to(sharing.DEVICE)
-            with torch.autocast(sharing.DEVICE, torch.bfloat16, enabled=sharing.CUDA):
-                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-        seconds = time.perf_counter() - begin
-        model.eval()
-        with torch.no_grad(), torch.autocast(sharing.DEVICE, torch.bfloat16, enabled=sharing.CUDA):
-            losses = [
-                model(input_ids=part.to(sharing.DEVICE), labels=part.to(sharing.DEVICE), use_cache=False).loss.item()
-                for part in held_out.split(batch)
-            ]
-        row = {"what": "loss", "size": size, "steps": steps, "batch": batch, "length": length, "model": name}
-        row |= {"tokens": steps * batch * length, "validation_loss": statistics.mean(losses), "seconds": seconds}
-        print(f"  {name:<26} {row['validation_loss']:.4f} nats a byte, {seconds:.0f} s", flush=True)
-        rows.append(row)
-        del model, optimizer, schedule, warm_up, cosine
-        sharing.free()
-    return rows
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = sharing.arguments("flowhn", __doc__ or "", ("train", "blocks", "peers", "profile", "decode", "loss"))
     parser.add_argument("--size", default="350M", help="135M, 350M or 1B")
     parser.add_argument("--batch", type=int, default=32, help="texts a step")
     parser.add_argument("--steps", type=int, default=300, help="of a training (loss)")
+    parser.add_argument("--seed", type=int, default=0, help="of a training (loss)")
+    parser.add_argument("--plot", type=Path, help="a picture of the losses")
+    parser.add_argument("--speeds", type=Path, help="train's JSON, for the picture")
     options = parser.parse_args(arguments)
     size, batch, length = ("toy", 2, 64) if options.quick else (options.size, options.batch, LENGTH)
     context = length if options.quick else 8192
-    rows = {
+    report = sharing.Report(options.json, f"flowhn {options.claim}")
+    if options.claim == "loss":
+        steps = 4 if options.quick else options.steps
+        rows = _flowhn_loss.loss(size, batch, length, steps, options.seed, report)
+        if options.plot:
+            speeds = json.loads(options.speeds.read_text())["rows"] if options.speeds else []
+            _flowhn_loss.plot(options.plot, rows, speeds)
+        return 0
+    calls: dict[str, Callable[[], list[dict]]] = {
         "train": lambda: train(size, batch, length, options.rounds),
         "blocks": lambda: blocks(size, batch, length, options.rounds),
         "peers": lambda: peers(size, batch, length, options.rounds),
-        "profile": lambda: profile(size, batch, length),
+        "profile": lambda: profile(size, batch, length, options.rounds),
         "decode": lambda: decode(size, batch, context),
-        "loss": lambda: loss(size, batch, length, 4 if options.quick else options.steps),
-    }[options.claim]()
-    sharing.Report(options.json, f"flowhn {options.claim}").add(rows)
+    }
+    report.add(calls[options.claim]())
     return 0
 
 

@@ -104,20 +104,35 @@ def test_rows_at_different_positions_step_together(strategy):
     assert cache.positions == [n + more for n in lengths] and cache.get_seq_length() == longest + more
 
 
+def tokens_of(route):
+    """What attention takes and what the SSM takes, of a pass of one row."""
+    n, total = sum(route.attention.counts), sum(route.attention.counts) + sum(route.ssm.counts)
+    order = list(range(total)) if route.order is None else route.order.tolist()
+    return order[:n], order[n:]
+
+
 def test_a_route_does_not_depend_on_the_length_of_the_text():
     router = Router(config(attention_tokens=3))
     for block in range(3):
-        long = set(router.uniform(1, 0, 40, torch.device("cpu"))[block].attention.index[0].tolist())
+        long = set(tokens_of(router.uniform(1, 0, 40, torch.device("cpu"))[block])[0])
         for tokens in (1, 7, 8, 9, 39):
-            short = router.uniform(1, 0, tokens, torch.device("cpu"))[block]
-            assert set(short.attention.index[0].tolist()) == {t for t in long if t < tokens}
-            assert sorted(short.attention.index[0].tolist() + short.ssm.index[0].tolist()) == list(range(tokens))
+            attention, ssm = tokens_of(router.uniform(1, 0, tokens, torch.device("cpu"))[block])
+            assert set(attention) == {t for t in long if t < tokens}
+            assert attention == sorted(attention) and ssm == sorted(ssm)
+            assert sorted(attention + ssm) == list(range(tokens))
 
 
 def test_the_papers_example_of_circulation():
     # six tokens, two to attention: the last two first, then the window moves back by its own length
     routes = Router(config(routing_length=6, attention_tokens=2)).uniform(1, 0, 6, torch.device("cpu"))
-    assert [r.attention.index[0].tolist() for r in routes] == [[4, 5], [2, 3], [0, 1]]
+    assert [tokens_of(r)[0] for r in routes] == [[4, 5], [2, 3], [0, 1]]
+
+
+def test_the_rows_of_a_batch_stand_side_by_side():
+    for route in Router(config(routing_length=6, attention_tokens=2)).uniform(2, 0, 6, torch.device("cpu")):
+        attention, ssm = route.order[:4].view(2, 2), route.order[4:].view(2, 4)
+        assert (attention[1] == attention[0] + 6).all() and (ssm[1] == ssm[0] + 6).all()
+        assert route.order[route.inverse.long()].tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("tokens", [0, 8])

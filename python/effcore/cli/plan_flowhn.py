@@ -77,7 +77,7 @@ def _measured(config: Any, batch_size: int) -> dict[str, Any]:
 
     def milliseconds(branch: Any, n: int) -> float:
         x = torch.randn(batch_size, n, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
-        part, seconds = Part(None, [n] * batch_size, None, None), []
+        part, seconds = Part([n] * batch_size), []
         for _ in range(5):
             begin = time.perf_counter()
             branch(x, part).sum().backward()

@@ -4,6 +4,9 @@
     u = x + W_f · merge(y_m, y_a)                out = u + W_p · RMSNorm(u)
 
 Both are whole decoder layers (norm, mixer, residual, norm, MLP, residual). Without a split W_f takes both outputs side by side.
+
+With a split each branch works on its tokens of all rows side by side, so that their layers and gradients are views of one
+tensor; as W_f works on each token alone, the merge comes behind it, where it is but an index in the sum that follows.
 """
 
 from __future__ import annotations
@@ -160,17 +163,9 @@ class Branch(nn.Module):
         self.post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, hidden: Tensor, part: Part, store: BlockStore | None = None) -> Tensor:
-        """[B, L, C] -> [B, K, C]: the layer's output for its K tokens."""
-        if part.index is None:
-            tokens, normed = hidden, self.input_norm(hidden)
-        else:  # each row is read once for both
-            norm = self.input_norm
-            eps = torch.finfo(hidden.dtype).eps if norm.eps is None else norm.eps
-            tokens, normed = routing.gather_rms_norm(hidden, part.index, norm.weight, eps=eps)
-        if part.empty:
-            return tokens
-        tokens = tokens + self.mixer(normed, part, store)
+    def forward(self, tokens: Tensor, part: Part, store: BlockStore | None = None) -> Tensor:
+        """[B, K, C] -> [B, K, C], the tokens that are this branch's."""
+        tokens = tokens + self.mixer(self.input_norm(tokens), part, store)
         return tokens + self.mlp(self.post_norm(tokens))
 
 
@@ -182,7 +177,7 @@ class FlowHNBlock(GradientCheckpointingLayer):
         hidden = config.hidden_size
         self.attention = Branch(config, Attention(config))
         self.ssm = Branch(config, StateSpace(config))
-        self.sequential = config.strategy == "sequential"
+        self.sequential, self.split = config.strategy == "sequential", config.strategy in ("ae", "fa", "fac")
         if not self.sequential:
             self.fuse = nn.Linear(hidden * (2 if config.strategy == "none" else 1), hidden, bias=False)
             self.norm = nn.RMSNorm(hidden, config.rms_norm_eps)
@@ -192,11 +187,25 @@ class FlowHNBlock(GradientCheckpointingLayer):
         """[B, L, C] -> [B, L, C]."""
         if self.sequential:
             return self.attention(self.ssm(hidden, route.ssm, store), route.attention, store)
-        y_m, y_a = self.ssm(hidden, route.ssm, store), self.attention(hidden, route.attention, store)
-        if route.attention.index is None:
-            merged = torch.cat([y_m, y_a], dim=-1)
+        if not self.split:
+            branches = [self.ssm(hidden, route.ssm, store), self.attention(hidden, route.attention, store)]
+            fused = self.fuse(torch.cat(branches, dim=-1))
+        elif route.order is None:  # all tokens to one of them
+            only, part = (self.attention, route.attention) if route.ssm.empty else (self.ssm, route.ssm)
+            fused = self.fuse(only(hidden, part, store))
         else:
-            assert route.ssm.index is not None
-            merged = routing.merge_tokens(y_a, route.attention.index, y_m, route.ssm.index)
-        hidden = hidden + self.fuse(merged)
+            fused = self._routed(hidden, route, store)
+        hidden = hidden + fused
         return hidden + self.proj(self.norm(hidden))
+
+    def _routed(self, hidden: Tensor, route: Route, store: BlockStore | None) -> Tensor:
+        assert route.order is not None and route.inverse is not None
+        rows, _, channels = hidden.shape
+        sizes = [sum(route.attention.counts), sum(route.ssm.counts)]
+        x_a, x_m = routing.permute_tokens(hidden.flatten(0, 1), route.order, route.inverse, sizes)
+        branches = [
+            branch(x.view(rows, -1, channels), part, store).flatten(0, 1)
+            for branch, x, part in ((self.attention, x_a, route.attention), (self.ssm, x_m, route.ssm))
+        ]
+        (fused,) = routing.permute_tokens(self.fuse(torch.cat(branches)), route.inverse, route.order)
+        return fused.view_as(hidden)

@@ -18,16 +18,15 @@ class Part:
     """The tokens of one branch. A plain object: FSDP2 leaves it alone.
 
     Attributes:
-        index: int32 [B, K] in the pass's tokens (packed: [1, K]), or None where the branch takes all of them.
         counts: tokens of each row.
         offsets: int32 [rows + 1] where the rows are packed, else None.
         rows: int64 [K], the row of each token, where packed.
     """
 
-    __slots__ = ("counts", "index", "offsets", "rows")
+    __slots__ = ("counts", "offsets", "rows")
 
-    def __init__(self, index: Tensor | None, counts: list[int], offsets: Tensor | None, rows: Tensor | None):
-        self.index, self.counts, self.offsets, self.rows = index, counts, offsets, rows
+    def __init__(self, counts: list[int], offsets: Tensor | None = None, rows: Tensor | None = None):
+        self.counts, self.offsets, self.rows = counts, offsets, rows
 
     @property
     def packed(self) -> bool:
@@ -39,12 +38,26 @@ class Part:
 
 
 class Route:
-    """Both parts of a block."""
+    """Both parts of a block.
 
-    __slots__ = ("attention", "ssm")
+    Attributes:
+        order: int32 [tokens of the pass]: attention's tokens, row after row, then the SSM's. None where no token moves: both
+            branches take all of them, or one does and the other's part is empty.
+        inverse: the place of each token in ``order``.
+    """
 
-    def __init__(self, attention: Part, ssm: Part):
-        self.attention, self.ssm = attention, ssm
+    __slots__ = ("attention", "inverse", "order", "ssm")
+
+    def __init__(self, attention: Part, ssm: Part, order: Tensor | None = None, inverse: Tensor | None = None):
+        self.attention, self.ssm, self.order, self.inverse = attention, ssm, order, inverse
+
+    @classmethod
+    def of(cls, chosen: Tensor, attention: Part, ssm: Part, device: torch.device) -> Route:
+        """``chosen``: bool [tokens of the pass], on the host: those that attention takes."""
+        if attention.empty or ssm.empty:
+            return cls(attention, ssm)
+        order = torch.cat([chosen.nonzero(), (~chosen).nonzero()]).flatten()
+        return cls(attention, ssm, *(t.to(device, torch.int32) for t in (order, order.argsort())))
 
 
 class Router:
@@ -66,19 +79,19 @@ class Router:
     def uniform(self, batch: int, start: int, tokens: int, device: torch.device) -> list[Route]:
         """Routes of [batch, tokens] at positions from ``start`` on, for each block."""
         if not self.split:
-            whole = Part(None, [tokens] * batch, None, None)
+            whole = Part([tokens] * batch)
             return [Route(whole, whole)] * self.blocks
         key = (batch, start % self.length, tokens, device)
         if key not in self._uniform:
             if len(self._uniform) >= 4096:
                 self._uniform.clear()
             positions = (torch.arange(tokens, device="cpu") + start) % self.length
-
-            def part(chosen: Tensor) -> Part:
-                index = chosen.nonzero().to(device, torch.int32).flatten()
-                return Part(index.expand(batch, -1), [index.shape[0]] * batch, None, None)
-
-            self._uniform[key] = [Route(part(table[positions]), part(~table[positions])) for table in self.tables]
+            self._uniform[key] = []
+            for table in self.tables:
+                chosen = table[positions]
+                n = int(chosen.sum())
+                parts = Part([n] * batch), Part([tokens - n] * batch)
+                self._uniform[key].append(Route.of(chosen.repeat(batch), *parts, device))
         return self._uniform[key]
 
     def packed(self, starts: list[int], counts: list[int], device: torch.device) -> list[Route]:
@@ -88,14 +101,13 @@ class Router:
         )
         rows = torch.arange(len(counts), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
 
-        def part(chosen: Tensor | None) -> Part:
-            own = rows if chosen is None else rows[chosen]
+        def part(own: Tensor) -> Part:
             sizes = torch.bincount(own, minlength=len(counts))
             offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(device, torch.int32)
-            index = None if chosen is None else chosen.nonzero().to(device, torch.int32).view(1, -1)
-            return Part(index, sizes.tolist(), offsets, own.to(device))
+            return Part(sizes.tolist(), offsets, own.to(device))
 
         if not self.split:
-            whole = part(None)
+            whole = part(rows)
             return [Route(whole, whole)] * self.blocks
-        return [Route(part(table[positions]), part(~table[positions])) for table in self.tables]
+        chosen = [table[positions] for table in self.tables]
+        return [Route.of(c, part(rows[c]), part(rows[~c]), device) for c in chosen]

@@ -180,6 +180,29 @@ class _GatherNorm(torch.autograd.Function):
         )
 
 
+def _in_order(x, order):
+    """``x[order]``: an index to a compiler, which moves it into what reads the rows; a kernel otherwise."""
+    if torch.compiler.is_compiling():
+        return x.index_select(0, order)
+    return gather_tokens(_dense_rows(x)[None], order[None])[0]
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, order, inverse, sizes):
+        ctx.save_for_backward(inverse)
+        if torch.compiler.is_compiling():  # part by part: each moves into the readers of its own
+            return tuple(_in_order(x, part) for part in order.split(sizes))
+        return _in_order(x, order).split(sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        (inverse,) = ctx.saved_tensors
+        whole = grads[0] if len(grads) == 1 else torch.cat(grads)
+        return _in_order(whole, inverse), None, None, None
+
+
+permute_tokens = _Permute.apply
 gather_tokens = attach("gather_tokens", _Gather.apply)
 separate_tokens = attach("separate_tokens", _Separate.apply)
 merge_tokens = attach("merge_tokens", _Merge.apply)

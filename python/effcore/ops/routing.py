@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ __all__ = [
     "mean_scores",
     "merge_tokens",
     "partition_tokens",
+    "permute_tokens",
     "score_partition",
     "separate_tokens",
     "split_tokens",
@@ -129,6 +131,34 @@ def merge_tokens(
     """
     _debug_lists("merge_tokens", index_a, index_b)
     return _autograd.merge_tokens(a, index_a, b, index_b, residual, residual_a)
+
+
+def permute_tokens(
+    x: Tensor, order: Tensor, inverse: Tensor, sizes: Sequence[int] | None = None
+) -> tuple[Tensor, ...]:
+    """``x[order]``, the rows of [N, C] in another order, cut into parts of ``sizes`` rows; the gradient goes by ``inverse``.
+
+    Under torch.compile this is an index that Inductor moves into what reads the rows: in front of a norm or a sum they are
+    never written in their new order. Otherwise it is one copy, and the parts are views of it.
+
+    Args:
+        x: [N, C].
+        order, inverse: int32 [N], permutations with ``order[inverse[i]] = i``.
+        sizes: sum up to N; None: one part.
+    """
+    function = "effcore.permute_tokens"
+    if x.dim() != 2 or order.shape != x.shape[:1] or inverse.shape != order.shape:
+        raise ValueError(
+            f"{function}: x must be [N, C] and order and inverse [N], "
+            f"got {tuple(x.shape)}, {tuple(order.shape)} and {tuple(inverse.shape)}"
+        )
+    for name, index in (("order", order), ("inverse", inverse)):
+        if index.dtype != torch.int32:
+            raise ValueError(f"{function}: {name} must be int32, got {index.dtype}")
+    parts = [x.shape[0]] if sizes is None else list(sizes)
+    if sum(parts) != x.shape[0] or min(parts, default=0) < 0:
+        raise ValueError(f"{function}: sizes must sum up to {x.shape[0]}, got {parts}")
+    return _autograd.permute_tokens(x, order, inverse, parts)
 
 
 def gather_layer_norm(

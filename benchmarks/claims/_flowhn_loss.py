@@ -1,0 +1,123 @@
+"""FlowHN's strategies at equal tokens of a real text: validation loss on the way, and a plot of it against speed.
+
+AdamW as in the paper: 3e-4, betas 0.9 and 0.95, decay 0.1, 10 % warm-up, cosine; bfloat16 autocast over float32 weights. Bytes
+are the tokens, so that a loss is nats a byte. A strategy that the file already holds is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.claims import _hybrids as hybrids
+from benchmarks.claims import _sharing as sharing
+
+POINTS = 8  # of a training at which the validation loss is taken
+
+
+def _held(path: Path | None, setting: dict[str, Any]) -> list[dict]:
+    if path is None or not path.is_file():
+        return []
+    return [row for row in json.loads(path.read_text())["rows"] if setting.items() <= row.items()]
+
+
+@torch.no_grad()
+def _validation(model: Any, held_out: Tensor, batch: int) -> float:
+    model.eval()
+    losses = []
+    with torch.autocast(sharing.DEVICE, torch.bfloat16, enabled=sharing.CUDA):
+        for part in held_out.split(batch):
+            losses.append(model(input_ids=part, labels=part, use_cache=False).loss.item())
+    model.train()
+    return statistics.mean(losses)
+
+
+def _train(model: Any, windows: Any, held_out: Tensor, batch: int, steps: int) -> tuple[list[tuple[int, float]], float]:
+    """(step, validation loss) on the way, and the seconds."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=sharing.CUDA)
+    warm = max(steps // 10, 1)
+    parts: list[Any] = [
+        torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, warm),
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps - warm, 1)),
+    ]
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [warm])
+    begin, curve = time.perf_counter(), []
+    model.train()
+    for i in range(steps):
+        texts = [torch.as_tensor(windows[i * batch + j]["input_ids"]) for j in range(batch)]
+        ids = torch.stack(texts).to(sharing.DEVICE)
+        with torch.autocast(sharing.DEVICE, torch.bfloat16, enabled=sharing.CUDA):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if (i + 1) % max(steps // POINTS, 1) == 0 or i + 1 == steps:
+            curve.append((i + 1, _validation(model, held_out, batch)))
+    return curve, time.perf_counter() - begin
+
+
+def loss(size: str, batch: int, length: int, steps: int, seed: int, report: sharing.Report) -> list[dict]:
+    """Rows that the report does not hold yet; those that it held are kept in it."""
+    from effcore.data import PackedTokens, byte_tokenizer, load_corpus
+
+    tokenizer = byte_tokenizer()
+    corpus = load_corpus(None, tokenizer)
+    validation = PackedTokens(corpus.validation, length)
+    texts = [torch.as_tensor(validation[i]["input_ids"]) for i in range(min(len(validation), 8 * batch))]
+    held_out = torch.stack(texts).to(sharing.DEVICE)
+    windows = PackedTokens(corpus.train, length, samples=steps * batch, seed=seed)
+    setting = {"what": "loss", "size": size, "steps": steps, "batch": batch, "length": length, "seed": seed}
+    held = _held(report.path, setting)
+    report.add(held)
+    print(f"validation loss after {steps} steps of {batch} x {length} bytes of {corpus.name}, {size}", flush=True)
+    for strategy in ("fac", "none", "sequential", "ae", "fa"):
+        name = hybrids.STRATEGIES[strategy]
+        if any(row["model"] == name for row in held):
+            continue
+        torch.manual_seed(seed)
+        model: Any = hybrids.flowhn(strategy, size, length, sharing.DEVICE, torch.float32)
+        model.resize_token_embeddings(len(tokenizer))
+        hybrids.compiled(model)
+        curve, seconds = _train(model, windows, held_out, batch, steps)
+        row = setting | {"model": name, "tokens": steps * batch * length, "curve": curve, "seconds": seconds}
+        row |= {"validation_loss": curve[-1][1]}
+        print(f"  {name:<26} {row['validation_loss']:.4f} nats a byte, {seconds:.0f} s", flush=True)
+        report.add([row])
+        del model
+        sharing.free()
+    return report.rows
+
+
+def plot(path: Path, losses: list[dict], speeds: list[dict]) -> None:
+    """Validation loss against training speed, a point a strategy (the paper plots accuracy against it), and the curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    rate = {row["model"]: row["tokens/s"] for row in speeds}
+    for i, name in enumerate(hybrids.STRATEGIES.values()):
+        runs = [row for row in losses if row["model"] == name]
+        if not runs:
+            continue
+        for n, row in enumerate(runs):
+            right.plot(*zip(*row["curve"], strict=True), color=f"C{i}", label=name if n == 0 else None)
+        if name in rate:
+            mean = statistics.mean(row["validation_loss"] for row in runs)
+            left.plot(rate[name] / 1e3, mean, "o", color=f"C{i}", label=name)
+    left.set(xlabel="training, thousand tokens a second", ylabel="validation loss, nats a byte")
+    right.set(xlabel="steps", ylabel="validation loss, nats a byte", yscale="log")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
