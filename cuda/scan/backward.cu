@@ -40,12 +40,12 @@ template <class T, class L>
 __global__ void __launch_bounds__(threads, L::parts == 1 ? 4 : 1) local_backward_kernel(const __grid_constant__ ScanParams p) {
   __shared__ __align__(16) States<L> C;
   __shared__ __align__(16) Channels<L> steps, g;
-  __shared__ __align__(16) Biases<L> biases;
+  __shared__ __align__(16) PerChannel<L> bias;
   const Place<L> at(p);
   const Share<L> share(at.lane);
   Chunks::Chunk chunk;
   if (!p.chunks.find(at.row, chunk) || chunk.first()) return;
-  biases.template fill<T>(p, at);
+  bias.template fill<T>(p.bias, p, at);
   const bool gate = p.z.data != nullptr;
   const int mine = at.channel_in_warp();
   float A[thread_pairs], dh[thread_pairs] = {}, sum = 0.0f;
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(threads, L::parts == 1 ? 4 : 1) local_backward
     __syncthreads();
     c_load.put(C);
     if (share.any) {
-      put_steps(steps, dt, biases, p, at, share, tokens);
-      float gs[L::run];
+      float made[L::run], gs[L::run];
+      put_steps(made, steps, dt, bias, p, at, share, tokens);
 #pragma unroll
       for (int i = 0; i < L::run; ++i) gs[i] = Gate(dout[i], z[i], gate).g;
       store_floats(&g.at[share.token][at.warp][share.channel], gs);
@@ -91,7 +91,7 @@ struct Shared {
   float4 decayed[span<L> - 1 + starts][thread_pairs / 4][threads];
   Channels<L> x, steps, g;
   States<L> B, C;
-  Biases<L> biases;
+  PerChannel<L> bias;
   // Of a token and warp: dz / y of each channel until y is known, then the sums of dC and of dB.
   static constexpr int sums_width = L::warp_channels > 2 * L::padded ? L::warp_channels : 2 * L::padded;
   float sums[tile][warps][sums_width];
@@ -112,8 +112,8 @@ __device__ __forceinline__ void stage(Shared<L>& shared, const ScanParams& p, co
   __syncthreads();
   b_load.put(shared.B), c_load.put(shared.C);
   if (share.any) {
-    put_steps(shared.steps, dt, shared.biases, p, at, share, chunk.end - t0);
-    float xs[L::run], gs[L::run], slopes[L::run];
+    float made[L::run], xs[L::run], gs[L::run], slopes[L::run];
+    put_steps(made, shared.steps, dt, shared.bias, p, at, share, chunk.end - t0);
 #pragma unroll
     for (int i = 0; i < L::run; ++i) {
       xs[i] = x[i];
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_backward_kernel(con
   float dA[thread_pairs] = {}, dD = 0.0f, dbias = 0.0f;
   if (p.chunks.find(at.row, chunk)) {
     float A[thread_pairs], dh[thread_pairs];
-    shared.biases.template fill<T>(p, at);
+    shared.bias.template fill<T>(p.bias, p, at);
     load_rates<T>(A, p, at);
     load_entering(dh, p, at, chunk.sequence);
     const float D = p.D.data != nullptr && at.writes ? p.D.at<T>(at.c) : 0.0f;

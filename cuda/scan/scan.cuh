@@ -8,6 +8,7 @@
 //
 // Where one chunk a sequence fills the chip, main alone runs. Within a chunk tokens come in tiles of 8 (tiles.cuh).
 #pragma once
+#include <cstdlib>
 #include "scan/common.cuh"
 
 namespace effcore::cuda::scan {
@@ -45,11 +46,6 @@ __device__ __forceinline__ void store(const Rows& rows, std::int64_t b, int t, i
 // after a hundred tokens. What is added to the argument makes up for that.
 __device__ __forceinline__ float decay(float step, float rate) {
   return exp2_approx(fmaf(step, rate, 0x1p-25f));
-}
-
-__device__ __forceinline__ float step_size(const ScanParams& p, float dt, float bias) {
-  dt += bias;
-  return p.softplus ? softplus(dt) : dt;
 }
 
 __device__ __forceinline__ std::int64_t kept_row(const ScanParams& p, const Chunks::Chunk& chunk, int t) {
@@ -98,7 +94,9 @@ ScanParams params_of(const Scan& args, int resident, const char* function) {
   const std::int64_t blocks = ceil_div(args.x.size[2], L::block_channels) * args.x.size[0];
   const std::int64_t chunks = slots / std::max<std::int64_t>(blocks, 1);
   std::int64_t length = std::max<std::int64_t>(tokens, 1);
-  if (chunks >= 2) length = std::max<std::int64_t>(ceil_div(tokens, chunks), 64);
+  static const int thr = getenv("SCAN_SINGLE_F") ? atoi(getenv("SCAN_SINGLE_F")) : 1000, thrb = getenv("SCAN_SINGLE_B") ? atoi(getenv("SCAN_SINGLE_B")) : 1000;  // TEMPORARY
+  const bool single = blocks * 100 >= device_attribute(cudaDevAttrMultiProcessorCount, function) * (function[14] == 0 ? thr : thrb);
+  if (chunks >= 2 && !single) length = std::max<std::int64_t>(ceil_div(tokens, chunks), 64);
   length = ceil_div(length, keep) * keep;
   ScanParams p{chunks_of(args.x, args.offsets, length)};
   p.single = length >= tokens;

@@ -156,6 +156,7 @@ struct States {
 template <class T, class L>
 struct StatesLoad {
   T held[L::parts];
+  StatesLoad() = default;
   __device__ __forceinline__ StatesLoad(const Rows& rows, std::int64_t b, int t0, int end, int states) {
 #pragma unroll
     for (int k = 0; k < L::parts; ++k) {
@@ -190,30 +191,34 @@ __device__ __forceinline__ Run<T, L::run> load_share(const Rows& rows, const Sca
   return run;
 }
 
-// dt_bias of a warp's channels, zeros where there is none.
+// A parameter of a warp's channels; zeros where there is none.
 template <class L>
-struct Biases {
+struct PerChannel {
   float at[warps][L::warp_channels];
 
   template <class T>
-  __device__ __forceinline__ void fill(const ScanParams& p, const Place<L>& place) {
+  __device__ __forceinline__ void fill(const Parameter& parameter, const ScanParams& p, const Place<L>& place) {
     const int c = place.warp_first + place.lane;
     if (place.lane < L::warp_channels)
-      at[place.warp][place.lane] = p.bias.data != nullptr && c < p.channels ? p.bias.at<T>(c) : 0.0f;
+      at[place.warp][place.lane] = parameter.data != nullptr && c < p.channels ? parameter.at<T>(c) : 0.0f;
   }
 };
 
-// The step sizes of this lane's share; 0 behind the end.
+// The step sizes of this lane's share; 0 behind the last token.
 template <class T, class L>
-__device__ __forceinline__ void put_steps(Channels<L>& to, const Run<T, L::run>& dt, const Biases<L>& biases,
-                                          const ScanParams& p, const Place<L>& at, const Share<L>& share, int tokens) {
-  float bias[L::run];
-  load_floats(bias, &biases.at[at.warp][share.channel]);
-  float steps[L::run];
+__device__ __forceinline__ void put_steps(float (&steps)[L::run], Channels<L>& to, const Run<T, L::run>& dt,
+                                          const PerChannel<L>& bias, const ScanParams& p, const Place<L>& at,
+                                          const Share<L>& share, int tokens) {
+  load_floats(steps, &bias.at[at.warp][share.channel]);
 #pragma unroll
-  for (int i = 0; i < L::run; ++i) {
-    const bool exists = share.token < tokens && at.warp_first + share.channel + i < p.channels;
-    steps[i] = exists ? step_size(p, dt[i], bias[i]) : 0.0f;
+  for (int i = 0; i < L::run; ++i) steps[i] += dt[i];
+  if (p.softplus) {
+#pragma unroll
+    for (int i = 0; i < L::run; ++i) steps[i] = softplus(steps[i]);
+  }
+  if (share.token >= tokens) {
+#pragma unroll
+    for (int i = 0; i < L::run; ++i) steps[i] = 0.0f;
   }
   store_floats(&to.at[share.token][at.warp][share.channel], steps);
 }

@@ -75,6 +75,20 @@ def grads_of(x):
     return torch.randn(x.shape)
 
 
+@given(shapes())
+def test_permute_and_cut(shape):
+    _, tokens, keep, channels, dtype, layout = shape
+    order = torch.randperm(tokens)
+    lists = order.int(), order.argsort().int()
+    x = rows(1, tokens, channels, dtype, layout)[0]
+    grads = [torch.randn(n, channels).to(dtype) for n in (keep, tokens - keep)]
+    with poisoned_memory():
+        a, b, dx = results(lambda x: ops.permute_tokens(x, *lists, [keep, tokens - keep]), [x], grads)
+        (back,) = ops.permute_tokens(torch.cat([a, b]), *lists[::-1])
+    assert torch.equal(torch.cat([a, b]), x[order]) and torch.equal(back, x)
+    assert torch.equal(dx[order], torch.cat(grads))
+
+
 @given(shapes(), st.booleans(), st.booleans())
 def test_merge_with_residuals(shape, with_residual, with_residual_a):
     batch, tokens, keep, channels, dtype, layout = shape
@@ -167,6 +181,13 @@ def test_gradcheck():
         assert check(lambda x, w, b, i=index: ops.gather_layer_norm(x, i, w, b), [x, weight, bias])
         assert check(lambda x, w, b, i=index: ops.gather_layer_norm(x, i, w, b)[1], [x, weight, bias])
         assert check(lambda x, w, i=index: ops.gather_rms_norm(x, i, w), [x, weight])
+
+
+def test_permute_twice_differentiable():
+    order = torch.randperm(7)
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    inverse = order.argsort().int()
+    assert torch.autograd.gradgradcheck(lambda x: ops.permute_tokens(x.pow(3), order.int(), inverse, [2, 5]), (x,))
 
 
 def test_only_some_gradients_are_wanted():

@@ -19,7 +19,13 @@ def i32(*values):
 
 IA, IB = i32(0, 2, 3, 5), i32(1, 4)
 
+ORDER = torch.arange(6, dtype=torch.int32)
+
 CASES = {
+    "permute rank": (lambda: ops.permute_tokens(X, ORDER, ORDER), r"permute_tokens: x must be \[N, C\].*\[N\], got \(2, 6"),
+    "permute list": (lambda: ops.permute_tokens(X[0], ORDER[:5], ORDER), r"order and inverse \[N\].*\(5,\)"),
+    "permute dtype": (lambda: ops.permute_tokens(X[0], ORDER, ORDER.long()), "inverse must be int32, got torch.int64"),
+    "permute sizes": (lambda: ops.permute_tokens(X[0], ORDER, ORDER, [2, 3]), r"sizes must sum up to 6, got \[2, 3\]"),
     "keep negative": (lambda: ops.partition_tokens(SCORES, -1), "partition_tokens: keep must be from 0 to the 6.*got -1"),
     "keep too great": (lambda: ops.partition_tokens(SCORES, 7), "keep must be from 0 to the 6.*got 7"),
     "protect": (lambda: ops.partition_tokens(SCORES, 2, protect=3), r"protect must be from 0 to keep \(2\), got 3"),

@@ -30,7 +30,14 @@ def by_list(x, q, k, weight):
     return ops.gather_rms_norm(x, kept, weight)[1] + ops.gather_tokens(x, kept)
 
 
-FUNCTIONS = {"partition": there_and_back, "list": by_list}
+def moved(x, q, k, weight):
+    order = torch.arange(2 * x.shape[1]).roll(5).int()
+    a, b = ops.permute_tokens(x.flatten(0, 1), order, order.argsort().int(), [x.shape[1]] * 2)
+    (back,) = ops.permute_tokens(torch.cat([a * weight, b.sin()]), order.argsort().int(), order)
+    return back.view_as(x) + x
+
+
+FUNCTIONS = {"partition": there_and_back, "list": by_list, "order": moved}
 
 
 def tensors(tokens):

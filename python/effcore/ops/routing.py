@@ -156,7 +156,7 @@ def permute_tokens(
         if index.dtype != torch.int32:
             raise ValueError(f"{function}: {name} must be int32, got {index.dtype}")
     parts = [x.shape[0]] if sizes is None else list(sizes)
-    if sum(parts) != x.shape[0] or min(parts, default=0) < 0:
+    if sum(parts) != x.shape[0] or any(n < 0 for n in parts):
         raise ValueError(f"{function}: sizes must sum up to {x.shape[0]}, got {parts}")
     return _autograd.permute_tokens(x, order, inverse, parts)
 
