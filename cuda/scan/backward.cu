@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(threads) sum_inputs_kernel(const __grid_consta
 
 ScanParams backward_params(const Scan& args, const char* function) {
   ScanParams p;
-  with_tiling(args.A.size[1], [&]<class L>(L) { p = params_of<L>(args, resident<L>, function); });
+  with_tiling(args.A.size[1], [&]<class L>(L) { p = params_of<L>(args, resident<L>, 0.5 * resident<L>, function); });
   return p;
 }
 

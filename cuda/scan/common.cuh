@@ -167,6 +167,15 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+// Both values are made and one is taken: a branch would keep what stands around it apart.
+__device__ __forceinline__ float select(bool which, float yes, float no) {
+  float x;
+  asm("{ .reg .pred p; setp.ne.s32 p, %3, 0; selp.f32 %0, %1, %2, p; }"
+      : "=f"(x)
+      : "f"(yes), "f"(no), "r"(static_cast<int>(which)));
+  return x;
+}
+
 // By the accurate exponential: its error would be that of a whole token.
 __device__ __forceinline__ float sigmoid(float x) {
   return reciprocal_approx(1.0f + expf(-x));  // e^-x = inf gives 0

@@ -4,6 +4,12 @@
 //
 // Bounds: bytes, x, dt, z and out once each (and the kept states, N / keep floats a token and channel); and instructions, a
 // special function and four others a token, channel and state, on 16 and 128 lanes of a multiprocessor.
+//
+// While a tile is worked on the next one is made: step sizes, inputs and gates, in shared memory. That and the tile's first
+// four tokens are one run of instructions without a branch, so that little waits for what stands before it. Threads leave
+// their sums over states in shared memory, and whole rows are written from there. With 16 states this takes 146 instructions a
+// token of 32 channels, 80 of them the pairs' own, where the special functions take 152 cycles on a quarter of a
+// multiprocessor.
 #include "scan/tiles.cuh"
 
 namespace effcore::cuda::scan {
@@ -11,6 +17,9 @@ namespace {
 
 template <class L>
 constexpr int resident = L::parts == 16 ? 2 : 4;  // blocks of a multiprocessor: 128 registers a thread
+
+// Blocks a multiprocessor from which on tokens are gone through once.
+constexpr double whole = 0.75;
 
 // What the threads of a warp add to the outputs of a tile, a thread's states each. Rows of states and of tokens stand so far
 // apart that neither the threads, which write a token's channels, nor the lanes, which read their share, meet in a bank.
@@ -25,15 +34,20 @@ struct Parts {
   }
 };
 
+// What is made of a tile before it is worked on.
+template <class L>
+struct Tile {
+  Channels<L> steps, inputs, gates, skips;  // dt, dt x, silu(z), D x silu(z)
+  States<L> B, C;
+};
 template <class L>
 struct Shared {
-  Channels<L> steps, inputs;  // dt, dt x
-  States<L> B[2], C[2];       // in turns, so that warps wait for each other once a tile
+  Tile<L> tiles[2];  // one is worked on, the next is made
   Parts<L> parts[warps];
   PerChannel<L> bias, D;
 };
 
-// This lane's share of one quantity's rows, tile after tile. Loads are under way while the tile before is worked on.
+// This lane's share of one quantity's rows, tile after tile.
 template <class T, class L>
 struct ShareRows {
   const T* at;  // in the tile to load next
@@ -45,18 +59,19 @@ struct ShareRows {
         tile_stride(tile * rows.token / static_cast<int>(sizeof(T))),
         held{} {}
 
-  // left: of the row's channels, behind this lane's first; none where the token or the lane has nothing.
+  // left: channels of the row from this lane's first one on; 0 where the token or the lane has nothing
   __device__ __forceinline__ void load(int left, bool vector) {
     held = load_run<L::run>(at, 0, left, vector);
     at += tile_stride;
   }
 };
 
-// A tile on its way to shared memory.
+// A tile on its way from global to shared memory.
 template <class T, class L, bool outputs>
 struct TileLoad {
   ShareRows<T, L> x, dt, z;
   StatesLoad<T, L> B, C;
+
   __device__ __forceinline__ TileLoad(const ScanParams& p, const Place<L>& at, const Share<L>& share,
                                       const Chunks::Chunk& chunk)
       : x(p.x, at, share, chunk.batch, chunk.begin),
@@ -74,25 +89,42 @@ struct TileLoad {
     }
   }
 
-  __device__ __forceinline__ void put(Shared<L>& shared, const ScanParams& p, const Place<L>& at, const Share<L>& share,
-                                      int tokens, int turn) const {
-    B.put(shared.B[turn]);
-    if constexpr (outputs) C.put(shared.C[turn]);
-    if (!share.any) return;
-    float steps[L::run];
-    put_steps(steps, shared.steps, dt.held, shared.bias, p, at, share, tokens);
+  // tokens: of the tile. Without branches, so that this mixes with the work on the tile before.
+  __device__ __forceinline__ void put(Tile<L>& to, const Shared<L>& shared, const ScanParams& p, const Place<L>& at,
+                                      const Share<L>& share, int tokens) const {
+    B.put(to.B);
+    if constexpr (outputs) C.put(to.C);
+    if (!L::all_share && !share.any) return;
+    const auto place = [&](auto& of) { return &of.at[share.token][at.warp][share.channel]; };
+    float v[L::run], skip[L::run];
+    load_floats(v, &shared.bias.at[at.warp][share.channel]);
 #pragma unroll
-    for (int i = 0; i < L::run; ++i) steps[i] *= x.held[i];
-    store_floats(&shared.inputs.at[share.token][at.warp][share.channel], steps);
+    for (int i = 0; i < L::run; ++i) {
+      const float sum = v[i] + dt.held[i];
+      v[i] = select(share.token < tokens, select(p.softplus, softplus(sum), sum), 0.0f);
+    }
+    store_floats(place(to.steps), v);
+#pragma unroll
+    for (int i = 0; i < L::run; ++i) v[i] *= x.held[i];
+    store_floats(place(to.inputs), v);
+    if constexpr (outputs) {
+      load_floats(skip, &shared.D.at[at.warp][share.channel]);
+#pragma unroll
+      for (int i = 0; i < L::run; ++i) {
+        v[i] = select(p.z.data != nullptr, z.held[i] * gate_sigmoid<T>(z.held[i]), 1.0f);
+        skip[i] *= x.held[i] * v[i];
+      }
+      store_floats(place(to.gates), v);
+      store_floats(place(to.skips), skip);
+    }
   }
 };
 
-// The outputs of this lane's share: the sums over states, what passes by D, the gate.
+// The outputs of this lane's share: the sums over states, the gate, what passes by D.
 template <class T, class L>
-__device__ __forceinline__ void finish(Shared<L>& shared, const ScanParams& p, const Place<L>& at, const Share<L>& share,
-                                       const Run<T, L::run>& x, const Run<T, L::run>& z, std::int64_t b, int t0, int tokens) {
-  if (!share.any || share.token >= tokens) return;
-  float y[L::run], part[L::run];
+__device__ __forceinline__ void finish(Shared<L>& shared, Tile<L>& now, const ScanParams& p, const Place<L>& at,
+                                       const Share<L>& share, std::int64_t b, int t) {
+  float y[L::run], part[L::run], gates[L::run];
   load_floats(y, shared.parts[at.warp](share.token, 0, share.channel));
 #pragma unroll
   for (int s = 1; s < L::state_lanes; ++s) {
@@ -100,21 +132,18 @@ __device__ __forceinline__ void finish(Shared<L>& shared, const ScanParams& p, c
 #pragma unroll
     for (int i = 0; i < L::run; ++i) y[i] += part[i];
   }
-  load_floats(part, &shared.D.at[at.warp][share.channel]);
+  load_floats(part, &now.skips.at[share.token][at.warp][share.channel]);
+  load_floats(gates, &now.gates.at[share.token][at.warp][share.channel]);
 #pragma unroll
-  for (int i = 0; i < L::run; ++i) y[i] += part[i] * x[i];
-  if (p.z.data != nullptr) {
-#pragma unroll
-    for (int i = 0; i < L::run; ++i) y[i] *= z[i] * gate_sigmoid<T>(z[i]);
-  }
-  store_run(reinterpret_cast<T*>(p.out(b, t0 + share.token)), Run<T, L::run>::of(y), at.warp_first + share.channel, p.channels,
-            p.vector);
+  for (int i = 0; i < L::run; ++i) y[i] = y[i] * gates[i] + part[i];
+  store_run(reinterpret_cast<T*>(p.out(b, t)), Run<T, L::run>::of(y), at.warp_first + share.channel, p.channels, p.vector);
 }
 
 // outputs: all that the op writes. Otherwise the effect of each chunk but a sequence's last one, from a zero state.
 template <class T, class L, bool outputs>
 __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid_constant__ ScanParams p) {
-  __shared__ __align__(16) Shared<L> shared;
+  extern __shared__ __align__(16) char memory[];
+  auto& shared = *reinterpret_cast<Shared<L>*>(memory);
   constexpr int channels = L::channels, states = L::states;
   const Place<L> at(p);
   const Share<L> share(at.lane);
@@ -122,123 +151,14 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
   if (!p.chunks.find(at.row, chunk) || (!outputs && chunk.last())) return;
   const int mine = at.channel_in_warp();
   float A[thread_pairs], h[thread_pairs] = {}, sum = 0.0f;
-  shared.bias.template fill<T>(p.bias, p, at);
-  if constexpr (outputs) shared.D.template fill<T>(p.D, p, at);
-  load_rates<T>(A, p, at);
-  if constexpr (outputs) load_entering(h, p, at, chunk.sequence);
   TileLoad<T, L, outputs> next(p, at, share, chunk);
   next.load(p, at, share, chunk, chunk.begin);
-  int turn = 0, keep_at = chunk.begin;  // chunks begin where states are kept
-  for (int t0 = chunk.begin; t0 < chunk.end; t0 += tile, turn ^= 1) {
-    const int tokens = min(tile, chunk.end - t0);
-    __syncwarp();
-    next.put(shared, p, at, share, tokens, turn);
-    const auto x = next.x.held, z = next.z.held;
-    __syncthreads();
-    next.load(p, at, share, chunk, t0 + tile);
-    if (outputs && p.kept != nullptr && t0 == keep_at) {
-      store_pairs(p.kept + kept_row(p, chunk, t0) * p.states * p.channels, h, p, at);
-      keep_at += p.keep;
-    }
-#pragma unroll
-    for (int i = 0; i < tile; ++i) {  // steps behind the end are 0: they leave the state as it is
-      float b[states], c[states], step[channels], input[channels], y[channels] = {};
-      load_floats(b, &shared.B[turn].at[i][at.state]);
-      load_floats(step, &shared.steps.at[i][at.warp][mine]);
-      load_floats(input, &shared.inputs.at[i][at.warp][mine]);
-      if constexpr (outputs) load_floats(c, &shared.C[turn].at[i][at.state]);
-#pragma unroll
-      for (int e = 0; e < thread_pairs; ++e) {
-        const int k = e % channels, j = e / channels;
-        h[e] = decay(step[k], A[e]) * h[e] + input[k] * b[j];
-        if constexpr (outputs) y[k] += h[e] * c[j];
-      }
-      if constexpr (outputs)
-        store_floats(shared.parts[at.warp](i, at.state / states, mine), y);
-      else
-        sum += shared.steps.at[i][at.warp][at.own];
-    }
-    if constexpr (outputs) {
-      __syncwarp();
-      finish<T>(shared, p, at, share, x, z, chunk.batch, t0, tokens);
-    }
-  }
-  if constexpr (outputs) {
-    if (chunk.last()) store_leaving(h, p, at, chunk.sequence);
-  } else {
-    store_pairs(p.carried + std::int64_t{at.row} * p.states * p.channels, h, p, at);
-    if (at.writes) p.step_sum[std::int64_t{at.row} * p.channels + at.c] = sum;
-  }
-}
-
-__device__ __forceinline__ float select(bool which, float yes, float no) {
-  float x;
-  asm("{ .reg .pred p; setp.ne.s32 p, %3, 0; selp.f32 %0, %1, %2, p; }" : "=f"(x) : "f"(yes), "f"(no), "r"(static_cast<int>(which)));
-  return x;
-}
-template <class L>
-struct Shared3 {
-  struct Turn {
-    Channels<L> steps, inputs, gates, skips;  // dt, dt x, silu(z), D x silu(z)
-    States<L> B, C;
-  } turn[2];
-  Parts<L> parts[warps];
-  PerChannel<L> bias, D;
-};
-
-template <class T, class L, bool outputs>
-struct TileLoad3 : TileLoad<T, L, outputs> {
-  using TileLoad<T, L, outputs>::TileLoad;
-  __device__ __forceinline__ void put3(typename Shared3<L>::Turn& to, const Shared3<L>& shared, const ScanParams& p, const Place<L>& at,
-                                       const Share<L>& share, int tokens) const {
-    this->B.put(to.B);
-    if constexpr (outputs) this->C.put(to.C);
-    if (L::warp_channels * tile < 32 * L::run && !share.any) return;
-    float v[L::run], other[L::run];
-    load_floats(v, &shared.bias.at[at.warp][share.channel]);
-#pragma unroll
-    for (int i = 0; i < L::run; ++i) {
-      const float sum = v[i] + this->dt.held[i], s = softplus(sum);
-      v[i] = select(share.token < tokens, select(p.softplus, s, sum), 0.0f);
-    }
-    store_floats(&to.steps.at[share.token][at.warp][share.channel], v);
-#pragma unroll
-    for (int i = 0; i < L::run; ++i) v[i] *= this->x.held[i];
-    store_floats(&to.inputs.at[share.token][at.warp][share.channel], v);
-    if constexpr (outputs) {
-      load_floats(other, &shared.D.at[at.warp][share.channel]);
-      const bool gate = p.z.data != nullptr;
-#pragma unroll
-      for (int i = 0; i < L::run; ++i) {
-        const float z = this->z.held[i], g = z * gate_sigmoid<T>(z);
-        v[i] = select(gate, g, 1.0f);
-        other[i] *= this->x.held[i] * v[i];
-      }
-      store_floats(&to.gates.at[share.token][at.warp][share.channel], v);
-      store_floats(&to.skips.at[share.token][at.warp][share.channel], other);
-    }
-  }
-};
-
-template <class T, class L, bool outputs>
-__global__ void __launch_bounds__(threads, resident<L>) scan_kernel3(const __grid_constant__ ScanParams p) {
-  extern __shared__ __align__(16) char memory[];
-  auto& shared = *reinterpret_cast<Shared3<L>*>(memory);
-  constexpr int channels = L::channels, states = L::states;
-  const Place<L> at(p);
-  const Share<L> share(at.lane);
-  Chunks::Chunk chunk;
-  if (!p.chunks.find(at.row, chunk) || (!outputs && chunk.last())) return;
-  const int mine = at.channel_in_warp();
-  float A[thread_pairs], h[thread_pairs] = {}, sum = 0.0f;
   shared.bias.template fill<T>(p.bias, p, at);
   if constexpr (outputs) shared.D.template fill<T>(p.D, p, at);
   load_rates<T>(A, p, at);
   if constexpr (outputs) load_entering(h, p, at, chunk.sequence);
-  TileLoad3<T, L, outputs> next(p, at, share, chunk);
-  next.load(p, at, share, chunk, chunk.begin);
   __syncwarp();
-  next.put3(shared.turn[0], shared, p, at, share, chunk.end - chunk.begin);
+  next.put(shared.tiles[0], shared, p, at, share, chunk.end - chunk.begin);
   next.load(p, at, share, chunk, chunk.begin + tile);
   __syncthreads();
   int turn = 0, keep_at = chunk.begin;  // chunks begin where states are kept
@@ -247,11 +167,11 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel3(const __gri
       store_pairs(p.kept + kept_row(p, chunk, t0) * p.states * p.channels, h, p, at);
       keep_at += p.keep;
     }
-    auto& now = shared.turn[turn];
-    next.put3(shared.turn[turn ^ 1], shared, p, at, share, chunk.end - t0 - tile);
+    Tile<L>& now = shared.tiles[turn];
+    next.put(shared.tiles[turn ^ 1], shared, p, at, share, chunk.end - t0 - tile);
 #pragma unroll
     for (int i = 0; i < tile; ++i) {  // steps behind the end are 0: they leave the state as it is
-      if (i == tile / 2) next.load(p, at, share, chunk, t0 + 2 * tile);
+      if (i == tile / 2) next.load(p, at, share, chunk, t0 + 2 * tile);  // by then put has let its registers go
       float b[states], c[states], step[channels], input[channels], y[channels] = {};
       load_floats(b, &now.B.at[i][at.state]);
       load_floats(step, &now.steps.at[i][at.warp][mine]);
@@ -270,22 +190,8 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel3(const __gri
     }
     if constexpr (outputs) {
       __syncwarp();
-      if (share.any && t0 + share.token < chunk.end) {
-        float y[L::run], part[L::run], gates[L::run];
-        load_floats(y, shared.parts[at.warp](share.token, 0, share.channel));
-#pragma unroll
-        for (int s = 1; s < L::state_lanes; ++s) {
-          load_floats(part, shared.parts[at.warp](share.token, s, share.channel));
-#pragma unroll
-          for (int i = 0; i < L::run; ++i) y[i] += part[i];
-        }
-        load_floats(part, &now.skips.at[share.token][at.warp][share.channel]);
-        load_floats(gates, &now.gates.at[share.token][at.warp][share.channel]);
-#pragma unroll
-        for (int i = 0; i < L::run; ++i) y[i] = y[i] * gates[i] + part[i];
-        store_run(reinterpret_cast<T*>(p.out(chunk.batch, t0 + share.token)), Run<T, L::run>::of(y), at.warp_first + share.channel,
-                  p.channels, p.vector);
-      }
+      const int t = t0 + share.token;
+      if (share.any && t < chunk.end) finish<T>(shared, now, p, at, share, chunk.batch, t);
     }
     __syncthreads();
   }
@@ -299,7 +205,7 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel3(const __gri
 
 ScanParams forward_params(const Scan& args, const char* function) {
   ScanParams p;
-  with_tiling(args.A.size[1], [&]<class L>(L) { p = params_of<L>(args, resident<L>, function); });
+  with_tiling(args.A.size[1], [&]<class L>(L) { p = params_of<L>(args, resident<L>, whole, function); });
   return p;
 }
 
@@ -372,16 +278,10 @@ void selective_scan(const Scan& args, const Launch& to) {
     with_tiling(p.states, [&]<class L>(L) {
       const unsigned blocks = grid(p.chunks.rows * ceil_div(p.channels, L::block_channels), f);
       if (!p.single) {
-        if (getenv("SCAN_V3"))
-          launch(f, scan_kernel3<T, L, false>, blocks, threads, sizeof(Shared3<L>), stream, p);
-        else
-          launch(f, scan_kernel<T, L, false>, blocks, threads, 0, stream, p);
+        launch(f, scan_kernel<T, L, false>, blocks, threads, sizeof(Shared<L>), stream, p);
         launch(f, carry_kernel<T, false>, grid(ceil_div(p.chunks.sequences * pairs, threads), f), threads, 0, stream, p);
       }
-      if (getenv("SCAN_V3"))
-        launch(f, scan_kernel3<T, L, true>, blocks, threads, sizeof(Shared3<L>), stream, p);
-      else
-        launch(f, scan_kernel<T, L, true>, blocks, threads, 0, stream, p);
+      launch(f, scan_kernel<T, L, true>, blocks, threads, sizeof(Shared<L>), stream, p);
     });
   });
 }

@@ -8,7 +8,6 @@
 //
 // Where one chunk a sequence fills the chip, main alone runs. Within a chunk tokens come in tiles of 8 (tiles.cuh).
 #pragma once
-#include <cstdlib>
 #include "scan/common.cuh"
 
 namespace effcore::cuda::scan {
@@ -86,17 +85,16 @@ __global__ void __launch_bounds__(threads) carry_kernel(const __grid_constant__ 
 }
 
 // L: the tiling (tiles.cuh). Chunks: as many as run at once, `resident` blocks a multiprocessor, but of at least 64 tokens and
-// a multiple of `keep`; one a sequence where two would be too many.
+// a multiple of `keep`; one a sequence where that makes `whole` blocks a multiprocessor: then going through the tokens once is
+// faster than filling the chip and going through them twice.
 template <class L>
-ScanParams params_of(const Scan& args, int resident, const char* function) {
+ScanParams params_of(const Scan& args, int resident, double whole, const char* function) {
   const std::int64_t tokens = args.x.size[1], keep = std::max<std::int64_t>(args.keep, tile);
-  const std::int64_t slots = std::int64_t{resident} * device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const std::int64_t blocks = ceil_div(args.x.size[2], L::block_channels) * args.x.size[0];
-  const std::int64_t chunks = slots / std::max<std::int64_t>(blocks, 1);
+  const std::int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, function);
+  const std::int64_t blocks = std::max<std::int64_t>(ceil_div(args.x.size[2], L::block_channels) * args.x.size[0], 1);
   std::int64_t length = std::max<std::int64_t>(tokens, 1);
-  static const int thr = getenv("SCAN_SINGLE_F") ? atoi(getenv("SCAN_SINGLE_F")) : 1000, thrb = getenv("SCAN_SINGLE_B") ? atoi(getenv("SCAN_SINGLE_B")) : 1000;  // TEMPORARY
-  const bool single = blocks * 100 >= device_attribute(cudaDevAttrMultiProcessorCount, function) * (function[14] == 0 ? thr : thrb);
-  if (chunks >= 2 && !single) length = std::max<std::int64_t>(ceil_div(tokens, chunks), 64);
+  if (static_cast<double>(blocks) < whole * static_cast<double>(processors))
+    length = std::max<std::int64_t>(ceil_div(tokens, resident * processors / blocks), 64);
   length = ceil_div(length, keep) * keep;
   ScanParams p{chunks_of(args.x, args.offsets, length)};
   p.single = length >= tokens;

@@ -8,6 +8,8 @@
 // What a channel needs of a token is prepared once a tile, one token and up to 8 neighbouring channels a lane, and lies in
 // shared memory as floats, B and C beside it. Behind the last channel, state or token stand zeros.
 #pragma once
+#include <cfloat>
+
 #include "scan/scan.cuh"
 
 namespace effcore::cuda::scan {
@@ -24,6 +26,7 @@ struct Tiling {
   static constexpr int warp_channels = channel_lanes * channels;          // 32, 8, 2
   static constexpr int block_channels = warps * warp_channels;            // 128, 32, 8
   static constexpr int run = warp_channels >= 4 ? warp_channels / 4 : 1;  // channels of one token that a lane prepares
+  static constexpr bool all_share = tile * warp_channels == 32 * run;     // whether every lane prepares something
   static_assert(tile * warp_channels <= 32 * run);
 };
 
@@ -118,12 +121,16 @@ __device__ __forceinline__ void each_pair(const ScanParams& p, const Place<L>& a
   }
 }
 
-// A in base 2; zeros in the padding, so that its states stay what they are.
+// A in base 2; zeros in the padding, so that its states stay what they are. Finite, so that a step of 0 leaves a state as it
+// is.
 template <class T, class L>
 __device__ __forceinline__ void load_rates(float (&A)[thread_pairs], const ScanParams& p, const Place<L>& at) {
 #pragma unroll
   for (int e = 0; e < thread_pairs; ++e) A[e] = 0.0f;
-  each_pair(p, at, [&](int e, int c, int n) { A[e] = p.A.at<T>(c, n) * log2_e; });
+  each_pair(p, at, [&](int e, int c, int n) {
+    const float rate = p.A.at<T>(c, n) * log2_e;
+    A[e] = rate < -FLT_MAX ? -FLT_MAX : rate;
+  });
 }
 
 // The state that enters a chunk: carried, or the sequence's own.
@@ -137,7 +144,16 @@ __device__ __forceinline__ void load_entering(float (&h)[thread_pairs], const Sc
 }
 template <class L>
 __device__ __forceinline__ void store_leaving(const float (&h)[thread_pairs], const ScanParams& p, const Place<L>& at, int s) {
-  each_pair(p, at, [&](int e, int c, int n) { p.leaving[(std::int64_t{s} * p.channels + c) * p.states + n] = h[e]; });
+  const bool vectors = p.states % L::states == 0 && reinterpret_cast<std::uintptr_t>(p.leaving) % 16 == 0;
+#pragma unroll
+  for (int k = 0; k < L::channels; ++k) {
+    if (at.first + k >= p.channels) break;
+    float states[L::states];
+#pragma unroll
+    for (int j = 0; j < L::states; ++j) states[j] = h[j * L::channels + k];
+    store_run(p.leaving + (std::int64_t{s} * p.channels + at.first + k) * p.states, Run<float, L::states>::of(states), at.state,
+              p.states, vectors);
+  }
 }
 
 // ---------------------------------------------------------------- a tile in shared memory

@@ -1,0 +1,154 @@
+"""Fills the tables of docs/flowhn.md from the kept results: `python -m benchmarks.claims.flowhn_tables`.
+
+What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the table of that name; a table whose results are
+missing stays empty.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims import _hybrids as hybrids
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+FAC = hybrids.STRATEGIES["fac"]
+
+# The paper's 1B models: tokens a second, model FLOPs utilization in percent, mean accuracy in percent.
+PAPER = {
+    "FlowHN, no split": (4325, 45.0, 42.95),
+    "sequential hybrid": (4923, 47.4, 42.06),
+    "FlowHN, AE": (7752, 46.2, 40.17),
+    "FlowHN, FA": (7901, 47.5, 38.50),
+    "FlowHN, FAC": (7926, 47.6, 41.97),
+}
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}_h200.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _speed(name: str) -> str:
+    """tokens/s of each model, and by how much FAC is faster: measured, by FLOPs, and in the paper (1B)."""
+    rows = []
+    for row in _rows(name):
+        cells = [row["model"], f"{row['tokens/s']:,.0f}", f"{row['mfu']:.1%}"]
+        if row["model"] == FAC:
+            cells += ["", "", ""]
+        else:
+            paper = f"{PAPER[FAC][0] / PAPER[row['model']][0]:.2f}" if row["model"] in PAPER else ""
+            cells += [f"{row['fac_ratio']:.2f} ({row['reached']:.0%} of it)", f"{row['predicted_ratio']:.2f}", paper]
+        rows.append(cells)
+    return _table(["", "tokens/s", "MFU", "FAC is faster by", "FLOPs say", "the paper's 1B"], rows)
+
+
+def _peers(name: str) -> str:
+    rows = [
+        [
+            row["model"],
+            row["kernels"],
+            "yes" if row["compiled"] else "no",
+            f"{row['tokens/s']:,.0f}",
+            f"{row['mfu']:.1%}",
+            "" if row["model"] == FAC else f"{row['fac_ratio']:.2f}",
+        ]
+        for row in _rows(name)
+    ]
+    return _table(["", "kernels", "layers compiled", "tokens/s", "MFU", "FAC is faster by"], rows)
+
+
+def _profile(name: str) -> str:
+    rows = [r for r in _rows(name) if "ms" in r]
+    return _table(
+        ["kernels of FAC's blocks", "ms", "share"], [[r["kind"], f"{r['ms']:.2f}", f"{r['share']:.1%}"] for r in rows]
+    )
+
+
+def _moving(name: str) -> str:
+    for row in _rows(name):
+        if row["kind"] == "moving tokens":
+            return (
+                f"FAC's blocks take {row['moved_ms']:.2f} ms, and {row['in place_ms']:.2f} ms where every token is left where "
+                f"it is: moving tokens costs {row['share']:.1%}."
+            )
+    return ""
+
+
+def _decode(name: str) -> str:
+    rows = [[r["model"], f"{r['ms']:.2f}", f"{r['slowest_ms']:.2f}"] for r in _rows(name)]
+    return _table(["", "ms a token", "slowest"], rows)
+
+
+def _loss(name: str) -> str:
+    rows = []
+    for model in hybrids.STRATEGIES.values():
+        found = [row["validation_loss"] for row in _rows(name) if row["model"] == model]
+        if found:
+            rows.append([model, f"{statistics.mean(found):.4f}", f"{PAPER[model][2]:.2f}"])
+    return _table(["", "validation loss, nats a byte", "the paper's 1B, accuracy"], rows)
+
+
+def _scan(name: str) -> str:
+    path = RESULTS / f"{name}_h200.json"
+    rows = []
+    for row in json.loads(path.read_text())["times"] if path.is_file() else []:
+        if "shape" not in row:
+            continue
+        ms, bounds = row["ms"], row["bounds_ms"]
+        batch, tokens, channels = row["shape"]
+        cells = [f"{batch} x {tokens:,} x {channels:,}, {row['states']}", f"{ms['forward']:.3f}"]
+        cells.append(f"{max(bounds['bytes'], bounds['instructions']) / ms['forward']:.0%}")
+        for ours, theirs in (("forward", "peer forward"), ("both", "peer both")):
+            if ours == "both":
+                cells.append(f"{ms['both']:.3f}")
+            cells.append(f"{ms[theirs]:.3f} ({ms[theirs] / ms[ours]:.2f}x)")
+        rows.append(cells)
+    header = ["B x L x E, N", "forward, ms", "of the bound", "mamba-ssm", "forward + backward, ms", "mamba-ssm"]
+    return _table(header, rows)
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "flowhn_train": _speed,
+    "flowhn_train_135M": _speed,
+    "flowhn_train_1B": _speed,
+    "flowhn_blocks": _speed,
+    "flowhn_peers": _peers,
+    "flowhn_peers_installed": _peers,
+    "flowhn_profile": _profile,
+    "flowhn_decode": _decode,
+    "flowhn_loss": _loss,
+    "scan_check": _scan,
+}
+
+
+def fill(text: str) -> str:
+    for name, make in TABLES.items():
+        text = _put(text, name, make(name))
+    return _put(text, "flowhn_moving", _moving("flowhn_profile"))
+
+
+def _put(text: str, name: str, table: str) -> str:
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def main() -> int:
+    page = ROOT / "docs" / "flowhn.md"
+    page.write_text(fill(page.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
