@@ -28,7 +28,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,8 +55,8 @@ def _make(name: str, size: str, length: int) -> Any:
     return make(strategy or name, size, length, sharing.DEVICE, sharing.DTYPE)
 
 
-def _names(strategies: Sequence[str]) -> list[str]:
-    return [hybrids.STRATEGIES[s] for s in strategies]
+def _names(models: Iterable[str]) -> list[str]:
+    return [hybrids.STRATEGIES.get(m, m) for m in models]
 
 
 def _rows(
@@ -106,7 +106,7 @@ def _training(
 
 def train(size: str, batch: int, length: int, rounds: int, models: Sequence[str]) -> list[dict]:
     print(f"training, {size}, {batch} texts of {length} tokens", flush=True)
-    return _training([*_names(models), "LLaMA"], size, batch, length, rounds, compiled=True, what="train")
+    return _training(_names(models), size, batch, length, rounds, compiled=True, what="train")
 
 
 def peers(size: str, batch: int, length: int, rounds: int) -> list[dict]:
@@ -144,7 +144,7 @@ class _Blocks:
 def blocks(size: str, batch: int, length: int, rounds: int, models: Sequence[str]) -> list[dict]:
     print(f"blocks alone, forward and backward, {size}, {batch} texts of {length} tokens", flush=True)
     steps, flops = {}, {}
-    for name in _names(models):
+    for name in _names(m for m in models if m in hybrids.STRATEGIES):
         model = hybrids.compiled(_make(name, size, length)).train()
         steps[name] = _Blocks(model, batch, length)
         flops[name] = model.config.num_hidden_layers * block_flops(model.config)
@@ -241,8 +241,8 @@ def decode(size: str, batch: int, length: int) -> list[dict]:
 def main(arguments: list[str] | None = None) -> int:
     parser = sharing.arguments("flowhn", __doc__ or "", ("train", "blocks", "peers", "profile", "decode", "loss"))
     parser.add_argument("--size", default="350M", help="135M, 350M or 1B")
-    every = tuple(hybrids.STRATEGIES)
-    parser.add_argument("--strategies", nargs="+", choices=every, default=every, help="train, blocks; fac among them")
+    every = (*hybrids.STRATEGIES, "LLaMA")
+    parser.add_argument("--models", nargs="+", choices=every, default=every, help="of train and blocks; fac among them")
     parser.add_argument("--batch", type=int, default=32, help="texts a step")
     parser.add_argument("--steps", type=int, default=300, help="of a training (loss)")
     parser.add_argument("--seed", type=int, default=0, help="of a training (loss)")
@@ -260,8 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
             _flowhn_loss.plot(options.plot, rows, speeds)
         return 0
     calls: dict[str, Callable[[], list[dict]]] = {
-        "train": lambda: train(size, batch, length, options.rounds, options.strategies),
-        "blocks": lambda: blocks(size, batch, length, options.rounds, options.strategies),
+        "train": lambda: train(size, batch, length, options.rounds, options.models),
+        "blocks": lambda: blocks(size, batch, length, options.rounds, options.models),
         "peers": lambda: peers(size, batch, length, options.rounds),
         "profile": lambda: profile(size, batch, length, options.rounds),
         "decode": lambda: decode(size, batch, context),
