@@ -117,7 +117,8 @@ def peers(size: str, batch: int, length: int, rounds: int) -> list[dict]:
     for compiled in (False, True) if built else (False,):
         print(f" layers compiled: {compiled}", flush=True)
         for name in ("Falcon-H1 (transformers)", "Jamba (transformers)"):
-            pair, more = [hybrids.STRATEGIES["fac"], name], {"kernels": kernels, "compiled": compiled}
+            pair: list[str] = [hybrids.STRATEGIES["fac"], name]
+            more: dict[str, Any] = {"kernels": kernels, "compiled": compiled}
             rows += _training(pair, size, batch, length, rounds, what="peers", **more)
             sharing.free()
     return rows
