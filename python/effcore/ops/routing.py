@@ -133,9 +133,7 @@ def merge_tokens(
     return _autograd.merge_tokens(a, index_a, b, index_b, residual, residual_a)
 
 
-def permute_tokens(
-    x: Tensor, order: Tensor, inverse: Tensor, sizes: Sequence[int] | None = None
-) -> tuple[Tensor, ...]:
+def permute_tokens(x: Tensor, order: Tensor, inverse: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, ...]:
     """``x[order]``, the rows of [N, C] in another order, cut into parts of ``sizes`` rows; the gradient goes by ``inverse``.
 
     Under torch.compile this is an index that Inductor moves into what reads the rows: in front of a norm or a sum they are
