@@ -140,14 +140,17 @@ def skip_tokens(
 
 def keep_all_tokens(model: nn.Module) -> nn.Module:
     """Undoes :func:`skip_tokens`: the model is what it was, with the parameters that it has now."""
-    for block in model.modules():
-        if isinstance(block, _SkippingBlock):
-            if type(block) not in _plain:
+    for module in model.modules():
+        if isinstance(module, _SkippingBlock | vit_blocks.Shared):
+            if type(module) not in _plain:
                 raise TypeError(
-                    f"effcore.keep_all_tokens: {type(block).__name__} wraps a block; undo it before wrapping the model"
+                    f"effcore.keep_all_tokens: {type(module).__name__} wraps a block; undo it before wrapping the model"
                 )
-            del block._skip
-            block.__class__ = _plain[type(block)]
+            if isinstance(module, _SkippingBlock):
+                del module._skip
+            else:
+                del module._shared
+            module.__class__ = _plain[type(module)]
     return model
 
 
@@ -286,11 +289,14 @@ class _SkippingBlock(nn.Module):
         if part.begins is not None:
             prefix = part.skip.prefix
             keep = prefix + part.begins.kept_patches(x.shape[1] - prefix)
-            with torch.no_grad():
-                kept, rest = SCORES[part.skip.scores](self, x, keep, prefix)
+            kept, rest = SCORES[part.skip.scores](self, x, keep, prefix)
             if part.skip.trace is not None:
                 part.skip.trace.append((kept, rest))
-        x = super().forward(x, *args, **kwargs)
+        try:
+            x = super().forward(x, *args, **kwargs)
+        finally:
+            if kept is not None:
+                vit_blocks.forget(self)
         for _ in range(part.ends):
             x = _come_back(x, away[-1])
             away = away[:-1]
@@ -306,19 +312,26 @@ class _SkippingBlock(nn.Module):
         )
 
 
-_classes: dict[type, type] = {}  # of plain blocks -> of skipping ones
+_classes: dict[tuple[type, type], type] = {}  # plain class and mixin -> both in one
 _plain: dict[type, type] = {}  # and back
 
 
+def _mix(mixin: type[nn.Module], module: nn.Module) -> None:
+    """Gives the module a class of the same name: parameters, hooks and state dict stay, and wrapping by class name works."""
+    cls = type(module)
+    if (cls, mixin) not in _classes:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        _classes[cls, mixin] = type(cls.__name__, (mixin, cls), names)
+        _plain[_classes[cls, mixin]] = cls
+    module.__class__ = _classes[cls, mixin]
+
+
 def _take_part(block: nn.Module, part: _Part) -> None:
-    """Gives the block a class of the same name: parameters, hooks and state dict stay, and wrapping by class name works."""
-    cls = type(block)
-    if cls not in _classes:
-        _classes[cls] = type(
-            cls.__name__, (_SkippingBlock, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        )
-        _plain[_classes[cls]] = cls
-    block.__class__ = _classes[cls]
+    if part.begins is not None:
+        for module in vit_blocks.shared_modules(block):
+            _mix(vit_blocks.Shared, module)
+        vit_blocks.forget(block)
+    _mix(_SkippingBlock, block)
     block._skip = part  # type: ignore[assignment]
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effcore.ops import routing
@@ -104,73 +103,70 @@ def projections(block: nn.Module, number: int = -1) -> Projections:
     return Projections(norm, query, key, None, None, None, heads, getattr(attention, "scaling", width**-0.5))
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+class Shared(nn.Module):
+    """Mixed into the class of a module that a block runs and its scores read too: computed once for the same tensor."""
+
+    # What came in and what went out, while the block runs. It serves this very tensor alone, so that several forwards at once
+    # compute what they need themselves.
+    _shared: tuple[Tensor, Tensor] | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self._shared
+        return shared[1] if shared is not None and shared[0] is x else super().forward(x)
+
+
+def shared_modules(block: nn.Module) -> list[nn.Module]:
+    """On the way to a block's queries and keys."""
+    p = projections(block)
+    return [m for m in (p.norm, p.query, p.key, p.fused) if m is not None]
+
+
+def forget(block: nn.Module) -> None:
+    """The end of the sharing; the tensors are released."""
+    for module in shared_modules(block):
+        if isinstance(module, Shared):
+            module._shared = None
+
+
+def _once(module: nn.Module, x: Tensor) -> Tensor:
+    y = module(x)
+    if isinstance(module, Shared):
+        module._shared = (x, y)
+    return y
+
+
+def _heads(norm: nn.Module | None, x: Tensor, heads: int) -> Tensor:
     """[B, N, H·D] -> [B, H, N, D]"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
     return x if norm is None else norm(x)
 
 
-def _is_plain(module: nn.Module | None) -> bool:
-    return type(module) is nn.Linear
-
-
-def _is_identity(module: nn.Module | None) -> bool:
-    return module is None or type(module) is nn.Identity
+def _queries_and_keys(block: nn.Module, x: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor]:
+    """The block's own, of its first so many tokens and of all, without their gradient."""
+    p = projections(block)
+    x = _once(p.norm, x)
+    if p.fused is not None:
+        q, k, _ = _once(p.fused, x).detach().chunk(3, dim=-1)
+    else:
+        assert p.query is not None and p.key is not None
+        q, k = _once(p.query, x).detach(), _once(p.key, x).detach()
+    with torch.no_grad():
+        q, k = _heads(p.q_norm, q[:, :queries], p.heads), _heads(p.k_norm, k, p.heads)
+        return q.to(k.dtype), k
 
 
 def class_partition(block: nn.Module, x: Tensor, keep: int, protect: int) -> tuple[Tensor, Tensor]:
-    """The partition by the class token's attention in this block, the head mean of softmax(q_cls Kᵀ · scale).
-
-    One row beside the block's own attention. Where keys are a plain linear map K = x W + b, no key is computed:
-    q · (x W + b) = (q Wᵀ) · x + const, and a softmax does not see the constant: H·C instead of C² products a token.
+    """The partition by the class token's attention in this block, the head mean of softmax(q_cls Kᵀ · scale): one row beside the
+    block's own attention, from its queries and keys.
     """
-    p = projections(block)
-    x = p.norm(x)
-    first = x[:, :1]
-    if p.fused is not None and _is_plain(p.fused):
-        size = p.fused.weight.shape[0] // 3  # type: ignore[index, operator]
-        weight: Any = p.fused.weight
-        bias: Any = p.fused.bias
-        q = F.linear(first, weight[:size], None if bias is None else bias[:size])
-        key_weight = weight[size : 2 * size]
-    elif p.fused is not None:
-        q, k, _ = (_heads(t, p.heads) for t in p.fused(x).chunk(3, dim=-1))
-        q, k = _normed(p.q_norm, q[:, :, :1]), _normed(p.k_norm, k)
-        return routing.score_partition(q.to(k.dtype), k, keep, protect=protect, scale=p.scale)
-    else:
-        assert p.query is not None and p.key is not None
-        q = p.query(first)
-        key_weight = p.key.weight if _is_plain(p.key) else None
-    q = _normed(p.q_norm, _heads(q, p.heads))
-    if key_weight is None or not _is_identity(p.k_norm):
-        k = p.key(x) if p.key is not None else F.linear(x, key_weight, None if bias is None else bias[size : 2 * size])
-        k = _normed(p.k_norm, _heads(k, p.heads))
-        return routing.score_partition(q.to(k.dtype), k, keep, protect=protect, scale=p.scale)
-    # Under autocast q is of its dtype, and so are the rows that the block's own projections read.
-    towards = (q.transpose(0, 1)[:, :, 0] @ key_weight.unflatten(0, (p.heads, -1)).to(q.dtype)).transpose(0, 1)
-    rows = x.to(towards.dtype)[:, None]
-    return routing.score_partition(towards[:, :, None], rows, keep, protect=protect, scale=p.scale)
+    q, k = _queries_and_keys(block, x, 1)
+    return routing.score_partition(q, k, keep, protect=protect, scale=projections(block).scale)
 
 
 def mean_partition(block: nn.Module, x: Tensor, keep: int, protect: int) -> tuple[Tensor, Tensor]:
     """The partition by the attention that a token gets from all tokens: for models that pool."""
-    p = projections(block)
-    x = p.norm(x)
-    if p.fused is not None and _is_plain(p.fused):
-        size = p.fused.weight.shape[0] // 3 * 2  # type: ignore[index, operator]
-        weight: Any = p.fused.weight
-        bias: Any = p.fused.bias
-        q, k = F.linear(x, weight[:size], None if bias is None else bias[:size]).chunk(2, dim=-1)
-    elif p.fused is not None:
-        q, k, _ = p.fused(x).chunk(3, dim=-1)
-    else:
-        assert p.query is not None and p.key is not None
-        q, k = p.query(x), p.key(x)
-    q, k = _normed(p.q_norm, _heads(q, p.heads)), _normed(p.k_norm, _heads(k, p.heads))
-    return routing.partition_tokens(routing.mean_scores(q, k.to(q.dtype), p.scale), keep, protect=protect)
+    q, k = _queries_and_keys(block, x)
+    return routing.partition_tokens(routing.mean_scores(q, k, projections(block).scale), keep, protect=protect)
 
 
 def random_partition(block: nn.Module, x: Tensor, keep: int, protect: int) -> tuple[Tensor, Tensor]:
