@@ -1,11 +1,13 @@
 """SkipViT on Hugging Face's ViT and DeiT and on a timm-like model: against the method written out by hand."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import effcore
@@ -201,6 +203,32 @@ def test_fewer_flops(model):
     with torch.no_grad(), FlopCounterMode(display=False) as less:
         model(images())
     assert less.get_total_flops() < 0.8 * full.get_total_flops()
+
+
+class Calls(TorchFunctionMode):
+    """Counts the products with weights and the norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_function__(self, function, types, arguments=(), named_arguments=None):
+        self.seen[function.__name__] += 1
+        return function(*arguments, **(named_arguments or {}))
+
+
+def test_scores_compute_no_projection_again(model):
+    with Calls() as plain:
+        model(images())
+    effcore.skip_tokens(model, drop=0.0, leave=2, rejoin=4)
+    block = blocks_of(model)[1]
+    of_heads = 2 * isinstance(skipvit.vit_blocks.projections(block).q_norm, nn.LayerNorm)
+    for _ in range(2):
+        with Calls() as scoring:
+            model(images())
+        assert scoring.seen["linear"] == plain.seen["linear"] > 0
+        assert scoring.seen["layer_norm"] == plain.seen["layer_norm"] + of_heads
+    assert all(m._shared is None for m in skipvit.vit_blocks.shared_modules(block))
 
 
 @pytest.mark.parametrize("name", ["HF ViT", "timm"])

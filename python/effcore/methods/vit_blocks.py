@@ -156,8 +156,9 @@ def _queries_and_keys(block: nn.Module, x: Tensor, queries: int | None = None) -
 
 
 def class_partition(block: nn.Module, x: Tensor, keep: int, protect: int) -> tuple[Tensor, Tensor]:
-    """The partition by the class token's attention in this block, the head mean of softmax(q_cls Kᵀ · scale): one row beside the
-    block's own attention, from its queries and keys.
+    """The partition by the class token's attention in this block, the head mean of softmax(q_cls Kᵀ · scale).
+
+    One row beside the block's own attention, from its queries and keys.
     """
     q, k = _queries_and_keys(block, x, 1)
     return routing.score_partition(q, k, keep, protect=protect, scale=projections(block).scale)
