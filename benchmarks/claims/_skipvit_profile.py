@@ -1,62 +1,50 @@
-"""Where a step of ViT-S/16 spends its time on a GPU, with and without skipping: microseconds by kind of kernel."""
+"""Where a step of ViT-S/16 spends its time on a GPU: microseconds of each kernel, and by kind of kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
-
-from benchmarks.claims._skipvit_speed import Contender, name_of
 
 # Names of kernels that belong to a kind; the first that fits counts.
 KINDS = {
-    "token movement": ("effcore",),
+    "scores and movement": ("effcore",),
     "attention": ("sdpa", "flash", "fmha", "dot_do_o", "dq_to_16bits"),
-    "patch embedding": ("conv", "nchwToNhwc", "nhwcToNchw"),
+    "convolution": ("conv", "nchwToNhwc", "nhwcToNchw"),
     "matrix products": ("nvjet", "gemm", "cutlass", "splitK"),
-    "norms, activations, additions": ("triton",),
+    "GELU": ("gelu",),
+    "norms, additions, lookups": ("triton",),
 }
 
 
 def kind_of(kernel: str) -> str:
-    if kernel.startswith("triton"):  # named after what was fused, a convolution's bias among them
-        return "norms, activations, additions"
-    return next((kind for kind, parts in KINDS.items() if any(part in kernel for part in parts)), "other")
+    kinds = (
+        {kind: KINDS[kind] for kind in ("GELU", "norms, additions, lookups")} if kernel.startswith("triton") else KINDS
+    )
+    return next((kind for kind, parts in kinds.items() if any(part in kernel for part in parts)), "other")
 
 
-def summarise(kernels: Iterable[tuple[str, float]], steps: int) -> dict[str, float]:
-    """Microseconds a step of each kind, from the names and microseconds of all kernels of some steps."""
+def kernels(steps: Callable[[int], Any], count: int) -> list[tuple[str, float, float]]:
+    """The kernels of one step, of ``count`` that are run: name, launches and microseconds, the longest first."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        steps(count)
+    sums: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type.name == "CUDA":
+            of_name = sums.setdefault(event.name[:120], [0.0, 0.0])
+            of_name[0] += 1 / count
+            of_name[1] += event.time_range.elapsed_us() / count
+    return sorted(((name, *of_name) for name, of_name in sums.items()), key=lambda kernel: -kernel[2])
+
+
+def summarise(taken: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """Microseconds of each kind, and how many launches."""
     sums = dict.fromkeys([*KINDS, "other", "launches"], 0.0)
-    for name, microseconds in kernels:
-        sums[kind_of(name)] += microseconds / steps
-        sums["launches"] += 1 / steps
+    for name, launches, microseconds in taken:
+        sums[kind_of(name)] += microseconds
+        sums["launches"] += launches
     return sums
-
-
-def measure(
-    source: str,
-    batch: int,
-    setting: tuple,
-    embeddings: Sequence[str],
-    steps: int = 3,
-    keep: Callable[[list[dict]], None] = lambda rows: None,
-) -> list[dict]:
-    torch.backends.cudnn.benchmark = True
-    rows: list[dict] = []
-    for embedding, skips in ((embedding, skips) for embedding in embeddings for skips in (None, setting)):
-        contender = Contender(source, "cuda", batch, True, embedding, skips)
-        for kind in ("train", "infer"):
-            contender.seconds(kind, 5)
-            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-                contender.seconds(kind, steps)
-            kernels = [(e.name, e.time_range.elapsed_us()) for e in profiler.events() if e.device_type.name == "CUDA"]
-            spent = summarise(kernels, steps)
-            rows.append({"what": kind, "embedding": embedding, "model": name_of(skips), "microseconds": spent})
-            print_row(rows[-1])
-            keep(rows)
-        del contender
-    return rows
 
 
 def print_row(row: dict) -> None:

@@ -3,7 +3,7 @@
 Training runs under bfloat16 autocast, inference with bfloat16 weights, both as fast as the baseline can be had: compiled, with
 fused attention and optimizer. Patches are embedded by the model's own convolution, with cuDNN free to choose how, and by the
 matrix product that it is, as its stride is as long as its kernel. Each model has a process of its own, so that all compile at
-once; then they run in turns.
+once, but one at a time chooses its kernels; then they run in turns.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effcore
+from benchmarks.claims import _skipvit_profile
 from benchmarks.claims._skipvit_training import logits
 
 # (drop, leave, rejoin)
@@ -107,12 +108,34 @@ def name_of(setting: tuple | None) -> str:
     return "baseline" if setting is None else "drop {}, {} to {}".format(*setting)
 
 
-def _serve(connection: Any, *arguments: Any) -> None:
-    """A contender's process: answers (kind, repeats) with seconds a step, until None comes."""
+def choose_alone(lock: Any) -> None:
+    """The compiler times variants of each kernel at its first call. Beside others that do the same it chooses by chance: its
+    GELU has taken 110 or 156 µs, which is as much as skipping gains. So one process at a time, all steps of the others done.
+    """
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    choose = CachingAutotuner.autotune_to_one_config
+
+    def alone(self: Any, *arguments: Any, **named: Any) -> Any:
+        with lock:
+            return choose(self, *arguments, **named)
+
+    CachingAutotuner.autotune_to_one_config = alone
+
+
+def _serve(connection: Any, lock: Any, source: str, device: str, *arguments: Any) -> None:
+    """A contender's process: answers (kind, repeats) with seconds a step, and (kind, repeats, "kernels") with the time of each
+    kernel a step, until None comes."""
     torch.backends.cudnn.benchmark = True
-    contender = Contender(*arguments)
-    for kind, repeats in iter(connection.recv, None):
-        connection.send(contender.seconds(kind, repeats))
+    if device == "cuda":
+        choose_alone(lock)
+    contender = Contender(source, device, *arguments)
+    for kind, repeats, *kernels in iter(connection.recv, None):
+        if kernels:
+            contender.seconds(kind, 10 * repeats)  # the clocks of a GPU at work
+            connection.send(_skipvit_profile.kernels(lambda n, kind=kind: contender.seconds(kind, n), repeats))
+        else:
+            connection.send(contender.seconds(kind, repeats))
 
 
 def measure(
@@ -123,32 +146,33 @@ def measure(
     compiled: bool = True,
     settings: Sequence[tuple] = SETTINGS,
     embeddings: Sequence[str] = tuple(EMBEDDINGS),
-    kinds: tuple[str, ...] = ("train", "infer"),
+    kinds: tuple[str, ...] = ("infer", "train"),
     rounds: int = 9,
     repeats: int = 5,
+    kernels: bool = False,
     keep: Callable[[list[dict]], None] = lambda rows: None,
 ) -> list[dict]:
     """Alternating rounds of all contenders; ratios are medians of the rounds' ratios to the baseline of the same embedding. All
-    settings with the first embedding; the first one with the others."""
+    settings with the first embedding; the first one with the others. With ``kernels``, also where their time goes."""
     plan = [(embeddings[0], setting) for setting in (None, *settings)]
     plan += [(embedding, setting) for embedding in embeddings[1:] for setting in (None, *settings[:1])]
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max((os.cpu_count() or 1) // len(plan), 1)))
     spawn = multiprocessing.get_context("spawn")
+    lock = spawn.Lock()
     contenders = {}
     for embedding, setting in plan:
         ours, theirs = spawn.Pipe()
-        arguments = (theirs, source, device, batch, compiled, embedding, setting)
+        arguments = (theirs, lock, source, device, batch, compiled, embedding, setting)
         spawn.Process(target=_serve, args=arguments, daemon=True).start()
         theirs.close()
         contenders[embedding, setting] = ours
+    rows: list[dict] = []
     for kind in kinds:
         for connection in contenders.values():  # together: this compiles
             connection.send((kind, 3))
         for connection in contenders.values():
             connection.recv()
-    print("all are compiled; now in turns", file=sys.stderr, flush=True)
-    rows: list[dict] = []
-    for kind in kinds:
+        print(f"{kind}: all are compiled; now in turns", file=sys.stderr, flush=True)
         times: dict[tuple, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, connection in contenders.items():
@@ -166,7 +190,17 @@ def measure(
             rows.append(row)
             rate, ratio = row["images_per_s"], row["ratio"]
             print(f"{kind:<6} {embedding:<12} {row['model']:<20} {rate:9.1f} images/s  {ratio:.3f}x", flush=True)
-        keep(rows)
+            keep(rows)
+        for (embedding, setting), connection in contenders.items() if kernels else ():
+            connection.send((kind, 3, "kernels"))
+            taken = connection.recv()
+            row = next(
+                r for r in rows if (r["what"], r["embedding"], r["model"]) == (kind, embedding, name_of(setting))
+            )
+            row["microseconds"] = _skipvit_profile.summarise(taken)
+            row["kernels"] = [f"{us:.1f} us in {launches:g}: {name}" for name, launches, us in taken]
+            _skipvit_profile.print_row(row)
+            keep(rows)
     for connection in contenders.values():
         connection.send(None)
     return rows

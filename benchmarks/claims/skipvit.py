@@ -4,7 +4,7 @@ speed: ViT-S/16 at 224² in bfloat16 (float32 on the CPU), images a second of tr
 compiled, with its fused attention. The paper: 1.132x at (0.55, 6, 10) on an Ascend 910A; our goal 1.17x; the ceiling, by FLOPs,
 1.231x.
 
-profile: where the time of a step goes, by kind of kernel (cuda).
+profile: the same, and where the time of a step goes, by kind of kernel (cuda).
 
 accuracy: small ViTs on cluttered digits, equal steps, against no dropping, random dropping and merging of tokens (ToMe).
 """
@@ -35,10 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--source", default="timm", choices=("timm", "hf"), help="whose ViT")
     parser.add_argument("--batch", type=int, help="images a step (default 256 on cuda, 8 on cpu; accuracy: 128)")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile (speed)")
-    parser.add_argument("--kind", choices=("train", "infer"), help="only this (speed)")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile (speed, profile)")
+    parser.add_argument("--kind", choices=("train", "infer"), help="only this (speed, profile)")
     parser.add_argument("--embedding", choices=tuple(_skipvit_speed.EMBEDDINGS), help="only this (speed, profile)")
-    parser.add_argument("--only", type=int, help="only so many of the settings (speed)")
+    parser.add_argument("--only", type=int, help="only so many of the settings (speed, profile)")
     parser.add_argument("--steps", type=int, default=3000, help="training steps (accuracy)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (accuracy)")
     parser.add_argument("--method", action="append", help="only this, or these where given again (accuracy)")
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.json.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
 
     embeddings = (options.embedding,) if options.embedding else tuple(_skipvit_speed.EMBEDDINGS)
-    if options.claim == "speed":
+    if options.claim in ("speed", "profile"):
         _skipvit_speed.measure(
             options.source,
             options.device,
@@ -69,14 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
             compiled=not options.eager,
             settings=_skipvit_speed.SETTINGS[: options.only],
             embeddings=embeddings,
-            kinds=(options.kind,) if options.kind else ("train", "infer"),
+            kinds=(options.kind,) if options.kind else ("infer", "train"),
+            kernels=options.claim == "profile",
             keep=keep,
             **({} if cuda else {"rounds": 5, "repeats": 1}),
         )
-    elif options.claim == "profile":
-        from benchmarks.claims import _skipvit_profile
-
-        _skipvit_profile.measure(options.source, batch, _skipvit_speed.SETTINGS[0], embeddings, keep=keep)
     else:
         from benchmarks.claims import _skipvit_accuracy
 

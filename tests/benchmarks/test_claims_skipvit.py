@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.claims import _skipvit_accuracy, skipvit
+from benchmarks.claims import _skipvit_accuracy, _skipvit_profile, skipvit
 from benchmarks.claims._skipvit_speed import embed_as
 
 
@@ -30,6 +30,21 @@ def test_merging_keeps_the_class_token_and_the_mean():
     assert merged[:, 0].equal(x[:, 0])
     torch.testing.assert_close(merged.sum(1) + x[:, 1], x.sum(1))
     assert _skipvit_accuracy.merge_most_alike(x, 64).sort(1).values.equal(x.sort(1).values)
+
+
+def test_kernels_by_kind():
+    taken = [
+        ("nvjet_sm90_tst_192x192_64x4_1x2_h_bz_coopB_bias_TNN", 48, 3530.0),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 12, 1030.0),
+        ("triton_poi_fused_gelu_view_3", 12, 1320.0),
+        ("triton_per_fused_add_convolution_native_layer_norm_view_8", 5, 316.0),
+        ("void effcore::cuda::routing::partition_kernel", 1, 21.0),
+        ("Memset (Device)", 61, 49.0),
+    ]
+    spent = _skipvit_profile.summarise(taken)
+    assert spent["launches"] == 139 and sum(spent.values()) - 139 == sum(us for *_, us in taken)
+    kinds = ["matrix products", "attention", "GELU", "norms, additions, lookups", "scores and movement", "other"]
+    assert [spent[kind] for kind in kinds] == [us for *_, us in taken] and spent["convolution"] == 0
 
 
 @pytest.mark.slow
