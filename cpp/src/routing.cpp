@@ -43,31 +43,46 @@ void for_rows(const Threads& threads, std::int64_t batch, std::int64_t size, std
   threads(batch * size, some);
 }
 
-// Neighbouring tokens that are neighbours in memory on both sides are moved in one piece.
-std::int64_t run_length(const Lists& index, std::int64_t b, std::int64_t i, std::int64_t last, bool dense) {
-  std::int64_t n = 1;
-  if (dense)
-    while (i + n < last && index(b, i + n) == index(b, i) + n) ++n;
-  return n;
-}
-
 bool dense(const TensorView& t) {
   return t.stride[1] == t.size[2];
 }
 
-// Runs body(l, b, first, last) over pieces of the lists, all of them in one parallel loop.
+// A list's rows, and which tokens of x they are.
+struct Listed {
+  Rows rows;
+  Lists index;
+  bool together;  // neighbouring tokens are neighbours in memory on both sides
+
+  Listed(const List& list, const TensorView& x) : rows(list.rows), index(list.index), together(dense(x) && dense(list.rows)) {}
+
+  // How many rows from i on, below `last`, move in one piece.
+  std::int64_t run(std::int64_t b, std::int64_t i, std::int64_t last) const {
+    std::int64_t n = 1;
+    if (together)
+      while (i + n < last && index(b, i + n) == index(b, i) + n) ++n;
+    return n;
+  }
+};
+
+// Runs n = body(l, b, i, last) over all rows of the lists in one parallel loop: it moves rows [i, i + n) of list l, n >= 1, up
+// to `last`. Each thread goes on at two places in turn: at every new 4 KiB page it waits for the first lines, and so for two
+// pages at once (12 to 14 % less time for [8x197, 384], [32x197, 384] and [1024, 768] float32 there and back on two cores;
+// three or four places are no better, prefetching the next row gains half of it, stores past the caches lose where the
+// allocator hands out memory that a cache still holds).
 template <class Body>
 void for_lists(const Threads& threads, const List* lists, int count, std::int64_t row_bytes, const Body& body) {
   const std::int64_t batch = lists[0].rows.size[0], of_first = batch * lists[0].rows.size[1];
   const std::int64_t items = of_first + (count > 1 ? batch * lists[1].rows.size[1] : 0);
   const auto some = [&](std::int64_t begin, std::int64_t end) {
-    while (begin < end) {
-      const int l = begin >= of_first;
-      const std::int64_t size = lists[l].rows.size[1], item = begin - (l ? of_first : 0);
-      const std::int64_t first = item % size, last = std::min(size, first + end - begin);
-      body(l, item / size, first, last);
-      begin += last - first;
-    }
+    const std::int64_t middle = begin + (end - begin) / 2, ends[2] = {middle, end};
+    std::int64_t next[2] = {begin, middle};
+    while (next[0] < ends[0] || next[1] < ends[1])
+      for (int place = 0; place < 2; ++place) {
+        if (next[place] >= ends[place]) continue;
+        const int l = next[place] >= of_first;
+        const std::int64_t size = lists[l].rows.size[1], item = next[place] - (l ? of_first : 0), i = item % size;
+        next[place] += body(l, item / size, i, std::min(size, i + ends[place] - next[place]));
+      }
   };
   if (items * row_bytes <= serial_bytes) return some(0, items);
   threads(items, some);
@@ -78,41 +93,33 @@ void for_lists(const Threads& threads, const List* lists, int count, std::int64_
 void gather(const Gather& args, const Threads& threads) {
   if (args.x.size[2] == 0) return;
   const Rows from(args.x);
-  for_lists(threads, args.list, args.lists, from.bytes, [&](int l, std::int64_t b, std::int64_t first, std::int64_t last) {
-    const Rows to(args.list[l].rows);
-    const Lists index(args.list[l].index);
-    const bool together = dense(args.x) && dense(args.list[l].rows);
-    for (std::int64_t i = first; i < last;) {
-      const std::int64_t n = run_length(index, b, i, last, together);
-      std::memcpy(to(b, i), from(b, index(b, i)), n * to.bytes);
-      i += n;
-    }
+  const Listed to[2] = {{args.list[0], args.x}, {args.list[args.lists - 1], args.x}};
+  for_lists(threads, args.list, args.lists, from.bytes, [&](int l, std::int64_t b, std::int64_t i, std::int64_t last) {
+    const std::int64_t n = to[l].run(b, i, last);
+    std::memcpy(to[l].rows(b, i), from(b, to[l].index(b, i)), n * from.bytes);
+    return n;
   });
 }
 
 void merge(const Merge& args, const Threads& threads) {
   if (args.out.size[2] == 0) return;
   const Rows out(args.out);
+  const Listed from[2] = {{args.list[0], args.out}, {args.list[1], args.out}};
   const RowKernels& kernels = row_kernels(args.out.dtype);
-  for_lists(threads, args.list, 2, out.bytes, [&](int l, std::int64_t b, std::int64_t first, std::int64_t last) {
-    const List& list = args.list[l];
-    const Rows from(list.rows);
-    const Lists index(list.index);
+  for_lists(threads, args.list, 2, out.bytes, [&](int l, std::int64_t b, std::int64_t i, std::int64_t last) {
+    const std::int64_t token = from[l].index(b, i);
     const TensorView* first_residual = l == 0 ? args.first_residual : nullptr;
-    const bool plain = args.residual == nullptr && first_residual == nullptr;
-    const bool together = plain && dense(args.out) && dense(list.rows);
-    for (std::int64_t i = first; i < last;) {
-      const std::int64_t token = index(b, i), n = run_length(index, b, i, last, together);
-      if (plain) {
-        std::memcpy(out(b, token), from(b, i), n * out.bytes);
-      } else {
-        const void* own = first_residual != nullptr ? Rows(*first_residual)(b, i) : nullptr;
-        const void* all = args.residual != nullptr ? Rows(*args.residual)(b, token) : nullptr;
-        if (own == nullptr) std::swap(own, all);
-        kernels.sum(out(b, token), from(b, i), own, all, args.out.size[2]);
-      }
-      i += n;
+    std::int64_t n = 1;
+    if (args.residual == nullptr && first_residual == nullptr) {
+      n = from[l].run(b, i, last);
+      std::memcpy(out(b, token), from[l].rows(b, i), n * out.bytes);
+    } else {
+      const void* own = first_residual != nullptr ? Rows(*first_residual)(b, i) : nullptr;
+      const void* all = args.residual != nullptr ? Rows(*args.residual)(b, token) : nullptr;
+      if (own == nullptr) std::swap(own, all);
+      kernels.sum(out(b, token), from[l].rows(b, i), own, all, args.out.size[2]);
     }
+    return n;
   });
 }
 
