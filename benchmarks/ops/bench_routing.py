@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 KEEP = 0.45
 
 Shape = tuple[int, int, int]  # batch, tokens, channels
-# batch, heads, kv_heads, tokens, dim; the second is SkipViT's own: the queries go through Wᵀ instead of the tokens through W
+# batch, heads, kv_heads, tokens, dim; the first is SkipViT's own
 SCORES = [
     (256, 6, 6, 197, 64),
     (256, 6, 1, 197, 384),
