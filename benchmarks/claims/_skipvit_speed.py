@@ -110,7 +110,8 @@ def name_of(setting: tuple | None) -> str:
 
 def choose_alone(lock: Any) -> None:
     """The compiler times variants of each kernel at its first call. Beside others that do the same it chooses by chance: its
-    GELU has taken 110 or 156 µs, which is as much as skipping gains. So one process at a time, all steps of the others done.
+    GELU has taken 110 or 156 µs, which is as much as skipping gains. So one process at a time. (The first steps of others can
+    still run meanwhile: compare the kernels of ``profile``.)
     """
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
