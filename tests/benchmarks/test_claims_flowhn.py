@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import effcore
 from benchmarks.claims import _hybrids as hybrids
-from benchmarks.claims import flowhn
+from benchmarks.claims import flowhn, flowhn_tables
 from effcore.methods.flowhn import block_flops, model_flops
 
 LENGTH = 64
@@ -52,3 +54,10 @@ def test_splits_cost_about_half():
     assert block_flops(configs["fac"]) == block_flops(configs["fa"])
     assert 1.9 < block_flops(configs["none"]) / block_flops(configs["fac"]) < 2.1
     assert model_flops(configs["none"]) / model_flops(configs["fac"]) < 1.9  # the head is not split
+
+
+def test_the_page_holds_the_kept_results():
+    text = (flowhn_tables.ROOT / "docs" / "flowhn.md").read_text()
+    assert flowhn_tables.fill(text) == text
+    emptied = re.sub(r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\3", text, flags=re.DOTALL)
+    assert emptied != text and flowhn_tables.fill(emptied) == text
