@@ -146,15 +146,18 @@ def test_prediction_averages_the_softmax():
 
 
 @pytest.mark.parametrize("variance", [0.05, 1.0])
-def test_agrees_with_laplace_torch(variance):
+@pytest.mark.parametrize(
+    "structure, count", [("kron", 24), ("full", 1)]
+)  # of one example the Kronecker product is exact
+def test_agrees_with_laplace_torch(structure, count, variance):
     other = pytest.importorskip("laplace")
     from laplace.curvature import CurvlinopsGGN
 
-    model, (x, y) = toy(torch.float32), data(dtype=torch.float32)
+    model, (x, y) = toy(torch.float32), data(count, dtype=torch.float32)
     posterior = laplace(model, [(x, y)], targets="last", hessian="kron", prior_mean="zero", prior_variance=variance)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=len(x))
     theirs = other.Laplace(
-        copy.deepcopy(model), "classification", subset_of_weights="last_layer", hessian_structure="kron",
+        copy.deepcopy(model), "classification", subset_of_weights="last_layer", hessian_structure=structure,
         prior_precision=1 / variance, backend=CurvlinopsGGN,
     )  # fmt: skip
     theirs.fit(loader)
