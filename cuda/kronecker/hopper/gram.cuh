@@ -8,7 +8,9 @@
 // overwrite them with zeros (what a token of another expert holds, NaN or not, must not be multiplied). Results leave through
 // shared memory by TMA, once as they are and once transposed, while the next pair's tokens arrive.
 //
-// Blocks stay and draw the next pair from a counter: experts' loads differ.
+// Blocks stay and draw the next pair from a counter: experts' loads differ. On an H200 at 60 experts, 131072 tokens, 1408
+// columns: stages of 32 tokens, twice as many, take 1.04 times as long, single tiles by two blocks a multiprocessor, in any
+// order of segments, 1.09 times, and products alone, no result written, 0.83.
 #pragma once
 #include <cuda.h>
 
