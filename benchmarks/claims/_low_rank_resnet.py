@@ -171,14 +171,14 @@ def measure(
                 group[i] = dataclasses.replace(spec, ranks=tuple(pairs))
     if find_ranks:
         return
-    start = Start([spec for group in groups for spec in group], at_once, keep=not warm)
-    try:
-        for group in groups:
+    for group in groups:  # one after the other: the workers of two would not find the memory for their first steps
+        start = Start(group, at_once, keep=not warm)
+        try:
             workers = start.ready(group)
             if not warm:
                 yield from _rows(workers, rounds, _rates(device))
-    finally:
-        start.end()
+        finally:
+            start.end()
 
 
 def _rows(workers: dict[str, Worker], rounds: int, rates: ceilings.Ceilings) -> Iterator[dict[str, Any]]:

@@ -90,9 +90,9 @@ def table(path: Path) -> str:
                 str(r["rows"]),
                 f"{r['in']} -> {r['out']}",
                 str(r["rank"]),
-                *(f"{r[way]:.1f}" for way in ("effcore", "two", "dense")),
+                *(f"{r[way]:.1f}" if way in r else "" for way in ("effcore", "two", "dense")),
                 f"{r['two'] / r['effcore']:.2f}x",
-                f"{r['dense'] / r['effcore']:.2f}x",
+                f"{r['dense'] / r['effcore']:.2f}x" if "dense" in r else "",
                 f"{r['bound'] / r['effcore']:.0%}",
             )
             for r in rows

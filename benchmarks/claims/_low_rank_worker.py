@@ -114,7 +114,7 @@ def _compile(model: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 64
     for module in model.modules():
         if type(module).__name__ in ("ResNetEmbeddings", "ResNetBottleNeckLayer"):
-            module.compile()
+            module.compile(dynamic=False)
 
 
 def _step(model: nn.Module, x: Tensor, training: bool) -> None:

@@ -90,20 +90,21 @@ def ceilings(flush: Tensor) -> tuple[Ceilings, float]:
 
 
 def case(
-    rows: int, features: int, rank: int, out: int, rates: Ceilings, flush: Tensor, gradients: bool
+    rows: int, features: int, rank: int, out: int, rates: Ceilings, flush: Tensor, gradients: bool, biased: bool = True
 ) -> list[dict[str, Any]]:
     from effcore.ops.lowrank import lowrank_linear
 
     def random(*size: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(size, device="cuda") * scale).bfloat16().requires_grad_()
 
-    x, bias = random(rows, features), random(out)
+    x, bias = random(rows, features), random(out) if biased else None
     down, up = random(rank, features, scale=features**-0.5), random(out, rank, scale=rank**-0.5)
     weight, dout = random(out, features, scale=features**-0.5), torch.randn(rows, out, device="cuda").bfloat16()
+    extra = [bias] if bias is not None else []
     layers: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
-        "effcore": (lambda: lowrank_linear(x, down, up, bias), [x, down, up, bias]),
-        "two": (lambda: F.linear(F.linear(x, down), up, bias), [x, down, up, bias]),
-        "dense": (lambda: F.linear(x, weight, bias), [x, weight, bias]),
+        "effcore": (lambda: lowrank_linear(x, down, up, bias), [x, down, up, *extra]),
+        "two": (lambda: F.linear(F.linear(x, down), up, bias), [x, down, up, *extra]),
+        "dense": (lambda: F.linear(x, weight, bias), [x, weight, *extra]),
     }
     flops, factors = 2.0 * rows * rank * (features + out), 2.0 * rank * (features + out)
     once, again = 2.0 * rows * (features + out) + factors, 2.0 * rows * (2 * features + out) + 2 * factors
@@ -115,6 +116,11 @@ def case(
         return lambda: torch.autograd.grad(layer(), leaves, dout)
 
     ways = {name: forward(layer) for name, (layer, _) in layers.items()}
+    hidden = F.linear(x, down).detach()
+    ways |= {
+        "first product": forward(lambda: F.linear(x, down)),
+        "second product": forward(lambda: F.linear(hidden, up, bias)),
+    }
     passes = [("forward", ways, once, flops)]
     if gradients:
         ways = {name: both(*layer) for name, layer in layers.items()}
@@ -135,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many")
     parser.add_argument("--everywhere", action="store_true", help="one kernel also where two products are faster")
     parser.add_argument("--pointwise", action="store_true", help="ResNet-50's 1x1 convolutions as well")
+    parser.add_argument("--no-bias", action="store_true", help="as in a LLaMA's layers")
     parser.add_argument("--forward", action="store_true", help="no gradients")
     options = parser.parse_args(arguments)
     if options.everywhere:
@@ -154,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.pointwise:
         problems = [*POINTWISE, *problems]
     for problem in problems:
-        for row in case(*problem, rates, flush, not options.forward):
+        for row in case(*problem, rates, flush, not options.forward, not options.no_bias):
             table.append(row)
             print(
                 f"{row['what']:21} M={row['rows']:6} {row['in']:4}->{row['out']:4} r={row['rank']:3}  effcore "
@@ -167,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "device": torch.cuda.get_device_name(),
                 "torch": torch.__version__,
                 "everywhere": options.everywhere,
+                "bias": not options.no_bias,
                 "copy_bytes_s": rates.copy,
                 "fill_bytes_s": fill,
                 "product_flops_s": product,

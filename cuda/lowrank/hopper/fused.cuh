@@ -32,7 +32,7 @@ constexpr int stages = 12, consumer_warps = 4 * warpgroups, threads = 128 * (war
 constexpr int consumer_registers = 232, producer_registers = 40;
 
 struct FusedParams {
-  CUtensorMap x, first, second, out, hidden, before;  // in boxes of 64 x 64; `wide` out and before: 64 rows of 2 x 64 columns
+  CUtensorMap x, first, second, out, hidden, before;  // in boxes of 64 x 64
   const void* bias;
   int rows, rank, columns;
   int first_steps;    // of 64, along the depth
@@ -40,13 +40,12 @@ struct FusedParams {
   int splits, pieces;
   Activation activation;
   bool keeps_hidden, keeps_before;
-  bool wide;  // 256 bytes of a row leave together
 };
 
 template <class T>
 struct FusedShared {
   T panels[stages][panel_elements];
-  T staged[warpgroups][2 * box_elements];  // a warpgroup's tile on its way out
+  T staged[warpgroups][2][box_elements];  // a warpgroup's tile on its way out
   sm90::Ring<stages> ring;
 };
 
@@ -129,9 +128,8 @@ struct FusedConsumer {
   FusedShared<T>& shared;
   const FusedParams& p;
   const int block, warpgroup, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-  sm90::Turn<stages> turn, read;              // the next panel; the next to be released
-  int row = 0;                                // of the warpgroup
-  std::uint32_t bias[tile_columns / 8] = {};  // of the next tile
+  sm90::Turn<stages> turn, read;  // the next panel; the next to be released
+  int row = 0;                    // of the warpgroup
 
   __device__ FusedConsumer(FusedShared<T>& shared_, const FusedParams& p_, int block_, int warpgroup_)
       : shared(shared_), p(p_), block(block_), warpgroup(warpgroup_) {
@@ -142,16 +140,15 @@ struct FusedConsumer {
     for (int i = cluster; i < p.pieces; i += clusters) {
       const Piece piece(p, i);
       row = piece.row0 + block * block_rows + warpgroup * box;
-      load_bias(piece.column0);
       Block h[panels];
       intermediate(h);
       if (p.keeps_hidden && piece.column0 == 0) {
 #pragma unroll
         for (int q = 0; q < panels; q += 2) {
           begin_staging();
-          stage(0, h[q], false);
-          if (q + 1 < panels) stage(1, h[q + 1 < panels ? q + 1 : q], false);
-          send(p.hidden, q * box, p.rank, false);
+          stage(0, h[q]);
+          if (q + 1 < panels) stage(1, h[q + 1 < panels ? q + 1 : q]);
+          send(p.hidden, q * box, p.rank);
         }
       }
       columns(h, piece);
@@ -251,17 +248,15 @@ struct FusedConsumer {
     give_turn();
   }
 
-  // Of a tile, one tile ahead: behind the stores it takes as long as two products.
-  __device__ __forceinline__ void load_bias(int column) {
-    if (p.bias == nullptr) return;
-#pragma unroll
-    for (int j = 0; j < tile_columns / 8; ++j) {
-      const int c = column + 8 * j + 2 * (lane % 4);
-      if (c < p.columns) bias[j] = __ldg(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(p.bias) + c));
-    }
-  }
-
   __device__ __forceinline__ void finish(Tile& tile, int column) {
+    std::uint32_t bias[tile_columns / 8] = {};
+    if (p.bias != nullptr) {
+#pragma unroll
+      for (int j = 0; j < tile_columns / 8; ++j) {
+        const int c = column + 8 * j + 2 * (lane % 4);
+        if (c < p.columns) bias[j] = __ldg(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(p.bias) + c));
+      }
+    }
     sm90::wgmma_wait<0>();
     sm90::pin(tile);
     release(panels);
@@ -271,26 +266,25 @@ struct FusedConsumer {
         const float2 b = unpack<T>(bias[j]);
         tile[4 * j] += b.x, tile[4 * j + 1] += b.y, tile[4 * j + 2] += b.x, tile[4 * j + 3] += b.y;
       }
-      load_bias(column + tile_columns);
     }
     Block values[2];
 #pragma unroll
     for (int i = 0; i < tile_columns / 4; ++i) values[i / 16][i / 4 % 4][i % 4] = pack<T>(tile[2 * i], tile[2 * i + 1]);
     begin_staging();
-    stage(0, values[0], p.wide);
-    stage(1, values[1], p.wide);
+    stage(0, values[0]);
+    stage(1, values[1]);
     if (p.activation != Activation::none) {
       // It comes last, on what is rounded, as it does where layers are separate: its code exists once a tile instead of once an
       // accumulator.
       if (p.keeps_before) {
-        send(p.before, column, p.columns, p.wide);
+        send(p.before, column, p.columns);
         begin_staging();
       } else {
         __syncwarp();
       }
       dispatch(p.activation, [&](auto f) { activate<decltype(f)::value>(); });
     }
-    send(p.out, column, p.columns, p.wide);
+    send(p.out, column, p.columns);
   }
 
   // Once what the warpgroup sent from its memory before has left it.
@@ -299,31 +293,25 @@ struct FusedConsumer {
     meet();
   }
 
-  // 64 columns of the warp's rows, as lines of 128 bytes: one half of the tile behind the other, or row by row.
-  __device__ __forceinline__ void stage(int half, const Block& values, bool wide) const {
-    const int place = warp % 4 * warp_rows + lane % 16, across = lane / 16;  // the row and chunk that the lane addresses
-    const int line = wide ? 2 * place + half : half * box + place;
-    const std::uint32_t to = shared_address(shared.staged[warpgroup]) + line * 128;
+  // 64 columns of the warp's rows.
+  __device__ __forceinline__ void stage(int half, const Block& values) const {
+    const int place = lane % 16, across = lane / 16;  // the row and chunk that the lane addresses
+    const std::uint32_t to = shared_address(shared.staged[warpgroup][half]) + (warp % 4 * warp_rows + place) * 128;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       asm volatile(
-          "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + ((2 * j + across) ^ line % 8) * 16),
+          "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + ((2 * j + across) ^ place % 8) * 16),
           "r"(values[j][0]), "r"(values[j][1]), "r"(values[j][2]), "r"(values[j][3])
           : "memory");
   }
 
   // What lies outside of the tensor is left out.
-  __device__ __forceinline__ void send(const CUtensorMap& map, int column, int columns, bool wide) const {
+  __device__ __forceinline__ void send(const CUtensorMap& map, int column, int columns) const {
     sm90::fence_async();
     meet();
     if (leader()) {
-      const T* const from = shared.staged[warpgroup];
-      if (wide) {
-        cute::SM90_TMA_STORE_3D::copy(&map, from, 0, column / box, row);
-      } else {
-        cute::SM90_TMA_STORE_2D::copy(&map, from, column, row);
-        if (column + box < columns) cute::SM90_TMA_STORE_2D::copy(&map, from + box_elements, column + box, row);
-      }
+      cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warpgroup][0], column, row);
+      if (column + box < columns) cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warpgroup][1], column + box, row);
       cute::tma_store_arrive();
     }
   }
@@ -334,9 +322,8 @@ struct FusedConsumer {
       constexpr int values_of_lane = 4, count = warp_rows * box / (values_of_lane * 32);  // in one half
 #pragma unroll 1
       for (int i = 0; i < 2 * count; ++i) {
-        const int part = i / count, own = warp % 4;
-        T* const lines = shared.staged[warpgroup] + (p.wide ? 2 * own + part : 4 * part + own) * warp_rows * box;
-        uint2& at = reinterpret_cast<uint2*>(lines)[i % count * 32 + lane];
+        T* const half = shared.staged[warpgroup][i / count] + warp % 4 * warp_rows * box;
+        uint2& at = reinterpret_cast<uint2*>(half)[i % count * 32 + lane];
         const float2 low = unpack<T>(at.x), high = unpack<T>(at.y);
         at = make_uint2(pack<T>(value<activation>(low.x), value<activation>(low.y)),
                         pack<T>(value<activation>(high.x), value<activation>(high.y)));

@@ -32,15 +32,6 @@ inline bool encode(CUtensorMap* map, const TensorView& t) {
   return encode(map, t.dtype, t.data, t.size[0], t.size[1], t.stride[0]);
 }
 
-// Rows as 128 columns at a time.
-inline bool encode_wide(CUtensorMap* map, DType dtype, const void* data, std::int64_t rows, std::int64_t columns,
-                        std::int64_t row_stride) {
-  const cuuint64_t size[3] = {box, static_cast<cuuint64_t>(columns / box), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t stride[2] = {box * 2, static_cast<cuuint64_t>(rows > 1 ? row_stride : columns) * 2};
-  const cuuint32_t boxes[3] = {box, tile_columns / box, box};
-  return encode_tensor_map(map, dtype, data, size, stride, boxes);
-}
-
 template <class T, int Rank, bool transposed>
 bool run(const FusedProblem& problem, const Launch& launch) {
   const auto kernel = lowrank_fused_kernel<T, Rank, transposed>;
@@ -50,14 +41,10 @@ bool run(const FusedProblem& problem, const Launch& launch) {
   const std::int64_t rows = problem.out.size[0], columns = problem.out.size[1], depth = problem.x.size[1];
   const std::int64_t rank = problem.first.size[transposed ? 1 : 0];
   FusedParams p{};
-  p.wide = columns % tile_columns == 0;
-  const auto encode_result = p.wide ? encode_wide
-                                    : [](CUtensorMap* map, DType type, const void* data, std::int64_t m, std::int64_t n,
-                                         std::int64_t stride) { return encode(map, type, data, m, n, stride); };
   if (!encode(&p.x, problem.x) || !encode(&p.first, problem.first) || !encode(&p.second, problem.second) ||
-      !encode_result(&p.out, dtype, problem.out.data, rows, columns, problem.out.stride[0]) ||
+      !encode(&p.out, problem.out) ||
       (problem.hidden != nullptr && !encode(&p.hidden, dtype, problem.hidden, rows, rank, rank)) ||
-      (problem.before != nullptr && !encode_result(&p.before, dtype, problem.before, rows, columns, columns)))
+      (problem.before != nullptr && !encode(&p.before, dtype, problem.before, rows, columns, columns)))
     return false;
   p.bias = problem.bias;
   p.rows = static_cast<int>(rows), p.rank = static_cast<int>(rank), p.columns = static_cast<int>(columns);
