@@ -178,7 +178,7 @@ def draw(path: Path, rows: list[dict], summary: list[dict]) -> None:
         axes.axvline(goal, color="0.6", linestyle=":", label="0.92 points below all data: the paper's claim")
         figure.legend(loc="outside upper center", fontsize=8)
     axes.set_yticks(range(len(summary)), [row["arm"] for row in summary])
-    axes.invert_yaxis()
+    axes.set_ylim(len(summary) - 0.5, -0.5)
     axes.set_xlabel("test accuracy (%), a dot a seed")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
