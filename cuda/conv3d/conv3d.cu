@@ -1,6 +1,5 @@
 // The conv3d family's host side: shapes to parameters, and which configuration of a kernel serves them.
 #include <algorithm>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -127,9 +126,9 @@ PackedSize packed_size(const TensorView& spatial, const TensorView& temporal, in
   return size;
 }
 
-// The kernels' taps, with the middle's two added up, as [taps][padded columns][padded channels] into the workspace.
-void pack(const char* function, const TensorView& spatial, const TensorView& temporal, int channel, std::int64_t padded_columns,
-          std::int64_t padded_channels, const std::vector<PlacedTap>& taps, const Launch& launch) {
+void pack(const char* function, const TensorView& spatial, const TensorView& temporal, int channel,
+          const std::vector<PlacedTap>& taps, const Launch& launch) {
+  const PackedSize size = packed_size(spatial, temporal, channel);
   PackParams p{};
   check_taps(function, taps.size());
   p.spatial = spatial.data;
@@ -137,14 +136,15 @@ void pack(const char* function, const TensorView& spatial, const TensorView& tem
   p.spatial_column = spatial.stride[1 - channel], p.spatial_channel = spatial.stride[channel];
   p.temporal_column = temporal.stride[1 - channel], p.temporal_channel = temporal.stride[channel];
   p.columns = static_cast<int>(spatial.size[1 - channel]), p.channels = static_cast<int>(spatial.size[channel]);
-  p.padded_columns = static_cast<int>(padded_columns), p.padded_channels = static_cast<int>(padded_channels);
+  p.padded_columns = static_cast<int>(size.columns), p.padded_channels = static_cast<int>(size.channels);
+  p.taps = static_cast<int>(taps.size());
   for (const PlacedTap& t : taps) {
-    p.spatial_tap[p.taps] = static_cast<int>(t.tap.spatial);
-    p.temporal_tap[p.taps++] = static_cast<int>(t.tap.temporal);
+    p.spatial_tap[t.number] = static_cast<int>(t.tap.spatial);
+    p.temporal_tap[t.number] = static_cast<int>(t.tap.temporal);
   }
   p.packed = launch.workspace;
-  const dim3 grid(static_cast<unsigned>(padded_columns / pack_side * (padded_channels / pack_side)),
-                  static_cast<unsigned>(ceil_div(p.taps, pack_taps)));
+  const dim3 grid(static_cast<unsigned>(size.columns / pack_side * (size.channels / pack_side)),
+                  static_cast<unsigned>(ceil_div(size.taps, pack_taps)));
   with_type(function, spatial.dtype, [&](auto zero) {
     launch_overlapping(function, pack_kernel<decltype(zero)>, grid, dim3(pack_side, pack_rows), 0,
                        static_cast<cudaStream_t>(launch.stream), p);
@@ -167,44 +167,6 @@ void run_rows(const char* function, const RowsParams& p, const Launch& launch) {
   launch_2d(function, rows_kernel<T, Config>, grid, Config::threads, Config::shared_bytes, launch, p);
 }
 
-// How the products read the kernels: in place (sm_90a, channels contiguous), where only their middles are added up in the
-// workspace, or packed there. `channel`: which of their dimensions the products sum over.
-struct Kernels {
-  const TensorView &spatial, &temporal;
-  int channel;
-  std::vector<PlacedTap> taps;
-  PackedSize size;
-  bool in_place = false;
-
-  Kernels(const char* function, const TensorView& from, const TensorView& spatial_, const TensorView& temporal_, int channel_,
-          const Launch& launch)
-      : spatial(spatial_),
-        temporal(temporal_),
-        channel(channel_),
-        taps(cross(spatial, temporal)),
-        size(packed_size(spatial, temporal, channel)) {
-#if defined(EFFCORE_HOPPER)
-    static const char* const wanted = std::getenv("EFFCORE_C3D_IN_PLACE");
-    in_place = wanted != nullptr && wanted[0] == '1' && device_attribute(cudaDevAttrComputeCapabilityMajor, function) == 9 &&
-               hopper::readable(from, spatial, temporal);
-#else
-    static_cast<void>(from);
-#endif
-    if (!in_place) {
-      pack_all(function, launch);
-      return;
-    }
-    std::vector<PlacedTap> middle;
-    for (const PlacedTap& t : taps)
-      if (t.tap.spatial >= 0 && t.tap.temporal >= 0) middle.push_back(t);
-    pack(function, spatial, temporal, 1, round_up(spatial.size[0], 64), round_up(spatial.size[1], 64), middle, launch);
-  }
-  void pack_all(const char* function, const Launch& launch) {
-    pack(function, spatial, temporal, channel, size.columns, size.channels, taps, launch);
-    in_place = false;
-  }
-};
-
 // Positions of `to` at origin + to_step * p, each from step * p + the taps' offsets in `from`.
 struct RowsPlan {
   TensorView from, to;
@@ -214,14 +176,11 @@ struct RowsPlan {
 };
 
 bool rows_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const RowsPlan& plan,
-                    [[maybe_unused]] const Kernels& weights, [[maybe_unused]] const Launch& launch) {
+                    [[maybe_unused]] const PackedSize& size, [[maybe_unused]] const Launch& launch) {
 #if defined(EFFCORE_HOPPER)
-  const PackedSize& size = weights.size;
-  const hopper::KernelsInPlace in_place{weights.spatial, weights.temporal, launch.workspace, weights.channel == 0};
   hopper::RowsProblem problem{plan.from,        plan.to,      plan.taps,     {plan.step[0], plan.step[1], plan.step[2]},
                               launch.workspace, size.columns, size.channels, size.taps,
-                              nullptr,          plan.bias};
-  if (weights.in_place) problem.in_place = &in_place;
+                              plan.bias};
   TensorView& to = problem.to;  // the positions at origin + to_step * p alone
   std::int64_t origin = 0;
   for (int d = 0; d < 3; ++d) {
@@ -236,10 +195,9 @@ bool rows_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] cons
 #endif
 }
 
-void rows(const char* function, const RowsPlan& plan, Kernels& weights, const Launch& launch) {
-  if (rows_on_hopper(function, plan, weights, launch)) return;
-  if (weights.in_place && !plan.taps.empty()) weights.pack_all(function, launch);
-  const PackedSize& size = weights.size;
+// The weights are packed already.
+void rows(const char* function, const RowsPlan& plan, const PackedSize& size, const Launch& launch) {
+  if (rows_on_hopper(function, plan, size, launch)) return;
   const TensorView& to = plan.to;
   const TensorView* const bias = plan.bias;
   RowsParams p{};
@@ -310,7 +268,7 @@ bool sum_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const
 #if defined(EFFCORE_HOPPER)
   const hopper::PartialSums sums = hopper_sums(args);
   const std::int64_t* step = args.geometry.stride;
-  r.splits = static_cast<int>(sums.count()), r.padded_columns = static_cast<int>(sums.columns);
+  r.splits = static_cast<int>(sums.splits), r.padded_columns = static_cast<int>(sums.columns);
   r.padded_depth = static_cast<int>(sums.taps * sums.channels);
   return hopper::weights(function, {args.x, args.dout, forward_taps(taps, args.geometry), {step[0], step[1], step[2]}}, sums,
                          launch);
@@ -361,23 +319,25 @@ std::size_t workspace_bytes(const BackwardWeight& args) {
 
 void forward(const Forward& args, const Launch& launch) {
   const char* f = "cross_conv3d";
-  Kernels weights(f, args.x, args.spatial, args.temporal, 1, launch);
-  RowsPlan plan{args.x, args.out, forward_taps(weights.taps, args.geometry), {}, {}, {}, {}, args.bias};
+  const std::vector<PlacedTap> taps = cross(args.spatial, args.temporal);
+  pack(f, args.spatial, args.temporal, 1, taps, launch);
+  RowsPlan plan{args.x, args.out, forward_taps(taps, args.geometry), {}, {}, {}, {}, args.bias};
   for (int d = 0; d < 3; ++d)
     plan.grid[d] = args.out.size[2 + d], plan.step[d] = args.geometry.stride[d], plan.origin[d] = 0, plan.to_step[d] = 1;
-  rows(f, plan, weights, launch);
+  rows(f, plan, packed_size(args.spatial, args.temporal, 1), launch);
 }
 
 void backward_data(const BackwardData& args, const Launch& launch) {
   const char* f = "cross_conv3d_bwd_data";
-  Kernels weights(f, args.dout, args.spatial, args.temporal, 0, launch);
+  const std::vector<PlacedTap> taps = cross(args.spatial, args.temporal);
+  pack(f, args.spatial, args.temporal, 0, taps, launch);
   for_residues(args.dx.size + 2, args.geometry, [&](const std::int64_t residue[3]) {
-    RowsPlan plan{args.dout, args.dx, mirrored_taps(weights.taps, args.geometry, residue), {}, {}, {}, {}, nullptr};
+    RowsPlan plan{args.dout, args.dx, mirrored_taps(taps, args.geometry, residue), {}, {}, {}, {}, nullptr};
     for (int d = 0; d < 3; ++d) {
       plan.grid[d] = ceil_div(args.dx.size[2 + d] - residue[d], args.geometry.stride[d]);
       plan.step[d] = 1, plan.origin[d] = residue[d], plan.to_step[d] = args.geometry.stride[d];
     }
-    rows(f, plan, weights, launch);
+    rows(f, plan, packed_size(args.spatial, args.temporal, 0), launch);
   });
 }
 
@@ -390,22 +350,21 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   r.padded_channels = static_cast<int>(round_up(args.x.size[1], segment_of(args.x.dtype)));
   r.columns = static_cast<int>(args.dout.size[1]), r.channels = static_cast<int>(args.x.size[1]);
   r.taps = static_cast<int>(taps.size());
-  const auto lay_out = [&](const TensorView& kernel, std::int64_t Tap::* place) {
-    KernelTaps k{kernel.data, kernel.stride[0], kernel.stride[1], 0, {}, {}};
-    for (const PlacedTap& t : taps)
-      if (t.tap.*place >= 0) {
-        k.place[k.taps] = static_cast<int>(t.tap.*place);
-        k.number[k.taps++] = static_cast<std::int16_t>(t.number);
-      }
-    return k;
-  };
-  r.spatial = lay_out(args.dspatial, &Tap::spatial), r.temporal = lay_out(args.dtemporal, &Tap::temporal);
+  r.spatial_column = args.dspatial.stride[0], r.spatial_channel = args.dspatial.stride[1];
+  r.temporal_column = args.dtemporal.stride[0], r.temporal_channel = args.dtemporal.stride[1];
+  for (const PlacedTap& t : taps) {
+    r.spatial_tap[t.number] = static_cast<int>(t.tap.spatial);
+    r.temporal_tap[t.number] = static_cast<int>(t.tap.temporal);
+  }
+  r.dspatial = args.dspatial.data;
+  r.dtemporal = args.dtemporal.data;
   if (!sum_on_hopper(f, args, taps, r, launch)) sum(f, args, taps, r, launch);
 
-  // Many partial sums are of few kernels: blocks of fewer channels, which share them among more threads.
-  r.lanes = r.splits > 8 ? 4 : 16;
-  r.parts = std::clamp(reduce_threads / r.lanes / r.taps, 1, static_cast<int>(ceil_div(r.splits, 4)));
-  const dim3 blocks(static_cast<unsigned>(ceil_div(r.channels, 4 * r.lanes)), static_cast<unsigned>(r.columns));
+  r.parts = 1;
+  while (r.parts < 8 && 4 * r.parts <= r.splits) r.parts *= 2;
+
+  const dim3 blocks(static_cast<unsigned>(ceil_div(r.padded_depth, 4 * reduce_threads / r.parts)),
+                    static_cast<unsigned>(r.columns));
   with_type(f, args.x.dtype, [&](auto zero) {
     launch_overlapping(f, reduce_kernel<decltype(zero)>, blocks, reduce_threads, 0, static_cast<cudaStream_t>(launch.stream),
                        r);

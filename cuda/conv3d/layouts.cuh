@@ -19,7 +19,6 @@ __global__ void __launch_bounds__(pack_side* pack_rows) pack_kernel(const __grid
   const bool along_columns = p.spatial_column < p.spatial_channel;
   const int lane = threadIdx.x;
   wait_for_kernel_before();
-  let_next_kernel_begin();
 #pragma unroll
   for (int i = 0; i < pack_side; i += pack_rows) {
     const int other = i + threadIdx.y, column = along_columns ? lane : other, channel = along_columns ? other : lane;
@@ -51,46 +50,53 @@ __global__ void __launch_bounds__(pack_side* pack_rows) pack_kernel(const __grid
     }
 }
 
-constexpr int reduce_threads = 256, reduce_sums = max_taps * 65;
+constexpr int reduce_threads = 256;
 
-// Adds the partial sums up, always in the same order: a block takes 4 * lanes channels of all taps of one output channel,
-// `lanes` threads a tap and part; part i has every parts-th sum from i on. They leave in the order of the kernels' memory,
-// [channel][tap], through shared memory.
+// Adds the partial sums of four channels of one tap a thread, in the same order whatever the device; `parts` rows of threads
+// take every parts-th split each.
 template <class T>
 __global__ void __launch_bounds__(reduce_threads) reduce_kernel(const __grid_constant__ ReduceParams p) {
-  __shared__ float sums[reduce_sums];
-  const int channels = 4 * p.lanes, pitch = channels + 1, n = blockIdx.y, channel = blockIdx.x * channels;
-  const int thread = threadIdx.x, c = thread % p.lanes * 4;
+  __shared__ float4 shares[reduce_threads];
+  const int width = reduce_threads / p.parts, part = threadIdx.x / width;
+  const int i = (static_cast<int>(blockIdx.x) * width + static_cast<int>(threadIdx.x) % width) * 4, n = blockIdx.y;
   const std::int64_t size = static_cast<std::int64_t>(p.padded_columns) * p.padded_depth;
+  float4 sum{};
   wait_for_kernel_before();
-  let_next_kernel_begin();
-  if (channel + c < p.padded_channels)
-    for (int item = thread / p.lanes; item < p.taps * p.parts; item += reduce_threads / p.lanes) {
-      const int tap = item % p.taps, part = item / p.taps;
-      const float* const from =
-          p.partial + static_cast<std::int64_t>(n) * p.padded_depth + tap * p.padded_channels + channel + c;
-      float4 sum{};
+  if (i < p.padded_depth) {
+    const float* const from = p.partial + static_cast<std::int64_t>(n) * p.padded_depth + i;
 #pragma unroll 8
-      for (int split = part; split < p.splits; split += p.parts) {
-        const float4 x = *reinterpret_cast<const float4*>(from + split * size);
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-      }
-      float* const to = &sums[item * pitch + c];
-      to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
+    for (int split = part; split < p.splits; split += p.parts) {
+      const float4 x = *reinterpret_cast<const float4*>(from + split * size);
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
-  __syncthreads();
-  const auto store = [&](const KernelTaps& kernel) {
-    T* const to = static_cast<T*>(kernel.data) + n * kernel.column + channel * kernel.channel;
-    for (int i = thread; i < channels * kernel.taps; i += reduce_threads) {
-      const int at = i / kernel.taps, tap = i % kernel.taps;
-      if (channel + at >= p.channels) break;
-      float sum = 0.0f;
-      for (int part = 0; part < p.parts; ++part) sum += sums[(part * p.taps + kernel.number[tap]) * pitch + at];
-      to[at * kernel.channel + kernel.place[tap]] = from_float<T>(sum);
+  }
+  if (p.parts > 1) {
+    shares[threadIdx.x] = sum;
+    __syncthreads();
+    if (part != 0) return;
+    for (int k = 1; k < p.parts; ++k) {
+      const float4 x = shares[k * width + threadIdx.x];
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+  }
+  const int tap = i / p.padded_channels, c = i % p.padded_channels;
+  if (tap >= p.taps || c >= p.channels) return;
+  const auto store = [&](void* kernels, std::int64_t column_stride, std::int64_t channel_stride, int at) {
+    if (at < 0) return;
+    T* const to = static_cast<T*>(kernels) + n * column_stride + c * channel_stride + at;
+    if (channel_stride == 1) {
+      const bool paired = reinterpret_cast<std::uintptr_t>(to) % (2 * sizeof(T)) == 0;
+      store_pair(to, 0, p.channels - c, paired, sum.x, sum.y);
+      store_pair(to, 2, p.channels - c, paired, sum.z, sum.w);
+    } else {
+      const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (c + e < p.channels) to[e * channel_stride] = from_float<T>(sums[e]);
     }
   };
-  store(p.spatial);
-  store(p.temporal);
+  store(p.dspatial, p.spatial_column, p.spatial_channel, p.spatial_tap[tap]);
+  store(p.dtemporal, p.temporal_column, p.temporal_channel, p.temporal_tap[tap]);
 }
 
 }  // namespace effcore::cuda::conv3d

@@ -74,21 +74,14 @@ struct WeightsParams {
   float* partial;                              // [splits][padded columns][padded segments]
 };
 
-// A kernel's taps in ascending order of where they lie: elements from a channel's first, and their numbers in the cross.
-struct KernelTaps {
-  void* data;
-  std::int64_t column, channel;  // strides
-  int taps;
-  int place[max_taps];
-  std::int16_t number[max_taps];
-};
-
 struct ReduceParams {
   const float* partial;
   int splits, padded_columns, padded_depth, padded_channels;  // [splits][padded_columns][padded_depth: taps, padded_channels]
-  int lanes, parts;                                           // see reduce_kernel
+  int parts;                                                  // see reduce_kernel
   int columns, channels, taps;
-  KernelTaps spatial, temporal;
+  std::int64_t spatial_column, spatial_channel, temporal_column, temporal_channel;
+  int spatial_tap[max_taps], temporal_tap[max_taps];
+  void *dspatial, *dtemporal;
 };
 
 }  // namespace effcore::cuda::conv3d

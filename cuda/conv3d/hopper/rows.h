@@ -8,25 +8,13 @@
 
 namespace effcore::cuda::conv3d::hopper {
 
-// The kernels [O, C, kh, kw] and [O, C, kt] as they lie in memory, and the sum of their middles [padded O, padded C] (multiples
-// of 64). Transposed: the columns of the product are C and its channels O.
-struct KernelsInPlace {
-  TensorView spatial, temporal;
-  const void* middle = nullptr;
-  bool transposed = false;
-};
-
-// Whether TMA can fetch these voxels and kernels as they lie: the channels of a voxel and of a tap are contiguous.
-bool readable(const TensorView& from, const TensorView& spatial, const TensorView& temporal);
-
 // Position p of `to` [B, columns, T, H, W], of any strides, from step * p + the taps' offsets in `from`.
 struct RowsProblem {
   TensorView from, to;
   std::vector<effcore::conv3d::PlacedTap> taps;
   std::int64_t step[3];
-  const void* packed = nullptr;  // [taps][padded columns][padded channels]
+  const void* packed = nullptr;
   std::int64_t padded_columns = 0, padded_channels = 0, packed_taps = 0;
-  const KernelsInPlace* in_place = nullptr;  // instead of them packed
   const TensorView* bias = nullptr;
 };
 

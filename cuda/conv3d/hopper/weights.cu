@@ -1,7 +1,6 @@
 // Which warpgroup of which block sums which taps, and the launch.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 
 #include "common/overlap.cuh"
@@ -11,7 +10,7 @@
 namespace effcore::cuda::conv3d::hopper {
 namespace {
 
-// Constants, so that every device sums in the same order.
+// Blocks under way at once: a constant, so that every device sums in the same order.
 constexpr std::int64_t multiprocessors = 132;
 constexpr int most_halo_rows = 128;
 
@@ -50,12 +49,11 @@ bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, 
   const int line = box.line(), plain_rows = line * box.lines(), halo_rows = line * (box.lines() + halo);
   for (int i = 0; i < tap_blocks; ++i) {
     TapBlock& block = p.tap_block[i];
-    std::fill(block.number, block.number + slots, std::int16_t{-1});
     int row = depth_of_step;
     // Spread evenly.
     for (std::int64_t u = i * count / tap_blocks; u < (i + 1) * count / tap_blocks; ++u) {
-      int slot = block.units * taps_of_warpgroup;
       Unit& unit = block.unit[block.units++];
+      int numbers = 0;
       for (int which = 0; which < 2; ++which) {
         Sequence& sequence = unit.sequence[which];
         sequence.first = static_cast<std::int16_t>(row);
@@ -65,7 +63,7 @@ bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, 
           if (with_halo) sequence.distance = static_cast<std::int16_t>(line);
           block.box[block.boxes++] = {static_cast<std::int16_t>(c.t), static_cast<std::int16_t>(c.h),
                                       static_cast<std::int16_t>(c.w), static_cast<std::int16_t>(row), with_halo};
-          for (const std::int64_t number : c.numbers) block.number[slot++] = static_cast<std::int16_t>(number);
+          for (const std::int64_t number : c.numbers) unit.number[numbers++] = static_cast<std::int16_t>(number);
           sequence.taps = static_cast<std::int16_t>(sequence.taps + c.numbers.size());
           row += with_halo ? halo_rows : plain_rows;
         }
@@ -93,34 +91,21 @@ template <class T>
 void run(const char* function, const TiledWeightsParams& p, int tap_blocks, int bytes, const Launch& launch) {
   const dim3 grid(static_cast<unsigned>(p.column_panels * p.channel_panels * tap_blocks), static_cast<unsigned>(p.splits));
   launch_overlapping(function, conv3d_weights_kernel<T>, grid, weights_threads, static_cast<std::size_t>(bytes),
-                     static_cast<cudaStream_t>(launch.stream), p, dim3(1, static_cast<unsigned>(p.cluster), 1));
+                     static_cast<cudaStream_t>(launch.stream), p);
 }
 
 }  // namespace
 
 PartialSums partial_sums(std::int64_t positions, std::int64_t columns, std::int64_t channels, std::int64_t taps) {
-  PartialSums sums{1, 1, ceil_div(columns, 64) * 64, ceil_div(channels, 64) * 64, taps};
+  PartialSums sums{1, ceil_div(columns, 64) * 64, ceil_div(channels, 64) * 64, taps};
   const std::int64_t blocks = sums.columns / 64 * (sums.channels / 64) * ceil_div(taps, summing_warpgroups * taps_of_warpgroup);
-  const std::int64_t steps = ceil_div(positions, depth_of_step);
-  // Microseconds of an H200: a step, the end of a block, and for each block's sums that the second kernel reads.
-  constexpr double step = 1.1, read = 0.036;
-  struct Cluster {
-    std::int64_t size, blocks;  // under way at once
-    double end;
-  };
-  // Clusters lie in the device's groups of multiprocessors, of which some have fewer than 16: 4 or 8 blocks leave many without.
-  constexpr Cluster clusters[] = {{1, multiprocessors, 4.5}, {2, multiprocessors, 3.5}, {7, 112, 2.5}};
-  static const char* const forced = std::getenv("EFFCORE_C3D_CLUSTER");
+  const auto steps = static_cast<double>(ceil_div(positions, depth_of_step));
+  constexpr double write = 6;  // partial sums, in steps
   double least = std::numeric_limits<double>::infinity();
-  for (const Cluster& cluster : clusters) {
-    if (cluster.size != 1 && (forced == nullptr || std::atoi(forced) < cluster.size)) continue;
-    for (std::int64_t splits = cluster.size; splits <= cluster.blocks && (splits == 1 || splits <= steps);
-         splits += cluster.size) {
-      const auto waves = static_cast<double>(ceil_div(blocks * splits, cluster.blocks));
-      const double time = waves * (static_cast<double>(ceil_div(steps, splits)) * step + cluster.end) +
-                          static_cast<double>(splits / cluster.size * blocks) * read;
-      if (time < least) least = time, sums.splits = splits, sums.cluster = cluster.size;
-    }
+  for (std::int64_t splits = 1; splits <= multiprocessors && (splits == 1 || splits <= steps); ++splits) {
+    const auto waves = static_cast<double>(ceil_div(blocks * splits, multiprocessors));
+    const double time = waves * (std::ceil(steps / static_cast<double>(splits)) + write);
+    if (time < least) least = time, sums.splits = splits;
   }
   return sums;
 }
@@ -151,10 +136,10 @@ bool weights(const char* function, const WeightsProblem& problem, const PartialS
   p.tiling = Tiling(box, dout.size + 2, dout.size[0], problem.step);
   p.column_panels = static_cast<int>(sums.columns / 64);
   p.channel_panels = static_cast<int>(sums.channels / 64);
-  p.splits = static_cast<int>(sums.splits), p.cluster = static_cast<int>(sums.cluster);
+  p.splits = static_cast<int>(sums.splits);
   p.depth = sums.taps * sums.channels;
   p.partial = static_cast<float*>(launch.workspace);
-  const int bytes = std::max(p.stages * p.stage_bytes + behind, sums_bytes);
+  const int bytes = p.stages * p.stage_bytes + behind;
   if (x.dtype == DType::bfloat16) return run<bf16>(function, p, tap_blocks, bytes, launch), true;
 #if !defined(EFFCORE_CUDA_SET_CI)
   return run<fp16>(function, p, tap_blocks, bytes, launch), true;

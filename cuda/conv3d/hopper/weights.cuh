@@ -5,6 +5,8 @@
 // channels for (almost) all taps at once, so that one box of dout serves 11 taps, and a box of x with a halo those of a column
 // of the kernel: 54 KB for 64 positions, 104 FLOPs a byte. The accumulators, 11 x 64 x 64, take most of the registers.
 // (Blocks of a cluster that fetch x for each other by multicast were tried: 10 % slower.)
+// (So were clusters of splits that add up through each other's shared memory before they write: no faster in pairs, and half as
+// fast in fours and eights, which the device's groups of multiprocessors do not hold without leaving some idle.)
 //
 // Three warpgroups sum up to four taps each, in one or two sequences that read x at equal distances: lines of one box, or boxes
 // of equal size. Both operands stand in shared memory with the positions as rows, and wgmma reads them transposed. Its B
@@ -17,7 +19,6 @@
 
 #include "common/overlap.cuh"
 #include "conv3d/hopper/boxes.h"
-#include "hopper/cluster.cuh"
 #include "hopper/pipeline.cuh"
 #include "hopper/wgmma.cuh"
 
@@ -28,11 +29,6 @@ namespace sm90 = effcore::cuda::hopper;
 constexpr int depth_of_step = 64, summing_warpgroups = 3, taps_of_warpgroup = 4;
 constexpr int weights_threads = (summing_warpgroups + 1) * 128, summing_registers = 160, fetching_registers = 24;
 constexpr int most_weights_stages = 4, most_tap_blocks = 16;
-
-// The sums of a block in shared memory, [64 output channels][slots of taps][64 channels], behind the last product: 8 more a row
-// keep the stores free of bank conflicts.
-constexpr int slots = summing_warpgroups * taps_of_warpgroup, sums_pitch = slots * 64 + 8;
-constexpr int sums_bytes = 64 * sums_pitch * static_cast<int>(sizeof(float));
 
 // A box of x in a stage.
 struct LoadedBox {
@@ -48,13 +44,13 @@ struct Sequence {
 // What one warpgroup sums.
 struct Unit {
   Sequence sequence[2];  // of at most 3 taps, and 2
+  std::int16_t number[taps_of_warpgroup];
 };
 
 struct TapBlock {
   int boxes, units, bytes;  // of a stage
-  LoadedBox box[slots];
+  LoadedBox box[summing_warpgroups * taps_of_warpgroup];
   Unit unit[summing_warpgroups];
-  std::int16_t number[slots];  // of the tap, -1: none
 };
 
 struct TiledWeightsParams {
@@ -62,8 +58,7 @@ struct TiledWeightsParams {
   Tiling tiling;
   int stages, stage_bytes;
   int column_panels, channel_panels, splits;  // panels of 64
-  int cluster;                                // splits that are added up before they leave
-  float* partial;                             // [splits / cluster][column_panels * 64][depth]
+  float* partial;                             // [splits][column_panels * 64][depth]
   std::int64_t depth;                         // taps * channel_panels * 64
   TapBlock tap_block[most_tap_blocks];
 };
@@ -94,21 +89,21 @@ __device__ __forceinline__ void pin(Sums<Taps>& sums) {
 }
 
 template <int Taps>
-__device__ __forceinline__ void store(const Sums<Taps>& sums, float* memory) {
+__device__ __forceinline__ void store(const Sums<Taps>& sums, const std::int16_t* number, const TiledWeightsParams& p,
+                                      float* partial) {
   const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
 #pragma unroll
   for (int n = 0; n < 8 * Taps; ++n) {
-    float* const to = memory + row * sums_pitch + n * 8 + lane % 4 * 2;
+    float* const to = partial + row * p.depth + number[n / 8] * (p.channel_panels * 64) + n % 8 * 8 + lane % 4 * 2;
     *reinterpret_cast<float2*>(to) = make_float2(sums.of[4 * n], sums.of[4 * n + 1]);
-    *reinterpret_cast<float2*>(to + 8 * sums_pitch) = make_float2(sums.of[4 * n + 2], sums.of[4 * n + 3]);
+    *reinterpret_cast<float2*>(to + 8 * p.depth) = make_float2(sums.of[4 * n + 2], sums.of[4 * n + 3]);
   }
 }
 
-// One of `units` warpgroups' sums over `steps` stages, into its slots at the beginning of the memory.
+// One warpgroup's sums over `steps` stages, as [64][depth] at `partial`.
 template <class T, int First, int Second>
-__device__ __forceinline__ void sum_taps(const TiledWeightsParams& p, const TapBlock& taps, int warpgroup, char* memory,
-                                         WeightsRing& ring, int steps) {
-  const Unit& unit = taps.unit[warpgroup];
+__device__ __forceinline__ void sum_taps(const TiledWeightsParams& p, const Unit& unit, char* memory, WeightsRing& ring,
+                                         int steps, float* partial) {
   Sums<First> first{};
   Sums<Second> second{};
   WeightsTurn turn, read;
@@ -127,34 +122,8 @@ __device__ __forceinline__ void sum_taps(const TiledWeightsParams& p, const TapB
   }
   sm90::wgmma_wait<0>();
   pin(first), pin(second);
-  asm volatile("bar.sync 1, %0;" ::"r"(taps.units * 128) : "memory");  // nobody reads the stages any more
-  float* const own = reinterpret_cast<float*>(memory) + warpgroup * taps_of_warpgroup * 64;
-  store(first, own);
-  if constexpr (Second > 0) store(second, own + First * 64);
-}
-
-// Each block of the cluster adds up its share of what all of them have, in the order of the splits.
-__device__ __forceinline__ void add_cluster(const TiledWeightsParams& p, const TapBlock& taps, const char* memory,
-                                            float* partial) {
-  const int rank = static_cast<int>(blockIdx.y) % p.cluster, columns = taps.units * taps_of_warpgroup * 16;
-  const int threads = taps.units * 128;
-  sm90::cluster_arrive();
-  sm90::cluster_wait();
-  let_next_kernel_begin();
-  for (int i = rank * threads + static_cast<int>(threadIdx.x); i < 64 * columns; i += p.cluster * threads) {
-    const int row = i / columns, column = i % columns, number = taps.number[column / 16];
-    if (number < 0) continue;
-    const float4* const from = reinterpret_cast<const float4*>(memory) + row * (sums_pitch / 4) + column;
-    float4 sum{};
-#pragma unroll 8
-    for (int split = 0; split < p.cluster; ++split) {
-      const float4 x = sm90::load_of_block(from, split);
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-    *reinterpret_cast<float4*>(partial + row * p.depth + number * (p.channel_panels * 64) + column % 16 * 4) = sum;
-  }
-  sm90::cluster_arrive();
-  sm90::cluster_wait();  // nobody reads this block's memory any more
+  store(first, unit.number, p, partial);
+  if constexpr (Second > 0) store(second, unit.number + First, p, partial);
 }
 
 template <class T>
@@ -204,8 +173,11 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
     cutlass::arch::warpgroup_reg_alloc<summing_registers>();
     if (warpgroup < taps.units) {
       const Unit& unit = taps.unit[warpgroup];
+      float* const partial = p.partial +
+                             (static_cast<std::int64_t>(blockIdx.y) * p.column_panels + column_panel) * 64 * p.depth +
+                             channel_panel * 64;
       const auto sum = [&]<int First, int Second>(std::integer_sequence<int, First, Second>) {
-        sum_taps<T, First, Second>(p, taps, warpgroup, memory, ring, steps);
+        sum_taps<T, First, Second>(p, unit, memory, ring, steps, partial);
       };
       switch (unit.sequence[0].taps * 4 + unit.sequence[1].taps) {
         case 3 * 4 + 1: sum(std::integer_sequence<int, 3, 1>{}); break;
@@ -215,10 +187,6 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
         case 2 * 4: sum(std::integer_sequence<int, 2, 0>{}); break;
         default: sum(std::integer_sequence<int, 1, 0>{});
       }
-      float* const partial =
-          p.partial + (static_cast<std::int64_t>(blockIdx.y / p.cluster) * p.column_panels + column_panel) * 64 * p.depth +
-          channel_panel * 64;
-      add_cluster(p, taps, memory, partial);
     }
   }
 }

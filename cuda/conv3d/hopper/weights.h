@@ -14,12 +14,11 @@ struct WeightsProblem {
   std::int64_t step[3];
 };
 
-// Partial sums [splits / cluster][columns][taps][channels], both padded to multiples of 64.
+// Partial sums [splits][columns][taps][channels], both padded to multiples of 64.
 struct PartialSums {
-  std::int64_t splits, cluster, columns, channels, taps;
+  std::int64_t splits, columns, channels, taps;
 
-  std::int64_t count() const { return splits / cluster; }
-  std::size_t bytes() const { return static_cast<std::size_t>(count() * columns * channels * taps) * sizeof(float); }
+  std::size_t bytes() const { return static_cast<std::size_t>(splits * columns * channels * taps) * sizeof(float); }
 };
 
 PartialSums partial_sums(std::int64_t positions, std::int64_t columns, std::int64_t channels, std::int64_t taps);
