@@ -22,15 +22,15 @@ ARMS: dict[str, dict[str, Any]] = {  # name: settings of the sampler, and of the
     "all data": {"keep": 1.0},
     "all data, as many steps": {"keep": 1.0},
     "random subset": {"select": "random"},
-    "SwiftLearn": {"detrend": False},
-    "SwiftLearn, fixed subset": {"select": "topk", "detrend": False},
+    "SwiftLearn": {},
+    "SwiftLearn, fixed subset": {"select": "topk"},
     # Why: what is due to the time of a visit taken out, other measures, weights of the loss, the opposite choice.
-    "SwiftLearn, detrended": {},
-    "SwiftLearn, probabilities": {"probabilities": True, "detrend": False},
-    "SwiftLearn, probabilities detrended": {"probabilities": True},
+    "SwiftLearn, detrended": {"detrend": True},
+    "SwiftLearn, probabilities": {"probabilities": True},
+    "SwiftLearn, probabilities detrended": {"probabilities": True, "detrend": True},
     "SwiftLearn, measured in evaluation": {"recording": "evaluation"},
     "SwiftLearn, probabilities in evaluation": {"probabilities": True, "recording": "evaluation"},
-    "SwiftLearn, reweighted": {"max_weight": 5.0, "detrend": False},
+    "SwiftLearn, reweighted": {"max_weight": 5.0},
     "the least change": {"opposite": True},
 }
 

@@ -11,6 +11,13 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
+// By a kernel that is followed by such a one: once every block has called this (or has ended), that kernel's blocks may begin.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 template <class Params>
 void launch_overlapping(const char* function, void (*kernel)(Params), dim3 grid, dim3 block, std::size_t shared_bytes,
                         cudaStream_t stream, const Params& params) {

@@ -215,7 +215,7 @@ def test_it_keeps_the_samples_whose_outputs_moved():
         {"select": "random"},
         {"refresh_every": 2, "refresh": "visited"},
         {"refresh_every": 2},
-        {"detrend": False},
+        {"detrend": True},
         {"recording": "evaluation"},
         {"max_weight": 3.0},
         {"keep": 1.0},

@@ -74,7 +74,7 @@ class SwiftLearnSampler(Sampler[int]):
         refresh_every: int | None = None,
         refresh: str = "all",
         recording: str = "training",
-        detrend: bool = True,
+        detrend: bool = False,
         max_weight: float | None = None,
         seed: int = 0,
     ):

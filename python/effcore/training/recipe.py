@@ -184,7 +184,7 @@ class SwiftLearnSettings:
     refresh_every: int | None = None
     refresh: str = "all"
     recording: str = "training"
-    detrend: bool = True
+    detrend: bool = False
     max_weight: float | None = None
 
 
