@@ -25,6 +25,7 @@ def compress(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result in --out.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
 ) -> None:
     """Decomposes a model's layers; writes the model, report.json and report.png."""
     import json
@@ -32,6 +33,7 @@ def compress(
     import torch
 
     from effcore.cli.output import check_free
+    from effcore.cli.progress import lines
     from effcore.errors import InputError
     from effcore.methods import low_rank
     from effcore.methods.low_rank_checkpoint import save_decomposed
@@ -53,7 +55,15 @@ def compress(
         if not data:
             raise InputError(f"{text}: the file is empty")
     try:
-        low_rank.decompose(network, ratio, error=error, time=time, data=data, exclude=exclude or ())
+        low_rank.decompose(
+            network,
+            ratio,
+            error=error,
+            time=time,
+            data=data,
+            exclude=exclude or (),
+            progress=None if quiet else lines("compress"),
+        )
     except ValueError as bad:
         raise InputError(str(bad).removeprefix("effcore.decompose: ")) from bad
     result = low_rank.report(network)

@@ -14,10 +14,10 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ from effcore.methods.low_rank_report import DecompositionReport, LayerReport
 __all__ = ["decompose", "report"]
 
 _REPORT = "_effcore_low_rank"
+
+Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 
 def decompose(
@@ -48,6 +51,7 @@ def decompose(
     exclude: Iterable[str] = (),
     multiple: int | None = None,
     inplace: bool = True,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Replaces a model's linear and convolution layers by factors of low rank.
 
@@ -67,6 +71,7 @@ def decompose(
         include, exclude: regular expressions searched for in layer names.
         multiple: ranks are multiples of this (default: what this device's kernels like; 1: the paper's ranks).
         inplace: False leaves the model as it is and returns a copy.
+        progress: called with ("ranks" or "factors", layers done, layers) after each layer.
 
     Returns:
         The model. :func:`report` tells what became of each layer.
@@ -101,17 +106,17 @@ def decompose(
     at.append(perf_counter())
     timer = Timer(seen if measure is not None else None, training=measure == "training")
     if ratio is not None:
-        choices = by_ratio(layers, ratio, multiple, timer)
+        choices = by_ratio(_tracked(layers, "ranks", progress), ratio, multiple, timer)
     elif error is not None:
-        choices = by_error(layers, error, moments, multiple, timer)
+        choices = by_error(_tracked(layers, "ranks", progress), error, moments, multiple, timer)
     elif time is not None:
-        choices = by_time(layers, time, moments, multiple, timer)
+        choices = by_time(_tracked(layers, "ranks", progress), time, moments, multiple, timer)
     else:
         assert ranks is not None
-        choices = [_given(layer, ranks[layer.name], timer) for layer in layers]
+        choices = [_given(layer, ranks[layer.name], timer) for layer in _tracked(layers, "ranks", progress)]
 
     at.append(perf_counter())
-    rows = [_apply(model, choice, moments.get(choice.layer.name)) for choice in choices]
+    rows = [_apply(model, choice, moments.get(choice.layer.name)) for choice in _tracked(choices, "factors", progress)]
     at.append(perf_counter())
     result = DecompositionReport(target, rows, before, sum(p.numel() for p in model.parameters()))
     result.seconds = dict(zip(("batches", "ranks", "factors"), (b - a for a, b in pairwise(at)), strict=True))
@@ -122,6 +127,13 @@ def decompose(
         rows.append(LayerReport(name, type(model.get_submodule(name)).__name__, shape, None, n, n, note=why))
     setattr(model, _REPORT, result)
     return model
+
+
+def _tracked(items: Sequence[T], what: str, progress: Progress | None) -> Iterator[T]:
+    for done, item in enumerate(items, 1):
+        yield item
+        if progress is not None:
+            progress(what, done, len(items))
 
 
 def report(model: nn.Module) -> DecompositionReport:

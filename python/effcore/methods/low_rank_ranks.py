@@ -8,7 +8,7 @@ one within reach.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,12 +118,12 @@ def by_size(layer: Layer, rank: Rank, multiple: int, timer: Timer) -> Choice:
     return Choice(layer, best, "", dense, ms)
 
 
-def by_ratio(layers: list[Layer], ratio: float, multiple: int | None, timer: Timer) -> list[Choice]:
+def by_ratio(layers: Iterable[Layer], ratio: float, multiple: int | None, timer: Timer) -> list[Choice]:
     return [by_size(x, x.rank_at(ratio), multiple or default_multiple(x), timer) for x in layers]
 
 
 def by_error(
-    layers: list[Layer], error: float, moments: Mapping[str, Tensor | None], multiple: int | None, timer: Timer
+    layers: Iterable[Layer], error: float, moments: Mapping[str, Tensor | None], multiple: int | None, timer: Timer
 ) -> list[Choice]:
     """The smallest rank with at most this relative error, up to a multiple; where layers are timed, dense if that is faster."""
     choices = []
@@ -159,15 +159,17 @@ def _up(rank: Rank, most: Rank, multiple: int) -> Rank:
 
 
 def by_time(
-    layers: list[Layer], time: float, moments: Mapping[str, Tensor | None], multiple: int | None, timer: Timer
+    layers: Iterable[Layer], time: float, moments: Mapping[str, Tensor | None], multiple: int | None, timer: Timer
 ) -> list[Choice]:
     """Least Σ error² with at most ``time`` times the dense layers' milliseconds.
 
     Each layer has a few candidates (time, error²); a price per millisecond λ makes the layers' choices independent, and a
     bisection finds the smallest λ that meets the budget.
     """
+    walked: list[Layer] = []
     options: list[list[tuple[Rank | None, float, float]]] = []
     for layer in layers:
+        walked.append(layer)
         assert timer.seen is not None
         if layer.name not in timer.seen:
             options.append([(None, 0.0, 0.0)])
@@ -205,7 +207,7 @@ def by_time(
         middle = (low + high) / 2
         low, high = (low, middle) if cost(pick(middle)) <= budget else (middle, high)
     choices = []
-    for layer, mine, i in zip(layers, options, pick(high), strict=True):
+    for layer, mine, i in zip(walked, options, pick(high), strict=True):
         picked, ms, _ = mine[i]
         reason = "no batch reached it" if mine[0][1] == 0 else "dense is faster, or its error dear"
         choices.append(Choice(layer, picked, reason if picked is None else "", mine[0][1], ms))
