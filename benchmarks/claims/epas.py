@@ -111,18 +111,27 @@ class Decoding:
                 self._step()
 
 
-def decode(report: sharing.Report, quick: bool, rounds: int) -> None:
+def _layouts(layers: int, control: str) -> dict[str, int | str]:
+    start = sharing.shared_from(layers, FRACTION)
+    return {control: sharing.nothing_shared(layers), f"EPAS, {layers - start} of {layers} share qk": start}
+
+
+def _decoder(quick: bool) -> tuple[Any, int, int, dict[str, int | str]]:
+    """The model, its batch and context, and the layouts to compare."""
     batch, context = (2, 64) if quick else (32, 8192)
     model = sharing.llama(32, quick=quick, length=context)
-    layers = model.config.num_hidden_layers
-    start = sharing.shared_from(layers, FRACTION)
-    model = effcore.share_activations(model, mode="qk", shared=0).compile_pieces()
+    layouts = _layouts(model.config.num_hidden_layers, "nothing shared")
+    return effcore.share_activations(model, mode="qk", shared=0).compile_pieces(), batch, context, layouts
+
+
+def decode(report: sharing.Report, quick: bool, rounds: int) -> None:
+    model, batch, context, layouts = _decoder(quick)
     times: dict[str, list[float]] = {}
     print(f"decoding behind {context} tokens, batch {batch}", flush=True)
     # One after the other: two caches of this size do not fit together.
     for _ in range(2):
-        for name, first in {"nothing shared": layers, f"EPAS, {layers - start} of {layers} share qk": start}.items():
-            model.set_layout(first if first < layers else sharing.nothing_shared(layers))
+        for name, layout in layouts.items():
+            model.set_layout(layout)
             step = Decoding(model, batch, context)
             times.setdefault(name, []).extend(sharing.in_turns({name: step}, rounds=rounds, repeats=8)[name])
             del step
@@ -135,10 +144,8 @@ def decode(report: sharing.Report, quick: bool, rounds: int) -> None:
 def profile_train(report: sharing.Report, quick: bool, rounds: int) -> None:
     heads, length, batch = (32, 64, 2) if quick else (32, 2048, 8)
     model = sharing.llama(heads, quick=quick, length=length)
-    layers = model.config.num_hidden_layers
-    start = sharing.shared_from(layers, FRACTION)
-    ours = effcore.share_activations(model, mode="qk", start=start).compile_pieces()
-    layouts = {sharing.CONTROL: sharing.nothing_shared(layers), f"EPAS, {layers - start} of {layers} share qk": start}
+    layouts = _layouts(model.config.num_hidden_layers, sharing.CONTROL)
+    ours = effcore.share_activations(model, mode="qk", shared=0).compile_pieces()
     for name, layout in layouts.items():
         step = sharing.Training(ours, batch, length, layout)
         found = profiles.measure(step, rounds)
@@ -148,13 +155,9 @@ def profile_train(report: sharing.Report, quick: bool, rounds: int) -> None:
 
 
 def profile_decode(report: sharing.Report, quick: bool, rounds: int) -> None:
-    batch, context = (2, 64) if quick else (32, 8192)
-    model = sharing.llama(32, quick=quick, length=context)
-    layers = model.config.num_hidden_layers
-    start = sharing.shared_from(layers, FRACTION)
-    model = effcore.share_activations(model, mode="qk", shared=0).compile_pieces()
-    for name, first in {"nothing shared": layers, f"EPAS, {layers - start} of {layers} share qk": start}.items():
-        model.set_layout(first if first < layers else sharing.nothing_shared(layers))
+    model, batch, context, layouts = _decoder(quick)
+    for name, layout in layouts.items():
+        model.set_layout(layout)
         step = Decoding(model, batch, context)
         found = profiles.measure(step, rounds)
         print(profiles.describe(name, found), flush=True)
@@ -168,6 +171,9 @@ CLAIMS = {"train": train, "decode": decode, "profile_train": profile_train, "pro
 
 def main(arguments: list[str] | None = None) -> int:
     options = sharing.arguments("epas", __doc__ or "", tuple(CLAIMS)).parse_args(arguments)
+    if options.claim.startswith("profile") and not sharing.CUDA:
+        print(f"{options.claim} reads the times of a GPU's kernels, and there is none", file=sys.stderr)
+        return 2
     report = sharing.Report(options.json, f"epas {options.claim}")
     CLAIMS[options.claim](report, options.quick, options.rounds)
     return 0

@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -109,16 +110,22 @@ def sdpa_group(
     }
 
 
+def twice(run: Callable[[], dict]) -> list[dict]:
+    """Two runs, each in memory filled with NaN; their bits must agree."""
+    runs = []
+    for _ in range(2):
+        poison()
+        runs.append(run())
+    return runs
+
+
 def check(case: Case, keep: str) -> dict:
     q, k = tensor(case, case.heads, case.queries, case.dim), tensor(case, case.kv_heads, case.keys, case.dim)
     values = [tensor(case, case.kv_heads, case.keys, case.value_dim) for _ in range(case.layers)]
     grads = [tensor(case, case.heads, case.queries, case.value_dim, False) for _ in range(case.layers)]
     seen = visibility(case)
     options = dict(causal=case.causal, scale=case.scale, **seen)
-    runs = []
-    for _ in range(2):
-        poison()
-        runs.append(group(ops, q, k, values, grads, keep, **options))
+    runs = twice(lambda: group(ops, q, k, values, grads, keep, **options))
     exact_inputs = [t.detach().double().requires_grad_() for t in (q, k, *values)]
     exact = group(
         reference, exact_inputs[0], exact_inputs[1], exact_inputs[2:], [g.double() for g in grads], keep, **options
@@ -148,10 +155,7 @@ def check_kv(case: Case) -> dict:
     grads = [tensor(case, case.heads, case.queries, case.value_dim, False) for _ in range(case.layers)]
     seen = visibility(case)
     options = dict(causal=case.causal, scale=case.scale, **seen)
-    runs = []
-    for _ in range(2):
-        poison()
-        runs.append(kv_group(ops, queries, k, v, grads, **options))
+    runs = twice(lambda: kv_group(ops, queries, k, v, grads, **options))
     doubles = [t.detach().double().requires_grad_() for t in (k, v, *queries)]
     exact = kv_group(reference, doubles[2:], *doubles[:2], [g.double() for g in grads], **options)
     mask = reference.visible(case.batch, case.queries, case.keys, causal=case.causal, device=k.device, **seen)[:, None]
@@ -188,15 +192,14 @@ def check_decode(case: Case) -> dict:
         if case.first_key
         else None
     )
-    runs = []
-    for _ in range(2):
-        poison()
+
+    def run() -> dict:
         plain = ops.decode_attention(q, k, v, lengths, scale=case.scale, first_key=first)
         out, probs = ops.decode_attention(q, k, v, lengths, scale=case.scale, first_key=first, return_probs=True)
         weights = probs.weights.float() * probs.scales.repeat_interleave(256, -1)[..., : case.keys]
-        runs.append(
-            {"out": out, "plain": plain, "from_probs": ops.decode_from_probs(probs, v2, lengths), "probs": weights}
-        )
+        return {"out": out, "plain": plain, "from_probs": ops.decode_from_probs(probs, v2, lengths), "probs": weights}
+
+    runs = twice(run)
     exact = {}
     exact["out"], shared = reference.decode_attention(
         *(t.double() for t in (q, k, v)), lengths, scale=case.scale, first_key=first, return_probs=True
