@@ -2,13 +2,15 @@
 
 Every problem is run twice (the bits must agree) in memory filled with NaN, with NaN and infinities in the tokens of no group;
 errors may be at most twice those of torch's products of the same dtype, expert by expert. `--sanitize` then runs small problems
-under compute-sanitizer (memcheck and racecheck). Times come from `python -m benchmarks.run kronecker --device cuda`.
+under compute-sanitizer (memcheck and racecheck). Numbers go to $OUT/kronecker_check.json, if OUT is set, after each part.
+Times come from `python -m benchmarks.run kronecker --device cuda`.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -84,50 +86,52 @@ def check_lowrank() -> None:
             torch.testing.assert_close(captured + discarded[e], count * values.sum(), rtol=1e-4, atol=1e-6)
 
 
-def run_all(dims: tuple[int, ...], loads: tuple[list[int], ...], layouts: tuple[str, ...]) -> int:
-    """The number of Gram matrices that failed; each is printed."""
-    failed = checked = 0
+def run_all(dims: tuple[int, ...], loads: tuple[list[int], ...], layouts: tuple[str, ...]) -> tuple[int, list[str]]:
+    """The number of Gram matrices' problems, and what failed; each failure is printed."""
+    failures, count = [], 0
     for dim, load, dtype, layout in itertools.product(dims, loads, DTYPES, layouts):
-        checked += 1
+        count += 1
         try:
             check(list(load), dim, dtype, layout)
         except Exception as error:
-            failed += 1
-            print(f"D={dim} loads={load} {dtype} {layout}: {type(error).__name__}: {error}", flush=True)
-    print(f"{checked - failed} passed, {failed} failed", flush=True)
-    return failed
+            failures.append(f"D={dim} loads={load} {dtype} {layout}: {type(error).__name__}: {error}")
+            print(failures[-1], flush=True)
+    print(f"{count - len(failures)} passed, {len(failures)} failed", flush=True)
+    return count, failures
 
 
-def sanitize() -> int:
-    """Small problems under compute-sanitizer; the number of tools that found something."""
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    bad = 0
-    for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        done = subprocess.run(
-            [*command, sys.executable, __file__, "--small"], env=env, capture_output=True, text=True, check=False
-        )
-        print(f"{tool}: exit {done.returncode}", flush=True)
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        print("\n".join(lines[-(40 if done.returncode else 3) :]), flush=True)
-        bad += done.returncode != 0
-    return bad
+def sanitize(tool: str) -> list[str]:
+    """Small problems under compute-sanitizer, which looks at our kernels alone; what it found."""
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=kronecker"]
+    env = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
+    done = subprocess.run([*command, sys.executable, __file__, "--small"], env=env, capture_output=True, text=True)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    print(f"{tool}: exit {done.returncode}", *lines[-(40 if done.returncode else 3) :], sep="\n", flush=True)
+    return lines[-40:] if done.returncode else []
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="few and small problems")
+    parser.add_argument("--small", action="store_true", help="few and small problems (what the sanitizer runs)")
     parser.add_argument("--sanitize", action="store_true", help="small problems under compute-sanitizer too")
     options = parser.parse_args()
-    dims = (130, 264) if options.small else (1, 7, 8, 64, 128, 129, 136, 320, 704, 1408)
-    loads = (*LOADS[:1], *LOADS[-1:]) if options.small else LOADS
-    failed = run_all(dims, loads, LAYOUTS[::2] if options.small else LAYOUTS)
-    if not options.small:
-        check_lowrank()
-        print("low-rank updates passed")
-    if options.sanitize:
-        failed += sanitize()
-    return 1 if failed else 0
+    if options.small:
+        return bool(run_all((130, 264), (*LOADS[:1], *LOADS[-1:]), LAYOUTS[::2])[1])
+    report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "failures": {}}
+
+    def record(part: str, failures: list[str]) -> None:
+        report["failures"][part] = failures
+        if out := os.environ.get("OUT"):
+            Path(out, "kronecker_check.json").write_text(json.dumps(report, indent=1))
+
+    report["problems"], failures = run_all((1, 7, 8, 64, 128, 129, 136, 320, 704, 1408), LOADS, LAYOUTS)
+    record("grouped_gram", failures)
+    check_lowrank()
+    record("grouped_lowrank_update", [])
+    print("low-rank updates passed", flush=True)
+    for tool in ("memcheck", "racecheck") if options.sanitize else ():
+        record(tool, sanitize(tool))
+    return bool(any(report["failures"].values()))
 
 
 if __name__ == "__main__":
