@@ -34,10 +34,15 @@ const GramKernels& gram_kernels(DType dtype) {
   return v2::gram_kernels(dtype);
 }
 
+// Of one expert's result.
+std::size_t matrix_bytes(const TensorView& x) {
+  return static_cast<std::size_t>(x.size[1] * x.size[1] * (x.dtype == DType::float64 ? 8 : 4));
+}
+
 std::vector<Segment> segments_of(const GroupedGram& args) {
   const auto* offsets = static_cast<const std::int32_t*>(args.offsets.data);
-  const std::int64_t experts = args.offsets.size[0] - 1, dim = args.x.size[1];
-  const std::int64_t matrix_bytes = dim * dim * (args.x.dtype == DType::float64 ? 8 : 4);
+  const std::int64_t experts = args.offsets.size[0] - 1;
+  const std::size_t matrix = matrix_bytes(args.x);
   std::vector<Segment> segments;
   for (std::int64_t e = 0; e < experts; ++e) {
     std::int64_t begin = offsets[e];
@@ -46,7 +51,7 @@ std::vector<Segment> segments_of(const GroupedGram& args) {
       const bool first = begin == offsets[e];
       const void* from = first ? args.previous : args.result;
       const double beta = first ? args.beta : 1.0;
-      segments.push_back({e, begin, end, beta == 0.0 ? nullptr : static_cast<const char*>(from) + e * matrix_bytes, beta});
+      segments.push_back({e, begin, end, beta == 0.0 ? nullptr : static_cast<const char*>(from) + e * matrix, beta});
       begin = end;
     } while (begin < offsets[e + 1]);
   }
@@ -60,8 +65,11 @@ void run_wave(const GramJob& job, const GramKernels& kernels, const Segment* seg
     std::int64_t row, column;
   };
   const std::int64_t dim = job.x.size[1];
+  const std::size_t matrix = matrix_bytes(job.x);
+  std::vector<const Segment*> fresh;
   std::vector<Task> packs, blocks;
   for (const Segment* s = segments; s < segments + count; ++s) {
+    if (s->previous == nullptr) fresh.push_back(s);
     for (std::int64_t first = 0; first < s->end - s->begin; first += gram_pack) packs.push_back({s, first, 0});
     for (std::int64_t row = 0; row < dim; row += gram_block)
       for (std::int64_t column = row + gram_block; column < dim; column += gram_block) blocks.push_back({s, row, column});
@@ -69,8 +77,12 @@ void run_wave(const GramJob& job, const GramKernels& kernels, const Segment* seg
   // Blocks on the diagonal take half as long: they come last, so that threads end together.
   for (const Segment* s = segments; s < segments + count; ++s)
     for (std::int64_t row = 0; row < dim; row += gram_block) blocks.push_back({s, row, row});
-  run_tasks(threads, static_cast<std::int64_t>(packs.size()),
-            [&](std::int64_t task) { kernels.pack(job, *packs[task].segment, packs[task].row); });
+  const auto pages = static_cast<std::int64_t>(fresh.size());
+  run_tasks(threads, pages + static_cast<std::int64_t>(packs.size()), [&](std::int64_t task) {
+    if (task < pages) return touch_large_pages(static_cast<char*>(job.result) + fresh[task]->expert * matrix, matrix);
+    const Task& pack = packs[task - pages];
+    kernels.pack(job, *pack.segment, pack.row);
+  });
   run_tasks(threads, static_cast<std::int64_t>(blocks.size()),
             [&](std::int64_t task) { kernels.block(job, *blocks[task].segment, blocks[task].row, blocks[task].column); });
 }
@@ -83,10 +95,7 @@ void grouped_gram(const GroupedGram& args, const Threads& threads) {
   const GramJob job{args.x, args.alpha, args.result};
   const GramKernels& kernels = gram_kernels(args.x.dtype);
   std::vector<Segment> segments = segments_of(args);
-  if (args.previous == nullptr) {
-    const std::int64_t element = args.x.dtype == DType::float64 ? 8 : 4;
-    prefer_large_pages(args.result, static_cast<std::size_t>((args.offsets.size[0] - 1) * dim * dim * element));
-  }
+  if (args.previous == nullptr) prefer_large_pages(args.result, (args.offsets.size[0] - 1) * matrix_bytes(args.x));
   // Consecutive segments of different experts that fit; a second segment of an expert reads what the first has written.
   for (std::size_t first = 0; first < segments.size();) {
     std::size_t last = first;

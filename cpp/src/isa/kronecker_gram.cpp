@@ -69,6 +69,9 @@ struct Gram {
   using Operand = typename E::Operand;
   using T = typename E::Accumulator;
 
+  // A row of 256 floats is 1 KiB: one vector more keeps a column's rows out of one cache set.
+  static constexpr std::int64_t sums_row = gram_block + width<T>;
+
   static std::int64_t right_elements(std::int64_t tokens, std::int64_t dim) {
     return round_up(dim, gram_block) * simd::depth<E>(tokens);
   }
@@ -91,8 +94,6 @@ struct Gram {
     const std::int64_t rows = least(gram_block, dim - row), columns = least(gram_block, dim - column);
     const auto* const right = reinterpret_cast<const Operand*>(s.packed);
     const auto* const left = right + right_elements(tokens, dim);
-    // A row of 128 floats is 512 bytes: one vector more keeps a column's rows out of one cache set.
-    constexpr std::int64_t sums_row = gram_block + width<T>;
     auto* const sums = static_cast<T*>(scratch::get(scratch::Slot::local, gram_block * sums_row * sizeof(T)));
     {
       [[maybe_unused]] const typename E::Session session;
@@ -126,37 +127,43 @@ struct Gram {
         }
       }
     }
-    write(job, s, sums, sums_row, row, column, rows, columns);
+    write(job, s, sums, row, column, rows, columns);
   }
 
-  static void write(const GramJob& job, const Segment& s, const T* sums, std::int64_t sums_row, std::int64_t row,
-                    std::int64_t column, std::int64_t rows, std::int64_t columns) {
+  // The block's place, row by row, and its mirror in columns of one vector: either way a line of the result is written whole, and
+  // next comes its neighbour.
+  static void write(const GramJob& job, const Segment& s, T* sums, std::int64_t row, std::int64_t column, std::int64_t rows,
+                    std::int64_t columns) {
     const std::int64_t dim = job.x.size[1];
-    const T alpha = static_cast<T>(job.alpha), beta = static_cast<T>(s.beta);
     T* const out = static_cast<T*>(job.result) + s.expert * dim * dim;
-    const T* const previous = static_cast<const T*>(s.previous);
     constexpr std::int64_t w = width<T>;
-    for (std::int64_t r = 0; r < rows; r += w)
-      for (std::int64_t c = row == column ? r : 0; c < columns; c += w) {
-        const std::int64_t i = row + r, j = column + c;
-        if (i != j && r + w <= rows && c + w <= columns) {
-          simd::Vector<T> x[w];
-          for (std::int64_t k = 0; k < w; ++k) {
-            x[k] = simd::load(sums + (r + k) * sums_row + c) * alpha;
-            if (previous != nullptr) x[k] += simd::load(previous + (i + k) * dim + j) * beta;
-            simd::store(out + (i + k) * dim + j, x[k]);
+    const auto first = [&](std::int64_t r) { return row == column ? r : 0; };  // column of the triangle
+    if (job.alpha != 1 || s.previous != nullptr) {
+      const T alpha = static_cast<T>(job.alpha), beta = static_cast<T>(s.beta);
+      const T* const previous = static_cast<const T*>(s.previous) + row * dim + column;
+      for (std::int64_t r = 0; r < rows; ++r)
+        for (std::int64_t c = first(r); c < columns; ++c)
+          sums[r * sums_row + c] = sums[r * sums_row + c] * alpha + (s.previous != nullptr ? previous[r * dim + c] * beta : T(0));
+    }
+    const auto mirror = [&](T* to, std::int64_t to_row) {
+      for (std::int64_t c = 0; c < columns; c += w)
+        for (std::int64_t r = 0; r < least(rows, row == column ? c + w : rows); r += w) {
+          if ((row != column || r != c) && r + w <= rows && c + w <= columns) {
+            simd::Vector<T> x[w];
+            for (std::int64_t k = 0; k < w; ++k) x[k] = simd::load(sums + (r + k) * sums_row + c);
+            simd::transpose<T>(x);
+            for (std::int64_t k = 0; k < w; ++k) simd::store(to + (c + k) * to_row + r, x[k]);
+            continue;
           }
-          simd::transpose<T>(x);
-          for (std::int64_t k = 0; k < w; ++k) simd::store(out + (j + k) * dim + i, x[k]);
-          continue;
+          for (std::int64_t k = c; k < least(c + w, columns); ++k)
+            for (std::int64_t l = r; l < least(r + w, row == column ? k : rows); ++l)
+              to[k * to_row + l] = sums[l * sums_row + k];
         }
-        for (std::int64_t k = i; k < least(i + w, row + rows); ++k)
-          for (std::int64_t l = i == j ? k : j; l < least(j + w, column + columns); ++l) {
-            T x = sums[(k - row) * sums_row + l - column] * alpha;
-            if (previous != nullptr) x += previous[k * dim + l] * beta;
-            out[k * dim + l] = out[l * dim + k] = x;
-          }
-      }
+    };
+    if (row == column) mirror(sums, sums_row);
+    for (std::int64_t r = 0; r < rows; ++r)
+      std::memcpy(out + (row + r) * dim + column, sums + r * sums_row, columns * sizeof(T));
+    if (row != column) mirror(out + column * dim + row, dim);
   }
 
   static constexpr GramKernels kernels{packed_bytes, pack, block};
