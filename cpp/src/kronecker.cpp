@@ -20,7 +20,9 @@ namespace {
 // A segment's operands stream from the last-level cache; sums over a segment are one chain of float32 additions, so a shorter
 // one is also more accurate.
 constexpr std::int64_t segment_tokens = 4096;
-constexpr std::int64_t wave_bytes = std::int64_t{8} << 20;
+constexpr std::int64_t wave_bytes = std::int64_t{16} << 20;
+// Results beyond this are written past the caches.
+constexpr std::int64_t cached_bytes = std::int64_t{16} << 20;
 
 const GramKernels& gram_kernels(DType dtype) {
 #if defined(__x86_64__)
@@ -35,14 +37,13 @@ const GramKernels& gram_kernels(DType dtype) {
 }
 
 // Of one expert's result.
-std::size_t matrix_bytes(const TensorView& x) {
-  return static_cast<std::size_t>(x.size[1] * x.size[1] * (x.dtype == DType::float64 ? 8 : 4));
+std::int64_t matrix_bytes(const TensorView& x) {
+  return x.size[1] * x.size[1] * (x.dtype == DType::float64 ? 8 : 4);
 }
 
 std::vector<Segment> segments_of(const GroupedGram& args) {
   const auto* offsets = static_cast<const std::int32_t*>(args.offsets.data);
-  const std::int64_t experts = args.offsets.size[0] - 1;
-  const std::size_t matrix = matrix_bytes(args.x);
+  const std::int64_t experts = args.offsets.size[0] - 1, matrix = matrix_bytes(args.x);
   std::vector<Segment> segments;
   for (std::int64_t e = 0; e < experts; ++e) {
     std::int64_t begin = offsets[e];
@@ -64,8 +65,7 @@ void run_wave(const GramJob& job, const GramKernels& kernels, const Segment* seg
     const Segment* segment;
     std::int64_t row, column;
   };
-  const std::int64_t dim = job.x.size[1];
-  const std::size_t matrix = matrix_bytes(job.x);
+  const std::int64_t dim = job.x.size[1], matrix = matrix_bytes(job.x);
   std::vector<const Segment*> fresh;
   std::vector<Task> packs, blocks;
   for (const Segment* s = segments; s < segments + count; ++s) {
@@ -79,7 +79,8 @@ void run_wave(const GramJob& job, const GramKernels& kernels, const Segment* seg
     for (std::int64_t row = 0; row < dim; row += gram_block) blocks.push_back({s, row, row});
   const auto pages = static_cast<std::int64_t>(fresh.size());
   run_tasks(threads, pages + static_cast<std::int64_t>(packs.size()), [&](std::int64_t task) {
-    if (task < pages) return touch_large_pages(static_cast<char*>(job.result) + fresh[task]->expert * matrix, matrix);
+    if (task < pages)
+      return touch_large_pages(static_cast<char*>(job.result) + fresh[task]->expert * matrix, static_cast<std::size_t>(matrix));
     const Task& pack = packs[task - pages];
     kernels.pack(job, *pack.segment, pack.row);
   });
@@ -92,10 +93,11 @@ void run_wave(const GramJob& job, const GramKernels& kernels, const Segment* seg
 void grouped_gram(const GroupedGram& args, const Threads& threads) {
   const std::int64_t dim = args.x.size[1];
   if (dim == 0) return;
-  const GramJob job{args.x, args.alpha, args.result};
+  const std::int64_t bytes_written = (args.offsets.size[0] - 1) * matrix_bytes(args.x);
+  const GramJob job{args.x, args.alpha, args.result, bytes_written > cached_bytes};
   const GramKernels& kernels = gram_kernels(args.x.dtype);
   std::vector<Segment> segments = segments_of(args);
-  if (args.previous == nullptr) prefer_large_pages(args.result, (args.offsets.size[0] - 1) * matrix_bytes(args.x));
+  if (args.previous == nullptr) prefer_large_pages(args.result, static_cast<std::size_t>(bytes_written));
   // Consecutive segments of different experts that fit; a second segment of an expert reads what the first has written.
   for (std::size_t first = 0; first < segments.size();) {
     std::size_t last = first;

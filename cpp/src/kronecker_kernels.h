@@ -20,6 +20,7 @@ struct GramJob {
   TensorView x;
   double alpha = 1.0;
   void* result = nullptr;  // [E, D, D]
+  bool streams = false;    // the result is too large to be found in the caches later
 };
 
 struct GramKernels {

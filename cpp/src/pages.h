@@ -9,8 +9,8 @@ namespace effcore {
 // system does not take it nothing changes.
 void prefer_large_pages(void* data, std::size_t bytes);
 
-// Faults in the large pages that begin in a result which is about to be written: where two threads meet a page first at the same
-// time, both would clear 2 MiB. A zero is written to each of them.
+// Faults in the large pages that begin in a result which is about to be written: where two threads meet a page first at the
+// same time, both would clear 2 MiB. A zero is written to each of them.
 void touch_large_pages(void* data, std::size_t bytes);
 
 }  // namespace effcore

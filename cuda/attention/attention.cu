@@ -316,16 +316,11 @@ void decode_from_probs(const DecodeFromProbs& args, const Launch& launch) {
   run_decode(args.problem, params, true, args.v, args.out, launch, decode_probs_name);
 }
 
-const char* path(const Problem& p) {
-  if (p.dtype != DType::bfloat16 && p.dtype != DType::float16 && p.dtype != DType::float32)
-    return "none: not float32, bfloat16 or float16";
-  if (p.head_dim > 256 || p.value_dim > 256) return "none: head dimension above 256";
+const char* path(DType dtype) {
 #ifdef EFFCORE_CUDA_SET_CI
-  if (p.dtype != DType::bfloat16 || padded_dim(p.head_dim, p.value_dim) != 64) return "none: built with EFFCORE_CUDA_SET=ci";
+  if (dtype != DType::bfloat16) return "none: built with EFFCORE_CUDA_SET=ci";
 #endif
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, "path") < 8) return "none: compute capability below 8.0";
-  if (p.dtype == DType::float32) return "fma sm_80";
-  return on_hopper("path") ? "wgmma sm_90a" : "mma sm_80";
+  return product_path(dtype);
 }
 
 }  // namespace effcore::cuda::attention

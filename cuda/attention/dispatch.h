@@ -1,7 +1,6 @@
 // From an argument's dtype and head dimensions to the kernels that serve it: the one place where a path is chosen.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -9,7 +8,7 @@
 #ifdef EFFCORE_HOPPER
 #include "attention/hopper/launch.h"
 #endif
-#include "common/error.h"
+#include "common/path.h"
 #include "effcore/error.h"
 
 namespace effcore::cuda::attention {
@@ -18,21 +17,6 @@ namespace effcore::cuda::attention {
 constexpr int padded_dim(std::int64_t head_dim, std::int64_t value_dim) {
   const std::int64_t dim = std::max(head_dim, value_dim);
   return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
-}
-
-// Whether the kernels for sm_90a (hopper/) serve 16-bit dtypes on the current GPU, as far as the arguments allow.
-// EFFCORE_CUDA_PORTABLE=1 leaves them out, for tests and comparisons.
-inline bool on_hopper(const char* function) {
-#ifdef EFFCORE_HOPPER
-  static const bool portable = [] {
-    const char* text = std::getenv("EFFCORE_CUDA_PORTABLE");
-    return text != nullptr && *text == '1';
-  }();
-  return !portable && device_attribute(cudaDevAttrComputeCapabilityMajor, function) == 9;
-#else
-  static_cast<void>(function);
-  return false;
-#endif
 }
 
 // Calls body(hopper::Kernels<T, D>{}), which says whether it launched; false where there are none for this GPU or dtype.

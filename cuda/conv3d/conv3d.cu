@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "common/error.h"
+#include "common/path.h"
 #include "conv3d/hopper/rows.h"
 #include "conv3d/hopper/weights.h"
 #include "conv3d/layouts.cuh"
@@ -178,6 +178,7 @@ struct RowsPlan {
 bool rows_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const RowsPlan& plan,
                     [[maybe_unused]] const PackedSize& size, [[maybe_unused]] const Launch& launch) {
 #if defined(EFFCORE_HOPPER)
+  if (!on_hopper(function)) return false;
   hopper::RowsProblem problem{plan.from,        plan.to,      plan.taps,     {plan.step[0], plan.step[1], plan.step[2]},
                               launch.workspace, size.columns, size.channels, size.taps,
                               plan.bias};
@@ -266,6 +267,7 @@ bool sum_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const
                    [[maybe_unused]] const std::vector<PlacedTap>& taps, [[maybe_unused]] ReduceParams& r,
                    [[maybe_unused]] const Launch& launch) {
 #if defined(EFFCORE_HOPPER)
+  if (!on_hopper(function)) return false;
   const hopper::PartialSums sums = hopper_sums(args);
   const std::int64_t* step = args.geometry.stride;
   r.splits = static_cast<int>(sums.splits), r.padded_columns = static_cast<int>(sums.columns);
@@ -369,6 +371,13 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
     launch_overlapping(f, reduce_kernel<decltype(zero)>, blocks, reduce_threads, 0, static_cast<cudaStream_t>(launch.stream),
                        r);
   });
+}
+
+const char* path(DType dtype) {
+#ifdef EFFCORE_CUDA_SET_CI
+  if (dtype != DType::bfloat16) return "none: built with EFFCORE_CUDA_SET=ci";
+#endif
+  return product_path(dtype);
 }
 
 }  // namespace effcore::cuda::conv3d

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "common/error.h"
+#include "common/path.h"
 #include "common/tile.cuh"
 #include "effcore/cuda/kronecker.h"
 #include "kronecker/gram.cuh"
@@ -145,7 +145,7 @@ struct Plan {
 
 bool run_on_hopper([[maybe_unused]] const GramParams& p, [[maybe_unused]] DType dtype, [[maybe_unused]] cudaStream_t stream) {
 #ifdef EFFCORE_HOPPER
-  return hopper::grouped_gram("grouped_gram", p, dtype, stream);
+  return on_hopper("grouped_gram") && hopper::grouped_gram("grouped_gram", p, dtype, stream);
 #else
   return false;
 #endif
@@ -205,6 +205,10 @@ void grouped_gram(const GroupedGram& args, const Launch& where) {
     }
   }
   launch(f, gram_sum_kernel, plan.splits > 0 ? sum_blocks : 0, threads, 0, stream, p);
+}
+
+const char* path(DType dtype) {
+  return product_path(dtype);
 }
 
 }  // namespace effcore::cuda::kronecker

@@ -1,6 +1,6 @@
 // Which problems the fused kernel takes, and which it serves faster than two products of cuBLAS.
 #include "common/element.cuh"
-#include "common/error.h"
+#include "common/path.h"
 #include "effcore/cuda/lowrank.h"
 #include "lowrank/hopper/fused.h"
 
@@ -44,16 +44,8 @@ std::span<const Limits> boxes(std::span<const Limits> measured) {
   return all ? everywhere : measured;
 }
 
-bool on_hopper() {
-#ifdef EFFCORE_HOPPER
-  return device_attribute(cudaDevAttrComputeCapabilityMajor, "lowrank_linear") == 9;
-#else
-  return false;
-#endif
-}
-
 bool usable(DType dtype) {
-  return (dtype == DType::bfloat16 || dtype == DType::float16) && on_hopper();
+  return (dtype == DType::bfloat16 || dtype == DType::float16) && on_hopper("lowrank_linear");
 }
 
 bool fused(const hopper::FusedProblem& problem, const Launch& launch) {
@@ -111,6 +103,11 @@ void input_gradient(const InputGradient& args, const Launch& launch) {
   hopper::FusedProblem problem{args.dz, args.up, args.down, args.dx, true};
   problem.hidden = args.dhidden;
   if (!fused(problem, launch)) refused();
+}
+
+const char* path(DType dtype) {
+  if (const char* none = path_refusal(dtype)) return none;
+  return usable(dtype) ? "wgmma sm_90a" : "cublas";
 }
 
 }  // namespace effcore::cuda::lowrank

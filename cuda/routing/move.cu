@@ -8,6 +8,7 @@
 // Aligned rows: a block takes about 32 KiB of whole rows, finds their addresses once in shared memory, and its threads walk
 // over the 16-byte vectors of all of them together, four loads in flight each, so that no lane waits for the end of a row.
 // Other rows: a warp each (copy_row).
+#include "common/path.h"
 #include "effcore/cuda/routing.h"
 #include "routing/rows.cuh"
 
@@ -178,6 +179,11 @@ void merge(const Merge& args, const Launch& to) {
   if (args.first_residual != nullptr)
     p.first_residual = rows_of(*args.first_residual), vectors = vectors && aligned(*args.first_residual);
   with_type(args.out.dtype, f, [&]<class T>(T) { run<false, T>(p, vectors, f, stream); });
+}
+
+const char* path(DType dtype) {
+  const char* none = path_refusal(dtype);
+  return none != nullptr ? none : "sm_80";
 }
 
 }  // namespace effcore::cuda::routing

@@ -5,6 +5,7 @@
 // Bound: bytes, if an element costs at most 30 instructions (backward: 44). A thread walks over a chunk of tokens of two
 // neighbouring channels with the last K tokens in registers. The backward walks K - 1 tokens further than its chunk, and makes
 // u again.
+#include "common/path.h"
 #include "scan/common.cuh"
 
 namespace effcore::cuda::scan {
@@ -249,6 +250,11 @@ void causal_conv_backward(const CausalConvBackward& args, const Launch& to) {
   sum_parameters(f, static_cast<float*>(args.dweight), p.partial, p.chunks.rows, stride, p.channels, p.taps, stream);
   sum_parameters(f, static_cast<float*>(args.dbias), p.partial + std::int64_t{p.taps} * p.channels, p.chunks.rows, stride,
                  p.channels, 1, stream);
+}
+
+const char* path(DType dtype) {
+  const char* none = path_refusal(dtype);
+  return none != nullptr ? none : "sm_80";
 }
 
 }  // namespace effcore::cuda::scan

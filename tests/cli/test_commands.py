@@ -149,19 +149,6 @@ def test_wrong_usage_is_exit_code_2(run, arguments):
     assert code == 2 and "Usage" in err
 
 
-def test_doctor(run):
-    code, out, _ = run("doctor", "--json")
-    findings = json.loads(out)
-    assert code == 0 and findings["problems"] == []
-    assert {row["device"] for row in findings["ops"]} == {"cpu", "cuda"}
-    assert all(row["path"] and row["reason"] for row in findings["ops"])
-    assert findings["packages"]["torch"]
-    code, out, _ = run("doctor")
-    assert code == 0 and all(
-        family in out for family in ("attention", "conv3d", "kronecker", "lowrank", "routing", "scan")
-    )
-
-
 def test_ctrl_c_saves_and_resume_repeats_the_uninterrupted_run(text, tmp_path):
     """The real thing: a process, a signal, exit code 130, one line, and then the same losses to the last bit."""
     settings = overrides("steps=40", "checkpoint_every=100", "echo.steps_per_stage=10")

@@ -79,3 +79,15 @@ def test_compress(text, tmp_path):
     small = load_decomposed(tmp_path / "small")
     assert torch.isfinite(small(torch.tensor([[1, 2, 3]])).logits).all()
     assert sum(p.numel() for p in small.parameters()) == report["parameters_after"]
+
+
+def test_doctor_shows_the_librarys_answers(tmp_path):
+    from effcore import _cuda
+
+    rows = json.loads(effcore("doctor", "--json", folder=tmp_path))["ops"]
+    for family in ("attention", "conv3d", "kronecker", "lowrank", "routing", "scan"):
+        for dtype in ("bfloat16", "float16", "float32"):
+            shown = {row["path"] for row in rows if row["family"] == family and dtype in row["dtypes"].split(", ")}
+            assert _cuda.path(family, dtype).partition(": ")[0] in shown
+    with pytest.raises(ValueError, match="no family is called"):
+        _cuda.path("transformers", "float32")

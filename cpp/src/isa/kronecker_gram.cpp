@@ -130,40 +130,67 @@ struct Gram {
     write(job, s, sums, row, column, rows, columns);
   }
 
-  // The block's place, row by row, and its mirror in columns of one vector: either way a line of the result is written whole, and
-  // next comes its neighbour.
+  // Scales the sums, then writes the block row by row and its mirror in columns of one vector: either way whole lines of the
+  // result, each beside the last.
   static void write(const GramJob& job, const Segment& s, T* sums, std::int64_t row, std::int64_t column, std::int64_t rows,
                     std::int64_t columns) {
     const std::int64_t dim = job.x.size[1];
+    const bool diagonal = row == column;
     T* const out = static_cast<T*>(job.result) + s.expert * dim * dim;
-    constexpr std::int64_t w = width<T>;
-    const auto first = [&](std::int64_t r) { return row == column ? r : 0; };  // column of the triangle
     if (job.alpha != 1 || s.previous != nullptr) {
       const T alpha = static_cast<T>(job.alpha), beta = static_cast<T>(s.beta);
       const T* const previous = static_cast<const T*>(s.previous) + row * dim + column;
       for (std::int64_t r = 0; r < rows; ++r)
-        for (std::int64_t c = first(r); c < columns; ++c)
-          sums[r * sums_row + c] = sums[r * sums_row + c] * alpha + (s.previous != nullptr ? previous[r * dim + c] * beta : T(0));
-    }
-    const auto mirror = [&](T* to, std::int64_t to_row) {
-      for (std::int64_t c = 0; c < columns; c += w)
-        for (std::int64_t r = 0; r < least(rows, row == column ? c + w : rows); r += w) {
-          if ((row != column || r != c) && r + w <= rows && c + w <= columns) {
-            simd::Vector<T> x[w];
-            for (std::int64_t k = 0; k < w; ++k) x[k] = simd::load(sums + (r + k) * sums_row + c);
-            simd::transpose<T>(x);
-            for (std::int64_t k = 0; k < w; ++k) simd::store(to + (c + k) * to_row + r, x[k]);
-            continue;
-          }
-          for (std::int64_t k = c; k < least(c + w, columns); ++k)
-            for (std::int64_t l = r; l < least(r + w, row == column ? k : rows); ++l)
-              to[k * to_row + l] = sums[l * sums_row + k];
+        for (std::int64_t c = diagonal ? r : 0; c < columns; ++c) {
+          T& sum = sums[r * sums_row + c];
+          sum = s.previous != nullptr ? sum * alpha + previous[r * dim + c] * beta : sum * alpha;
         }
-    };
-    if (row == column) mirror(sums, sums_row);
-    for (std::int64_t r = 0; r < rows; ++r)
-      std::memcpy(out + (row + r) * dim + column, sums + r * sums_row, columns * sizeof(T));
-    if (row != column) mirror(out + column * dim + row, dim);
+    }
+    if (diagonal) mirror<false>(sums, sums_row, sums, rows, columns, true);
+    if (job.streams && s.previous == nullptr)
+      write_to<true>(out, dim, sums, row, column, rows, columns);
+    else
+      write_to<false>(out, dim, sums, row, column, rows, columns);
+  }
+
+  template <bool streams>
+  static void write_to(T* out, std::int64_t dim, const T* sums, std::int64_t row, std::int64_t column, std::int64_t rows,
+                       std::int64_t columns) {
+    constexpr std::int64_t w = width<T>;
+    const std::int64_t whole = columns / w * w;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      T* const to = out + (row + r) * dim + column;
+      for (std::int64_t c = 0; c < whole; c += w) put<streams>(to + c, simd::load(sums + r * sums_row + c));
+      for (std::int64_t c = whole; c < columns; ++c) to[c] = sums[r * sums_row + c];
+    }
+    if (row != column) mirror<streams>(out + column * dim + row, dim, sums, rows, columns, false);
+    if constexpr (streams) simd::stream_fence();
+  }
+
+  // to[c, r] = sums[r, c]; of a block on the diagonal the part below it, where `to` may be the sums themselves.
+  template <bool streams>
+  static void mirror(T* to, std::int64_t to_row, const T* sums, std::int64_t rows, std::int64_t columns, bool diagonal) {
+    constexpr std::int64_t w = width<T>;
+    for (std::int64_t c = 0; c < columns; c += w)
+      for (std::int64_t r = 0; r < (diagonal ? c + 1 : rows); r += w) {
+        if (!(diagonal && r == c) && r + w <= rows && c + w <= columns) {
+          simd::Vector<T> x[w];
+          for (std::int64_t k = 0; k < w; ++k) x[k] = simd::load(sums + (r + k) * sums_row + c);
+          simd::transpose<T>(x);
+          for (std::int64_t k = 0; k < w; ++k) put<streams>(to + (c + k) * to_row + r, x[k]);
+          continue;
+        }
+        for (std::int64_t k = c; k < least(c + w, columns); ++k)
+          for (std::int64_t l = r; l < least(r + w, diagonal ? k : rows); ++l) to[k * to_row + l] = sums[l * sums_row + k];
+      }
+  }
+
+  template <bool streams>
+  [[gnu::always_inline]] static void put(T* to, simd::Vector<T> x) {
+    if constexpr (streams)
+      simd::stream(to, x);
+    else
+      simd::store(to, x);
   }
 
   static constexpr GramKernels kernels{packed_bytes, pack, block};

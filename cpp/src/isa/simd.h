@@ -51,6 +51,21 @@ template <class T>
 [[gnu::always_inline]] inline void store(T* p, Vector<T> x) {
   std::memcpy(p, &x, sizeof x);
 }
+// Past the caches, where a vector is a whole line of them: the line is then not read before it is written. Other threads see it
+// after a fence.
+template <class T>
+[[gnu::always_inline]] inline void stream(T* p, Vector<T> x) {
+#if defined(__AVX512F__)
+  if (reinterpret_cast<std::uintptr_t>(p) % vector_bytes == 0)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x));
+#endif
+  store(p, x);
+}
+[[gnu::always_inline]] inline void stream_fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 template <class T>
 [[gnu::always_inline]] inline Vector<T> broadcast(T x) {
   return x - Vector<T>{};

@@ -28,7 +28,6 @@ bool encode_matrices(CUtensorMap* map, float* data, int rows, std::int64_t count
 bool grouped_gram(const char* function, const GramParams& gram, DType dtype, cudaStream_t stream) {
   if (dtype != DType::bfloat16 && dtype != DType::float16) return false;
   if (gram.groups.tokens == 0 || reinterpret_cast<std::uintptr_t>(gram.x) % 16 != 0 || gram.stride % 8 != 0) return false;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, function) != 9) return false;
   PairGramParams p{};
   p.gram = gram;
   p.pairs = pairs((gram.dim + block - 1) / block);

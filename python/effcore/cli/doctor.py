@@ -186,42 +186,42 @@ def _ops(findings: dict[str, Any]) -> list[dict[str, str]]:
 _WITH_PRODUCTS, _WITHOUT_PRODUCTS = "attention, conv3d, kronecker, lowrank", "routing, scan"
 
 
-_CUDA_PATHS = {
-    "wgmma sm_90a": "Hopper's tensor cores and copy engine, forward, and backward at head dimensions 64 and 128; "
+# Whose 16-bit kernels differ on Hopper, and what these serve; all else takes the path of other GPUs.
+_HOPPER = {
+    "attention": "Hopper's tensor cores and copy engine, forward, and backward at head dimensions 64 and 128; "
     "rows that are no multiple of 16 bytes apart take mma sm_80",
-    "mma sm_80": "tensor cores; head dims are padded to 64, 128 or 256",
+    "conv3d": "channels in multiples of 8",
+    "kronecker": "dimensions in multiples of 8",
+    "lowrank": "shapes at which it measured faster than two products",
+}
+_CUDA_PATHS = {
+    "mma sm_80": "tensor cores",
     "fma sm_80": "no tensor cores: float32 is not rounded to TF32",
+    "cublas": "two products, then our activation",
+    "sm_80": "no matrix products",
 }
 
 
 def _cuda_rows(devices: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """What the library itself says, for each GPU and dtype at head dimension 64."""
+    """What the library itself says of each family and dtype on each GPU."""
     import torch
 
     try:
         from effcore import _cuda
     except ImportError as error:
-        return [_row("cuda", "all", "none", f"effcore._cuda cannot be imported: {error}")]
+        return [_row("cuda", "all", "none", f"effcore._cuda cannot be imported: {error}", "all")]
     rows = []
     for index, device in enumerate(devices):
         with torch.cuda.device(index):
-            for dtype in ("bfloat16", "float16", "float32"):
-                path, _, why = _cuda.attention_path(dtype, 64, 64).partition(": ")
-                rows.append(_row("cuda", dtype, path, f"{device['name']}: {why or _CUDA_PATHS[path]}"))
-        hopper = device["compute_capability"] == "9.0" and "90a" in _cuda.build_info()["architectures"]
-        for family, served in _HOPPER.items():
-            path, why = ("wgmma sm_90a", served) if hopper else ("sm_80", "no Hopper GPU, or built without sm_90a")
-            rows.append(_row("cuda", "bfloat16, float16", path, f"{device['name']}: {why}", family))
-        rows.append(_row("cuda", "all", "sm_80", f"{device['name']}: no matrix products", _WITHOUT_PRODUCTS))
+            for family in ("attention", "conv3d", "kronecker", "lowrank", "routing", "scan"):
+                dtypes: dict[str, list[str]] = {}  # by answer
+                for dtype in ("bfloat16", "float16", "float32"):
+                    dtypes.setdefault(_cuda.path(family, dtype), []).append(dtype)
+                for answer, names in dtypes.items():
+                    path, _, why = answer.partition(": ")
+                    why = why or (_HOPPER[family] if path == "wgmma sm_90a" else _CUDA_PATHS[path])
+                    rows.append(_row("cuda", ", ".join(names), path, f"{device['name']}: {why}", family))
     return rows
-
-
-# Whose 16-bit kernels differ on Hopper, and what these serve; all else is portable CUDA (or, in lowrank, two cuBLAS products).
-_HOPPER = {
-    "conv3d": "channels in multiples of 8",
-    "kronecker": "dimensions in multiples of 8",
-    "lowrank": "shapes at which it measured faster than two products",
-}
 
 
 def _groups(findings: dict[str, Any]) -> list[dict[str, str]]:

@@ -36,9 +36,9 @@ void decode_from_probs(const DecodeFromProbs& args, const Launch& launch);
 // Fills the tensor with NaN where one of the float32 scalars on the device exceeds 1 (a SharedScores that two layers used).
 void spoil_if_reused(const float* const* uses, int count, const TensorView& tensor, const Launch& launch);
 
-// Which kernels serve this problem on the current device, for `effcore doctor`: "wgmma sm_90a" (tensors that TMA cannot
-// address, decoding, and backwards of other head dimensions than 64 and 128 take "mma sm_80"), "mma sm_80", "fma sm_80", or why
-// none does.
-const char* path(const Problem& problem);
+// Which kernels serve this dtype on the current GPU, for `effcore doctor`: "wgmma sm_90a" (tensors that TMA cannot
+// address, decoding, and backwards of other head dimensions than 64 and 128 take "mma sm_80"), "mma sm_80", "fma sm_80", or
+// "none: " and why.
+const char* path(DType dtype);
 
 }  // namespace effcore::cuda::attention

@@ -21,4 +21,8 @@ void forward(const Forward& args, const Launch& launch);
 void backward_data(const BackwardData& args, const Launch& launch);
 void backward_weight(const BackwardWeight& args, const Launch& launch);
 
+// Which kernels serve this dtype on the current GPU, for `effcore doctor`: "wgmma sm_90a" (where the
+// arguments allow it; else as on other GPUs), "mma sm_80", "fma sm_80", or "none: " and why.
+const char* path(DType dtype);
+
 }  // namespace effcore::cuda::conv3d

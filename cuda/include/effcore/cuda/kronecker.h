@@ -15,4 +15,8 @@ std::size_t workspace_bytes(const GroupedGram& args);
 
 void grouped_gram(const GroupedGram& args, const Launch& launch);
 
+// Which kernels serve this dtype on the current GPU, for `effcore doctor`: "wgmma sm_90a" (where the
+// arguments allow it; else as on other GPUs), "mma sm_80", "fma sm_80", or "none: " and why.
+const char* path(DType dtype);
+
 }  // namespace effcore::cuda::kronecker

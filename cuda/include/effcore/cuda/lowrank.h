@@ -25,4 +25,8 @@ void input_gradient(const InputGradient& args, const Launch& launch);
 void activate(const Activate& args, const Launch& launch);
 void activate_backward(const ActivateBackward& args, const Launch& launch);
 
+// Which kernels serve this dtype on the current GPU, for `effcore doctor`: "wgmma sm_90a" (within
+// `limits`), "cublas" (two products, our activation), or "none: " and why.
+const char* path(DType dtype);
+
 }  // namespace effcore::cuda::lowrank

@@ -36,4 +36,7 @@ void scatter(const Scatter& args, const Launch& launch);
 void gather_norm(const GatherNorm& args, const Launch& launch);
 void gather_norm_backward(const GatherNormBackward& args, const Launch& launch);
 
+// Which kernels serve this dtype on the current GPU, for `effcore doctor`: "sm_80" (no products), or "none: " and why.
+const char* path(DType dtype);
+
 }  // namespace effcore::cuda::routing

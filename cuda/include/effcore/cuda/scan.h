@@ -28,4 +28,7 @@ void selective_scan(const Scan& args, const Launch& launch);
 void selective_scan_backward(const ScanBackward& args, const Launch& launch);
 void selective_step(const Step& args, const Launch& launch);
 
+// Which kernels serve this dtype on the current GPU, for `effcore doctor`: "sm_80" (no products), or "none: " and why.
+const char* path(DType dtype);
+
 }  // namespace effcore::cuda::scan
