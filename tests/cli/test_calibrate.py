@@ -1,6 +1,9 @@
 """``effcore calibrate`` on a tiny mixture of experts, from its folder to its table; and what it refuses."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,6 +47,7 @@ def test_calibrate(folder, tmp_path):
     assert result.exit_code == 0
     scores = json.loads(result.stdout[result.stdout.index("{") :])
     assert {"MAP", "posterior"} <= set(scores["scores"])
+    assert "fit: batch 2/2" in result.stderr and "prior: batch 1/1" in result.stderr
     assert sorted(p.name for p in out.iterdir()) == ["posterior.safetensors", "reliability.png", "scores.json"]
 
 
@@ -68,6 +72,49 @@ def test_bad_files_are_named(folder, tmp_path):
             ["calibrate", str(folder), "-o", str(tmp_path / "o"), "--data", str(questions_file(data, 4))],
             catch_exceptions=False,
         )
+
+
+def test_bad_models_are_named_and_leave_no_folder(folder, tmp_path):
+    import transformers as hf
+
+    nothing, broken, silent, dense = (tmp_path / name for name in ("nothing", "broken", "silent", "dense"))
+    nothing.mkdir()
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:2000])
+    silent.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, silent)
+    config = hf.LlamaConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    hf.LlamaForCausalLM(config).save_pretrained(dense)
+    byte_tokenizer().save_pretrained(dense)
+    for path, more, message in (
+        (tmp_path / "none", [], "no such folder"),
+        (nothing, [], "no model here"),
+        (broken, [], "cannot be loaded"),
+        (silent, [], "no usable tokenizer"),
+        (dense, [], "LlamaForCausalLM has no experts"),
+        (folder, ["--rank", "17"], "rank 17 is above both dimensions"),
+        (folder, ["--hessian", "full"], "hessian must be one of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            CliRunner().invoke(
+                app, ["calibrate", str(path), "-o", str(tmp_path / "o"), "--count", "10", *more], catch_exceptions=False
+            )
+        assert not (tmp_path / "o").exists()
+
+
+def test_quiet_says_nothing_but_the_result(folder, tmp_path):
+    arguments = ["calibrate", folder, "-o", "out", "--data", questions_file(tmp_path / "q.jsonl"), "--rank", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "effcore", *map(str, arguments), "--json", "--quiet"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(json.loads(done.stdout)["scores"]) >= {"MAP", "posterior"}
 
 
 def test_an_interrupted_fit_is_not_overwritten(folder, tmp_path):

@@ -1,5 +1,8 @@
 """Interrupted fits, and what the Laplace posterior refuses."""
 
+import contextlib
+import resource
+
 import pytest
 import torch
 
@@ -91,6 +94,58 @@ def test_nan_gradients_leave_nothing_behind(tmp_path):
 
     assert all(torch.isfinite(t.double()).all() for t in load_file(path).values())
     assert all(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """Files end after ``room`` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    model, loader = moe("mixtral"), [text(seed=s) for s in range(4)]
+    arguments = {"rank": 3, "answers": ANSWERS}
+    whole = laplace(model, loader, **arguments)
+    path = tmp_path / "fit.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        laplace(model, interrupted(loader, 2), **arguments, checkpoint=path, checkpoint_every=1)
+    kept = path.read_bytes()
+    with full_disk(len(kept) // 2), pytest.raises(OSError, match=r"fit\.safetensors: cannot be written"):
+        laplace(model, loader, **arguments, checkpoint=path, checkpoint_every=1)
+    assert path.read_bytes() == kept
+    whole.save(tmp_path / "posterior.safetensors")
+    saved = (tmp_path / "posterior.safetensors").read_bytes()
+    with full_disk(len(saved) // 2), pytest.raises(OSError, match="cannot be written"):
+        whole.save(tmp_path / "posterior.safetensors")
+    assert (tmp_path / "posterior.safetensors").read_bytes() == saved
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fit.safetensors", "posterior.safetensors"]
+    resumed = laplace(model, loader, **arguments, checkpoint=path)
+    assert torch.equal(whole.predict(loader[0]), resumed.predict(loader[0]))
+
+
+class Columns(torch.nn.Module):
+    """Gives as many classes as its input has columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.scale(x[..., None])[..., 0]
+
+
+def test_another_number_of_classes_is_refused():
+    wide, narrow = torch.randn(3, 4), torch.randn(3, 2)
+    with pytest.raises(InputError, match="batch 1 has 2 classes, the ones before had 4"):
+        laplace(Columns(), [(wide,), (narrow,)], targets="last", hessian="kron")
+    posterior = laplace(Columns(), [(wide,)], targets="last", hessian="kron")
+    with pytest.raises(InputError, match="the model gives 2 classes, the posterior was fitted to 4"):
+        posterior.predict((narrow,))
 
 
 X, Y = data()

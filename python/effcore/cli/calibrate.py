@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,7 +83,6 @@ def _calibrate(
     **settings: Any,
 ) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from effcore.cli.progress import lines
     from effcore.data.questions import answer_tokens, batches, next_line_questions, read_questions
@@ -91,24 +91,17 @@ def _calibrate(
     from effcore.methods.bayesian_moe import laplace
     from effcore.methods.calibration import draw_reliability, fit_temperature, scores
 
-    if not Path(model).is_dir():
-        raise InputError(f"{model}: no such folder")
     questions = read_questions(data) if data else next_line_questions(standard_library(), count)
     if len(questions) < 10:
         raise InputError(f"{data}: {len(questions)} questions; at least 10 are needed for fit, prior and test")
     first, second = int(0.6 * len(questions)), int(0.8 * len(questions))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModelForCausalLM.from_pretrained(model).eval()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{model}: {str(error).splitlines()[0]}") from None
+    network, tokenizer = _load(Path(model))
     if torch.cuda.is_available():
         network.cuda()
     fit, held, test = (
         list(batches(part, tokenizer, size=batch_size, max_length=max_length))
         for part in (questions[:first], questions[first:second], questions[second:])
     )
-    out.mkdir(parents=True, exist_ok=True)
     posterior = laplace(
         network,
         fit,
@@ -116,7 +109,8 @@ def _calibrate(
         checkpoint=out / "fit.safetensors",
         progress=None if quiet else partial(lines("fit"), "batch"),
         **settings,
-    ).fit_heldout(held)
+    )
+    posterior.fit_heldout(held if quiet else _watched(held, partial(lines("prior"), "batch")))
     posterior.save(out / "posterior.safetensors")
 
     def logits(part: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -141,3 +135,30 @@ def _calibrate(
     }
     (out / "scores.json").write_text(json.dumps(result, indent=1))
     return result
+
+
+def _watched(batches: list[Any], show: Callable[[int, int], None]) -> Iterator[Any]:
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        show(done, len(batches))
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """The model, in evaluation mode, and its tokenizer; adapters come with their base model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from effcore.errors import InputError
+    from effcore.training.models import quiet_transformers
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise InputError(f"{folder}: no model here (neither config.json nor adapter_config.json)")
+    try:
+        with quiet_transformers():
+            network, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if not tokenizer("A")["input_ids"]:  # transformers makes an empty one where there are no files
+        raise InputError(f"{folder}: no usable tokenizer")
+    return network.eval(), tokenizer

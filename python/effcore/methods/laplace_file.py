@@ -14,15 +14,28 @@ from effcore.errors import InputError
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Written beside its place and moved there: a file is complete or not there at all."""
+    """Written beside its place and moved there: a file is complete or not there at all, and what was there before stays until
+    then.
+
+    Raises:
+        OSError: it cannot be written, a full disk for example.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    save_file(
-        {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, part, {"about": json.dumps(dict(about))}
-    )
-    os.replace(part, path)
+    try:
+        save_file(
+            {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()},
+            part,
+            {"about": json.dumps(dict(about))},
+        )
+        os.replace(part, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
