@@ -77,6 +77,10 @@ void run() {
     check_gram_of(dim, {2, 5, 5, 70}, 0.5, -2.0);
   }
   check_gram_of(33, {1, 9000, 9001}, 1.0, 1.0);  // several segments
+  for (const std::int64_t dim : {720, 733}) {    // more than 16 MiB of results, in whole lines and not
+    check_gram_of(dim, {0, 3, 3, 5, 6, 8, 9, 9, 12, 13}, 1.0, 0.0);
+    check_gram_of(dim, {0, 3, 3, 5, 6, 8, 9, 9, 12, 13}, -0.5, 2.0);
+  }
   refused("falling", {0, 3, 2});
   refused("behind the tokens", {0, 7});
   refused("negative", {-1, 6});

@@ -64,6 +64,20 @@ def test_gram_adds_to_what_there_is(problem, beta, alpha):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [736, 741])
+def test_gram_whose_results_go_past_the_caches(dim, dtype):
+    """More than 16 MiB, blocks off the diagonal, rows that are whole lines and rows that are not."""
+    torch.manual_seed(0)
+    loads = [40, 0, 3, 270, 1, 5, 2, 8]
+    x, offsets = tokens(sum(loads), dim, dtype), offsets_of(loads)
+    with poisoned_memory():
+        ours, scaled = ops.grouped_gram(x, offsets), ops.grouped_gram(x, offsets, alpha=-0.5)
+    assert torch.equal(ours, ours.mT) and torch.equal(scaled, -0.5 * ours)
+    same, exact = ref.grouped_gram(x, offsets), ref.grouped_gram(x.double(), offsets)
+    assert_accurate(ours, same, exact, terms=x.double().square().sum().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gram_of_many_tokens_is_the_same_with_any_number_of_threads(dtype):
     """Several segments an expert, and more than one wave."""
     x, offsets = tokens(10_000, 130, dtype), offsets_of([9_001, 0, 998])
