@@ -1,7 +1,7 @@
 // result = alpha * X^T X + beta * previous, one block of the upper triangle at a time, and its mirror.
 //
 // Bound: FLOPs, half of those of a general product: 256 x 256 blocks on and above the diagonal, and in a block on the diagonal
-// only the panels that reach above it. X is packed once a segment as the right operand of product.h or of the AMX tiles,
+// only the vectors that reach above it. X is packed once a segment as the right operand of product.h or of the AMX tiles,
 // and read from there for both sides: X^T of the SIMD engine is the packed panel itself, walked along its columns; AMX needs
 // its left operand row-major, a transpose of 32-bit lanes of the packed tiles.
 #include "../kronecker_kernels.h"
@@ -19,7 +19,7 @@ template <class E>
 struct Left {  // SIMD: element (i, step) of a panel is packed[step * panel + i]
   using Operand = typename E::Operand;
   static constexpr std::int64_t rows = E::panel;
-  static constexpr bool halves = true;  // of a panel on the diagonal the quarter below it is left out
+  static constexpr bool by_vector = true;  // on the diagonal, vectors of columns below it are left out
   static std::int64_t elements(std::int64_t, std::int64_t) { return 0; }
   static void pack(Operand*, const Operand*, std::int64_t, std::int64_t, std::int64_t, std::int64_t) {}
   template <class Product>
@@ -35,7 +35,7 @@ template <>
 struct Left<simd::Amx> {
   using Operand = simd::bfloat16;
   static constexpr std::int64_t rows = 2 * simd::tile;
-  static constexpr bool halves = false;
+  static constexpr bool by_vector = false;
   // Rows an odd number of cache lines apart: the sixteen rows of a tile fall into different sets.
   static std::int64_t stride(std::int64_t depth) { return round_up(depth, 64) + simd::tile_steps; }
   static std::int64_t elements(std::int64_t depth, std::int64_t dim) { return round_up(dim, gram_block) * stride(depth); }
@@ -117,10 +117,10 @@ struct Gram {
           const std::int64_t m = least(Left<E>::rows, rows - r);
           if (row != column) {
             multiply(r, m, 0, columns);
-          } else if (constexpr std::int64_t half = E::panel / 2; Left<E>::halves) {
-            multiply(r, least(half, m), r, columns - r);
-            multiply(r + half, m - half, r + half, least(half, columns - r - half));
-            multiply(r + half, m - half, r + E::panel, columns - r - E::panel);
+          } else if constexpr (Left<E>::by_vector) {
+            for (std::int64_t i = 0; i < m; i += width<T>)
+              multiply(r + i, least(width<T>, m - i), r + i, least(E::panel - i, columns - r - i));
+            multiply(r, m, r + E::panel, columns - r - E::panel);
           } else {
             multiply(r, m, r / E::panel * E::panel, columns - r / E::panel * E::panel);
           }
