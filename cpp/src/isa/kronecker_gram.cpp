@@ -139,11 +139,11 @@ struct Gram {
     T* const out = static_cast<T*>(job.result) + s.expert * dim * dim;
     if (job.alpha != 1 || s.previous != nullptr) {
       const T alpha = static_cast<T>(job.alpha), beta = static_cast<T>(s.beta);
-      const T* const previous = static_cast<const T*>(s.previous) + row * dim + column;
+      const T* const previous = s.previous != nullptr ? static_cast<const T*>(s.previous) + row * dim + column : nullptr;
       for (std::int64_t r = 0; r < rows; ++r)
         for (std::int64_t c = diagonal ? r : 0; c < columns; ++c) {
           T& sum = sums[r * sums_row + c];
-          sum = s.previous != nullptr ? sum * alpha + previous[r * dim + c] * beta : sum * alpha;
+          sum = previous != nullptr ? sum * alpha + previous[r * dim + c] * beta : sum * alpha;
         }
     }
     if (diagonal) mirror<false>(sums, sums_row, sums, rows, columns, true);
