@@ -1,4 +1,5 @@
 // Which arguments token movement takes. Everything is refused here, by name, before a kernel runs.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -29,12 +30,51 @@ std::int32_t at(const TensorView& index, std::int64_t b, std::int64_t i) {
   return static_cast<const std::int32_t*>(index.data)[b * index.stride[0] + i * index.stride[1]];
 }
 
+// Calls body(token) for row b of a list.
+template <class Body>
+void for_row(const TensorView& index, std::int64_t b, const Body& body) {
+  const auto* row = static_cast<const std::int32_t*>(index.data) + b * index.stride[0];
+  const std::int64_t size = index.size[1], stride = index.stride[1];
+  if (stride == 1)
+    for (std::int64_t i = 0; i < size; ++i) body(row[i]);
+  else
+    for (std::int64_t i = 0; i < size; ++i) body(row[i * stride]);
+}
+
 void check_list_shape(const char* function, const char* argument, const TensorView& index, const TensorView& like) {
   check(index.dtype == DType::int32, function, argument,
         " must be int32 (as partition_tokens makes it; .int() converts) but is ", name(index.dtype));
   check_device(function, argument, index, like);
   check(index.rank == 2 && index.size[0] == like.size[0], function, argument, " must have shape [", like.size[0],
         ", tokens of the list] but has ", shape(index));
+}
+
+// Whether row b of a list names nothing but tokens below `tokens`. Every call asks: no branch a token.
+bool inside(const TensorView& index, std::int64_t b, std::int64_t tokens) {
+  const auto limit = static_cast<std::uint32_t>(std::min(tokens, std::int64_t{1} << 31));  // a negative one is above
+  std::uint32_t outside = 0;
+  for_row(index, b, [&](std::int32_t token) { outside |= static_cast<std::uint32_t>(token) >= limit; });
+  return outside == 0;
+}
+
+void check_tokens(const char* function, const char* argument, const TensorView& index, std::int64_t b, std::int64_t tokens) {
+  if (inside(index, b, tokens)) [[likely]]
+    return;
+  std::int64_t i = 0;
+  while (at(index, b, i) >= 0 && at(index, b, i) < tokens) ++i;
+  fail(function, argument, '[', b, ", ", i, "] is ", at(index, b, i), " but there are ", tokens, " tokens");
+}
+
+// Which token of row b do the lists name again? `seen` [tokens] is room.
+void refuse_repeated(const char* function, const TensorView& index_a, const TensorView& index_b, std::int64_t b, char* seen,
+                     std::int64_t tokens) {
+  std::memset(seen, 0, tokens);
+  for (const auto& [argument, index] : {std::pair{"index_a", &index_a}, std::pair{"index_b", &index_b}})
+    for (std::int64_t i = 0; i < index->size[1]; ++i) {
+      char& before = seen[at(*index, b, i)];
+      check(!before, function, argument, '[', b, ", ", i, "] is ", at(*index, b, i), ", which index_a or index_b has already");
+      before = 1;
+    }
 }
 
 }  // namespace
@@ -80,12 +120,7 @@ void check_list(const char* function, const char* argument, const TensorView& in
                 std::int64_t tokens) {
   check_list_shape(function, argument, index, like);
   if (like.device != DeviceKind::cpu) return;
-  for (std::int64_t b = 0; b < index.size[0]; ++b)
-    for (std::int64_t i = 0; i < index.size[1]; ++i) {
-      const std::int32_t token = at(index, b, i);
-      check(token >= 0 && token < tokens, function, argument, '[', b, ", ", i, "] is ", token, " but there are ", tokens,
-            " tokens");
-    }
+  for (std::int64_t b = 0; b < index.size[0]; ++b) check_tokens(function, argument, index, b, tokens);
 }
 
 void check_lists(const char* function, const TensorView& index_a, const TensorView& index_b, const TensorView& like,
@@ -95,17 +130,14 @@ void check_lists(const char* function, const TensorView& index_a, const TensorVi
   check(index_a.size[1] + index_b.size[1] == tokens, function, "index_a and index_b name ", index_a.size[1], " and ",
         index_b.size[1], " tokens, which does not make the ", tokens, " tokens of a row");
   if (like.device != DeviceKind::cpu) return;
+  // As long as a row together, the lists name each token once if they name all of them.
   auto* const seen = static_cast<char*>(scratch::get(scratch::Slot::shared, tokens));
-  for (std::int64_t b = 0; b < index_a.size[0]; ++b) {
-    if (tokens > 0) std::memset(seen, 0, tokens);
-    for (const auto& [argument, index] : {std::pair{"index_a", &index_a}, std::pair{"index_b", &index_b}})
-      for (std::int64_t i = 0; i < index->size[1]; ++i) {
-        const std::int32_t token = at(*index, b, i);
-        check(token >= 0 && token < tokens, function, argument, '[', b, ", ", i, "] is ", token, " but there are ", tokens,
-              " tokens");
-        check(!seen[token], function, argument, '[', b, ", ", i, "] is ", token, ", which index_a or index_b has already");
-        seen[token] = 1;
-      }
+  for (std::int64_t b = 0; b < index_a.size[0] && tokens > 0; ++b) {
+    check_tokens(function, "index_a", index_a, b, tokens);
+    check_tokens(function, "index_b", index_b, b, tokens);
+    std::memset(seen, 0, tokens);
+    for (const TensorView* index : {&index_a, &index_b}) for_row(*index, b, [seen](std::int32_t token) { seen[token] = 1; });
+    if (std::memchr(seen, 0, tokens) != nullptr) refuse_repeated(function, index_a, index_b, b, seen, tokens);
   }
 }
 

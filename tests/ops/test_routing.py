@@ -71,6 +71,22 @@ def test_separate_and_merge(shape):
     assert torch.equal(back[0], x)
 
 
+@pytest.mark.parametrize("kind", ["shuffled", "all of the first list before the second"])
+def test_lists_in_any_order(kind):
+    """Each thread takes a share of both lists: of large rows, and wherever their tokens are."""
+    batch, tokens, keep = 3, 211, 64
+    order = torch.arange(tokens).expand(batch, -1)
+    if kind == "shuffled":
+        order = torch.rand(batch, tokens).argsort(1)
+    index_a, index_b = order[:, :keep].int(), order[:, keep:].int()
+    x = torch.randn(batch, tokens, 257)
+    with poisoned_memory():
+        a, b = ops.separate_tokens(x, index_a, index_b)
+        merged = ops.merge_tokens(a, index_a, b, index_b, residual=x)
+    assert torch.equal(a, ref.gather_tokens(x, index_a)) and torch.equal(b, ref.gather_tokens(x, index_b))
+    assert torch.equal(merged, 2 * x)
+
+
 def grads_of(x):
     return torch.randn(x.shape)
 
