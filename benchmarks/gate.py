@@ -54,7 +54,7 @@ def compare(
             wrong.append(f"{name} has shape {tuple(a.shape)}, expected {tuple(c.shape)}")
             continue
         errors[name] = ours, theirs = relative_error(a, c), relative_error(b, c)
-        allowed = 2 * theirs + 2 * torch.finfo(a.dtype).eps
+        allowed = 2 * theirs + (2 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0)
         if not ours <= allowed:
             wrong.append(f"{name} is off by {ours:.1e}, allowed {allowed:.1e}")
     return Verdict(not wrong, "; ".join(wrong), errors)

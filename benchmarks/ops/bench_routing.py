@@ -285,7 +285,7 @@ def _scores(
 
     def composed(x: Inputs, pick):
         scores = (x["q"] @ x["k"].mT * dim**-0.5).float().softmax(-1)[:, :, 0].mean(1)
-        return [t.float() for t in pick(scores)]
+        return pick(scores)
 
     def by_topk(scores: Tensor) -> list[Tensor]:
         pick = [scores.topk(keep, 1), scores.topk(tokens - keep, 1, largest=False)]
@@ -300,7 +300,7 @@ def _scores(
         name=f"score, partition {dtype_name(dtype)} B={batch} H={heads}/{kv_heads} N={tokens} D={dim}",
         inputs=inputs,
         outputs=("kept", "rest"),
-        ours=Candidate("effcore", lambda x: [t.float() for t in ops.score_partition(x["q"], x["k"], keep)]),
+        ours=Candidate("effcore", lambda x: ops.score_partition(x["q"], x["k"], keep)),
         peers=(
             Candidate("softmax, topk, sort", lambda x: composed(x, by_topk)),
             Candidate("softmax, topk, nonzero", lambda x: composed(x, by_nonzero)),
