@@ -108,19 +108,13 @@ __global__ void __launch_bounds__(threads) move_rows(const __grid_constant__ Mov
   char* const placed = p.x(at.b, at.token);
   if constexpr (std::is_void_v<T>) {
     if (to_list)
-      copy_row(listed, placed, p.bytes, p.x.data, p.x.end, lane);
+      copy_row(listed, source_of(p.x, at.b, at.token), p.bytes, lane);
     else
-      copy_row(placed, listed, p.bytes, p.rows[l].data, p.rows[l].end, lane);
+      copy_row(placed, source_of(p.rows[l], at.b, at.i), p.bytes, lane);
   } else {
-    const T* own =
-        p.first_residual.data != nullptr && l == 0 ? reinterpret_cast<const T*>(p.first_residual(at.b, at.i)) : nullptr;
-    const T* all = p.residual.data != nullptr ? reinterpret_cast<const T*>(p.residual(at.b, at.token)) : nullptr;
-    for (int c = lane; c < p.bytes / static_cast<int>(sizeof(T)); c += 32) {
-      float sum = to_float(reinterpret_cast<const T*>(listed)[c]);
-      if (own != nullptr) sum += to_float(own[c]);
-      if (all != nullptr) sum += to_float(all[c]);
-      reinterpret_cast<T*>(placed)[c] = from_float<T>(sum);
-    }
+    const Source own = p.first_residual.data != nullptr && l == 0 ? source_of(p.first_residual, at.b, at.i) : Source{};
+    const Source all = p.residual.data != nullptr ? source_of(p.residual, at.b, at.token) : Source{};
+    sum_row<T>(placed, source_of(p.rows[l], at.b, at.i), own, all, p.bytes, lane);
   }
 }
 

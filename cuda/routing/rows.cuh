@@ -103,35 +103,45 @@ __device__ __forceinline__ uint4 realign(uint4 low, uint4 high, int shift) {
           __funnelshift_r(w[3], w[4], bits)};
 }
 
-// One warp copies a row of any length between any addresses (multiples of 2): stores of 16 aligned bytes, each put together
-// from two aligned loads that stay within [begin, end), the memory of the tensor.
-__device__ __forceinline__ void copy_row(char* to, const char* from, int bytes, const char* begin, const char* end, int lane) {
+// A row at any address (a multiple of 2), and the memory of its tensor, which loads stay within.
+struct Source {
+  const char *row, *begin, *end;
+
+  // 16 bytes of the row, put together from two aligned loads.
+  __device__ __forceinline__ uint4 load(int at) const {
+    const char* const p = row + at;
+    const int shift = static_cast<int>(reinterpret_cast<std::uintptr_t>(p) & 15);
+    if (shift == 0) return load_once(p);
+    const char* const low = p - shift;
+    if (low >= begin && low + 32 <= end) return realign(load_shared(low), load_shared(low + 16), shift);
+    const auto* const pairs = reinterpret_cast<const std::uint16_t*>(p);
+    const auto word = [&](int i) { return pairs[2 * i] | static_cast<std::uint32_t>(pairs[2 * i + 1]) << 16; };
+    return {word(0), word(1), word(2), word(3)};
+  }
+};
+
+inline __device__ Source source_of(const Rows& rows, std::int64_t b, std::int64_t n) {
+  return {rows(b, n), rows.data, rows.end};
+}
+
+// One warp writes a row of any length at any address: vector(at) where 16 bytes are aligned, element(at) of `size` bytes before
+// and behind.
+template <class Vectors, class Elements>
+__device__ __forceinline__ void write_row(char* to, int bytes, int size, int lane, const Vectors& vector,
+                                          const Elements& element) {
   const int head = min(static_cast<int>(-reinterpret_cast<std::uintptr_t>(to) & 15), bytes);
   const int chunks = (bytes - head) / 16, tail = head + chunks * 16;
-  const int shift = static_cast<int>(reinterpret_cast<std::uintptr_t>(from + head) & 15);
-  const auto copy_pair = [&](int at) {
-    *reinterpret_cast<std::uint16_t*>(to + at) = *reinterpret_cast<const std::uint16_t*>(from + at);
-  };
-  if (2 * lane < head) copy_pair(2 * lane);
-  if (tail + 2 * lane < bytes) copy_pair(tail + 2 * lane);
+  if (size * lane < head) element(size * lane);
+  if (tail + size * lane < bytes) element(tail + size * lane);
 #pragma unroll 4
-  for (int chunk = lane; chunk < chunks; chunk += 32) {
-    const char* source = from + head + chunk * 16;
-    uint4 x;
-    if (shift == 0) {
-      x = load_once(source);
-    } else {
-      const char* low = source - shift;
-      if (low >= begin && low + 32 <= end) {
-        x = realign(load_shared(low), load_shared(low + 16), shift);
-      } else {
-        const auto* pairs = reinterpret_cast<const std::uint16_t*>(source);
-        const auto word = [&](int i) { return pairs[2 * i] | static_cast<std::uint32_t>(pairs[2 * i + 1]) << 16; };
-        x = {word(0), word(1), word(2), word(3)};
-      }
-    }
-    *reinterpret_cast<uint4*>(to + head + chunk * 16) = x;
-  }
+  for (int chunk = lane; chunk < chunks; chunk += 32)
+    *reinterpret_cast<uint4*>(to + head + chunk * 16) = vector(head + chunk * 16);
+}
+
+__device__ __forceinline__ void copy_row(char* to, const Source& from, int bytes, int lane) {
+  write_row(
+      to, bytes, 2, lane, [&](int at) { return from.load(at); },
+      [&](int at) { *reinterpret_cast<std::uint16_t*>(to + at) = *reinterpret_cast<const std::uint16_t*>(from.row + at); });
 }
 
 // 16 bytes of T as floats, and back.
@@ -155,5 +165,28 @@ struct Vector {
     return out;
   }
 };
+
+// to = a + b + c, where b and c are given, rounded once.
+template <class T>
+__device__ __forceinline__ void sum_row(char* to, const Source& a, const Source& b, const Source& c, int bytes, int lane) {
+  const auto vector = [&](int at) {
+    auto sum = Vector<T>::from(a.load(at));
+    const auto add = [&](const Source& other) {
+      if (other.row == nullptr) return;
+      const auto y = Vector<T>::from(other.load(at));
+#pragma unroll
+      for (int i = 0; i < Vector<T>::size; ++i) sum.x[i] += y.x[i];
+    };
+    add(b), add(c);
+    return sum.bits();
+  };
+  const auto element = [&](int at) {
+    float sum = to_float(*reinterpret_cast<const T*>(a.row + at));
+    if (b.row != nullptr) sum += to_float(*reinterpret_cast<const T*>(b.row + at));
+    if (c.row != nullptr) sum += to_float(*reinterpret_cast<const T*>(c.row + at));
+    *reinterpret_cast<T*>(to + at) = from_float<T>(sum);
+  };
+  write_row(to, bytes, static_cast<int>(sizeof(T)), lane, vector, element);
+}
 
 }  // namespace effcore::cuda::routing

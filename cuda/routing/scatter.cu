@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(threads) scatter_kernel(const __grid_constant_
   const std::int32_t i = p.first[item];
   if (i < 0) return zero_row(to, p.bytes, lane);
   const std::int32_t* next = p.next + b * p.size;
-  if (next[i] < 0) return copy_row(to, p.rows(b, i), p.bytes, p.rows.data, p.rows.end, lane);
+  if (next[i] < 0) return copy_row(to, source_of(p.rows, b, i), p.bytes, lane);
   for (int c = lane; c < p.bytes / static_cast<int>(sizeof(T)); c += 32) {
     float sum = 0.0f;
     for (std::int32_t j = i; j >= 0; j = next[j]) sum += to_float(reinterpret_cast<const T*>(p.rows(b, j))[c]);
