@@ -14,7 +14,7 @@ import torch
 
 # What may differ between the parts of a result.
 ANYWHERE = {"json", "seeds", "device", "merge", "seconds", "tokens", "model", "prepare", "small", "together", "compile"}
-ANYWHERE |= {"arms", "peaks", "stages"}
+ANYWHERE |= {"arms", "peaks", "stages", "tune"}
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,19 +86,23 @@ def training(
     peak: float,
     seed: int,
     first: int = 0,
-    each: Callable[[int], bool] = lambda step: False,
+    moments: Sequence[Tensor] | None = None,
+    each: Callable[[int, TrainStep], bool] = lambda step, trainer: False,
     schedule: Callable[[int], float] | None = None,
+    compiled: bool = False,
 ) -> Iterator[None]:
-    """Yields after each of the steps ``first`` to the last of a run of ``steps``; ``each(step)`` after each one ends it
-    where it is true. Not in bfloat16: a model of this width would spend more on casting than it saves."""
+    """Yields after each of the steps ``first`` to the last of a run of ``steps``; ``each(step, trainer)`` after each one ends
+    it where it is true. ``moments`` are those of the run that it goes on from. Not in bfloat16: a model of this width would
+    spend more on casting than it saves."""
     torch.set_float32_matmul_precision("high")
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first)
+    called = torch.compile(model, dynamic=False) if compiled else model
     mask: Tensor | None = None
     trainer: TrainStep | None = None
 
     def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        logits = model(inputs["ids"], attention_mask=mask, use_cache=False).logits
+        logits = called(inputs["ids"], attention_mask=mask, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=-100)
         return loss, loss
 
@@ -113,7 +117,9 @@ def training(
         if trainer is None:
             mask = causal_mask(ids.shape[1], device)
             trainer = TrainStep(model, forward, inputs, weight_decay=0.01)
+            if moments is not None:
+                trainer.set_moments(moments)
         trainer(inputs, linear_decay(step, steps, peak=peak) if schedule is None else schedule(step))
-        if each(step):
+        if each(step, trainer):
             break
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -38,6 +38,10 @@ class TrainStep:
         self.static = {name: tensor.clone() for name, tensor in example.items()}
         if self.cuda:
             self._capture()
+        else:
+            self._eager(self.static)  # makes the moments; its learning rate is 0
+        for tensor in self.moments():
+            tensor.zero_()
 
     def __call__(self, inputs: Inputs, lr: float) -> tuple[Tensor, Tensor]:
         self.lr.fill_(lr)
@@ -51,6 +55,21 @@ class TrainStep:
         self.graph.replay()
         return self.result
 
+    def reset(self, weights: Mapping[str, Tensor]) -> None:
+        """Another run from the beginning: these weights, and no moments. What was compiled and captured serves it too."""
+        self.model.load_state_dict(weights)
+        for tensor in self.moments():
+            tensor.zero_()
+
+    def moments(self) -> list[Tensor]:
+        """AdamW's moments and counts, as they stand in the step."""
+        return [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+
+    def set_moments(self, moments: Sequence[Tensor]) -> None:
+        """Goes on from what :meth:`moments` gave of a step of the same model."""
+        for tensor, value in zip(self.moments(), moments, strict=True):
+            tensor.copy_(value)
+
     def _eager(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         loss, outputs = self.forward(inputs)
@@ -60,7 +79,7 @@ class TrainStep:
         return loss.detach(), outputs.detach()
 
     def _capture(self) -> None:
-        """The steps that warm up have a learning rate of 0: they change nothing but the moments, which are reset."""
+        """The steps that warm up have a learning rate of 0: they change nothing but the moments."""
         try:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -75,9 +94,6 @@ class TrainStep:
             self.graph = graph
         except RuntimeError as error:
             print(f"no CUDA graph ({str(error).splitlines()[0]}): eager steps", file=sys.stderr)
-        for state in self.optimizer.state.values():
-            for tensor in state.values():
-                tensor.zero_()
 
 
 def linear_decay(step: int, total: int, *, peak: float, warmup: float = 0.05) -> float:

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
 from benchmarks.claims import _adding, _runs, _sorting  # noqa: E402
 from benchmarks.claims._small_lm import fresh, training  # noqa: E402
-from benchmarks.claims._step import together  # noqa: E402
+from benchmarks.claims._step import TrainStep, together  # noqa: E402
 from effcore.data import byte_tokenizer  # noqa: E402
 from effcore.methods.sampling import sample_texts  # noqa: E402
 from effcore.methods.ttc import Costs, TTCEarlyStopping  # noqa: E402
@@ -43,7 +43,7 @@ from effcore.methods.ttc_accuracy import Samples  # noqa: E402
 from effcore.methods.ttc_curves import TooFew, fit_training  # noqa: E402
 
 TASKS: dict[str, Any] = {"adding": _adding, "sorting": _sorting}
-STAGES = {"stopped": "K", "onward": "points_to_30", "full": "full_single"}  # and what each leaves in a row
+STAGES = {"stopped": "K", "full": "full_single"}  # and what each leaves in a row
 SPLITS = {"test": 2, "validation": 5}  # millions that the seeds of the queries begin with
 
 
@@ -77,21 +77,24 @@ class Evaluator:
 
 
 class Trial:
-    """A seed: the stopped run, then the full run, then what came of the projections. Each stage is a generator of steps and
-    returns what it found; ``state`` keeps the stopped run's weights for an interrupted trial."""
+    """A seed: the run that is stopped, and the full one. Each is a generator of steps and returns what it found."""
 
-    def __init__(self, seed: int, options: argparse.Namespace, state: Path):
-        self.seed, self.options, self.state = seed, options, state
+    def __init__(self, seed: int, options: argparse.Namespace):
+        self.seed, self.options = seed, options
         self.steps, self.task = options.steps, TASKS[options.task]
         self.sizes = range(options.size[0], options.size[1] + 1)
         self.new = self.task.PER_ITEM * max(self.sizes) + 1  # tokens of an answer with its end
         self.draw = self.task.draws(dict.fromkeys(self.sizes, 1.0))
         self.tokens_per_step = options.batch * (max(self.sizes) + 1 + self.new)
         self.every = max(self.steps // options.checkpoints, 1)
-        self.settings: dict[str, Any] = {"batch": options.batch, "peak": options.peak, "seed": seed}
+        self.settings: dict[str, Any] = {
+            "batch": options.batch,
+            "peak": options.peak,
+            "seed": seed,
+            "compiled": options.compile,
+        }
         self.validation, self.test = self._evaluator(1, 5), self._evaluator(SPLITS[options.split], 7)
-        self.running = self._model()
-        self.average = copy.deepcopy(self.running)
+        self.began = time.monotonic()
 
     def _evaluator(self, million: int, seed_of_samples: int) -> Evaluator:
         asked = self.task.prompts(million * 10**6 + self.seed, self.options.items, self.sizes)
@@ -100,49 +103,59 @@ class Trial:
     def _model(self) -> Any:
         return fresh(self.seed, layers=self.options.layers, width=self.options.width).to(self.options.device)
 
+    def _tell(self, what: str, step: int, found: str) -> None:
+        seconds = time.monotonic() - self.began
+        print(f"seed {self.seed}, {what}, step {step}, {seconds:.0f} s: {found}", flush=True)
+
     def constant(self, step: int) -> float:
         """The learning rate of the run that is stopped."""
         return self.options.peak * min((step + 1) / (0.05 * self.steps), 1.0)
 
-    def add_to_average(self, step: int) -> bool:
-        """The mean of about the last 3 % of the steps."""
-        if (step + 1) % self.options.average_every == 0:
-            with torch.no_grad():
-                rate = min(self.options.average_every / (0.03 * (step + 1)), 1.0)
-                torch._foreach_lerp_(list(self.average.parameters()), list(self.running.parameters()), rate)
-        return False
-
     def stopped(self) -> Generator[None, None, dict[str, Any]]:
-        """The row of the stopped run, with its decisions."""
-        options, steps = self.options, self.steps
+        """The stopped run with its decisions, and what would have been projected at 30 % of the budget."""
+        options = self.options
+        running = self._model()
+        average = copy.deepcopy(running)
         stopper = TTCEarlyStopping(
             self.validation,
-            budget=steps * self.tokens_per_step,
+            budget=self.steps * self.tokens_per_step,
             most_samples=options.most_samples,
             margin=options.margin,
-            costs=Costs.measure(self.running, prompt=max(self.sizes) + 1, new=self.new),
+            costs=Costs.measure(running, prompt=max(self.sizes) + 1, new=self.new),
         )
+        last = round(0.3 * self.steps)
+        held: list[Any] = []  # models and moments at the stop
+        later: list[tuple[float, float]] = []  # (tokens, accuracy of one sample) behind it
 
-        def check(step: int) -> bool:
-            self.add_to_average(step)
-            if (step + 1) % self.every:
-                return False
-            decision = stopper.check(self.average, (step + 1) * self.tokens_per_step)
-            print(f"seed {self.seed}, step {step + 1}: {decision.accuracies}, {decision.reason}", flush=True)
-            return decision.stop
+        def each(step: int, trainer: TrainStep) -> bool:
+            done = step + 1
+            if done % options.average_every == 0:  # the mean of about the last 3 % of the steps
+                with torch.no_grad():
+                    rate = min(options.average_every / (0.03 * done), 1.0)
+                    torch._foreach_lerp_(list(average.parameters()), list(running.parameters()), rate)
+            if done % self.every == 0 and not held:
+                decision = stopper.check(average, done * self.tokens_per_step)
+                self._tell("stopped run", done, f"{decision.accuracies}, {decision.reason}")
+                if decision.stop or done == self.steps:
+                    held.extend(copy.deepcopy([average, running, trainer.moments()]))
+            elif done % self.every == 0:
+                now = self.validation(average, 8).accuracy(1, "majority")
+                later.append((done * self.tokens_per_step, now))
+                self._tell("had it gone on", done, f"{now:.1%}")
+            return bool(held) and done >= last
 
-        yield from training(self.running, self.draw, steps=steps, each=check, schedule=self.constant, **self.settings)
+        settings = self.settings | {"schedule": self.constant, "each": each}
+        yield from training(running, self.draw, steps=self.steps, **settings)
         decision = stopper.decisions[-1]
         at = round(decision.tokens / self.tokens_per_step)
         k = decision.samples if decision.stop and decision.samples else 1
-        ours, ours_greedy = self.test(self.average, max(k, 8)), self.test.greedy(self.average)
-        self.state.parent.mkdir(parents=True, exist_ok=True)
-        torch.save([self.running.state_dict(), self.average.state_dict()], self.state)
+        stopped, decayed, moments = held
         # The same checkpoint with its rate decayed to 0 over a tenth more steps.
-        last, more = copy.deepcopy(self.running), max(at // 10, 1)
+        more = max(at // 10, 1)
         down = lambda step: options.peak * (1 - (step - at) / more)  # noqa: E731
-        yield from training(last, self.draw, steps=at + more, first=at, schedule=down, **self.settings)
-        decayed = self.test(last, max(k, 8))
+        settings = self.settings | {"first": at, "moments": moments, "schedule": down}
+        yield from training(decayed, self.draw, steps=at + more, **settings)
+        ours, theirs = self.test(stopped, max(k, 8)), self.test(decayed, max(k, 8))
         evaluated = len(stopper.decisions)
         # Tokens of one sample of each query, every K up to K_max at every checkpoint or K_max once.
         answer = options.items * (self.task.PER_ITEM * sum(self.sizes) / len(self.sizes) + 1) * evaluated
@@ -152,63 +165,53 @@ class Trial:
             "stopped": decision.stop,
             "budget": stopper.plan.budget,
             "stop_step": at,
-            "stop_share": at / steps,
+            "stop_share": at / self.steps,
             "saved": decision.saved,
             "K": k,
             "stopped_single": ours.accuracy(1, "majority"),
-            "stopped_greedy": ours_greedy,
+            "stopped_greedy": self.test.greedy(stopped),
             "stopped_at_K": ours.accuracy(k, "majority"),
             "stopped_pass_at_K": ours.accuracy(k, "pass"),
-            "decayed_single": decayed.accuracy(1, "majority"),
-            "decayed_at_K": decayed.accuracy(k, "majority"),
+            "decayed_single": theirs.accuracy(1, "majority"),
+            "decayed_at_K": theirs.accuracy(k, "majority"),
             "projected": decision.projected,
             "evaluation_share": spent / (answer * sum(range(1, most + 1))),
             "evaluation_share_reused": spent / (answer * most),
             "break_even_tokens": decision.break_even,
             "decisions": [d.as_json() for d in stopper.decisions],
+            **self.projected([(d.tokens, d.accuracies[1]) for d in stopper.decisions] + later),
+        }
+
+    def projected(self, seen: list[tuple[float, float]]) -> dict[str, Any]:
+        """From the checkpoints up to 30 % of the budget: the projection for the whole."""
+        budget = self.steps * self.tokens_per_step
+        seen = [point for point in seen if point[0] <= 0.3 * budget * (1 + 1e-9)]
+        try:
+            found = fit_training(*np.array(seen).T, self.options.items)(budget)
+        except TooFew:
+            return {"points_to_30": seen}
+        return {
+            "points_to_30": seen,
+            "projected_at_30": found.value,
+            "projected_at_30_bounds": (found.low, found.high),
         }
 
     def full(self) -> Generator[None, None, dict[str, Any]]:
         """The run of the whole budget, with its own decayed rate."""
         model = self._model()
-        yield from training(model, self.draw, steps=self.steps, **self.settings)
+
+        def each(step: int, trainer: TrainStep) -> bool:
+            if (step + 1) % 1000 == 0:
+                self._tell("full run", step + 1, f"loss {trainer.result[0].item():.3f}" if trainer.graph else "")
+            return False
+
+        yield from training(model, self.draw, steps=self.steps, each=each, **self.settings)
         theirs = self.test(model, 8)
         return {
             "full_single": theirs.accuracy(1, "majority"),
             "full_greedy": self.test.greedy(model),
             "full_by_samples": {k: theirs.accuracy(k, "majority") for k in range(1, 9)},
             "full_on_validation": self.validation(model, 8).accuracy(1, "majority"),
-        }
-
-    def onward(self, row: dict[str, Any]) -> Generator[None, None, dict[str, Any]]:
-        """The stopped run at its constant rate on to 30 % of the budget, uncounted: what is projected there for the whole."""
-        first, last = row["stop_step"], round(0.3 * self.steps)
-        if self.state.is_file():
-            for model, held in zip((self.running, self.average), torch.load(self.state), strict=True):
-                model.load_state_dict(held)
-        else:  # from another machine: once more from the beginning
-            first = 0
-        seen = [(d["tokens"], d["accuracies"]["1"]) for d in row["decisions"]]
-        seen = [(tokens, accuracy) for tokens, accuracy in seen if tokens <= last * self.tokens_per_step]
-
-        def look(step: int) -> bool:
-            self.add_to_average(step)
-            if (step + 1) % self.every == 0 and step >= row["stop_step"]:
-                now = self.validation(self.average, 8).accuracy(1, "majority")
-                seen.append(((step + 1) * self.tokens_per_step, now))
-            return False
-
-        settings = self.settings | {"first": first, "schedule": self.constant}
-        yield from training(self.running, self.draw, steps=last, each=look, **settings)
-        tokens, accuracies = np.array(seen).T
-        try:
-            projected = fit_training(tokens, accuracies, self.options.items)(row["budget"])
-        except TooFew:
-            return {"points_to_30": seen}
-        return {
-            "points_to_30": seen,
-            "projected_at_30": projected.value,
-            "projected_at_30_bounds": (projected.low, projected.high),
         }
 
 
@@ -312,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--average-every", type=int, default=10, help="steps between additions to the moving average")
     parser.add_argument("--most-samples", type=int, default=32)
     parser.add_argument("--margin", type=float, default=0.01, help="accuracy that may be lost to the projection")
+    parser.add_argument("--compile", action="store_true", help="the training steps through torch.compile")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--stages", choices=tuple(STAGES), nargs="+", default=list(STAGES), help="to do some now and others later"
@@ -333,29 +337,26 @@ def main(arguments: list[str] | None = None) -> int:
         for row in parts:
             by_seed[row["seed"]] = by_seed.get(row["seed"], {}) | row
         rows = [by_seed[seed] for seed in sorted(by_seed)]
-    trials = [
-        Trial(seed, options, options.json.with_suffix(f".seed{seed}.pt")) for seed in options.seeds if not options.merge
-    ]
 
-    def row_of(trial: Trial) -> dict[str, Any]:
-        return next((row for row in rows if row["seed"] == trial.seed), {})
+    def kept(seed: int) -> dict[str, Any]:
+        return next((row for row in rows if row["seed"] == seed), {"seed": seed})
 
     def done(trial: Trial, found: dict[str, Any]) -> None:
         nonlocal rows
         found = json.loads(json.dumps(found))
         print(f"seed {trial.seed}: {json.dumps({k: v for k, v in found.items() if k != 'decisions'})}", flush=True)
-        row = row_of(trial) | {"seed": trial.seed} | found
+        row = kept(trial.seed) | found
         rows = sorted([other for other in rows if other["seed"] != trial.seed] + [row], key=lambda row: row["seed"])
         _runs.write(options.json, head | {"runs": rows})
 
-    # The seeds side by side: the stopped runs, then what would have come of them together with the full ones.
-    for stages in (("stopped",), ("onward", "full")):
-        begun = []
-        for trial, stage in itertools.product(trials, [stage for stage in stages if stage in options.stages]):
-            row = row_of(trial)
-            if STAGES[stage] not in row and (stage != "onward" or "K" in row):
-                begun.append((trial, trial.onward(row) if stage == "onward" else getattr(trial, stage)()))
-        together([run for _, run in begun], lambda i, found, of=begun: done(of[i][0], found), device=options.device)
+    # All side by side.
+    begun = [
+        (trial, getattr(trial, stage)())
+        for trial in [Trial(seed, options) for seed in options.seeds if not options.merge]
+        for stage in options.stages
+        if STAGES[stage] not in kept(trial.seed)
+    ]
+    together([run for _, run in begun], lambda i, found: done(begun[i][0], found), device=options.device)
     rows = [row | errors(row) for row in rows]
     _runs.write(options.json, head | {"runs": rows})
     whole = [row for row in rows if "K" in row]

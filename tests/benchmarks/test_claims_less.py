@@ -70,6 +70,8 @@ def test_swiftlearn(tmp_path, capsys):
         "--seeds",
         0,
         1,
+        "--tune",
+        7,
         "--peaks",
         1e-3,
         1e-2,
@@ -83,7 +85,14 @@ def test_swiftlearn(tmp_path, capsys):
     steps = {row["arm"]: row["steps"] for row in result["runs"]}
     short = 2 * 10 + 3 * 1  # 160 samples are whole batches
     assert steps == {arm: 5 * 10 if arm == "all data" else short for arm in swiftlearn.ARMS}
-    assert len(result["runs"]) == 3 * len(swiftlearn.ARMS)  # two peaks with the first seed, the better with the second
+    trials = [row for row in result["runs"] if row["seed"] == 7]
+    assert len(trials) == 2 * len(swiftlearn.ARMS) and not any("test" in row for row in trials)
+    for arm, peaks in result["trials"].items():
+        best = max(peaks, key=peaks.get)
+        assert {(row["peak"], row["seed"]) for row in result["runs"] if row["arm"] == arm and "test" in row} == {
+            (float(best), 0),
+            (float(best), 1),
+        }
     assert "| the paper" in capsys.readouterr().out and out.with_suffix(".png").is_file()
     assert swiftlearn.main([str(part) for part in given]) == 0  # nothing is run again
     assert json.loads(out.read_text())["runs"] == result["runs"]
