@@ -82,6 +82,20 @@ def test_a_full_disk_is_one_line_and_loses_nothing(places, monkeypatch):
     assert "Trained on 5 of 5" in invoke(places, "--threshold", 0.1, "--resume").output
 
 
+def test_a_verifier_that_returns_nan_is_one_line_and_loses_nothing(places):
+    from safetensors.torch import load_file, save_file
+
+    whole = places / "verifier" / "model.safetensors"
+    weights = load_file(whole)
+    save_file(weights | {"score.weight": weights["score.weight"] * torch.nan}, whole, metadata={"format": "pt"})
+    result = invoke(places, "--threshold", 0.1)
+    assert isinstance(result.exception, InputError) and "score nan is not from 0 to 1" in str(result.exception)
+    assert "what was drawn is in" in str(result.exception)
+    assert len((places / "run" / "pool-0.jsonl").read_text().splitlines()) == 5
+    save_file(weights, whole, metadata={"format": "pt"})
+    assert "Trained on 5 of 5" in invoke(places, "--threshold", 0.1, "--resume").output
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

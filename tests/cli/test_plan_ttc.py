@@ -1,12 +1,13 @@
 """``effcore plan ttc results.csv``."""
 
+import errno
 import json
 import math
 
 import pytest
 from typer.testing import CliRunner
 
-from effcore.errors import InputError
+from effcore.errors import InputError, RunError
 from tests.methods.test_ttc import saturating
 
 
@@ -55,6 +56,24 @@ def test_bad_tables(content, message, tmp_path):
     path.write_text(content)
     result = invoke(path)
     assert isinstance(result.exception, InputError) and message in str(result.exception)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_without_a_bound_and_one_that_cannot_be_written(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    path = tmp_path / "r.csv"
+    path.write_text("tokens,1,2,4\n" + "".join(f"{i},0.5,0.5,0.5\n" for i in range(1, 7)))
+    result = invoke(path, "--plot", tmp_path / "p.png")
+    assert result.exit_code == 0 and (tmp_path / "p.png").is_file(), result.output
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    result = invoke(path, "--plot", tmp_path / "q.png")
+    assert isinstance(result.exception, RunError) and "q.png: cannot be written (No space" in str(result.exception)
+    assert "No checkpoint could have been the last" in result.output  # the decisions are not lost
 
 
 def test_bad_settings_and_few_points(tmp_path):

@@ -307,6 +307,29 @@ def test_the_loop_stops_and_its_log_lets_it_go_on(tmp_path):
         make(Learner())
 
 
+def test_a_full_disk_loses_no_decision(tmp_path, monkeypatch):
+    import errno
+
+    from effcore.training import folder
+
+    log = tmp_path / "runs" / "decisions.jsonl"
+    learner = Learner()
+    stopper = effcore.TTCEarlyStopping(learner.evaluate, budget=100, log=log)
+    stopper.check(None, 5)
+
+    def full(path, text):
+        path.with_name(path.name + ".partial").write_text(text[:20])  # what fits
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "write_atomically", full)
+        with pytest.warns(UserWarning, match=r"decisions.jsonl cannot be written \(No space left on device\)"):
+            stopper.check(None, 10)
+        assert len(log.read_text().splitlines()) == 1
+    stopper.check(None, 15)
+    assert [d.tokens for d in effcore.TTCEarlyStopping(learner.evaluate, budget=100, log=log).decisions] == [5, 10, 15]
+
+
 def test_fewer_samples_than_asked_for_are_refused():
     stopper = effcore.TTCEarlyStopping(lambda m, n: Samples(np.ones((3, 2), bool)), budget=10, metric="pass")
     with pytest.raises(ValueError, match="returned 2 samples of each query, 8 were asked for"):

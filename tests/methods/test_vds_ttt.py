@@ -295,6 +295,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         learner(run=tmp_path / "run", threshold=0.4).adapt(QUERIES)
     with pytest.raises(InputError, match=r"\(queries differ\)"):
         learner(run=tmp_path / "run").adapt(QUERIES[:3])
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json.partial").write_text("{")  # killed, or a full disk
+    assert learner(run=tmp_path / "begun").adapt(QUERIES)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
     with pytest.raises(InputError, match="holds no run"):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from effcore.methods.ttc import Decision
 
 
 def ttc(
@@ -38,7 +41,7 @@ def ttc(
     json_: Annotated[bool, typer.Option("--json", help="Print the decisions as JSON on standard output.")] = False,
 ) -> None:
     """The first checkpoint at which samples at test time make up for the rest of the training (TTC-aware training)."""
-    from effcore.errors import InputError
+    from effcore.errors import InputError, RunError
     from effcore.methods.ttc import Costs, TTCPlan
     from effcore.training.ttc_plan import decide, draw, read_points
 
@@ -56,11 +59,18 @@ def ttc(
     except ValueError as error:
         raise InputError(str(error).split(": ", 1)[-1]) from error
     decisions = decide(plan, points)
-    if plot is not None:
-        draw(plot, plan, points, decisions)
     if json_:
         print(json.dumps([decision.as_json() for decision in decisions]))
-        return
+    else:
+        _show(decisions)
+    if plot is not None:
+        try:
+            draw(plot, plan, points, decisions)
+        except OSError as error:
+            raise RunError(f"--plot {plot}: cannot be written ({error.strerror or error})") from error
+
+
+def _show(decisions: list[Decision]) -> None:
     for decision in decisions:
         accuracy = f"{decision.accuracies[1]:.1%}"
         print(

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -288,8 +289,10 @@ class TTCEarlyStopping:
         self.plan = TTCPlan(budget, 1, most_samples, lifetime, costs or Costs(), confidence, margin)
         self.log = None if log is None else Path(log)
         self.decisions: list[Decision] = []
-        if self.log is not None and self.log.is_file():
-            self._continue()
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            if self.log.is_file():
+                self._continue()
 
     @property
     def decision(self) -> Decision | None:
@@ -328,9 +331,7 @@ class TTCEarlyStopping:
             confirm=confirm,
         )
         self.decisions.append(decision)
-        if self.log is not None and Processes().rank == 0:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(self._line(decision))
+        self._write()
         return decision
 
     def callback(self, *, every: int, tokens_per_step: float) -> TTCCallback:
@@ -355,8 +356,19 @@ class TTCEarlyStopping:
                     f"effcore.TTCEarlyStopping: {self.log}, line {number}, is no decision ({error})"
                 ) from error
         self.plan.points = [(decision.tokens, decision.accuracies) for decision in self.decisions]
-        if Processes().rank == 0:
-            self.log.write_text("".join(self._line(decision) for decision in self.decisions), encoding="utf-8")
 
-    def _line(self, decision: Decision) -> str:
-        return json.dumps({"items": self.plan.items, **decision.as_json()}) + "\n"
+    def _write(self) -> None:
+        """All decisions, whole or not at all. Where the disk is full training goes on: the next checkpoint writes them."""
+        if self.log is None or Processes().rank != 0:
+            return
+        from effcore.training.folder import write_atomically
+
+        lines = [json.dumps({"items": self.plan.items, **decision.as_json()}) + "\n" for decision in self.decisions]
+        try:
+            write_atomically(self.log, "".join(lines))
+        except OSError as error:
+            why = error.strerror or error
+            warnings.warn(
+                f"effcore.TTCEarlyStopping: {self.log} cannot be written ({why}); the next checkpoint tries again",
+                stacklevel=3,
+            )

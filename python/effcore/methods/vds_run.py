@@ -79,7 +79,7 @@ class RunFiles:
                 raise InputError(
                     f"{path}: a run with other settings is here ({', '.join(changed)} differ); choose another folder"
                 )
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(entry.suffix != ".partial" for entry in path.iterdir()):
             raise InputError(f"{path}: the folder is not empty and holds no run; choose another")
         else:
             path.mkdir(parents=True, exist_ok=True)

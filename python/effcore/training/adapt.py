@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,14 @@ def adapt(
                 rows[f"{when}, {name}"] = measure(learner, now, asked, correct, extract)
 
     try:
-        evaluate("before", model)
+        # First what the run folder keeps, so that an interruption costs no more than what is evaluated.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing changed is in the report
             adapted = learner.adapt(prompts)
-        evaluate("after", adapted)
         changed = any(learner.selected)
+        with adapted.disable_adapter() if changed else nullcontext():
+            evaluate("before", adapted)
+        evaluate("after", adapted)
         if merge and changed:
             with quiet_transformers():
                 adapted.merge_and_unload().save_pretrained(out / "model")

@@ -102,12 +102,12 @@ def draw(path: Path, plan: TTCPlan, points: list[Point], decisions: list[Decisio
         if last.samples:
             middle.axvline(last.samples, color="#009E73", label=f"K* = {last.samples}")
     ks = np.arange(2, plan.most_samples + 1)
-    right.plot(
-        ks, [plan.costs.break_even(plan.budget - last.tokens, int(k)) for k in ks], color="#0072B2", label="T_max"
-    )
+    bounds = [plan.costs.break_even(plan.budget - last.tokens, int(k)) for k in ks]
+    right.plot(ks, bounds, color="#0072B2", label="T_max")
     if plan.lifetime:
         right.axhline(plan.lifetime, color="0.3", linestyle=":", label="expected lifetime")
-    right.set_yscale("log")
+    if any(bounds):
+        right.set_yscale("log")
     for axes, x_label, y_label in (
         (left, "training tokens", "accuracy"),
         (middle, "samples a query", "accuracy"),
