@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ ARMS: dict[str, dict[str, Any]] = {  # name: settings of the sampler, and of the
     "SwiftLearn": {},
     "SwiftLearn, fixed subset": {"select": "topk"},
     "SwiftLearn, detrended": {"detrend": True},
+    # The learning rate falls by epochs, not by steps: late, over the short ones.
+    "all data, as many steps, rate by epochs": {"keep": 1.0, "by_epochs": True},
+    "random subset, rate by epochs": {"select": "random", "by_epochs": True},
+    "SwiftLearn, rate by epochs": {"by_epochs": True},
     # Within the method: a milder preference, changes measured again by what training records, weights of the loss.
     "SwiftLearn, sigma 0.3": {"sigma": 0.3},
     "SwiftLearn, visits refresh": {"refresh_every": 1, "refresh": "visited"},
@@ -117,13 +122,27 @@ class Task:
         keep = 1.0 if arm == "all data" else 0.1
         return SwiftLearnSampler(self.samples, keep, epochs=self.epochs).total_steps(self.batch)
 
+    def by_epochs(self, peak: float) -> Callable[[int], float]:
+        """Linear warm-up as ever, then down by the same in each epoch of a run that keeps a tenth."""
+        sizes = SwiftLearnSampler(self.samples, 0.1, epochs=self.epochs).epoch_sizes()
+        ends = np.cumsum([0, *(-(-size // self.batch) for size in sizes)])
+        first = max(round(0.05 * int(ends[-1])), 1)
+
+        def left(step: int) -> float:
+            return 1 - float(np.interp(step, ends, np.arange(self.epochs + 1))) / self.epochs
+
+        return lambda step: peak * min((step + 1) / first, left(step) / left(first))
+
     def run(self, arm: str, peak: float, seed: int, learner: Learner, *, tuning: bool) -> Generator[None, None, dict]:
         """A step at each ``next``; returns the row of the result, without the test split where it is a trial."""
         settings = {"keep": 0.1, "epochs": self.epochs, "seed": seed} | ARMS[arm]
         as_recorded = (lambda x: x.float().softmax(-1)) if settings.pop("probabilities", False) else torch.clone
         kind = Opposite if settings.pop("opposite", False) else SwiftLearnSampler
-        sampler = kind(self.samples, **settings)
         total = self.steps(arm)
+        rate = (
+            self.by_epochs(peak) if settings.pop("by_epochs", False) else partial(linear_decay, total=total, peak=peak)
+        )
+        sampler = kind(self.samples, **settings)
         learner.begin(seed)
         model, trainer = learner.model, learner.trainer
         ids, labels = self.data["train_ids"], self.data["train_labels"]
@@ -160,7 +179,7 @@ class Task:
                 if sampler.max_weight is not None:
                     weights = sampler.weights(there)
                 inputs = {"ids": ids[there], "labels": labels[there], "weights": weights}
-                _, logits = trainer(inputs, linear_decay(step, total, peak=peak))
+                _, logits = trainer(inputs, rate(step))
                 if sampler.wants_records:
                     sampler.record(there, as_recorded(logits))
                 step += 1
