@@ -252,6 +252,9 @@ def test_the_state_of_something_else_is_refused():
         effcore.SwiftLearnSampler(91, 0.3).load_state_dict(state)
     with pytest.raises(ValueError, match="the state was made with"):
         effcore.SwiftLearnSampler(90, 0.2).load_state_dict(state)
+    for options in ({"warmup_epochs": 3}, {"max_weight": 2.0}):
+        with pytest.raises(ValueError, match=f"'{next(iter(options))}': "):
+            effcore.SwiftLearnSampler(90, 0.3, **options).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -440,6 +440,7 @@ class SwiftLearnSampler(Sampler[int]):
             "refresh",
             "recording",
             "detrend",
+            "max_weight",
             "seed",
         )
         return {name: getattr(self, name) for name in names}
