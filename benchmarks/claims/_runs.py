@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 # What may differ between the parts of a result.
-ANYWHERE = {"json", "seeds", "device", "merge", "seconds", "tokens", "model", "prepare", "small", "together", "compile"}
-ANYWHERE |= {"arms", "peaks", "stages", "tune"}
+ANYWHERE = {"json", "seeds", "device", "merge", "seconds", "tokens", "model", "prepare", "small", "compile", "time"}
+ANYWHERE |= {"arms", "peaks", "stages", "tune", "full_peaks"}
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:

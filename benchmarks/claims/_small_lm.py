@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,13 +70,7 @@ def fresh(seed: int, *, layers: int = 4, width: int = 128) -> LlamaForCausalLM:
     )
 
 
-def train(model: LlamaForCausalLM, draw: Draw, **settings: Any) -> None:
-    """All of :func:`training`."""
-    for _ in training(model, draw, **settings):
-        pass
-
-
-def training(
+def train(
     model: LlamaForCausalLM,
     draw: Draw,
     *,
@@ -90,10 +83,10 @@ def training(
     each: Callable[[int, TrainStep], bool] = lambda step, trainer: False,
     schedule: Callable[[int], float] | None = None,
     compiled: bool = False,
-) -> Iterator[None]:
-    """Yields after each of the steps ``first`` to the last of a run of ``steps``; ``each(step, trainer)`` after each one ends
-    it where it is true. ``moments`` are those of the run that it goes on from. Not in bfloat16: a model of this width would
-    spend more on casting than it saves."""
+) -> None:
+    """The steps ``first`` to the last of a run of ``steps``; ``each(step, trainer)`` after each one ends it where it is true.
+    ``moments`` are those of the run that it goes on from. Not in bfloat16: a model of this width would spend more on casting
+    than it saves."""
     torch.set_float32_matmul_precision("high")
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first)
@@ -122,4 +115,3 @@ def training(
         trainer(inputs, linear_decay(step, steps, peak=peak) if schedule is None else schedule(step))
         if each(step, trainer):
             break
-        yield

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
 Forward = Callable[[Inputs], tuple[Tensor, Tensor]]
-Result = TypeVar("Result")
 
 
 class TrainStep:
@@ -100,24 +98,3 @@ def linear_decay(step: int, total: int, *, peak: float, warmup: float = 0.05) ->
     """Linear warm-up, then linear decay to 0."""
     first = max(math.ceil(warmup * total), 1)
     return peak * min((step + 1) / first, (total - step) / max(total - first, 1))
-
-
-def together(
-    runs: Sequence[Generator[None, None, Result]], done: Callable[[int, Result], None], *, device: str
-) -> None:
-    """One step of each in turn; ``done`` gets each run's number and what it returns as it ends. On CUDA each has a stream of
-    its own, as the steps of one small model fill a few percent of a GPU. All of one thread, so what they draw from torch's
-    generators does not depend on chance."""
-    streams = {i: torch.cuda.Stream() if device == "cuda" else None for i in range(len(runs))}
-    for stream in filter(None, streams.values()):
-        stream.wait_stream(torch.cuda.current_stream())
-    while streams:
-        for i, stream in list(streams.items()):
-            with torch.cuda.stream(stream):
-                try:
-                    next(runs[i])
-                except StopIteration as end:
-                    if stream is not None:
-                        stream.synchronize()
-                    del streams[i]
-                    done(i, end.value)

@@ -1,48 +1,70 @@
-"""One run of SwiftLearn's claim: an arm, a peak of the learning rate, a seed."""
+"""The runs of SwiftLearn's claim: an arm, a peak of the learning rate, a seed.
+
+Arms that differ only behind the warm-up may share it (:class:`WarmUp`): their differences are then their own, and they cost a
+third. Runs that are timed go from beginning to end.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Generator
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.claims._snippets import Classifier
 from benchmarks.claims._step import TrainStep, linear_decay
 from effcore.methods import importance
 from effcore.methods.swiftlearn import SwiftLearnSampler
 
-ARMS: dict[str, dict[str, Any]] = {  # name: settings of the sampler, and of the run
-    "all data": {"keep": 1.0},
-    "all data, as many steps": {"keep": 1.0},
-    "random subset": {"select": "random"},
-    "SwiftLearn": {},
-    "SwiftLearn, fixed subset": {"select": "topk"},
-    "SwiftLearn, detrended": {"detrend": True},
+
+@dataclass(frozen=True)
+class Arm:
+    """Settings of the sampler; what is recorded of the logits; how the learning rate falls; the opposite choice."""
+
+    sampler: dict[str, Any] = field(default_factory=dict)
+    probabilities: bool = False
+    by_epochs: bool = False
+    opposite: bool = False
+
+    def recorded(self, logits: Tensor) -> Tensor:
+        return logits.float().softmax(-1) if self.probabilities else logits
+
+    def measures(self) -> bool:
+        """Whether changes are measured by forward passes in evaluation mode."""
+        return self.sampler.get("recording") == "evaluation"
+
+
+FULL = "all data"
+ARMS = {
+    FULL: Arm({"keep": 1.0}),
+    "all data, as many steps": Arm({"keep": 1.0}),
+    "random subset": Arm({"select": "random"}),
+    "SwiftLearn": Arm(),
+    "SwiftLearn, fixed subset": Arm({"select": "topk"}),
+    "SwiftLearn, detrended": Arm({"detrend": True}),
     # The learning rate falls by epochs, not by steps: late, over the short ones.
-    "all data, as many steps, rate by epochs": {"keep": 1.0, "by_epochs": True},
-    "random subset, rate by epochs": {"select": "random", "by_epochs": True},
-    "SwiftLearn, rate by epochs": {"by_epochs": True},
+    "all data, as many steps, rate by epochs": Arm({"keep": 1.0}, by_epochs=True),
+    "random subset, rate by epochs": Arm({"select": "random"}, by_epochs=True),
+    "SwiftLearn, rate by epochs": Arm(by_epochs=True),
     # Within the method: a milder preference, changes measured again by what training records, weights of the loss.
-    "SwiftLearn, sigma 0.3": {"sigma": 0.3},
-    "SwiftLearn, visits refresh": {"refresh_every": 1, "refresh": "visited"},
-    "SwiftLearn, reweighted": {"max_weight": 5.0},
+    "SwiftLearn, sigma 0.3": Arm({"sigma": 0.3}),
+    "SwiftLearn, visits refresh": Arm({"refresh_every": 1, "refresh": "visited"}),
+    "SwiftLearn, reweighted": Arm({"max_weight": 5.0}),
     # Other measures of a change, and the opposite choice.
-    "SwiftLearn, probabilities": {"probabilities": True},
-    "SwiftLearn, probabilities detrended": {"probabilities": True, "detrend": True},
-    "SwiftLearn, measured in evaluation": {"recording": "evaluation"},
-    "SwiftLearn, probabilities in evaluation": {"probabilities": True, "recording": "evaluation"},
-    "the least change": {"opposite": True},
+    "SwiftLearn, probabilities": Arm(probabilities=True),
+    "SwiftLearn, probabilities detrended": Arm({"detrend": True}, probabilities=True),
+    "SwiftLearn, measured in evaluation": Arm({"recording": "evaluation"}),
+    "SwiftLearn, probabilities in evaluation": Arm({"recording": "evaluation"}, probabilities=True),
+    "the least change": Arm(opposite=True),
 }
-
-
 CLAIM = tuple(ARMS)[:6]
 
 
@@ -88,6 +110,31 @@ class Learner:
         self.trainer.reset(self.weights | {f"head.{name}": tensor for name, tensor in head.state_dict().items()})
         self.model.train()
 
+    def go_on(self, warm: WarmUp, seed: int) -> None:
+        torch.manual_seed(seed + 1)
+        self.trainer.reset(warm.weights)
+        self.trainer.set_moments(warm.moments)
+        self.model.train()
+
+
+@dataclass
+class WarmUp:
+    """What the epochs on all samples leave behind, for the arms that share them."""
+
+    weights: dict[str, Tensor]
+    moments: list[Tensor]
+    recorded: list[tuple[Tensor, Tensor]]  # (samples, logits) of each step
+    evaluated: list[Tensor]  # after each of its epochs the logits of all samples in evaluation mode, where asked for
+
+    def tell(self, sampler: SwiftLearnSampler, arm: Arm) -> None:
+        """The sampler learns what it would have recorded."""
+        for ids, logits in self.recorded:
+            if sampler.wants_records:
+                sampler.record(ids, arm.recorded(logits))
+        for epoch, logits in enumerate(self.evaluated, start=1):
+            sampler.score_with(lambda ids, held=logits: arm.recorded(held[ids]), batch_size=1024)
+            sampler.order(epoch)
+
 
 class Task:
     """Tokens on the device, and what an arm does with them."""
@@ -103,7 +150,7 @@ class Task:
         layers: int | None,
         most: int | None,
         compiled: bool,
-        alone: bool,
+        timed: bool,
     ):
         held = dict(np.load(tokens))
         chosen = np.random.default_rng(0).permutation(len(held["train_ids"]))[:most]
@@ -111,15 +158,16 @@ class Task:
         self.data = {n: torch.from_numpy(held[n].astype(np.int64)).to(device) for n in held if n != "classes"}
         self.classes = len(held["classes"])
         self.model, self.device, self.batch, self.epochs, self.layers = model, device, batch, epochs, layers
-        self.compiled, self.alone = compiled, alone
+        self.compiled, self.timed = compiled, timed
         # Whole batches in every epoch of every arm: a step of another shape is no CUDA graph and takes as long as ten.
         self.samples = len(self.data["train_ids"]) // (10 * batch) * 10 * batch or len(self.data["train_ids"])
 
+    @cached_property
     def learner(self) -> Learner:
         return Learner(self)
 
     def steps(self, arm: str) -> int:
-        keep = 1.0 if arm == "all data" else 0.1
+        keep = 1.0 if arm == FULL else 0.1
         return SwiftLearnSampler(self.samples, keep, epochs=self.epochs).total_steps(self.batch)
 
     def by_epochs(self, peak: float) -> Callable[[int], float]:
@@ -133,36 +181,60 @@ class Task:
 
         return lambda step: peak * min((step + 1) / first, left(step) / left(first))
 
-    def run(self, arm: str, peak: float, seed: int, learner: Learner, *, tuning: bool) -> Generator[None, None, dict]:
-        """A step at each ``next``; returns the row of the result, without the test split where it is a trial."""
-        settings = {"keep": 0.1, "epochs": self.epochs, "seed": seed} | ARMS[arm]
-        as_recorded = (lambda x: x.float().softmax(-1)) if settings.pop("probabilities", False) else torch.clone
-        kind = Opposite if settings.pop("opposite", False) else SwiftLearnSampler
-        total = self.steps(arm)
-        rate = (
-            self.by_epochs(peak) if settings.pop("by_epochs", False) else partial(linear_decay, total=total, peak=peak)
-        )
-        sampler = kind(self.samples, **settings)
-        learner.begin(seed)
-        model, trainer = learner.model, learner.trainer
-        ids, labels = self.data["train_ids"], self.data["train_labels"]
-        weights = torch.ones(self.batch, device=self.device)
+    def _sampler(self, name: str, seed: int) -> SwiftLearnSampler:
+        kind = Opposite if ARMS[name].opposite else SwiftLearnSampler
+        return kind(self.samples, **{"keep": 0.1, "epochs": self.epochs, "seed": seed, **ARMS[name].sampler})
 
-        def score(chosen: Tensor) -> Tensor:
-            model.eval()
-            with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                logits = model(ids[chosen.to(self.device)])
-            model.train()
-            return as_recorded(logits)
+    def _rate(self, name: str, peak: float) -> Callable[[int], float]:
+        if ARMS[name].by_epochs:
+            return self.by_epochs(peak)
+        return partial(linear_decay, total=self.steps(name), peak=peak)
 
-        sampler.score_with(score, batch_size=1024)
-        yield
-        self._wait()
+    def _step(self, there: Tensor, rate: float, weights: Tensor) -> Tensor:
+        inputs = {"ids": self.data["train_ids"][there], "labels": self.data["train_labels"][there], "weights": weights}
+        return self.learner.trainer(inputs, rate)[1]
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        """Of samples of the training split, in evaluation mode."""
+        model = self.learner.model.eval()
+        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            logits = model(self.data["train_ids"][ids.to(self.device)])
+        model.train()
+        return logits
+
+    def warm_up(self, name: str, peak: float, seed: int, *, evaluate: bool) -> WarmUp:
+        """The epochs on all samples of an arm, which are the same for all with its schedule."""
+        sampler, rate, ones = self._sampler("SwiftLearn", seed), self._rate(name, peak), self._ones()
+        self.learner.begin(seed)
+        recorded: list[tuple[Tensor, Tensor]] = []
+        evaluated = []
+        for epoch in range(sampler.warmup_epochs):
+            for there in sampler.order(epoch).to(self.device).split(self.batch):
+                recorded.append((there, self._step(there, rate(len(recorded)), ones).clone()))
+            if evaluate:
+                everyone = torch.arange(self.samples).split(1024)
+                evaluated.append(torch.cat([self._logits(ids) for ids in everyone]).cpu())
+        weights = {name: tensor.clone() for name, tensor in self.learner.model.state_dict().items()}
+        return WarmUp(weights, [t.clone() for t in self.learner.trainer.moments()], recorded, evaluated)
+
+    def run(self, name: str, peak: float, seed: int, *, trial: bool, warm: WarmUp | None = None) -> dict[str, Any]:
+        """The row of the result, without the test split where it is a trial; from the beginning, or behind a warm-up."""
+        arm, total, sampler, rate = ARMS[name], self.steps(name), self._sampler(name, seed), self._rate(name, peak)
         began, selecting, step, noted = time.perf_counter(), 0.0, 0, {}
-        for epoch in range(self.epochs):
+        if warm is None:
+            self.learner.begin(seed)
+            sampler.score_with(lambda ids: arm.recorded(self._logits(ids)), batch_size=1024)
+            self._wait()
+            began = time.perf_counter()
+        else:
+            self.learner.go_on(warm, seed)
+            warm.tell(sampler, arm)
+            step = len(warm.recorded)
+        weights = self._ones()
+        for epoch in range(0 if warm is None else sampler.warmup_epochs, self.epochs):
             if step == total:
                 break
-            if self.alone:
+            if self.timed:
                 self._wait()  # so that drawing is not charged for the steps before it
             elif epoch == sampler.warmup_epochs and sampler.keep < 1:
                 sampler._share()
@@ -171,26 +243,25 @@ class Task:
             order = sampler.order(epoch)
             selecting += time.perf_counter() - before
             if noted and "right_drawn" not in noted:
-                noted |= self.describe_drawn(model, order)
+                noted |= self.describe_drawn(order)
             # At once: a copy for each step would wait for the step.
-            for there in order.to(self.device).split(self.batch):
-                if step == total:
-                    break
+            for there in order.to(self.device).split(self.batch)[: total - step]:
                 if sampler.max_weight is not None:
                     weights = sampler.weights(there)
-                inputs = {"ids": ids[there], "labels": labels[there], "weights": weights}
-                _, logits = trainer(inputs, rate(step))
+                logits = self._step(there, rate(step), weights)
                 if sampler.wants_records:
-                    sampler.record(there, as_recorded(logits))
+                    sampler.record(there, arm.recorded(logits.clone()))
                 step += 1
-                yield
         self._wait()
         seconds = time.perf_counter() - began
-        row = {"arm": arm, "peak": peak, "seed": seed, "seconds": seconds, "steps": step, "selecting": selecting}
-        row |= {split: self.accuracy(model, split) for split in ("validation", "test")[: 1 if tuning else 2]}
-        row |= {"alone": self.alone} | noted
+        row = {"arm": name, "peak": peak, "seed": seed, "steps": step}
+        row |= {split: self.accuracy(split) for split in ("validation", "test")[: 1 if trial else 2]}
+        row |= {"alone": True, "seconds": seconds, "selecting": selecting} if self.timed else {"alone": False, **noted}
         print(json.dumps(row), flush=True)
         return row
+
+    def _ones(self) -> Tensor:
+        return torch.ones(self.batch, device=self.device)
 
     def describe(self, sampler: SwiftLearnSampler) -> dict[str, Any]:
         """Of what the warm-up recorded: the share of the variance of log ‖ΔP‖² that is due to when samples were visited."""
@@ -199,38 +270,31 @@ class Task:
         logs = [part.clamp(min=1e-12).log() for part in usual(sampler)]
         return {"explained_by_time": 1 - (logs[1].var() / logs[0].var()).item()}
 
-    def describe_drawn(self, model: nn.Module, order: Tensor) -> dict[str, Any]:
+    def describe_drawn(self, order: Tensor) -> dict[str, Any]:
         """Of the first samples drawn: how many the model has right, and the shares of the rarest and commonest class."""
-        labels = self.data["train_labels"][order.to(self.device)].bincount(minlength=self.classes) / len(order)
+        labels = self.data["train_labels"]
+        classes = labels[order.to(self.device)].bincount(minlength=self.classes) / len(order)
+
+        def right(chosen: Tensor) -> float:
+            found = [self._logits(ids).argmax(-1) == labels[ids.to(self.device)] for ids in chosen.split(1024)]
+            return torch.cat(found).float().mean().item()
+
         return {
-            "right_all": self._right(model, torch.arange(0, self.samples, 10)),
-            "right_drawn": self._right(model, order),
-            "classes_drawn": [labels.min().item(), labels.max().item()],
+            "right_all": right(torch.arange(0, self.samples, 10)),
+            "right_drawn": right(order),
+            "classes_drawn": [classes.min().item(), classes.max().item()],
         }
 
-    def _right(self, model, chosen) -> float:
-        model.eval()
-        right = 0
-        with torch.no_grad():
-            for there in chosen.to(self.device).split(1024):
-                with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                    right += int(
-                        (model(self.data["train_ids"][there]).argmax(-1) == self.data["train_labels"][there]).sum()
-                    )
-        model.train()
-        return right / len(chosen)
-
     @torch.no_grad()
-    def accuracy(self, model: nn.Module, split: str) -> float:
-        model.eval()
-        right = 0
-        for ids, labels in zip(
-            self.data[f"{split}_ids"].split(2048), self.data[f"{split}_labels"].split(2048), strict=True
-        ):
+    def accuracy(self, split: str) -> float:
+        model, right = self.learner.model.eval(), 0
+        parts = (self.data[f"{split}_{name}"].split(2048) for name in ("ids", "labels"))
+        for ids, labels in zip(*parts, strict=True):
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
                 right += int((model(ids).argmax(-1) == labels).sum())
+        model.train()
         return right / len(self.data[f"{split}_labels"])
 
     def _wait(self) -> None:
         if self.device == "cuda":
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.synchronize()

@@ -9,9 +9,9 @@ validation split with seeds of their own (--tune), as many trials for each; the 
 The paper: 3.36x on average over GLUE with BERT at 90 % dropped, accuracy drop below 0.92 points. The ceiling is
 E/(2 + (E − 2)·keep) = 3.57x.
 
-Runs one after the other (--together 1) on a device that is otherwise idle are timed: seconds of the training loop with
-recording and drawing; setting up, compiling (--compile) and capturing the step are the same for all and not counted.
---together N has N runs side by side, each in a stream of its own: for accuracies alone. --merge puts results together.
+Arms with the same schedule share their first two epochs, except under --time, which is for a device that is otherwise idle:
+seconds of the training loop with recording and drawing; setting up, compiling (--compile) and capturing the step are the same
+for all and not counted. --merge puts results together.
 
 --selection times one draw of a million from ten million samples instead, scoring and all, against torch.multinomial and
 NumPy's choice with the same probabilities.
@@ -27,9 +27,8 @@ import json
 import statistics
 import sys
 import time
-from collections import deque
-from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +39,7 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
 from benchmarks.claims import _runs  # noqa: E402
 from benchmarks.claims._snippets import minilm, prepare, shrink  # noqa: E402
-from benchmarks.claims._step import together  # noqa: E402
-from benchmarks.claims._swiftlearn_runs import ARMS, CLAIM, Learner, Task  # noqa: E402
+from benchmarks.claims._swiftlearn_runs import ARMS, CLAIM, FULL, Task  # noqa: E402
 from effcore.methods.swiftlearn import SwiftLearnSampler  # noqa: E402
 
 TIMED = ("all data", "SwiftLearn", "all data, as many steps")
@@ -221,16 +219,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--tune", type=int, nargs="*", default=[90, 91], help="other seeds, with which the learning rates are tried"
     )
     parser.add_argument(
-        "--peaks", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4, 6e-4], help="learning rates that are tried"
+        "--peaks", type=float, nargs="+", default=[2e-4, 4e-4, 6e-4], help="learning rates that are tried"
+    )
+    parser.add_argument(
+        "--full-peaks", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help="those for all data, all epochs"
     )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument(
         "--quick", action="store_true", help="1,200 snippets, 4 epochs, one seed: that it runs, no result"
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(CLAIM), help="which are run")
-    parser.add_argument(
-        "--together", type=int, default=1, help="runs side by side on one GPU: above 1 their seconds are no timings"
-    )
+    parser.add_argument("--time", action="store_true", help="each run from beginning to end, with its seconds")
     parser.add_argument("--compile", action="store_true", help="the encoder through torch.compile")
     parser.add_argument("--merge", type=Path, nargs="+", help="only put together what these results hold")
     parser.add_argument("--selection", action="store_true", help="time a draw from ten million samples instead")
@@ -243,8 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     model = options.model or minilm()
     if options.quick:
-        options.most, options.epochs, options.seeds, options.batch, options.peaks = 1200, 4, [0], 32, [2e-4]
-        options.tune = [90]
+        options.most, options.epochs, options.seeds, options.batch = 1200, 4, [0], 32
+        options.tune, options.peaks, options.full_peaks = [90], [2e-4], [2e-4]
     tokens = options.prepare or options.tokens or options.json.with_suffix(".npz")
     tokens.parent.mkdir(parents=True, exist_ok=True)
     if options.prepare or not tokens.is_file():
@@ -262,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         layers=options.layers,
         most=options.samples,
         compiled=options.compile,
-        alone=options.together == 1,
+        timed=options.time,
     )
     ceiling = SwiftLearnSampler(task.samples, 0.1, epochs=options.epochs).speedup_ceiling
     head = _runs.describe(options) | {"samples": task.samples, "classes": task.classes, "ceiling": ceiling}
@@ -272,33 +271,36 @@ def main(arguments: list[str] | None = None) -> int:
     if options.merge:
         options.seconds = 0.0
     began = time.monotonic()
-    learners: list[Learner] = []
 
-    def complete(wanted: list[tuple[str, float, int]], *, tuning: bool = False) -> None:
-        """Runs what the file has not, some side by side; begins none where the time is over."""
-        held = {(row["arm"], row["peak"], row["seed"]) for row in rows}
-        missing = deque(one for one in wanted if one not in held)
-
-        def work(learner: Learner) -> Generator[None, None, None]:
-            while missing and time.monotonic() - began < options.seconds:
-                rows.append((yield from task.run(*missing.popleft(), learner, tuning=tuning)))
+    def complete(wanted: list[tuple[str, float, int]], *, trial: bool = False) -> None:
+        """Runs what the file has not, and begins none where the time is over. Arms with the same warm-up share it."""
+        held = {(row["arm"], row["peak"], row["seed"]) for row in rows if row["alone"] == options.time}
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for arm, peak, seed in wanted:
+            if (arm, peak, seed) not in held:
+                separate = arm if options.time or arm == FULL else None
+                groups.setdefault((peak, seed, ARMS[arm].by_epochs, separate), []).append(arm)
+        for (peak, seed, _, separate), arms in groups.items():
+            warm = None
+            for arm in arms:
+                if time.monotonic() - began > options.seconds:
+                    return
+                if warm is None and not separate:
+                    warm = task.warm_up(arm, peak, seed, evaluate=any(ARMS[a].measures() for a in arms))
+                rows.append(task.run(arm, peak, seed, trial=trial, warm=warm))
                 _runs.write(options.json, head | {"runs": rows})
-                print(f"{time.monotonic() - began:.1f} s, {len(missing)} not begun", flush=True)
+            print(f"{time.monotonic() - began:.1f} s", flush=True)
 
-        if missing and time.monotonic() - began < options.seconds:
-            while len(learners) < min(options.together, len(missing)):
-                learners.append(task.learner())
-            together([work(learner) for learner in learners], lambda *_: None, device=options.device)
+    def peaks_of(arm: str) -> list[float]:
+        return options.full_peaks if arm == FULL else options.peaks
 
-    complete(
-        [(arm, peak, seed) for seed in options.tune for arm in options.arms for peak in options.peaks], tuning=True
-    )
+    complete([(arm, peak, seed) for seed in options.tune for arm in options.arms for peak in peaks_of(arm)], trial=True)
     trials = tuned(rows)
     for arm, peaks in trials.items():
         print(f"{arm}, on validation: " + ", ".join(f"{peak:g} {score:.2%}" for peak, score in sorted(peaks.items())))
     best = {arm: max(peaks, key=peaks.__getitem__) for arm, peaks in trials.items()}
-    if not best and len(options.peaks) == 1:  # nothing to tune
-        best = dict.fromkeys(ARMS, options.peaks[0])
+    if not best:  # nothing tuned
+        best = {arm: peaks_of(arm)[0] for arm in ARMS if len(peaks_of(arm)) == 1}
     complete([(arm, best[arm], seed) for seed in options.seeds for arm in options.arms if arm in best])
     # Of a run that was repeated alone for its time, the accuracy that came first counts.
     tested = [row for row in rows if "test" in row and row["peak"] == best.get(row["arm"])]

@@ -23,7 +23,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
 from benchmarks.claims import _adding, _runs, _sorting  # noqa: E402
-from benchmarks.claims._small_lm import fresh, training  # noqa: E402
-from benchmarks.claims._step import TrainStep, together  # noqa: E402
+from benchmarks.claims._small_lm import fresh, train  # noqa: E402
+from benchmarks.claims._step import TrainStep  # noqa: E402
 from effcore.data import byte_tokenizer  # noqa: E402
 from effcore.methods.sampling import sample_texts  # noqa: E402
 from effcore.methods.ttc import Costs, TTCEarlyStopping  # noqa: E402
@@ -77,7 +76,7 @@ class Evaluator:
 
 
 class Trial:
-    """A seed: the run that is stopped, and the full one. Each is a generator of steps and returns what it found."""
+    """A seed: the run that is stopped, and the full one."""
 
     def __init__(self, seed: int, options: argparse.Namespace):
         self.seed, self.options = seed, options
@@ -111,7 +110,7 @@ class Trial:
         """The learning rate of the run that is stopped."""
         return self.options.peak * min((step + 1) / (0.05 * self.steps), 1.0)
 
-    def stopped(self) -> Generator[None, None, dict[str, Any]]:
+    def stopped(self) -> dict[str, Any]:
         """The stopped run with its decisions, and what would have been projected at 30 % of the budget."""
         options = self.options
         running = self._model()
@@ -145,7 +144,7 @@ class Trial:
             return bool(held) and done >= last
 
         settings = self.settings | {"schedule": self.constant, "each": each}
-        yield from training(running, self.draw, steps=self.steps, **settings)
+        train(running, self.draw, steps=self.steps, **settings)
         decision = stopper.decisions[-1]
         at = round(decision.tokens / self.tokens_per_step)
         k = decision.samples if decision.stop and decision.samples else 1
@@ -154,7 +153,7 @@ class Trial:
         more = max(at // 10, 1)
         down = lambda step: options.peak * (1 - (step - at) / more)  # noqa: E731
         settings = self.settings | {"first": at, "moments": moments, "schedule": down}
-        yield from training(decayed, self.draw, steps=at + more, **settings)
+        train(decayed, self.draw, steps=at + more, **settings)
         ours, theirs = self.test(stopped, max(k, 8)), self.test(decayed, max(k, 8))
         evaluated = len(stopper.decisions)
         # Tokens of one sample of each query, every K up to K_max at every checkpoint or K_max once.
@@ -196,7 +195,7 @@ class Trial:
             "projected_at_30_bounds": (found.low, found.high),
         }
 
-    def full(self) -> Generator[None, None, dict[str, Any]]:
+    def full(self) -> dict[str, Any]:
         """The run of the whole budget, with its own decayed rate."""
         model = self._model()
 
@@ -205,7 +204,7 @@ class Trial:
                 self._tell("full run", step + 1, f"loss {trainer.result[0].item():.3f}" if trainer.graph else "")
             return False
 
-        yield from training(model, self.draw, steps=self.steps, each=each, **self.settings)
+        train(model, self.draw, steps=self.steps, each=each, **self.settings)
         theirs = self.test(model, 8)
         return {
             "full_single": theirs.accuracy(1, "majority"),
@@ -349,14 +348,11 @@ def main(arguments: list[str] | None = None) -> int:
         rows = sorted([other for other in rows if other["seed"] != trial.seed] + [row], key=lambda row: row["seed"])
         _runs.write(options.json, head | {"runs": rows})
 
-    # All side by side.
-    begun = [
-        (trial, getattr(trial, stage)())
-        for trial in [Trial(seed, options) for seed in options.seeds if not options.merge]
-        for stage in options.stages
-        if STAGES[stage] not in kept(trial.seed)
-    ]
-    together([run for _, run in begun], lambda i, found: done(begun[i][0], found), device=options.device)
+    for seed in [] if options.merge else options.seeds:
+        for stage in options.stages:
+            if STAGES[stage] not in kept(seed):
+                trial = Trial(seed, options)
+                done(trial, getattr(trial, stage)())
     rows = [row | errors(row) for row in rows]
     _runs.write(options.json, head | {"runs": rows})
     whole = [row for row in rows if "K" in row]

@@ -52,7 +52,15 @@ def test_the_task_is_checked_exactly():
 @pytest.mark.slow
 def test_swiftlearn(tmp_path, capsys):
     BertModel(
-        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+        BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
     ).save_pretrained(tmp_path / "encoder")
     rng = np.random.default_rng(0)
     arrays = {"classes": np.array(["a", "b"])}
@@ -75,8 +83,9 @@ def test_swiftlearn(tmp_path, capsys):
         "--peaks",
         1e-3,
         1e-2,
-        "--together",
-        4,
+        "--full-peaks",
+        1e-3,
+        1e-2,
         "--arms",
         *swiftlearn.ARMS,
     ]
@@ -96,6 +105,14 @@ def test_swiftlearn(tmp_path, capsys):
     assert "| the paper" in capsys.readouterr().out and out.with_suffix(".png").is_file()
     assert swiftlearn.main([str(part) for part in given]) == 0  # nothing is run again
     assert json.loads(out.read_text())["runs"] == result["runs"]
+    timed = [*given, "--time", "--tune", "--arms", *swiftlearn.TIMED]
+    assert swiftlearn.main([str(part) for part in timed]) == 0
+    result = json.loads(out.read_text())
+    assert result["speed"]["rounds"] == 2 and result["speed"]["speedup"] > 0
+    for row in result["runs"]:
+        if row["alone"]:  # from beginning to end comes to the same as behind a warm-up that was shared
+            key = ("arm", "peak", "seed", "steps", "validation", "test")
+            assert any(all(row[k] == other.get(k) for k in key) for other in result["runs"] if not other["alone"])
 
 
 @pytest.mark.slow
