@@ -299,8 +299,9 @@ def main(arguments: list[str] | None = None) -> int:
     for arm, peaks in trials.items():
         print(f"{arm}, on validation: " + ", ".join(f"{peak:g} {score:.2%}" for peak, score in sorted(peaks.items())))
     best = {arm: max(peaks, key=peaks.__getitem__) for arm, peaks in trials.items()}
-    if not best:  # nothing tuned
-        best = {arm: peaks_of(arm)[0] for arm in ARMS if len(peaks_of(arm)) == 1}
+    for arm in options.arms:
+        if arm not in best and len(peaks_of(arm)) == 1:  # nothing to tune
+            best[arm] = peaks_of(arm)[0]
     complete([(arm, best[arm], seed) for seed in options.seeds for arm in options.arms if arm in best])
     # Of a run that was repeated alone for its time, the accuracy that came first counts.
     tested = [row for row in rows if "test" in row and row["peak"] == best.get(row["arm"])]

@@ -348,8 +348,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows = sorted([other for other in rows if other["seed"] != trial.seed] + [row], key=lambda row: row["seed"])
         _runs.write(options.json, head | {"runs": rows})
 
-    for seed in [] if options.merge else options.seeds:
-        for stage in options.stages:
+    for stage in [] if options.merge else options.stages:
+        for seed in options.seeds:
             if STAGES[stage] not in kept(seed):
                 trial = Trial(seed, options)
                 done(trial, getattr(trial, stage)())
