@@ -254,6 +254,19 @@ def show(rows: list[dict]) -> str:
     ):
         lines.append(f"| {name} | {mean(key)} |")
     lines.append(f"| K* | {', '.join(str(row['K']) for row in rows)} |")
+    columns = {
+        "one sample there": "stopped_single",
+        "K* samples": "stopped_at_K",
+        "full run, one sample": "full_single",
+        "saved": "saved",
+        "projected at the stop": "projected",
+        "at 30 %": "projected_at_30",
+        "came (validation)": "full_on_validation",
+    }
+    lines += ["", "| | stopped at | K* | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
+    for row in rows:
+        cells = [f"{row[key]:.1%}" if row.get(key) is not None else "" for key in columns.values()]
+        lines.append(f"| seed {row['seed']} | {row['stop_share']:.1%} | {row['K']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
