@@ -172,12 +172,11 @@ class Task:
 
     def by_epochs(self, peak: float) -> Callable[[int], float]:
         """Linear warm-up as ever, then down by the same in each epoch of a run that keeps a tenth."""
-        sizes = SwiftLearnSampler(self.samples, 0.1, epochs=self.epochs).epoch_sizes()
-        ends = np.cumsum([0, *(-(-size // self.batch) for size in sizes)])
-        first = max(round(0.05 * int(ends[-1])), 1)
+        sampler = SwiftLearnSampler(self.samples, 0.1, epochs=self.epochs)
+        first = max(round(0.05 * sampler.total_steps(self.batch)), 1)
 
         def left(step: int) -> float:
-            return 1 - float(np.interp(step, ends, np.arange(self.epochs + 1))) / self.epochs
+            return 1 - sampler.progress(step, self.batch)
 
         return lambda step: peak * min((step + 1) / first, left(step) / left(first))
 

@@ -88,7 +88,10 @@ def selection(samples: int, rounds: int) -> list[dict]:
 def speed(rows: list[dict]) -> dict | None:
     """Of the runs that were timed alone, by seed: medians of the ratios. What SwiftLearn takes longer than as many
     steps of all data is its own cost: recording, scoring, drawing."""
-    timed = {(row["arm"], row["seed"]): row["seconds"] for row in rows if row["alone"]}
+    timed: dict[tuple[str, int], float] = {}
+    for row in rows:
+        if row["alone"]:
+            timed.setdefault((row["arm"], row["seed"]), row["seconds"])  # other learning rates take as long
     rounds = [
         [timed[arm, seed] for arm in TIMED]
         for name, seed in timed

@@ -184,6 +184,9 @@ def test_a_run_has_the_length_that_it_says():
     assert len(visited) == len(sampler) == 2 * 90 + 3 * 9
     assert sampler.total_steps(8) == 2 * 12 + 3 * 2
     assert sorted(visited[:90]) == sorted(visited[90:180]) == list(range(90))
+    progress = [sampler.progress(step, 8) for step in (0, 6, 12, 24, 25, 30, 31)]
+    assert progress == pytest.approx([0, 0.1, 0.2, 0.4, 0.5, 1, 1])
+    assert sampler.progress(6, 4, processes=2) == progress[1]
     assert effcore.SwiftLearnSampler(1000, 0.1).speedup_ceiling == pytest.approx(1 / 0.28)
 
 

@@ -141,6 +141,16 @@ class SwiftLearnSampler(Sampler[int]):
         """Optimizer steps that :meth:`batches` makes, for schedules of the learning rate; ``batch_size`` is a process's."""
         return sum(-(-size // (batch_size * processes)) for size in self.epoch_sizes())
 
+    def progress(self, step: int, batch_size: int, *, processes: int = 1) -> float:
+        """Epochs done after so many steps over all epochs, 0 to 1. A learning rate that falls by it falls mostly in the short
+        epochs; one that falls by steps has fallen by most before they begin."""
+        for epoch, size in enumerate(self.epoch_sizes()):
+            steps = -(-size // (batch_size * processes))
+            if step < steps:
+                return (epoch + step / steps) / self.epochs
+            step -= steps
+        return 1.0
+
     @property
     def speedup_ceiling(self) -> float:
         """Epochs of a full run over those of this one: E / (2 + (E − 2)·keep), where nothing but samples costs."""
