@@ -16,6 +16,8 @@ Forward = Callable[[Inputs], tuple[Tensor, Tensor]]
 class TrainStep:
     """``step(inputs, lr) -> (loss, outputs)``: forward, backward, clipping at 1, AdamW.
 
+    Not for several at once: graphs captured in one process share cuBLAS's workspace of the stream they were captured on.
+
     Args:
         forward: inputs -> (loss, outputs).
         example: inputs whose shapes are captured; others (the last batch of an epoch) run eagerly.

@@ -187,7 +187,11 @@ def draw(path: Path, rows: list[dict], summary: list[dict]) -> None:
     for place, row in enumerate(summary):
         tests = [100 * other["test"] for other in rows if other["arm"] == row["arm"]]
         color = (
-            "#0072B2" if row["arm"].startswith("SwiftLearn") else "#D55E00" if row["arm"].startswith("random") else "0.35"
+            "#0072B2"
+            if row["arm"].startswith("SwiftLearn")
+            else "#D55E00"
+            if row["arm"].startswith("random")
+            else "0.35"
         )
         axes.plot(tests, [place] * len(tests), "o", color=color, alpha=0.6)
         axes.plot(100 * row["test"], place, "|", color=color, markersize=18, markeredgewidth=2)
