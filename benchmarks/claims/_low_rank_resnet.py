@@ -1,7 +1,8 @@
 """ResNets at 2×: vanilla, timed ranks, freezing, merging, branching; images a second against the same model dense.
 
 Beside each: what the paper gained, and what a roofline of every layer predicts on this chip (_low_rank_roofline). Each variant
-lives in a process of its own (_low_rank_worker), so that all of them compile at once; then they run in turns, one at a time.
+lives in a process of its own (_low_rank_worker): a few compile at once, then they and the dense model run in turns, one at a
+time, and their rows are written before the next few compile.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import ceilings
-from benchmarks.claims._low_rank_worker import Spec, Start, Worker
+from benchmarks.claims._low_rank_worker import Spec, Worker, start
 from benchmarks.ops import lowrank_cuda
 from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import freeze
@@ -41,6 +42,14 @@ SEQUENTIAL = {
     "sequential freezing": ("freezing", "freezing, inner"),
     "timed ranks, sequential freezing": ("timed ranks, freezing", "timed ranks, freezing, inner"),
 }
+# In the order in which they are measured.
+GROUPS = (
+    ("merging", "merging, timed"),
+    ("vanilla", "timed ranks"),
+    ("freezing", "freezing, inner"),
+    ("timed ranks, freezing", "timed ranks, freezing, inner"),
+    ("multiples", "branching", "cores only, timed"),
+)
 
 
 def resnet(depth: int) -> nn.Module:
@@ -108,6 +117,7 @@ def searched(spec: Spec) -> dict[str, Any] | None:
 
 
 def _dense(spec: Spec) -> tuple[nn.Module, Tensor]:
+    torch.backends.cudnn.benchmark = True  # dense and decomposed convolutions alike get the fastest kernels
     torch.manual_seed(0)
     dtype = torch.bfloat16 if spec.device == "cuda" else torch.float32
     with torch.device(spec.device):
@@ -140,9 +150,7 @@ def measure(
     save: Callable[[], None],
     only: Iterable[str] = (),
     done: Iterable[tuple[str, str, str]] = (),
-    at_once: int = 16,
-    find_ranks: bool = False,
-    warm: bool = False,
+    at_once: int = 2,
 ) -> Iterator[dict[str, Any]]:
     """One row for each depth, pass (training or not) and variant; ``done`` ones are left out.
 
@@ -150,35 +158,39 @@ def measure(
         ranks: those found by timing, by the spec's text; what is not there is searched for and written into it.
         save: called when something was written into it.
         at_once: processes that compile at a time.
-        find_ranks: search for ranks alone.
-        warm: compile alone, for the caches that TORCHINDUCTOR_CACHE_DIR names.
     """
     done = set(done)
-    groups: list[list[Spec]] = []
     for depth, training in itertools.product(depths, passes):
         what, images = "training" if training else "inference", batch or (256 if device == "cuda" else 4)
-        names = [n for n in variants(device == "cuda", training) if n != "dense" and (not only or n in only)]
-        names = [n for n in names if (f"ResNet-{depth}", what, n) not in done]
-        if names:
-            groups.append([Spec(depth, n, training, device, images) for n in ("dense", *names)])
-    for group in groups:
-        for i, spec in enumerate(group):
-            found = searched(spec) if str(spec) not in ranks else ranks[str(spec)]
-            if found is not None:
-                ranks[str(spec)] = found
-                save()
-                pairs = ((name, tuple(rank) if isinstance(rank, list) else rank) for name, rank in found.items())
-                group[i] = dataclasses.replace(spec, ranks=tuple(pairs))
-    if find_ranks:
-        return
-    for group in groups:  # one after the other: the workers of two would not find the memory for their first steps
-        start = Start(group, at_once, keep=not warm)
+        workers: dict[str, Worker] = {}
         try:
-            workers = start.ready(group)
-            if not warm:
+            for group in GROUPS:
+                names = [n for n in group if n in variants(device == "cuda", training) and (not only or n in only)]
+                names = [n for n in names if (f"ResNet-{depth}", what, n) not in done]
+                if not names:
+                    continue
+                specs = [_ranked(Spec(depth, n, training, device, images), ranks, save) for n in names]
+                if "dense" not in workers:
+                    specs = [Spec(depth, "dense", training, device, images), *specs]
+                workers |= start(specs, at_once)
                 yield from _rows(workers, rounds, _rates(device))
+                for name in [n for n in workers if n != "dense"]:
+                    workers.pop(name).end()
         finally:
-            start.end()
+            for worker in workers.values():
+                worker.end()
+
+
+def _ranked(spec: Spec, ranks: dict[str, dict[str, Any]], save: Callable[[], None]) -> Spec:
+    """With the ranks that timing finds for it: freezing's are those of the variant that it freezes."""
+    of = dataclasses.replace(spec, variant=spec.variant.split(", freezing")[0])
+    found = ranks.get(str(of)) or searched(of)
+    if found is None:
+        return spec
+    ranks[str(of)] = found
+    save()
+    pairs = ((name, tuple(rank) if isinstance(rank, list) else rank) for name, rank in found.items())
+    return dataclasses.replace(spec, ranks=tuple(pairs))
 
 
 def _rows(workers: dict[str, Worker], rounds: int, rates: ceilings.Ceilings) -> Iterator[dict[str, Any]]:
@@ -218,8 +230,8 @@ def _rows(workers: dict[str, Worker], rounds: int, rates: ceilings.Ceilings) -> 
             "of_the_roofline": ratio / bound,
             "of_the_roofline_gain": (ratio - 1) / (bound - 1) if bound > 1 else None,
             "seconds_dense_roofline": predicted["dense"],
+            "copy_bytes_s": rates.copy,
             "paper_gain_percent": None if paper is None else paper[0 if dense.training else 1],
-            "seconds_to_make": facts[name]["seconds_to_make"],
         }
         print(_line(r), flush=True)
         yield r

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ceilings import Ceilings
-from effcore.methods.low_rank_factor import KernelFactors
+from effcore.methods import low_rank_factor
 
-LEAST_SECONDS = 0.05  # of a measurement: as many steps as that takes
+LEAST_SECONDS = 0.1  # of a measurement: as many steps as that takes
 
 
 @dataclass(frozen=True)
@@ -75,38 +75,21 @@ class Worker:
         self.process.join()
 
 
-class Start:
-    """Workers that are being made, ``at_once`` at a time, in the order of their specs; ``keep=False`` ends each when it has
-    compiled."""
+def start(specs: list[Spec], at_once: int) -> dict[str, Worker]:
+    """Workers that have compiled, ``at_once`` at a time, by variant; those that failed left out."""
 
-    def __init__(self, specs: list[Spec], at_once: int, *, keep: bool = True):
-        self._pool = concurrent.futures.ThreadPoolExecutor(at_once)
-        self._keep = keep
-        self._made = {spec: self._pool.submit(self._make, spec) for spec in specs}
-
-    def _make(self, spec: Spec) -> Worker | None:
+    def make(spec: Spec) -> Worker | None:
         try:
             worker = Worker(spec)
         except RuntimeError as error:
             print(error, flush=True)
             return None
-        parts = ", ".join(f"{k} {v:.1f}" for k, v in worker.facts.items() if k.startswith("seconds"))
-        print(f"{spec}: ready ({parts})", flush=True)
-        if not self._keep:
-            worker.end()
+        print(f"{spec}: compiled in {worker.facts['seconds_to_compile']:.0f} s", flush=True)
         return worker
 
-    def ready(self, specs: list[Spec]) -> dict[str, Worker]:
-        """Waits for these; by variant, those that failed left out."""
-        made = {spec.variant: self._made[spec].result() for spec in specs}
-        return {variant: worker for variant, worker in made.items() if worker is not None}
-
-    def end(self) -> None:
-        self._pool.shutdown()
-        for made in self._made.values():
-            worker = made.result()
-            if worker is not None and self._keep:
-                worker.end()
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        made = dict(zip((s.variant for s in specs), pool.map(make, specs), strict=True))
+    return {variant: worker for variant, worker in made.items() if worker is not None}
 
 
 def _compile(model: nn.Module) -> None:
@@ -127,24 +110,47 @@ def _step(model: nn.Module, x: Tensor, training: bool) -> None:
 
 
 def _seconds(model: nn.Module, x: Tensor, training: bool) -> float:
+    """Of one step. On a GPU a CUDA graph repeats it, so that no time is one of launching."""
+    graph: torch.cuda.CUDAGraph | None = None
+    if x.is_cuda:
+        graph = _captured(model, x, training)
+
     def timed(steps: int) -> float:
         if x.is_cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(steps):
-            _step(model, x, training)
+            if graph is not None:
+                graph.replay()
+            else:
+                _step(model, x, training)
         if x.is_cuda:
             torch.cuda.synchronize()
         return (time.perf_counter() - begin) / steps
 
-    timed(1)  # allocates
+    timed(1)
     result = timed(1)
     if result < LEAST_SECONDS:
         result = timed(int(LEAST_SECONDS / result) + 1)
-    if x.is_cuda:  # leave the memory to the others
+    if graph is not None:  # leave the memory to the others
+        graph.reset()
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
     return result
+
+
+def _captured(model: nn.Module, x: Tensor, training: bool) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _step(model, x, training)
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _step(model, x, training)
+    return graph
 
 
 def _patiently(model: nn.Module, x: Tensor, training: bool) -> None:
@@ -157,6 +163,10 @@ def _patiently(model: nn.Module, x: Tensor, training: bool) -> None:
             torch.cuda.empty_cache()
             time.sleep(3)
     raise RuntimeError("no memory for a step")
+
+
+def _any_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
+    return gram.new_ones(len(gram)), torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def _gflops(model: nn.Module, x: Tensor) -> float:
@@ -175,10 +185,9 @@ def _serve(connection: Connection, spec: Spec) -> None:
 
     try:
         use_carried_libraries()
-        begin = time.perf_counter()
-        KernelFactors.split.__defaults__ = (1,)  # one sweep of HOOI: times do not depend on the weights
+        low_rank_factor._leading = _any_basis  # times do not depend on the weights
         model, x = claim.made(spec)
-        facts = {"seconds_to_make": time.perf_counter() - begin, "gflops": _gflops(model, x)}
+        facts = {"gflops": _gflops(model, x)}
         facts["parameters"] = sum(p.numel() for p in model.parameters())
         begin = time.perf_counter()
         if x.is_cuda:
@@ -193,7 +202,9 @@ def _serve(connection: Connection, spec: Spec) -> None:
             if request[0] == "seconds":
                 connection.send(("seconds", _seconds(model, x, spec.training)))
             else:
-                connection.send(("roofline", roofline.seconds(model, x, spec.training, request[1])))
+                with torch.compiler.set_stance("force_eager"):  # its hooks are not to be compiled
+                    predicted = roofline.seconds(model, x, spec.training, request[1])
+                connection.send(("roofline", predicted))
     except EOFError:
         pass
     except Exception as error:
