@@ -55,6 +55,7 @@ def test_refusals(folder, tmp_path, capsys):
         ((folder, "--ratio", "0.5", "-o", out), "ratio must be above 1, got 0.5"),
         ((tmp_path / "nothing", "--ratio", "2", "-o", out), "no such model"),
         ((folder, "--time", "0.5", "-o", out), "time needs data"),
+        ((folder, "--ratio", "2", "--exclude", "[", "-o", out), "'[' is no regular expression"),
         ((folder, "--ratio", "2", "--text", tmp_path / "nothing", "-o", out), "no such file"),
     ):
         code, _, err = run(capsys, *arguments)

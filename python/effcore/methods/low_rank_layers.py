@@ -144,12 +144,18 @@ def find(
     stays shared: its layers stay dense, and are refused where ``include`` names one of them.
 
     Raises:
-        ValueError: weights that are quantised, sparse or not finite, or an expression that matches nothing.
+        ValueError: weights that are quantised, sparse or not finite, what is no regular expression, or an ``include`` that
+            matches nothing.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     wanted, unwanted = None if include is None else list(include), list(exclude)
+    for pattern in [*(wanted or ()), *unwanted]:
+        try:
+            re.compile(pattern)
+        except re.error as bad:
+            raise ValueError(f"effcore.decompose: {pattern!r} is no regular expression: {bad}") from None
     used: set[str] = set()
     layers: list[Layer] = []
     stay: dict[str, str] = {}

@@ -82,7 +82,7 @@ class DecompositionReport:
         os.replace(partial, path)
 
     def plot(self, path: str | Path) -> None:
-        """Ranks, errors and, where layers were timed, milliseconds before and after (PNG or SVG)."""
+        """Parameters with ranks, errors and, where layers were timed, milliseconds before and after (PNG or SVG)."""
         from matplotlib.figure import Figure
 
         shown = [x for x in self.layers if x.rank is not None or x.ms_before is not None]
@@ -92,12 +92,21 @@ class DecompositionReport:
         at = list(range(len(shown)))
         axes[0].barh(at, [x.parameters_before for x in shown], color="#d0d0d0", label="dense")
         axes[0].barh(at, [x.parameters_after for x in shown], color="#2a6f97", label="now")
+        for i, x in enumerate(shown):
+            what = "dense" if x.rank is None else f"rank {x.rank}"
+            end = (x.parameters_before, i)
+            axes[0].annotate(what, end, (3, 0), textcoords="offset points", va="center", fontsize=6)
+        axes[0].margins(x=0.3)  # for these words
         axes[0].set_xlabel("parameters")
         axes[0].set_yticks(at, [x.name for x in shown], fontsize=6)
         axes[0].invert_yaxis()
         axes[0].legend(fontsize=7)
-        axes[1].barh(at, [x.error for x in shown], color="#bc4749")
-        axes[1].set_xlabel("relative error of the weight")
+        axes[1].barh(at, [x.error for x in shown], color="#bc4749", label="of the weight")
+        outputs = [(x.output_error, i) for i, x in enumerate(shown) if x.output_error is not None]
+        if outputs:
+            axes[1].plot(*zip(*outputs, strict=True), "|", color="black", ms=7, mew=2, label="of the outputs")
+            axes[1].legend(fontsize=7)
+        axes[1].set_xlabel("relative error" if outputs else "relative error of the weight")
         if timed:
             axes[2].barh(at, [x.ms_before or 0 for x in shown], color="#d0d0d0")
             axes[2].barh(at, [x.ms_after or 0 for x in shown], color="#2a6f97")
