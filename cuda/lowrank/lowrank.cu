@@ -81,7 +81,7 @@ bool takes(const Linear& args) {
   };
   return aligned(args.x) && aligned(args.down) && aligned(args.up) && args.up.size[0] % 8 == 0 &&
          (args.bias == nullptr ||
-          (reinterpret_cast<std::uintptr_t>(args.bias->data) % 4 == 0 && served(std::span(forward).first(biased))));
+          (reinterpret_cast<std::uintptr_t>(args.bias->data) % 16 == 0 && served(std::span(forward).first(biased))));
 }
 
 void linear(const Linear& args, const Launch& launch) {

@@ -6,8 +6,9 @@
 // All operands come as panels of 16 KiB through one ring, which a producer warp fills by TMA across steps, phases and pieces of
 // work, so that the next one's panels arrive while a result is still on its way out. Panels of the factors serve both blocks:
 // each fetches one half and multicasts it. In phase 2 the warpgroups take turns: one multiplies while the other gives its tile
-// bias and activation and sends it off by TMA. The ring is as deep as memory allows: with ten panels instead of twelve, R = 256
-// takes a third longer on an H200.
+// its activation and sends it off by TMA, in halves, each from a buffer of its own. A tile's bias comes with its first panel of
+// factors, and the sums begin as it. Memory goes to the ring where R is large (with ten panels instead of twelve, R = 256 takes
+// a third longer on an H200), to buffers where a tile needs few panels.
 //
 // Bound, M = 16384, 768 -> 3072 in bf16: x and out are 126 MB, 29 us at 4.3 TB/s; 2 M R (768 + 3072) operations are 16 us at R
 // = 128 and 32 us at 256 of 1 PFLOP/s; a cluster reads the factors from the L2 cache, M / 256 times 2 R (768 + 3072) bytes: 11
@@ -28,7 +29,7 @@ namespace sm90 = effcore::cuda::hopper;
 constexpr int cluster_blocks = 2, warpgroups = 2, block_rows = 64 * warpgroups, cluster_rows = cluster_blocks * block_rows;
 constexpr int box = 64, box_elements = box * box, panel_elements = 2 * box_elements, panel_bytes = 2 * panel_elements;
 constexpr int tile_columns = 128, warp_rows = 16;
-constexpr int stages = 12, consumer_warps = 4 * warpgroups, threads = 128 * (warpgroups + 1);
+constexpr int consumer_warps = 4 * warpgroups, threads = 128 * (warpgroups + 1);
 constexpr int consumer_registers = 232, producer_registers = 40;
 
 struct FusedParams {
@@ -42,11 +43,22 @@ struct FusedParams {
   bool keeps_hidden, keeps_before;
 };
 
-template <class T>
+// How memory is shared out.
+template <int Rank>
+struct Sizes {
+  static constexpr int panels = Rank / box;            // of a tile
+  static constexpr int buffers = Rank <= 128 ? 4 : 2;  // of 64 columns on their way out, a warpgroup
+  static constexpr int stages = Rank <= 128 ? 10 : 12;
+  // A tile's bias is in its place until its first panel is released, and so many tiles later that panel's successor is there.
+  static constexpr int biases = (stages + panels - 1) / panels;
+};
+
+template <class T, int Rank>
 struct FusedShared {
-  T panels[stages][panel_elements];
-  T staged[warpgroups][2][box_elements];  // a warpgroup's tile on its way out
-  sm90::Ring<stages> ring;
+  T panels[Sizes<Rank>::stages][panel_elements];
+  T staged[warpgroups][Sizes<Rank>::buffers][box_elements];
+  T bias[Sizes<Rank>::biases][tile_columns];
+  sm90::Ring<Sizes<Rank>::stages> ring;
 };
 
 // The part of the result that a cluster computes at a time.
@@ -66,13 +78,15 @@ struct Parts {
 
 template <class T, int Rank, bool transposed>
 struct FusedProducer {
-  FusedShared<T>& shared;
+  FusedShared<T, Rank>& shared;
   const FusedParams& p;
   const int block;  // of the cluster
-  sm90::Turn<stages> turn;
+  sm90::Turn<Sizes<Rank>::stages> turn;
+  sm90::Turn<Sizes<Rank>::biases> tile;
 
   // By one thread.
   __device__ void run(int cluster, int clusters) {
+    for (const CUtensorMap* map : {&p.x, &p.first, &p.second, &p.out}) cute::prefetch_tma_descriptor(map);
     // Pieces of the same rows run side by side and find x in the L2 cache.
     const auto keep = p.splits > 1 ? sm90::Keep::last : sm90::Keep::first;
     for (int i = cluster; i < p.pieces; i += clusters) {
@@ -90,9 +104,9 @@ struct FusedProducer {
           factor<Rank == box>(p.first, step * box, part * Parts<Rank>::width, step % cluster_blocks);
       }
 #pragma unroll 1
-      for (int n = piece.column0; n < piece.column_end; n += tile_columns)
+      for (int n = piece.column0; n < piece.column_end; n += tile_columns, tile.next())
 #pragma unroll 1
-        for (int r = 0; r < Rank; r += box) factor<false>(p.second, r, n, 0);
+        for (int r = 0; r < Rank; r += box) factor<false>(p.second, r, n, 0, r == 0 && p.bias != nullptr);
     }
   }
 
@@ -105,10 +119,13 @@ struct FusedProducer {
   __device__ sm90::BarrierWord* full() { return &shared.ring.full[turn.stage]; }
 
   // 64 of the product's depth, 128 of its columns: this block's half of them, for both blocks. Or 64 columns: all from block
-  // `whose`.
+  // `whose`. With it the bias of those columns.
   template <bool half>
-  __device__ void factor(const CUtensorMap& map, int depth, int column, int whose) {
-    T* to = begin(half ? panel_bytes / 2 : panel_bytes);
+  __device__ void factor(const CUtensorMap& map, int depth, int column, int whose, bool biased = false) {
+    const int bias_bytes = biased ? min(tile_columns, p.columns - column) * static_cast<int>(sizeof(T)) : 0;
+    T* to = begin((half ? panel_bytes / 2 : panel_bytes) + bias_bytes);
+    if (biased)
+      cute::SM90_BULK_COPY_G2S::copy(static_cast<const T*>(p.bias) + column, full(), shared.bias[tile.stage], bias_bytes);
     if (!half) to += block * box_elements, column += block * box;
     if (!half || whose == block)
       cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, full(), (1 << cluster_blocks) - 1,
@@ -120,18 +137,21 @@ struct FusedProducer {
 
 template <class T, int Rank, bool transposed>
 struct FusedConsumer {
-  static constexpr int parts = Parts<Rank>::count, width = Parts<Rank>::width, panels = Rank / box;
+  static constexpr int parts = Parts<Rank>::count, width = Parts<Rank>::width, panels = Sizes<Rank>::panels;
+  static constexpr int buffers = Sizes<Rank>::buffers;
   using Factor = sm90::SharedOperand<transposed>;
   using Block = std::uint32_t[4][4];  // 64 columns of a warpgroup's rows, rounded: a register operand of four products
   using Tile = float[tile_columns / 2];
 
-  FusedShared<T>& shared;
+  FusedShared<T, Rank>& shared;
   const FusedParams& p;
   const int block, warpgroup, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-  sm90::Turn<stages> turn, read;  // the next panel; the next to be released
-  int row = 0;                    // of the warpgroup
+  sm90::Turn<Sizes<Rank>::stages> turn, read;  // the next panel; the next to be released
+  sm90::Turn<Sizes<Rank>::biases> tiles;       // whose bias is next
+  sm90::Turn<buffers> buffer;                  // the next to be filled
+  int row = 0;                                 // of the warpgroup
 
-  __device__ FusedConsumer(FusedShared<T>& shared_, const FusedParams& p_, int block_, int warpgroup_)
+  __device__ FusedConsumer(FusedShared<T, Rank>& shared_, const FusedParams& p_, int block_, int warpgroup_)
       : shared(shared_), p(p_), block(block_), warpgroup(warpgroup_) {
     if (warpgroup == 1) give_turn();
   }
@@ -144,11 +164,10 @@ struct FusedConsumer {
       intermediate(h);
       if (p.keeps_hidden && piece.column0 == 0) {
 #pragma unroll
-        for (int q = 0; q < panels; q += 2) {
-          begin_staging();
-          stage(0, h[q]);
-          if (q + 1 < panels) stage(1, h[q + 1 < panels ? q + 1 : q]);
+        for (int q = 0; q < panels; ++q) {
+          stage(h[q]);
           send(p.hidden, q * box, p.rank);
+          buffer.next();
         }
       }
       columns(h, piece);
@@ -237,66 +256,68 @@ struct FusedConsumer {
   // One tile at a time, and not a second set of sums for the next one's product: a warpgroup that is a tile ahead holds panels,
   // and the ring has none to spare (2-7 % lost on an H200).
   __device__ __forceinline__ void multiply(Tile& tile, const Block (&h)[panels]) {
-    await_turn();
     std::uint32_t second[panels];
     factors(second);
+    const bool biased = p.bias != nullptr;
+    if (biased) begin_with_bias(tile);
+    await_turn();
     sm90::pin(tile);
     sm90::wgmma_begin();
 #pragma unroll
-    for (int q = 0; q < panels; ++q) sm90::multiply<T, tile_columns, 4, transposed>(tile, h[q], factor(second[q]), q > 0);
+    for (int q = 0; q < panels; ++q)
+      sm90::multiply<T, tile_columns, 4, transposed>(tile, h[q], factor(second[q]), q > 0 || biased);
     sm90::wgmma_commit();
     give_turn();
   }
 
-  __device__ __forceinline__ void finish(Tile& tile, int column) {
-    std::uint32_t bias[tile_columns / 8] = {};
-    if (p.bias != nullptr) {
+  __device__ __forceinline__ void begin_with_bias(Tile& tile) {
+    const auto* bias = reinterpret_cast<const std::uint32_t*>(shared.bias[tiles.stage]) + lane % 4;
+    tiles.next();
 #pragma unroll
-      for (int j = 0; j < tile_columns / 8; ++j) {
-        const int c = column + 8 * j + 2 * (lane % 4);
-        if (c < p.columns) bias[j] = __ldg(reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(p.bias) + c));
-      }
+    for (int j = 0; j < tile_columns / 8; ++j) {
+      const float2 b = unpack<T>(bias[4 * j]);
+      tile[4 * j] = tile[4 * j + 2] = b.x, tile[4 * j + 1] = tile[4 * j + 3] = b.y;
     }
+  }
+
+  __device__ __forceinline__ void finish(Tile& tile, int column) {
     sm90::wgmma_wait<0>();
     sm90::pin(tile);
     release(panels);
-    if (p.bias != nullptr) {
-#pragma unroll
-      for (int j = 0; j < tile_columns / 8; ++j) {
-        const float2 b = unpack<T>(bias[j]);
-        tile[4 * j] += b.x, tile[4 * j + 1] += b.y, tile[4 * j + 2] += b.x, tile[4 * j + 3] += b.y;
-      }
-    }
     Block values[2];
 #pragma unroll
     for (int i = 0; i < tile_columns / 4; ++i) values[i / 16][i / 4 % 4][i % 4] = pack<T>(tile[2 * i], tile[2 * i + 1]);
-    begin_staging();
-    stage(0, values[0]);
-    stage(1, values[1]);
-    if (p.activation != Activation::none) {
-      // It comes last, on what is rounded, as it does where layers are separate: its code exists once a tile instead of once an
-      // accumulator.
-      if (p.keeps_before) {
-        send(p.before, column, p.columns);
-        begin_staging();
-      } else {
-        __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      stage(values[half]);
+      if (p.activation != Activation::none) {
+        // It comes last, on what is rounded, as it does where layers are separate: its code exists once a tile instead of once
+        // an accumulator.
+        if (p.keeps_before) {
+          send(p.before, column + half * box, p.columns);
+          await_buffer<0>();
+        } else {
+          __syncwarp();
+        }
+        dispatch(p.activation, [&](auto f) { activate<decltype(f)::value>(); });
       }
-      dispatch(p.activation, [&](auto f) { activate<decltype(f)::value>(); });
+      send(p.out, column + half * box, p.columns);
+      buffer.next();
     }
-    send(p.out, column, p.columns);
   }
 
-  // Once what the warpgroup sent from its memory before has left it.
-  __device__ __forceinline__ void begin_staging() const {
-    if (leader()) cute::tma_store_wait<0>();
+  // Until all but `Pending` of what the warpgroup sent have left its memory.
+  template <int Pending>
+  __device__ __forceinline__ void await_buffer() const {
+    if (leader()) cute::tma_store_wait<Pending>();
     meet();
   }
 
-  // 64 columns of the warp's rows.
-  __device__ __forceinline__ void stage(int half, const Block& values) const {
+  // 64 columns of the warp's rows, to the buffer that was sent first.
+  __device__ __forceinline__ void stage(const Block& values) const {
+    await_buffer<buffers - 1>();
     const int place = lane % 16, across = lane / 16;  // the row and chunk that the lane addresses
-    const std::uint32_t to = shared_address(shared.staged[warpgroup][half]) + (warp % 4 * warp_rows + place) * 128;
+    const std::uint32_t to = shared_address(shared.staged[warpgroup][buffer.stage]) + (warp % 4 * warp_rows + place) * 128;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       asm volatile(
@@ -310,8 +331,7 @@ struct FusedConsumer {
     sm90::fence_async();
     meet();
     if (leader()) {
-      cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warpgroup][0], column, row);
-      if (column + box < columns) cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warpgroup][1], column + box, row);
+      if (column < columns) cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warpgroup][buffer.stage], column, row);
       cute::tma_store_arrive();
     }
   }
@@ -319,11 +339,11 @@ struct FusedConsumer {
   template <Activation activation>
   __device__ __forceinline__ void activate() {
     if constexpr (activation != Activation::none) {
-      constexpr int values_of_lane = 4, count = warp_rows * box / (values_of_lane * 32);  // in one half
+      constexpr int values_of_lane = 4, count = warp_rows * box / (values_of_lane * 32);
+      T* const rows = shared.staged[warpgroup][buffer.stage] + warp % 4 * warp_rows * box;
 #pragma unroll 1
-      for (int i = 0; i < 2 * count; ++i) {
-        T* const half = shared.staged[warpgroup][i / count] + warp % 4 * warp_rows * box;
-        uint2& at = reinterpret_cast<uint2*>(half)[i % count * 32 + lane];
+      for (int i = 0; i < count; ++i) {
+        uint2& at = reinterpret_cast<uint2*>(rows)[i * 32 + lane];
         const float2 low = unpack<T>(at.x), high = unpack<T>(at.y);
         at = make_uint2(pack<T>(value<activation>(low.x), value<activation>(low.y)),
                         pack<T>(value<activation>(high.x), value<activation>(high.y)));
@@ -336,7 +356,7 @@ template <class T, int Rank, bool transposed>
 __global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(threads, 1)
     lowrank_fused_kernel(const __grid_constant__ FusedParams p) {
   extern __shared__ __align__(1024) char memory[];
-  auto& shared = *reinterpret_cast<FusedShared<T>*>(memory);
+  auto& shared = *reinterpret_cast<FusedShared<T, Rank>*>(memory);
   if (threadIdx.x == 0) {
     shared.ring.init(cluster_blocks * consumer_warps);
     cutlass::arch::fence_barrier_init();

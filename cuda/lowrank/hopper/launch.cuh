@@ -35,7 +35,7 @@ inline bool encode(CUtensorMap* map, const TensorView& t) {
 template <class T, int Rank, bool transposed>
 bool run(const FusedProblem& problem, const Launch& launch) {
   const auto kernel = lowrank_fused_kernel<T, Rank, transposed>;
-  constexpr int shared_bytes = static_cast<int>(sizeof(FusedShared<T>));
+  constexpr int shared_bytes = static_cast<int>(sizeof(FusedShared<T, Rank>));
   static_assert(shared_bytes <= 227 * 1024);
   const DType dtype = problem.x.dtype;
   const std::int64_t rows = problem.out.size[0], columns = problem.out.size[1], depth = problem.x.size[1];
