@@ -151,6 +151,7 @@ def measure(
     only: Iterable[str] = (),
     done: Iterable[tuple[str, str, str]] = (),
     at_once: int = 2,
+    warm: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """One row for each depth, pass (training or not) and variant; ``done`` ones are left out.
 
@@ -158,6 +159,7 @@ def measure(
         ranks: those found by timing, by the spec's text; what is not there is searched for and written into it.
         save: called when something was written into it.
         at_once: processes that compile at a time.
+        warm: compile alone, for the caches that TORCHINDUCTOR_CACHE_DIR names, what needs no timing.
     """
     done = set(done)
     for depth, training in itertools.product(depths, passes):
@@ -169,11 +171,16 @@ def measure(
                 names = [n for n in names if (f"ResNet-{depth}", what, n) not in done]
                 if not names:
                     continue
-                specs = [_ranked(Spec(depth, n, training, device, images), ranks, save) for n in names]
+                if warm:
+                    names = [n for n in names if "timed" not in n]
+                specs = [Spec(depth, n, training, device, images) for n in names]
+                if not warm:
+                    specs = [_ranked(spec, ranks, save) for spec in specs]
                 if "dense" not in workers:
                     specs = [Spec(depth, "dense", training, device, images), *specs]
                 workers |= start(specs, at_once)
-                yield from _rows(workers, rounds, _rates(device))
+                if not warm:
+                    yield from _rows(workers, rounds, _rates(device))
                 for name in [n for n in workers if n != "dense"]:
                     workers.pop(name).end()
         finally:

@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu)")
     parser.add_argument("--rounds", type=int, default=7, help="(speed)")
     parser.add_argument("--only", nargs="+", default=[], help="some variants: merging freezing (speed)")
+    parser.add_argument("--warm", action="store_true", help="compile for the caches and measure nothing (speed)")
     parser.add_argument("--at-once", type=int, default=2, help="processes that compile at a time (speed)")
     parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
     parser.add_argument("--no-inference", action="store_true", help="training alone (speed)")
@@ -118,6 +119,7 @@ def _rows(
         only=options.only,
         done=[(row["model"], row["what"], row["variant"]) for row in done],
         at_once=options.at_once,
+        warm=options.warm,
     )
 
 

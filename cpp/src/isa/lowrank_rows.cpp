@@ -211,11 +211,12 @@ struct Activations {
   static constexpr ActivationKernels table = {activate, backward};
 };
 
-// Against torch on 2 cores with AVX-512: float16 gains 1.2-1.7x from 2 rows to 16. MKL multiplies a few rows of float32 out of
-// the cache as fast as they come; it loses from 4 rows on where the factors do not fit (1.0x at 2 MiB, 1.3-1.4x at 8).
+// Against torch on 2 cores with AVX-512: float16 gains 1.3-1.9x from 4 rows to 16, 1.0-1.2x at one. MKL multiplies a few rows
+// of float32 out of the cache as fast as they come; it loses from 4 rows on where the factors do not fit (1.0x at 2
+// MiB, 1.3-1.4x at 8).
 template <class Storage, class T>
-constexpr Limits limits = sizeof(Storage) == 2 ? Limits{.least_rows = 2, .most_rows = 16}
-                                               : Limits{.least_rows = 4, .most_rows = 16, .least_bytes = 3 << 19};
+constexpr Limits limits =
+    sizeof(Storage) == 2 ? Limits{.most_rows = 16} : Limits{.least_rows = 4, .most_rows = 16, .least_bytes = 3 << 19};
 template <class Storage, class T>
 constexpr ProductKernels dots = {
     block, limits<Storage, T>, true, Dots<Storage, T>::operand_bytes, Dots<Storage, T>::prepare, Dots<Storage, T>::multiply};

@@ -20,7 +20,8 @@ __all__ = ["ACTIVATIONS", "lowrank_linear"]
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_LIMITS: dict[tuple[torch.dtype, bool], tuple[tuple[int, ...], ...]] = {}
+# By dtype, on CUDA and elsewhere: the most rows of any box, and the boxes.
+_LIMITS: dict[bool, dict[torch.dtype, tuple[int, tuple[tuple[int, ...], ...]]]] = {False: {}, True: {}}
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
@@ -72,13 +73,16 @@ def stays_on_chip(x: Tensor, down: Tensor, up: Tensor) -> bool:
 
 def _left_to_torch(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Whether two products of torch's are the faster way. Called for each call of a layer, so it looks at little."""
-    boxes = _LIMITS.get((x.dtype, x.is_cuda))
-    if boxes is None:
+    limits = _LIMITS[x.is_cuda].get(x.dtype)
+    if limits is None:
         if not (x.is_cpu or x.is_cuda) or x.dtype not in _DTYPES:
             return False
-        boxes = _LIMITS[x.dtype, x.is_cuda] = _boxes(x.is_cuda, x.dtype)
-    shape = x.shape
-    return bool(shape) and shape[-1] > 0 and not _within(boxes, x, down, up)
+        boxes = _boxes(x.is_cuda, x.dtype)
+        limits = _LIMITS[x.is_cuda][x.dtype] = max((box[1] for box in boxes), default=0), boxes
+    shape, numbers = x.shape, x.numel()
+    if numbers == 0 or not shape:
+        return bool(shape) and shape[-1] > 0
+    return numbers > limits[0] * shape[-1] or not _within(limits[1], x, down, up)
 
 
 def _within(boxes: tuple[tuple[int, ...], ...], x: Tensor, down: Tensor, up: Tensor) -> bool:
