@@ -17,6 +17,9 @@ from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import ProgressiveDecomposition
 
 
+EAGER = 3  # steps before a CUDA graph is captured
+
+
 def _windows(tokens: np.ndarray, length: int) -> Tensor:
     count = len(tokens) // length
     return torch.from_numpy(np.asarray(tokens[: count * length], dtype=np.int64)).view(count, length)
@@ -35,27 +38,48 @@ def _train(
     steps: int,
     batch: int,
     lr: float,
-    before: Callable[..., None] | None = None,
-    cycles: int = 1,
+    before: ProgressiveDecomposition | None = None,
 ) -> None:
-    """AdamW with ``cycles`` of warm-up and cosine; ``before(model, step, epoch, optimizer)`` runs ahead of each step."""
-    period = -(-steps // cycles)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    """AdamW with warm-up and cosine; ``before.apply`` runs ahead of each step. On a GPU a CUDA graph repeats the steps between
+    two changes of the model."""
+    cuda = windows.is_cuda
+    rate = torch.tensor(lr, device=windows.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, capturable=cuda)
     order = torch.Generator().manual_seed(0)
-    model.train()
-    for step in range(steps):
-        if before is not None:
-            before(model, step, 0.0, optimizer)
-        at = step % period
-        rate = lr * min(1.0, (at + 1) / 20) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * at / period)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        part = windows[torch.randint(len(windows), (batch,), generator=order)]
-        loss = model(input_ids=part, labels=part).loss
+    part = windows[:batch].clone()
+    graph: torch.cuda.CUDAGraph | None = None
+    eager = EAGER
+
+    def one() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        model(input_ids=part, labels=part).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+
+    model.train()
+    side = torch.cuda.Stream() if cuda else None
+    for step in range(steps):
+        if before is not None:
+            stage = before.stage
+            before.apply(model, step, 0.0, optimizer)
+            if before.stage != stage:
+                graph, eager = None, EAGER
+        rate.fill_(lr * min(1.0, (step + 1) / 20) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps))))
+        part.copy_(windows[torch.randint(len(windows), (batch,), generator=order)])
+        if side is None:
+            one()
+        elif eager > 0:  # moments and libraries' memory come into being
+            eager -= 1
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                one()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            if graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    one()
+            graph.replay()
 
 
 def progressive(

@@ -52,10 +52,8 @@ def _positive(rank: Rank) -> bool:
 
 
 def default_multiple(layer: Layer) -> int:
-    """Tensor cores of a GPU like 64 columns of a matrix product; vectors of a processor, and convolutions, 8 to 16."""
-    if layer.weight.is_cuda:
-        return 64 if layer.kind in ("linear", "conv1d") else 32
-    return 16
+    """Tensor cores of a GPU like 64 columns of a product, of convolutions too; vectors of a processor like 8 to 16."""
+    return 64 if layer.weight.is_cuda else 16
 
 
 class Timer:
