@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import ProgressiveDecomposition
-
 
 EAGER = 3  # steps before a CUDA graph is captured
 
@@ -83,14 +82,30 @@ def _train(
 
 
 def progressive(
-    steps: int, recovery: int, seeds: list[int], width: int, layers: int, ratios: tuple[float, ...], device: str
+    steps: int,
+    recovery: int,
+    seeds: list[int],
+    width: int,
+    layers: int,
+    ratios: tuple[float, ...],
+    device: str,
+    *,
+    batch: int,
+    early: float,
+    lr: float,
 ) -> Iterator[dict[str, Any]]:
-    """A byte-level LLaMA trained on the standard library, its MLPs then smaller by ``ratios``: equal size, equal tokens."""
+    """A byte-level LLaMA trained on the standard library, its MLPs then smaller by ``ratios``: equal size, equal tokens.
+
+    Args:
+        early: the part of the recovery that is over when the last of several stages begins.
+        lr: of the recovery.
+    """
     import transformers
 
     from effcore.data import byte_tokenizer
     from effcore.data.corpus import load_corpus
 
+    torch.set_float32_matmul_precision("high")
     tokenizer = byte_tokenizer()
     corpus = load_corpus(None, tokenizer)
     train, held = (_windows(t, 256).to(device) for t in (corpus.train, corpus.validation))
@@ -105,29 +120,28 @@ def progressive(
             num_attention_heads=width // 32,
         )
         dense = transformers.LlamaForCausalLM(config).to(device)
-        _train(dense, train, steps, 8, 1e-3)
+        _train(dense, train, steps, batch, 1e-3)
+        dense_perplexity = perplexity(dense, held)
         options = {"include": ["mlp"], "multiple": 1}
         for ratio in ratios:
-            # One step, then all of the recovery; or halves (two steps at least) to the same rank, with an equal part of it
-            # each, under one schedule of the learning rate or under one a stage.
-            stages = max(2, round(math.log2(ratio)))
+            stages = max(2, round(math.log2(ratio)))  # halves, or two steps
             ways = {
-                "single step": (1, 1),
-                "progressive": (stages, 1),
-                "progressive, a schedule a stage": (stages, stages),
+                "single step": (1, 0.0),
+                "progressive": (stages, early),
+                "progressive, equal stages": (stages, 1 - 1 / stages),
             }
-            for name, (count, cycles) in ways.items():
+            for name, (count, part) in ways.items():
                 model = copy.deepcopy(dense)
-                every = max(1, -(-recovery // count))
+                every = max(1, round(recovery * part / max(1, count - 1)))
                 schedule = ProgressiveDecomposition((ratio ** (1 / count),) * count, every=every, options=options)
-                _train(model, train, recovery, 8, 5e-4, schedule.apply, cycles)
+                _train(model, train, recovery, batch, lr, schedule)
                 row = {
                     "seed": seed,
                     "ratio": ratio,
                     "way": name,
                     "stages": count,
                     "mlp_parameters": sum(p.numel() for n, p in model.named_parameters() if "mlp" in n),
-                    "perplexity_dense": perplexity(dense, held),
+                    "perplexity_dense": dense_perplexity,
                     "perplexity": perplexity(model, held),
                 }
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)

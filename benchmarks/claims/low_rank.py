@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("claim", choices=("speed", "layers", "search", "progressive", "smollm", "table"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--depths", type=int, nargs="+", default=[50], choices=(50, 101, 152))
-    parser.add_argument("--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu)")
+    parser.add_argument(
+        "--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu); sequences (progressive; default 8)"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="(speed)")
     parser.add_argument("--only", nargs="+", default=[], help="some variants: merging freezing (speed)")
     parser.add_argument("--warm", action="store_true", help="compile for the caches and measure nothing (speed)")
@@ -50,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(progressive)")
     parser.add_argument("--width", type=int, default=192, help="(progressive)")
     parser.add_argument("--layers", type=int, default=4, help="(progressive)")
+    parser.add_argument(
+        "--early", type=float, default=0.2, help="part of the recovery before the last stage (progressive)"
+    )
+    parser.add_argument("--lr", type=float, default=5e-4, help="of the recovery (progressive)")
     parser.add_argument(
         "--ratios", type=float, nargs="+", help="(progressive, default 2 4 16; smollm, default 1.25 1.5 2)"
     )
@@ -100,6 +106,9 @@ def _rows(
             options.layers,
             tuple(options.ratios or (2.0, 4.0, 16.0)),
             options.device,
+            batch=options.batch or 8,
+            early=options.early,
+            lr=options.lr,
         )
     if options.claim == "smollm":
         return _low_rank_language.smollm(tuple(options.ratios or (1.25, 1.5, 2.0)), options.device, options.windows)
