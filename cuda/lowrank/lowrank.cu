@@ -18,15 +18,12 @@ constexpr Limits box_of(std::int64_t least_rows, std::int64_t most_rows, std::in
 constexpr Limits forward[] = {
     box_of(50000, any, 24, 176, 64, 1024, 128, 512),      // 1.11-1.70x two products; 256 -> 64 gains nothing
     box_of(50000, any, 24, 176, 64, 256, 256, 1024),      // 1.20-1.78x
-    box_of(8192, any, 193, 256, 512, 1024, 2048, 3072),   // 1.05-1.08x
-    box_of(4096, 8192, 97, 128, 512, 1024, 2048, 3072),   // 1.05-1.08x
-    box_of(16384, 32768, 97, 128, 3072, 4096, 512, 768),  // 1.16x; at 65536 rows training loses
-    box_of(16384, any, 193, 256, 3072, 4096, 512, 768),   // 1.03-1.14x
-    box_of(4096, 8191, 193, 256, 512, 1024, 2048, 3072),  // from here on without a bias: 1.15x
-    box_of(8193, 32768, 97, 128, 512, 1024, 2048, 3072),  // 1.33x
+    box_of(4096, any, 193, 256, 512, 1024, 2048, 3072),   // 1.09-1.30x
+    box_of(4096, any, 97, 128, 512, 1024, 2048, 3072),    // 1.03-1.24x
+    box_of(16384, any, 97, 128, 1536, 2048, 4096, 5632),  // 1.08-1.19x
+    box_of(16384, 32768, 97, 128, 3072, 4096, 512, 768),  // 1.17x; at 65536 rows training loses
+    box_of(16384, any, 193, 256, 3072, 4096, 512, 768),   // 1.03-1.16x
 };
-// A tile's bias comes from memory behind the stores of the tile before, which takes a third of the time where out is large.
-constexpr std::size_t biased = 6;
 constexpr Limits gradient[] = {
     box_of(50000, 131072, 97, 176, 256, 1024, 256, 1024),  // the whole backward 1.02-1.03x
     box_of(8192, any, 193, 256, 512, 1024, 2048, 3072),    // 1.03-1.08x
@@ -75,13 +72,8 @@ std::span<const Limits> limits(DType dtype) {
 }
 
 bool takes(const Linear& args) {
-  const auto served = [&](std::span<const Limits> measured) {
-    return effcore::lowrank::within(boxes(measured), args.x.dtype, args.x.size[0], args.x.size[1], args.down.size[0],
-                                    args.up.size[0]);
-  };
   return aligned(args.x) && aligned(args.down) && aligned(args.up) && args.up.size[0] % 8 == 0 &&
-         (args.bias == nullptr ||
-          (reinterpret_cast<std::uintptr_t>(args.bias->data) % 16 == 0 && served(std::span(forward).first(biased))));
+         (args.bias == nullptr || reinterpret_cast<std::uintptr_t>(args.bias->data) % 16 == 0);
 }
 
 void linear(const Linear& args, const Launch& launch) {

@@ -3,12 +3,12 @@
 // A cluster of two blocks owns 256 rows of x, a block 128, a warpgroup 64:
 //   1.  H [64, R] += x tile [64, 64] first tile [64, R]          over the depth in steps of 64, operands in shared memory
 //   2.  out tile [64, 128] = H second tile [R, 128]              over N in steps of 128; H, rounded, is the register operand
-// All operands come as panels of 16 KiB through one ring, which a producer warp fills by TMA across steps, phases and pieces of
-// work, so that the next one's panels arrive while a result is still on its way out. Panels of the factors serve both blocks:
-// each fetches one half and multicasts it. In phase 2 the warpgroups take turns: one multiplies while the other gives its tile
-// its activation and sends it off by TMA, in halves, each from a buffer of its own. A tile's bias comes with its first panel of
-// factors, and the sums begin as it. Memory goes to the ring where R is large (with ten panels instead of twelve, R = 256 takes
-// a third longer on an H200), to buffers where a tile needs few panels.
+// All operands come as panels of 16 KiB through one ring, which the producer's warps fill by TMA across steps, phases and
+// pieces of work, so that the next one's panels arrive while a result is still on its way out. Panels of the factors serve both
+// blocks: each fetches one half and multicasts it. In phase 2 the warpgroups take turns: one multiplies while the other gives
+// its tile its activation and sends it off by TMA. A tile's bias comes with its first panel and is what its sums begin as: read
+// from global memory it would wait behind the stores. The ring is as deep as memory allows: with ten panels instead of twelve,
+// R = 256 takes a third longer on an H200.
 //
 // Bound, M = 16384, 768 -> 3072 in bf16: x and out are 126 MB, 29 us at 4.3 TB/s; 2 M R (768 + 3072) operations are 16 us at R
 // = 128 and 32 us at 256 of 1 PFLOP/s; a cluster reads the factors from the L2 cache, M / 256 times 2 R (768 + 3072) bytes: 11
@@ -29,7 +29,7 @@ namespace sm90 = effcore::cuda::hopper;
 constexpr int cluster_blocks = 2, warpgroups = 2, block_rows = 64 * warpgroups, cluster_rows = cluster_blocks * block_rows;
 constexpr int box = 64, box_elements = box * box, panel_elements = 2 * box_elements, panel_bytes = 2 * panel_elements;
 constexpr int tile_columns = 128, warp_rows = 16;
-constexpr int consumer_warps = 4 * warpgroups, threads = 128 * (warpgroups + 1);
+constexpr int producer_warps = 4, consumer_warps = 4 * warpgroups, threads = 128 * (warpgroups + 1);
 constexpr int consumer_registers = 232, producer_registers = 40;
 
 struct FusedParams {
@@ -46,9 +46,8 @@ struct FusedParams {
 // How memory is shared out.
 template <int Rank>
 struct Sizes {
-  static constexpr int panels = Rank / box;            // of a tile
-  static constexpr int buffers = Rank <= 128 ? 4 : 2;  // of 64 columns on their way out, a warpgroup
-  static constexpr int stages = Rank <= 128 ? 10 : 12;
+  static constexpr int panels = Rank / box;             // of a tile
+  static constexpr int stages = Rank == box ? 11 : 12;  // as many as there is memory for
   // A tile's bias is in its place until its first panel is released, and so many tiles later that panel's successor is there.
   static constexpr int biases = (stages + panels - 1) / panels;
 };
@@ -56,7 +55,7 @@ struct Sizes {
 template <class T, int Rank>
 struct FusedShared {
   T panels[Sizes<Rank>::stages][panel_elements];
-  T staged[warpgroups][Sizes<Rank>::buffers][box_elements];
+  T staged[warpgroups][2][box_elements];  // a warpgroup's tile on its way out
   T bias[Sizes<Rank>::biases][tile_columns];
   sm90::Ring<Sizes<Rank>::stages> ring;
 };
@@ -80,24 +79,28 @@ template <class T, int Rank, bool transposed>
 struct FusedProducer {
   FusedShared<T, Rank>& shared;
   const FusedParams& p;
-  const int block;  // of the cluster
+  const int block, warp;  // of the cluster; of the producers
   sm90::Turn<Sizes<Rank>::stages> turn;
   sm90::Turn<Sizes<Rank>::biases> tile;
 
-  // By one thread.
+  // By one thread of each warp. They share out the stages: where one filled all of them, some hundred cycles more a panel made
+  // the kernel a fifth slower.
   __device__ void run(int cluster, int clusters) {
-    for (const CUtensorMap* map : {&p.x, &p.first, &p.second, &p.out}) cute::prefetch_tma_descriptor(map);
+    if (warp == 0)
+      for (const CUtensorMap* map : {&p.x, &p.first, &p.second, &p.out}) cute::prefetch_tma_descriptor(map);
     // Pieces of the same rows run side by side and find x in the L2 cache.
     const auto keep = p.splits > 1 ? sm90::Keep::last : sm90::Keep::first;
     for (int i = cluster; i < p.pieces; i += clusters) {
       const Piece piece(p, i);
 #pragma unroll 1
       for (int step = 0; step < p.first_steps; ++step) {
-        T* const to = begin();
+        if (mine()) {
+          T* const to = begin(panel_bytes);
 #pragma unroll 1
-        for (int half = 0; half < 2; ++half)
-          cute::SM90_TMA_LOAD_2D::copy(&p.x, full(), static_cast<std::uint64_t>(keep), to + half * box_elements, step * box,
-                                       piece.row0 + block * block_rows + half * box);
+          for (int half = 0; half < 2; ++half)
+            cute::SM90_TMA_LOAD_2D::copy(&p.x, full(), static_cast<std::uint64_t>(keep), to + half * box_elements, step * box,
+                                         piece.row0 + block * block_rows + half * box);
+        }
         turn.next();
 #pragma unroll 1
         for (int part = 0; part < Parts<Rank>::count; ++part)
@@ -111,7 +114,8 @@ struct FusedProducer {
   }
 
  private:
-  __device__ T* begin(int bytes = panel_bytes) {
+  __device__ bool mine() const { return turn.stage % producer_warps == warp; }
+  __device__ T* begin(int bytes) {
     shared.ring.wait_empty(turn);
     shared.ring.expect(turn, bytes);
     return shared.panels[turn.stage];
@@ -122,15 +126,17 @@ struct FusedProducer {
   // `whose`. With it the bias of those columns.
   template <bool half>
   __device__ void factor(const CUtensorMap& map, int depth, int column, int whose, bool biased = false) {
-    const int bias_bytes = biased ? min(tile_columns, p.columns - column) * static_cast<int>(sizeof(T)) : 0;
-    T* to = begin((half ? panel_bytes / 2 : panel_bytes) + bias_bytes);
-    if (biased)
-      cute::SM90_BULK_COPY_G2S::copy(static_cast<const T*>(p.bias) + column, full(), shared.bias[tile.stage], bias_bytes);
-    if (!half) to += block * box_elements, column += block * box;
-    if (!half || whose == block)
-      cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, full(), (1 << cluster_blocks) - 1,
-                                             static_cast<std::uint64_t>(sm90::Keep::last), to, transposed ? column : depth,
-                                             transposed ? depth : column);
+    if (mine()) {
+      const int bias_bytes = biased ? min(tile_columns, p.columns - column) * static_cast<int>(sizeof(T)) : 0;
+      T* to = begin((half ? panel_bytes / 2 : panel_bytes) + bias_bytes);
+      if (biased)
+        cute::SM90_BULK_COPY_G2S::copy(static_cast<const T*>(p.bias) + column, full(), shared.bias[tile.stage], bias_bytes);
+      if (!half) to += block * box_elements, column += block * box;
+      if (!half || whose == block)
+        cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, full(), (1 << cluster_blocks) - 1,
+                                               static_cast<std::uint64_t>(sm90::Keep::last), to, transposed ? column : depth,
+                                               transposed ? depth : column);
+    }
     turn.next();
   }
 };
@@ -138,7 +144,6 @@ struct FusedProducer {
 template <class T, int Rank, bool transposed>
 struct FusedConsumer {
   static constexpr int parts = Parts<Rank>::count, width = Parts<Rank>::width, panels = Sizes<Rank>::panels;
-  static constexpr int buffers = Sizes<Rank>::buffers;
   using Factor = sm90::SharedOperand<transposed>;
   using Block = std::uint32_t[4][4];  // 64 columns of a warpgroup's rows, rounded: a register operand of four products
   using Tile = float[tile_columns / 2];
@@ -148,7 +153,6 @@ struct FusedConsumer {
   const int block, warpgroup, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   sm90::Turn<Sizes<Rank>::stages> turn, read;  // the next panel; the next to be released
   sm90::Turn<Sizes<Rank>::biases> tiles;       // whose bias is next
-  sm90::Turn<buffers> buffer;                  // the next to be filled
   int row = 0;                                 // of the warpgroup
 
   __device__ FusedConsumer(FusedShared<T, Rank>& shared_, const FusedParams& p_, int block_, int warpgroup_)
@@ -164,10 +168,11 @@ struct FusedConsumer {
       intermediate(h);
       if (p.keeps_hidden && piece.column0 == 0) {
 #pragma unroll
-        for (int q = 0; q < panels; ++q) {
-          stage(h[q]);
+        for (int q = 0; q < panels; q += 2) {
+          begin_staging();
+          stage(0, h[q]);
+          if (q + 1 < panels) stage(1, h[q + 1 < panels ? q + 1 : q]);
           send(p.hidden, q * box, p.rank);
-          buffer.next();
         }
       }
       columns(h, piece);
@@ -256,11 +261,14 @@ struct FusedConsumer {
   // One tile at a time, and not a second set of sums for the next one's product: a warpgroup that is a tile ahead holds panels,
   // and the ring has none to spare (2-7 % lost on an H200).
   __device__ __forceinline__ void multiply(Tile& tile, const Block (&h)[panels]) {
+    const bool biased = p.bias != nullptr;
+    if (!biased) await_turn();
     std::uint32_t second[panels];
     factors(second);
-    const bool biased = p.bias != nullptr;
-    if (biased) begin_with_bias(tile);
-    await_turn();
+    if (biased) {
+      begin_with_bias(tile);
+      await_turn();
+    }
     sm90::pin(tile);
     sm90::wgmma_begin();
 #pragma unroll
@@ -287,37 +295,33 @@ struct FusedConsumer {
     Block values[2];
 #pragma unroll
     for (int i = 0; i < tile_columns / 4; ++i) values[i / 16][i / 4 % 4][i % 4] = pack<T>(tile[2 * i], tile[2 * i + 1]);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      stage(values[half]);
-      if (p.activation != Activation::none) {
-        // It comes last, on what is rounded, as it does where layers are separate: its code exists once a tile instead of once
-        // an accumulator.
-        if (p.keeps_before) {
-          send(p.before, column + half * box, p.columns);
-          await_buffer<0>();
-        } else {
-          __syncwarp();
-        }
-        dispatch(p.activation, [&](auto f) { activate<decltype(f)::value>(); });
+    begin_staging();
+    stage(0, values[0]);
+    stage(1, values[1]);
+    if (p.activation != Activation::none) {
+      // It comes last, on what is rounded, as it does where layers are separate: its code exists once a tile instead of once an
+      // accumulator.
+      if (p.keeps_before) {
+        send(p.before, column, p.columns);
+        begin_staging();
+      } else {
+        __syncwarp();
       }
-      send(p.out, column + half * box, p.columns);
-      buffer.next();
+      dispatch(p.activation, [&](auto f) { activate<decltype(f)::value>(); });
     }
+    send(p.out, column, p.columns);
   }
 
-  // Until all but `Pending` of what the warpgroup sent have left its memory.
-  template <int Pending>
-  __device__ __forceinline__ void await_buffer() const {
-    if (leader()) cute::tma_store_wait<Pending>();
+  // Once what the warpgroup sent from its memory before has left it.
+  __device__ __forceinline__ void begin_staging() const {
+    if (leader()) cute::tma_store_wait<0>();
     meet();
   }
 
-  // 64 columns of the warp's rows, to the buffer that was sent first.
-  __device__ __forceinline__ void stage(const Block& values) const {
-    await_buffer<buffers - 1>();
+  // 64 columns of the warp's rows.
+  __device__ __forceinline__ void stage(int half, const Block& values) const {
     const int place = lane % 16, across = lane / 16;  // the row and chunk that the lane addresses
-    const std::uint32_t to = shared_address(shared.staged[warpgroup][buffer.stage]) + (warp % 4 * warp_rows + place) * 128;
+    const std::uint32_t to = shared_address(shared.staged[warpgroup][half]) + (warp % 4 * warp_rows + place) * 128;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       asm volatile(
@@ -331,7 +335,8 @@ struct FusedConsumer {
     sm90::fence_async();
     meet();
     if (leader()) {
-      if (column < columns) cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warpgroup][buffer.stage], column, row);
+      cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warpgroup][0], column, row);
+      if (column + box < columns) cute::SM90_TMA_STORE_2D::copy(&map, shared.staged[warpgroup][1], column + box, row);
       cute::tma_store_arrive();
     }
   }
@@ -339,11 +344,11 @@ struct FusedConsumer {
   template <Activation activation>
   __device__ __forceinline__ void activate() {
     if constexpr (activation != Activation::none) {
-      constexpr int values_of_lane = 4, count = warp_rows * box / (values_of_lane * 32);
-      T* const rows = shared.staged[warpgroup][buffer.stage] + warp % 4 * warp_rows * box;
+      constexpr int values_of_lane = 4, count = warp_rows * box / (values_of_lane * 32);  // in one half
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        uint2& at = reinterpret_cast<uint2*>(rows)[i * 32 + lane];
+      for (int i = 0; i < 2 * count; ++i) {
+        T* const half = shared.staged[warpgroup][i / count] + warp % 4 * warp_rows * box;
+        uint2& at = reinterpret_cast<uint2*>(half)[i % count * 32 + lane];
         const float2 low = unpack<T>(at.x), high = unpack<T>(at.y);
         at = make_uint2(pack<T>(value<activation>(low.x), value<activation>(low.y)),
                         pack<T>(value<activation>(high.x), value<activation>(high.y)));
@@ -364,10 +369,10 @@ __global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(threads
   cute::cluster_sync();
   const int block = static_cast<int>(cute::block_rank_in_cluster());
   const int cluster = static_cast<int>(blockIdx.x) / cluster_blocks, clusters = static_cast<int>(gridDim.x) / cluster_blocks;
-  const int warpgroup = sm90::uniform(static_cast<int>(threadIdx.x) / 128) - 1;
+  const int warp = sm90::uniform(static_cast<int>(threadIdx.x) / 32), warpgroup = warp / 4 - 1;
   if (warpgroup < 0) {
     cutlass::arch::warpgroup_reg_dealloc<producer_registers>();
-    if (threadIdx.x == 0) FusedProducer<T, Rank, transposed>{shared, p, block, {}}.run(cluster, clusters);
+    if (threadIdx.x % 32 == 0) FusedProducer<T, Rank, transposed>{shared, p, block, warp, {}, {}}.run(cluster, clusters);
     __syncwarp();
     cute::cluster_sync();  // nobody ends while the other block still writes its memory or signals its barriers
   } else {
