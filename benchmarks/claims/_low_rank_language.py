@@ -17,6 +17,7 @@ from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import ProgressiveDecomposition
 
 EAGER = 3  # steps before a CUDA graph is captured
+WARM = 20  # steps over which the learning rate rises, from the beginning and from each change of the model
 
 
 def _windows(tokens: np.ndarray, length: int) -> Tensor:
@@ -39,15 +40,15 @@ def _train(
     lr: float,
     before: ProgressiveDecomposition | None = None,
 ) -> None:
-    """AdamW with warm-up and cosine; ``before.apply`` runs ahead of each step. On a GPU a CUDA graph repeats the steps between
-    two changes of the model."""
+    """AdamW with warm-up and cosine; ``before.apply`` runs ahead of each step. Where it changes the model the rate rises again:
+    new parameters have no moments yet. On a GPU a CUDA graph repeats the steps between two changes."""
     cuda = windows.is_cuda
     rate = torch.tensor(lr, device=windows.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, capturable=cuda)
     order = torch.Generator().manual_seed(0)
     part = windows[:batch].clone()
     graph: torch.cuda.CUDAGraph | None = None
-    eager = EAGER
+    eager, changed = EAGER, 0
 
     def one() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -62,8 +63,9 @@ def _train(
             stage = before.stage
             before.apply(model, step, 0.0, optimizer)
             if before.stage != stage:
-                graph, eager = None, EAGER
-        rate.fill_(lr * min(1.0, (step + 1) / 20) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps))))
+                graph, eager, changed = None, EAGER, step
+        warm = min(1.0, (step - changed + 1) / WARM)
+        rate.fill_(lr * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps))))
         part.copy_(windows[torch.randint(len(windows), (batch,), generator=order)])
         if side is None:
             one()
