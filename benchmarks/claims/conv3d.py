@@ -1,4 +1,4 @@
-"""3D convolutions from 2D and 1D parts: `python -m benchmarks.claims.conv3d speed | unet | patches | accuracy`.
+"""3D convolutions from 2D and 1D parts: `python -m benchmarks.claims.conv3d speed | unet | profile | patches | accuracy`.
 
 speed: the 3D part of ECO-Lite (a ResNet-18's last three stages on 16 frames of 96 channels at 28²): parameters, FLOPs, clips a
 second of training and of inference, for each way to build its convolutions. Conv3D runs in its better memory format. The paper,
@@ -7,6 +7,8 @@ step is 1.6x.
 
 unet: the same for one level of a 3D U-Net on volumes of 64 channels at 32 x 64²: two convolutions, two at half the resolution
 and twice the channels, and two over the joined halves.
+
+profile: which kernels make up a training step of `speed`'s network.
 
 patches: a video transformer's patch embedding (stride = kernel) before and after factorize_conv3d.
 
@@ -38,6 +40,7 @@ import effcore  # noqa: E402
 for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
     effcore.__path__.append(folder)
 
+from benchmarks.claims._skipvit_profile import kernels  # noqa: E402
 from effcore.data.moving_digits import MovingDigits  # noqa: E402
 from effcore.nn import conv3d as blocks  # noqa: E402
 
@@ -194,6 +197,41 @@ def speed(
     return rows
 
 
+# Names of kernels that belong to a kind; the first that fits counts.
+KINDS = {
+    "norms, ReLU, additions": ("triton", "batch_norm", "bn_", "elementwise", "reduce_kernel<512", "reduce_kernel<128"),
+    "ours": ("conv3d",),
+    "convolutions": ("fprop", "dgrad", "wgrad", "conv", "implicit", "cudnn", "nhwc", "nchw", "cutlass", "gemm", "nvjet"),
+    "optimizer": ("multi_tensor",),
+}
+
+
+def profile(task: Task, device: str, batch: int, dtype: torch.dtype, names: list[str], compiled: bool) -> list[dict]:
+    """Microseconds of each kernel of one training step, and of each kind."""
+    torch.backends.cudnn.benchmark = True
+    rows = []
+    for name in names:
+        contender = Contender(task, METHODS[name], batch, device, dtype, True, compiled)
+        for _ in range(3):
+            contender.train()
+
+        def steps(count: int, contender: Contender = contender) -> None:
+            for _ in range(count):
+                contender.train()
+            torch.cuda.synchronize()
+
+        taken = kernels(steps, 3)
+        kinds = dict.fromkeys([*KINDS, "other"], 0.0)
+        for kernel, _, microseconds in taken:
+            fits = (kind for kind, parts in KINDS.items() if any(part in kernel for part in parts))
+            kinds[next(fits, "other")] += microseconds
+        rows.append({"model": name, "microseconds": kinds, "kernels": taken})
+        print(f"{name:<8} " + "  ".join(f"{kind} {value:,.0f}" for kind, value in kinds.items()), flush=True)
+        for kernel, launches, microseconds in taken[:40]:
+            print(f"    {microseconds:9.1f} us {launches:6.1f} x {kernel}", flush=True)
+    return rows
+
+
 def patches(device: str, batch: int, rounds: int) -> list[dict]:
     """ViViT's tubelets: 2 x 16 x 16 of 32 frames at 224², 768 channels."""
     rows = []
@@ -296,7 +334,7 @@ def join(files: list[Path]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.conv3d", description=__doc__)
-    parser.add_argument("claim", choices=(*TASKS, "patches", "accuracy"))
+    parser.add_argument("claim", choices=(*TASKS, "profile", "patches", "accuracy"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default bfloat16 on cuda)")
     parser.add_argument("--batch", type=int, help="clips (default 32 on cuda, 4 for unet, 2 on cpu)")
@@ -321,6 +359,9 @@ def main(arguments: list[str] | None = None) -> int:
         names = options.only or list(METHODS)
         task, first = TASKS[options.claim], not options.channels_last
         rows = speed(task, options.device, batch, dtype, options.rounds, names, options.compile, first)
+    elif options.claim == "profile":
+        names = options.only or ["Conv3D", "Add"]
+        rows = profile(TASKS["speed"], options.device, batch, dtype, names, options.compile)
     elif options.claim == "patches":
         rows = patches(options.device, batch, options.rounds)
     else:

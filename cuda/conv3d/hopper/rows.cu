@@ -1,8 +1,10 @@
 // Boxes, tensor maps and launches of the rows of a product.
 #include <algorithm>
+#include <cstdlib>
 
 #include "common/overlap.cuh"
 #include "common/tensor_map.h"
+#include "conv3d/hopper/lines.h"
 #include "conv3d/hopper/rows.cuh"
 #include "conv3d/hopper/rows.h"
 
@@ -52,6 +54,7 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
   const TensorView &from = problem.from, &to = problem.to;
   if (problem.taps.empty() || !readable(from)) return false;
   if (device_attribute(cudaDevAttrComputeCapabilityMajor, function) != 9) return false;
+  if (std::getenv("EFFCORE_CONV3D_LINES") != nullptr && lines(function, problem, launch)) return true;
 
   const std::vector<Column> columns = columns_of(problem.taps, problem.step[1], max_taps);
   if (columns.size() > max_groups) return false;

@@ -1,0 +1,295 @@
+// out[position, n] = bias[n] + sum over taps and channels of G[position, (tap, c)] W[(tap, c), n] on sm_90a, where neighbouring
+// positions lie side by side in the tensor that is read (step 1 along h and w) and there are many columns.
+//
+// Bound: 2 * taps * channels FLOPs an output on the tensor cores (4096 a cycle and multiprocessor), if the second-level cache
+// keeps up: it gives a multiprocessor about 24 bytes a cycle. So what counts is how often a block reads voxels and weights.
+//
+// A block computes 128 columns of up to `Positions` positions at a time: whole lines of one or several frames. The product is
+// transposed, columns x positions, for wgmma's second side may be any multiple of 8: 14 lines of 28 voxels fill it to 96 %, and
+// 128 such tiles the device. Two warpgroups take 64 columns each, of all positions.
+//
+// One box of voxels serves all taps of a frame. In shared memory a line takes `pitch` rows (of 64 channels), and a tap reads the
+// box from another row on: h * line + w. (The swizzle is a function of the address, so a product may begin at any row.) Lines
+// share their margins: the zeros to the right of a line are those to the left of the next; products of margins are dropped.
+// For 3 x 3 + 2 taps that is 1.14 + 2 boxes instead of the 11 that taps read one by one.
+//
+// Where there are fewer tiles than half of the device, a cluster of two blocks shares one: each sums half of the channels, gives
+// the other its sums of half of the positions through distributed shared memory, and stores the other half.
+//
+// A producer warp fills two rings by TMA; blocks stay, and fetch the next tile's first boxes while the last one's results leave.
+#pragma once
+#include <cuda.h>
+
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "common/overlap.cuh"
+#include "conv3d/hopper/boxes.h"
+#include "hopper/pipeline.cuh"
+#include "hopper/wgmma_sizes.cuh"
+
+namespace effcore::cuda::conv3d::hopper {
+
+namespace sm90 = effcore::cuda::hopper;
+
+constexpr int line_consumers = 2 * 128, line_threads = line_consumers + 128, columns_of_lines = 128;
+constexpr int line_registers = 240, line_fetching_registers = 24;
+constexpr int most_line_voxel_stages = 4, most_line_weight_stages = 8, most_frames = 16;
+
+// Taps of one frame.
+struct FrameOfTaps {
+  std::int16_t t, h;  // of the box's first line
+  std::int16_t first, taps;
+  bool halo;
+};
+
+struct LinesParams {
+  CUtensorMap box, box_with_halo, weights;
+  int side[4], tiles[3], batch, grid[3];  // of a tile: w, t, b, h; tiles along t, b, h; the grid: t, h, w
+  int step_t, first_w;
+  Divider line, pitch, frames;  // rows of a line of all frames, and of one; frames along t
+  int tiles_of_positions, items, column_blocks;
+  int voxel_stages, weight_stages, stage_bytes, box_bytes, halo_bytes, zero_from;
+  int received_from;  // the other block's sums, behind everything else
+  int frames_of_taps, blocks;  // blocks: of 64 channels
+  int padded_columns, columns;
+  void* out;
+  std::int64_t out_stride[4];  // b, t, h, w
+  const void* bias;
+  std::int64_t bias_stride;
+  FrameOfTaps frame[most_frames];
+  std::int16_t number[max_taps], shift[max_taps];
+};
+
+template <int Positions>
+struct LinesMemory {
+  sm90::Ring<most_line_voxel_stages> voxels;
+  sm90::Ring<most_line_weight_stages> weights;
+  sm90::BarrierWord received;  // the other block's sums
+  int offset[Positions];       // of a position's results behind the tile's first, in pieces of 8, or -1
+};
+
+struct LinesTile {
+  int column, t, b, h;
+};
+__device__ __forceinline__ LinesTile lines_tile(const LinesParams& p, int item) {
+  LinesTile at;
+  at.column = item % p.column_blocks * columns_of_lines;
+  item /= p.column_blocks;
+  at.t = item % p.tiles[0] * p.side[1];
+  item /= p.tiles[0];
+  at.h = item % p.tiles[2] * p.side[3];
+  at.b = item / p.tiles[2] * p.side[2];
+  return at;
+}
+
+// An 8 x 8 tile of 16-bit elements across a warp, transposed.
+__device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t x) {
+  std::uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// Sends Count sums from `from` on to the other block of the cluster, four of a thread side by side.
+template <int From, int Count, int N>
+__device__ __forceinline__ void send(const float (&sums)[N], float4* received, sm90::BarrierWord* arrived, std::uint32_t to) {
+  std::uint32_t address, barrier;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(received + threadIdx.x)), "r"(to));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(arrived)), "r"(to));
+#pragma unroll
+  for (int i = 0; i < Count; i += 4)
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address + i / 4 * line_consumers * 16),
+                 "f"(sums[From + i]), "f"(sums[From + i + 1]), "f"(sums[From + i + 2]), "f"(sums[From + i + 3])
+                 : "memory");
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+template <int From, int Count, int N>
+__device__ __forceinline__ void add_received(float (&sums)[N], const float4* received) {
+#pragma unroll
+  for (int i = 0; i < Count; i += 4) {
+    const float4 x = received[i / 4 * line_consumers + threadIdx.x];
+    sums[From + i] += x.x, sums[From + i + 1] += x.y, sums[From + i + 2] += x.z, sums[From + i + 3] += x.w;
+  }
+}
+
+__device__ __forceinline__ void wait_in_cluster(sm90::BarrierWord* barrier) {
+  asm volatile(
+      "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra wait;\n}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
+// Results of 8 positions at a time, of those from `From` to `To`: four columns of one position a thread.
+template <class T, int From, int To, int N>
+__device__ __forceinline__ void store_lines(const float (&sums)[N], const int* offset, T* to, const float (&add)[2],
+                                            bool exists) {
+  const int lane = threadIdx.x % 32;
+  const bool odd = lane % 2 != 0;
+#pragma unroll
+  for (int n = From / 8; n < To / 8; ++n) {
+    const std::uint32_t low = transpose_8x8(pack<T>(sums[4 * n] + add[0], sums[4 * n + 1] + add[0]));
+    const std::uint32_t high = transpose_8x8(pack<T>(sums[4 * n + 2] + add[1], sums[4 * n + 3] + add[1]));
+    const std::uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+    const int at = offset[8 * n + lane / 4];
+    if (at >= 0 && exists)
+      *reinterpret_cast<uint2*>(to + static_cast<std::int64_t>(at) * 8) = odd ? make_uint2(other, high) : make_uint2(low, other);
+  }
+}
+
+// Positions: First + Second, those of two instructions.
+template <class T, int First, int Second, bool Split>
+__global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __grid_constant__ LinesParams p) {
+  constexpr int weight_bytes = columns_of_lines * 128, positions = First + Second;
+  extern __shared__ __align__(1024) char memory[];
+  char* const weight_memory = memory + p.voxel_stages * p.stage_bytes;
+  auto& shared = *reinterpret_cast<LinesMemory<positions>*>(weight_memory + p.weight_stages * weight_bytes);
+  if (threadIdx.x == 0) {
+    shared.voxels.init(2);
+    shared.weights.init(2);
+    sm90::Barrier::init(&shared.received, line_consumers);
+    cutlass::arch::fence_barrier_init();
+  }
+  // The last line's right margin, which no box writes.
+  const int zeros = (p.stage_bytes - p.zero_from) / 4;
+  for (int i = threadIdx.x; i < zeros * p.voxel_stages; i += line_threads)
+    *reinterpret_cast<int*>(memory + i / zeros * p.stage_bytes + p.zero_from + i % zeros * 4) = 0;
+  sm90::fence_async();
+  int begin = 0, blocks = p.blocks, first_item = blockIdx.x, items = gridDim.x;  // blocks of channels
+  std::uint32_t rank = 0;
+  if constexpr (Split) {
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
+    rank = cute::block_rank_in_cluster();
+    begin = static_cast<int>(rank) * blocks / 2, blocks = (static_cast<int>(rank) + 1) * blocks / 2;
+    first_item /= 2, items /= 2;
+  }
+  __syncthreads();
+
+  sm90::Turn<most_line_voxel_stages> voxel_turn;
+  sm90::Turn<most_line_weight_stages> weight_turn;
+  const int warpgroup = sm90::uniform(static_cast<int>(threadIdx.x) / 128);
+
+  if (warpgroup == 2) {
+    cutlass::arch::warpgroup_reg_dealloc<line_fetching_registers>();
+    if (threadIdx.x != line_consumers) return;
+    constexpr auto keep = static_cast<std::uint64_t>(sm90::Keep::last);
+    bool packed = false;
+    for (int item = first_item; item < p.items; item += items) {
+      const LinesTile at = lines_tile(p, item);
+      for (int block = begin; block < blocks; ++block)
+        for (int i = 0; i < p.frames_of_taps; ++i) {
+          const FrameOfTaps& frame = p.frame[i];
+          shared.voxels.wait_empty(voxel_turn);
+          shared.voxels.expect(voxel_turn, frame.halo ? p.halo_bytes : p.box_bytes);
+          cute::SM90_TMA_LOAD_5D::copy(frame.halo ? &p.box_with_halo : &p.box, &shared.voxels.full[voxel_turn.stage], keep,
+                                       memory + voxel_turn.stage * p.stage_bytes, block * 64, p.first_w,
+                                       at.t * p.step_t + frame.t, at.b, at.h + frame.h);
+          voxel_turn.next(p.voxel_stages);
+          if (!packed) wait_for_kernel_before();  // which packs the weights
+          packed = true;
+          for (int tap = frame.first; tap < frame.first + frame.taps; ++tap) {
+            shared.weights.wait_empty(weight_turn);
+            shared.weights.expect(weight_turn, weight_bytes);
+            cute::SM90_TMA_LOAD_2D::copy(&p.weights, &shared.weights.full[weight_turn.stage], keep,
+                                         weight_memory + weight_turn.stage * weight_bytes, block * 64,
+                                         p.number[tap] * p.padded_columns + at.column);
+            weight_turn.next(p.weight_stages);
+          }
+        }
+    }
+    return;
+  }
+
+  cutlass::arch::warpgroup_reg_alloc<line_registers>();
+  for (int item = first_item; item < p.items; item += items) {
+    const LinesTile at = lines_tile(p, item);
+    asm volatile("bar.sync 1, 256;" ::: "memory");  // the last tile's offsets have been read
+    for (int r = threadIdx.x; r < positions; r += line_consumers) {
+      int rest = r;
+      const int h = p.line.take(rest), frame = p.pitch.take(rest), w = rest;
+      int t = frame;
+      const int b = p.frames.take(t);
+      const bool exists = w < p.side[0] && h < p.side[3] && at.t + t < p.grid[0] && at.b + b < p.batch && at.h + h < p.grid[1];
+      const std::int64_t offset = b * p.out_stride[0] + t * p.out_stride[1] + h * p.out_stride[2] + w * p.out_stride[3];
+      shared.offset[r] = exists ? static_cast<int>(offset / 8) : -1;
+    }
+
+    float first[First / 2], second[Second > 0 ? Second / 2 : 1];
+#pragma unroll
+    for (float& x : first) x = 0.0f;
+#pragma unroll
+    for (float& x : second) x = 0.0f;
+    const auto pin = [&] {
+      sm90::pin(first);
+      if constexpr (Second > 0) sm90::pin(second);
+    };
+    // What the product under way reads is released behind the next one.
+    sm90::Turn<most_line_voxel_stages> read_voxels;
+    sm90::Turn<most_line_weight_stages> read_weights;
+    bool weights_read = false, voxels_read = false;
+    const auto release = [&] {
+      if (threadIdx.x % 128 == 0 && weights_read) shared.weights.release(read_weights);
+      if (threadIdx.x % 128 == 0 && voxels_read) shared.voxels.release(read_voxels);
+    };
+    for (int block = begin; block < blocks; ++block)
+      for (int i = 0; i < p.frames_of_taps; ++i) {
+        shared.voxels.wait_full(voxel_turn);
+        const std::uint32_t voxels = shared_address(memory + voxel_turn.stage * p.stage_bytes);
+        const int end = p.frame[i].first + p.frame[i].taps;
+        for (int tap = p.frame[i].first; tap < end; ++tap) {
+          shared.weights.wait_full(weight_turn);
+          const std::uint32_t rows = voxels + static_cast<std::uint32_t>(p.shift[tap] * 128);
+          const sm90::SharedOperand<false> a(
+              shared_address(weight_memory + weight_turn.stage * weight_bytes) + static_cast<std::uint32_t>(warpgroup * 64 * 128),
+              64, false);
+          const sm90::SharedOperand<false> b(rows, First, false), c(rows + First * 128, Second, false);
+          pin();
+          sm90::wgmma_begin();
+          sm90::multiply<T, First, 4, false, false>(first, a, b, true);
+          if constexpr (Second > 0) sm90::multiply<T, Second, 4, false, false>(second, a, c, true);
+          sm90::wgmma_commit();
+          sm90::wgmma_wait<1>();
+          release();
+          read_weights = weight_turn, weights_read = true;
+          read_voxels = voxel_turn, voxels_read = tap + 1 == end;
+          weight_turn.next(p.weight_stages);
+        }
+        voxel_turn.next(p.voxel_stages);
+      }
+    sm90::wgmma_wait<0>();
+    pin();
+    release();
+
+    asm volatile("bar.sync 1, 256;" ::: "memory");  // the offsets are there
+    const int lane = threadIdx.x % 32, row = at.column + warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
+    const T* const bias = static_cast<const T*>(p.bias);
+    float add[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (const int n = row + lane / 4 + 8 * half; bias != nullptr && n < p.columns) add[half] = to_float(bias[n * p.bias_stride]);
+    const int column = row + lane % 4 / 2 * 4 + lane % 2 * 8;
+    T* const to = static_cast<T*>(p.out) + at.b * p.out_stride[0] + at.t * p.out_stride[1] + at.h * p.out_stride[2] + column;
+    const bool columns_exist = column < p.columns;
+    if constexpr (Split) {
+      constexpr int half = First / 4, middle = First / 2;  // of a thread's sums, and of the positions
+      auto* const received = reinterpret_cast<float4*>(memory + p.received_from);
+      if (rank == 0) {
+        send<half, half>(first, received, &shared.received, 1);
+        wait_in_cluster(&shared.received);
+        add_received<0, half>(first, received);
+        store_lines<T, 0, middle>(first, shared.offset, to, add, columns_exist);
+      } else {
+        send<0, half>(first, received, &shared.received, 0);
+        wait_in_cluster(&shared.received);
+        add_received<half, half>(first, received);
+        store_lines<T, middle, First>(first, shared.offset, to, add, columns_exist);
+      }
+    } else {
+      store_lines<T, 0, First>(first, shared.offset, to, add, columns_exist);
+      if constexpr (Second > 0) store_lines<T, 0, Second>(second, shared.offset + First, to, add, columns_exist);
+    }
+  }
+}
+
+}  // namespace effcore::cuda::conv3d::hopper
