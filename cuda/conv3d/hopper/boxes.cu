@@ -35,7 +35,7 @@ bool readable(const TensorView& voxels) {
 
 bool encode_boxes(CUtensorMap* map, const TensorView& voxels, const Box& box, int lines, const std::int64_t step[3]) {
   const std::int64_t steps[5] = {1, step[2], step[0], 1, step[1]};
-  const std::int64_t sides[5] = {64, 1 << box.w, 1 << box.t, 1 << box.b, lines};
+  const std::int64_t sides[5] = {64, box.w, box.t, box.b, lines};
   cuuint64_t size[5], stride[4];
   cuuint32_t side[5], traversal[5];
   for (int d = 0; d < 5; ++d) {

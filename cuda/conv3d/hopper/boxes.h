@@ -1,7 +1,7 @@
-// Boxes of positions, the unit in which the kernels for sm_90a cut a tensor: 2^w x 2^t x 2^b x 2^h positions, in this order in
-// shared memory (w fastest), one row of 64 channels (128 bytes) a position, fetched by one TMA instruction with zeros outside
-// the tensor. A box with a halo holds more lines (positions that share h), so that the taps of one column of the kernel read it
-// at steps of one line: a line is a multiple of 8 rows, 1024 bytes, so that the swizzle stays.
+// Boxes of positions, the unit in which the kernels for sm_90a cut a tensor: w x t x b x h positions, in this order in shared
+// memory (w fastest), one row of 64 channels (128 bytes) a position, fetched by one TMA instruction with zeros outside the
+// tensor. A box with a halo holds more lines (positions that share h), so that the taps of one column of the kernel read it at
+// steps of one line. (The 128-byte swizzle is a function of the address: a product may begin at any row.)
 #pragma once
 #include <cuda.h>
 
@@ -18,28 +18,27 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
 }
 
 struct Box {
-  int w = -1, t = 0, b = 0, h = 0;  // logarithms
+  int w = 0, t = 1, b = 1, h = 1;
 
-  int line() const { return 1 << (w + t + b); }
-  int lines() const { return 1 << h; }
+  int line() const { return w * t * b; }
+  int rows() const { return line() * h; }
 };
 
-// The box of 2^log_rows positions that covers a grid at the least cost(boxes, rows with halo), w = -1 where none has at most
-// `most_rows` with the halo.
+// The box of `rows` positions, its sides powers of two as `rows` is, that covers a grid at the least cost(boxes, rows with
+// halo); w = 0 where none has at most `most_rows` with the halo.
 template <class Cost>
-Box choose_box(int log_rows, int most_rows, const std::int64_t grid[3], std::int64_t batch, int halo, const Cost& cost) {
+Box choose_box(int rows, int most_rows, const std::int64_t grid[3], std::int64_t batch, int halo, const Cost& cost) {
   Box best;
   double least = std::numeric_limits<double>::infinity();
-  for (int h = 0; h <= 4; ++h)
-    for (int b = 0; b + h <= log_rows; ++b)
-      for (int t = 0; t + b + h <= log_rows; ++t) {
-        Box box;
-        box.w = log_rows - t - b - h, box.t = t, box.b = b, box.h = h;
-        const int rows = box.line() * (box.lines() + halo);
-        if (rows > most_rows || box.line() % 8 != 0) continue;
-        const double boxes = static_cast<double>(ceil_div(grid[2], 1 << box.w) * ceil_div(grid[0], 1 << t) *
-                                                 ceil_div(batch, 1 << b) * ceil_div(grid[1], 1 << h));
-        const double cycles = cost(boxes, rows);
+  for (int h = 1; h <= std::min(rows, 16); h *= 2)
+    for (int b = 1; b * h <= rows; b *= 2)
+      for (int t = 1; t * b * h <= rows; t *= 2) {
+        const Box box{rows / (t * b * h), t, b, h};
+        const int with_halo = box.line() * (h + halo);
+        if (with_halo > most_rows || box.line() % 8 != 0) continue;
+        const double boxes =
+            static_cast<double>(ceil_div(grid[2], box.w) * ceil_div(grid[0], t) * ceil_div(batch, b) * ceil_div(grid[1], h));
+        const double cycles = cost(boxes, with_halo);
         if (cycles < least) least = cycles, best = box;
       }
   return best;
@@ -51,31 +50,43 @@ struct Corner {
 
 // A grid [batch, t, h, w] cut into boxes, h outermost.
 struct Tiling {
-  int log_w, log_t, log_b, log_h;
+  Box box;
   int tiles_w, tiles_t, tiles_b, tiles;
-  int line;
   int batch, grid[3], step[3];  // step: of the tensor that the boxes read, a position
+  Divider line, frames, width;  // rows of a line, of its w and t, and of its w
 
   Tiling() = default;
-  Tiling(const Box& box, const std::int64_t size[3], std::int64_t batch_size, const std::int64_t steps[3])
-      : log_w(box.w), log_t(box.t), log_b(box.b), log_h(box.h), line(box.line()), batch(static_cast<int>(batch_size)) {
-    for (int d = 0; d < 3; ++d) grid[d] = static_cast<int>(size[d]), step[d] = static_cast<int>(steps[d]);
-    tiles_w = static_cast<int>(ceil_div(size[2], 1 << box.w));
-    tiles_t = static_cast<int>(ceil_div(size[0], 1 << box.t));
-    tiles_b = static_cast<int>(ceil_div(batch_size, 1 << box.b));
-    tiles = static_cast<int>(ceil_div(size[1], 1 << box.h) * tiles_w * tiles_t * tiles_b);
+  Tiling(const Box& size, const std::int64_t grid_size[3], std::int64_t batch_size, const std::int64_t steps[3])
+      : box(size), batch(static_cast<int>(batch_size)), line(size.line()), frames(size.w * size.t), width(size.w) {
+    for (int d = 0; d < 3; ++d) grid[d] = static_cast<int>(grid_size[d]), step[d] = static_cast<int>(steps[d]);
+    tiles_w = static_cast<int>(ceil_div(grid[2], box.w));
+    tiles_t = static_cast<int>(ceil_div(grid[0], box.t));
+    tiles_b = static_cast<int>(ceil_div(batch, box.b));
+    tiles = static_cast<int>(ceil_div(grid[1], box.h) * tiles_w * tiles_t * tiles_b);
   }
 #if defined(__CUDACC__)
   // Beyond the last tile: outside of the grid.
   __device__ __forceinline__ Corner corner(int tile) const {
     Corner at;
-    at.w = tile % tiles_w << log_w;
+    at.w = tile % tiles_w * box.w;
     tile /= tiles_w;
-    at.t = tile % tiles_t << log_t;
+    at.t = tile % tiles_t * box.t;
     tile /= tiles_t;
-    at.b = tile % tiles_b << log_b;
-    at.h = tile / tiles_b << log_h;
+    at.b = tile % tiles_b * box.b;
+    at.h = tile / tiles_b * box.h;
     return at;
+  }
+  // The position of a row of the box at `from`.
+  __device__ __forceinline__ Corner position(const Corner& from, int row) const {
+    Corner at;
+    at.h = from.h + line.take(row);
+    at.b = from.b + frames.take(row);
+    at.t = from.t + width.take(row);
+    at.w = from.w + row;
+    return at;
+  }
+  __device__ __forceinline__ bool holds(const Corner& at) const {
+    return at.w < grid[2] && at.t < grid[0] && at.b < batch && at.h < grid[1];
   }
 #endif
 };

@@ -74,13 +74,13 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
   // instead of 112. With 128 columns they would be alone on it, which loses more than reading less weights gains.
   const std::int64_t positions = to.size[0] * to.size[2] * to.size[3] * to.size[4];
   const bool tall = !wide && ceil_div(positions, 256) > device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const int log_rows = tall ? 8 : 7, rows_of_block = 1 << log_rows;
+  const int rows_of_block = tall ? 256 : 128;
   Cost cost{0, 0, static_cast<double>(rows_of_block), static_cast<double>(numbers * columns_of_block)};
   for (int i = 0; i < p.groups; ++i) ++(p.group[i].taps > 1 ? cost.groups_with_halo : cost.groups);
   const int most_rows = tall ? 2 * rows_of_block - 96 : 2 * rows_of_block;
-  const Box box = choose_box(log_rows, most_rows, to.size + 2, to.size[0], halo, cost);
-  if (box.w < 0 || !encode_boxes(&p.box, from, box, box.lines(), problem.step) ||
-      !encode_boxes(&p.box_with_halo, from, box, box.lines() + halo, problem.step))
+  const Box box = choose_box(rows_of_block, most_rows, to.size + 2, to.size[0], halo, cost);
+  if (box.w == 0 || !encode_boxes(&p.box, from, box, box.h, problem.step) ||
+      !encode_boxes(&p.box_with_halo, from, box, box.h + halo, problem.step))
     return false;
   const cuuint64_t weight_size[2] = {static_cast<cuuint64_t>(problem.padded_channels),
                                      static_cast<cuuint64_t>(problem.padded_columns * problem.packed_taps)};
@@ -90,8 +90,9 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
 
   p.tiling = Tiling(box, to.size + 2, to.size[0], problem.step);
   if (p.tiling.tiles == 0) return true;
+  p.line = box.line();
   p.box_bytes = rows_of_block * 128;
-  p.halo_bytes = box.line() * (box.lines() + halo) * 128;
+  p.halo_bytes = box.line() * (box.h + halo) * 128;
   p.voxel_bytes = p.halo_bytes;
   p.blocks = static_cast<int>(problem.padded_channels / 64);
   p.padded_columns = static_cast<int>(problem.padded_columns);

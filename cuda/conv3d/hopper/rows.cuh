@@ -38,7 +38,7 @@ struct Group {
 struct TiledRowsParams {
   CUtensorMap box, box_with_halo, weights;
   Tiling tiling;
-  int voxel_stages, voxel_bytes, weight_stages;
+  int line, voxel_stages, voxel_bytes, weight_stages;
   int groups, blocks;  // blocks: of 64 channels
   int box_bytes, halo_bytes;
   int padded_columns, columns;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
         sm90::wgmma_begin();
 #pragma unroll
         for (int r = 0; r < RowBlocks; ++r) {
-          const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>((tap * p.tiling.line + r * 64) * 128), 64,
+          const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>((tap * p.line + r * 64) * 128), 64,
                                              false);
           sm90::multiply<T, Columns, 4, false, false>(sums[r], a, b, true);
         }
@@ -176,12 +176,10 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
   T* const out = static_cast<T*>(p.out) + first_column;
   for (int i = threadIdx.x; i < rows_of_block * pieces; i += consumers) {
     const int r = i / pieces, column = i % pieces * 8;
-    const Tiling& tiling = p.tiling;
-    const int w = at.w + (r & ((1 << tiling.log_w) - 1)), t = at.t + (r >> tiling.log_w & ((1 << tiling.log_t) - 1)),
-              b = at.b + (r >> (tiling.log_w + tiling.log_t) & ((1 << tiling.log_b) - 1)),
-              h = at.h + (r >> (tiling.log_w + tiling.log_t + tiling.log_b));
-    if (w >= tiling.grid[2] || t >= tiling.grid[0] || b >= tiling.batch || h >= tiling.grid[1]) continue;
-    T* const to = out + b * p.out_stride[0] + t * p.out_stride[1] + h * p.out_stride[2] + w * p.out_stride[3] + column;
+    const Corner position = p.tiling.position(at, r);
+    if (!p.tiling.holds(position)) continue;
+    T* const to = out + position.b * p.out_stride[0] + position.t * p.out_stride[1] + position.h * p.out_stride[2] +
+                  position.w * p.out_stride[3] + column;
     const T* const from = result.at(r, column);
     if (p.out_aligned) {
       if (first_column + column < p.columns) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);

@@ -1,6 +1,7 @@
 // Which warpgroup of which block sums which taps, and the launch.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
 #include "common/overlap.cuh"
@@ -14,7 +15,13 @@ namespace {
 constexpr std::int64_t multiprocessors = 132;
 constexpr int most_halo_rows = 128;
 
-// Boxes that are read in sequence: one with a halo, or several with one tap each.
+struct Extent {
+  std::int64_t first = std::numeric_limits<std::int64_t>::max(), last = std::numeric_limits<std::int64_t>::min();
+  void take(std::int64_t from, std::int64_t to) { first = std::min(first, from), last = std::max(last, to); }
+  std::int64_t reach() const { return last - first; }
+};
+
+// Columns of taps that are read in sequence: one, or two single taps.
 using PlannedSequence = std::vector<Column>;
 
 // A unit for each column of taps of the kernel; single taps join them, and then each other.
@@ -35,42 +42,89 @@ std::vector<std::vector<PlannedSequence>> units_of(const std::vector<Column>& co
   };
   for (auto& unit : units) unit.push_back(take(taps_of_warpgroup - unit[0][0].numbers.size()));
   while (next < singles.size()) {
-    const PlannedSequence first = take(3);
-    units.push_back({first, take(first.size() == 3 ? 1 : 0)});
+    const PlannedSequence first = take(2);
+    units.push_back({first, take(2)});
   }
   return units;
 }
 
-bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, const Box& box, int halo, int& tap_blocks) {
+// How a stage holds x: boxes of whole lines, one for each frame of taps, or (without a pitch) one for each column of taps.
+struct Layout {
+  Box box;
+  int halo = 0;   // lines more
+  bool by_frames = false;
+  std::int64_t first_w = 0;
+  int depth = 0, margin = 0, free_margin = 0;  // rows of dout with zeros; rows behind a box; steps to the right that stay inside
+};
+
+int round_up(std::int64_t n, std::int64_t multiple) {
+  return static_cast<int>(ceil_div(n, multiple) * multiple);
+}
+
+bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, const Layout& layout, int& tap_blocks) {
   const std::vector<std::vector<PlannedSequence>> units = units_of(columns);
   const auto count = static_cast<std::int64_t>(units.size());
   tap_blocks = static_cast<int>(ceil_div(count, summing_warpgroups));
   if (tap_blocks > most_tap_blocks) return false;
-  const int line = box.line(), plain_rows = line * box.lines(), halo_rows = line * (box.lines() + halo);
+  const int line = layout.box.line();
   for (int i = 0; i < tap_blocks; ++i) {
     TapBlock& block = p.tap_block[i];
-    int row = depth_of_step;
-    // Spread evenly.
-    for (std::int64_t u = i * count / tap_blocks; u < (i + 1) * count / tap_blocks; ++u) {
+    int row = layout.depth;
+    const auto load = [&](std::int64_t t, std::int64_t h, std::int64_t w, bool halo) {
+      block.box[block.boxes++] = {static_cast<std::int16_t>(t), static_cast<std::int16_t>(h), static_cast<std::int16_t>(w),
+                                  static_cast<std::int16_t>(row), halo};
+      const int first = row, rows = line * (layout.box.h + (halo ? layout.halo : 0));
+      block.bytes += rows * 128;
+      row += round_up(rows + layout.margin, 8);
+      return first;
+    };
+    const std::int64_t begin = i * count / tap_blocks, end = (i + 1) * count / tap_blocks;  // spread evenly
+    struct Frame {
+      std::int64_t t;
+      Extent h, w;
+      int row;
+    };
+    std::vector<Frame> frames;
+    for (std::int64_t u = begin; layout.by_frames && u < end; ++u)
+      for (const PlannedSequence& sequence : units[static_cast<std::size_t>(u)])
+        for (const Column& c : sequence) {
+          auto frame = std::find_if(frames.begin(), frames.end(), [&](const Frame& f) { return f.t == c.t; });
+          if (frame == frames.end()) frame = frames.insert(frames.end(), Frame{c.t, {}, {}, 0});
+          frame->h.take(c.h, c.h + static_cast<std::int64_t>(c.numbers.size()) - 1);
+          frame->w.take(c.w, c.w);
+        }
+    for (Frame& f : frames)
+      f.row = load(f.t, f.h.first, layout.first_w, f.h.reach() > 0 || f.w.last - layout.first_w > layout.free_margin);
+    block.bytes += layout.box.rows() * 128;  // dout
+    for (std::int64_t u = begin; u < end; ++u) {
       Unit& unit = block.unit[block.units++];
       int numbers = 0;
       for (int which = 0; which < 2; ++which) {
         Sequence& sequence = unit.sequence[which];
-        sequence.first = static_cast<std::int16_t>(row);
-        sequence.distance = static_cast<std::int16_t>(plain_rows);
         for (const Column& c : units[static_cast<std::size_t>(u)][static_cast<std::size_t>(which)]) {
-          const bool with_halo = c.numbers.size() > 1;
-          if (with_halo) sequence.distance = static_cast<std::int16_t>(line);
-          block.box[block.boxes++] = {static_cast<std::int16_t>(c.t), static_cast<std::int16_t>(c.h),
-                                      static_cast<std::int16_t>(c.w), static_cast<std::int16_t>(row), with_halo};
+          std::int64_t first;
+          if (layout.by_frames) {
+            const auto& f = *std::find_if(frames.begin(), frames.end(), [&](const Frame& g) { return g.t == c.t; });
+            first = f.row + (c.h - f.h.first) * line + c.w - layout.first_w;
+          } else {
+            first = load(c.t, c.h, c.w, c.numbers.size() > 1);
+          }
+          if (sequence.taps == 0)
+            sequence.first = static_cast<std::int16_t>(first), sequence.distance = static_cast<std::int16_t>(line);
+          else
+            sequence.distance = static_cast<std::int16_t>(first - sequence.first);
           for (const std::int64_t number : c.numbers) unit.number[numbers++] = static_cast<std::int16_t>(number);
           sequence.taps = static_cast<std::int16_t>(sequence.taps + c.numbers.size());
-          row += with_halo ? halo_rows : plain_rows;
+          if (sequence.distance <= 0) return false;
         }
       }
     }
-    block.bytes = row * 128;
-    p.stage_bytes = std::max(p.stage_bytes, block.bytes);
+    // Products read on to the end of dout's rows.
+    int rows = row;
+    for (int u = 0; u < block.units; ++u)
+      for (const Sequence& s : block.unit[u].sequence)
+        if (s.taps > 0) rows = std::max(rows, s.first + (s.taps - 1) * s.distance + layout.depth);
+    p.stage_bytes = std::max(p.stage_bytes, round_up(rows, 8) * 128);
   }
   return true;
 }
@@ -78,13 +132,66 @@ bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, 
 // compute-sanitizer takes an operand for as many contiguous bytes as it has elements, while overlapping panels have fewer: this
 // much behind the last stage keeps it content. (The reads themselves end with the stage.)
 int overhang(const TiledWeightsParams& p, int tap_blocks) {
-  constexpr int bytes_of_16_rows = 16 * 128;
+  constexpr int bytes_of_product = depth_of_product * 128;
   int end = p.stage_bytes;
   for (int i = 0; i < tap_blocks; ++i)
     for (int u = 0; u < p.tap_block[i].units; ++u)
       for (const Sequence& s : p.tap_block[i].unit[u].sequence)
-        if (s.taps > 0) end = std::max(end, s.first * 128 + (depth_of_step / 16 - 1 + s.taps) * bytes_of_16_rows);
+        if (s.taps > 0) end = std::max(end, s.first * 128 + (p.products - 1 + s.taps) * bytes_of_product);
   return end - p.stage_bytes;
+}
+
+// Whole lines, of which at least two stages fit; the box that costs the least, or none.
+Layout lines_layout(const std::vector<Column>& columns, const std::int64_t grid[3], std::int64_t batch, std::int64_t x_width,
+                    std::int64_t step_t, int memory) {
+  Extent w;
+  std::int64_t halo = 0;
+  for (const Column& c : columns) w.take(c.w, c.w);
+  std::vector<std::int64_t> frames;
+  for (const Column& c : columns) {
+    if (std::find(frames.begin(), frames.end(), c.t) != frames.end()) continue;
+    frames.push_back(c.t);
+    Extent h;
+    for (const Column& other : columns)
+      if (other.t == c.t) h.take(other.h, other.h + static_cast<std::int64_t>(other.numbers.size()) - 1);
+    halo = std::max(halo, h.reach());
+  }
+  const std::int64_t pitch = std::min(grid[2] + w.reach(), std::max(x_width - w.first, grid[2] + w.last));
+  Layout best;
+  if (pitch > 256) return best;
+  double least = std::numeric_limits<double>::infinity();
+  const std::int64_t margin = std::max<std::int64_t>(w.reach() - (pitch - grid[2]), 0);
+  for (std::int64_t t = 1; t <= std::min<std::int64_t>(grid[0], 256 / step_t); ++t)
+    for (std::int64_t b = 1; b <= (t == grid[0] ? batch : 1); ++b)
+      for (std::int64_t h = 1; h <= grid[1]; ++h) {
+        const std::int64_t line = pitch * t * b, depth = round_up(line * h, depth_of_product);
+        const std::int64_t frame_rows = round_up(line * h + margin, 8), halo_rows = round_up(line * (h + halo) + margin, 8);
+        const std::int64_t rows = depth + halo_rows + static_cast<std::int64_t>(frames.size() - 1) * frame_rows;
+        const std::int64_t stages = memory / (rows * 128 + 4096);
+        if (stages < 2) break;
+        const double boxes = static_cast<double>(ceil_div(grid[0], t) * ceil_div(batch, b) * ceil_div(grid[1], h));
+        // Cycles of the products of 11 taps, and of the bytes.
+        const double cost = boxes * (std::max(static_cast<double>(depth) * 22, static_cast<double>(rows) * 128 / 24) +
+                                     (stages > 2 ? 200.0 : 400.0));
+        if (cost >= least) continue;
+        least = cost;
+        best.box = Box{static_cast<int>(pitch), static_cast<int>(t), static_cast<int>(b), static_cast<int>(h)};
+        best.halo = static_cast<int>(halo), best.by_frames = true, best.first_w = w.first;
+        best.depth = static_cast<int>(depth), best.margin = static_cast<int>(margin);
+        best.free_margin = static_cast<int>(pitch - grid[2]);
+      }
+  return best;
+}
+
+Layout boxes_layout(const std::vector<Column>& columns, const std::int64_t grid[3], std::int64_t batch) {
+  constexpr int rows = 64;
+  Layout layout;
+  for (const Column& c : columns) layout.halo = std::max(layout.halo, static_cast<int>(c.numbers.size()) - 1);
+  // Between boxes of 64 positions the halo makes the difference.
+  layout.box = choose_box(rows, most_halo_rows, grid, batch, layout.halo,
+                          [](double boxes, double rows_with_halo) { return boxes * (2 * rows + rows_with_halo); });
+  layout.depth = rows;
+  return layout;
 }
 
 template <class T>
@@ -99,7 +206,7 @@ void run(const char* function, const TiledWeightsParams& p, int tap_blocks, int 
 PartialSums partial_sums(std::int64_t positions, std::int64_t columns, std::int64_t channels, std::int64_t taps) {
   PartialSums sums{1, ceil_div(columns, 64) * 64, ceil_div(channels, 64) * 64, taps};
   const std::int64_t blocks = sums.columns / 64 * (sums.channels / 64) * ceil_div(taps, summing_warpgroups * taps_of_warpgroup);
-  const auto steps = static_cast<double>(ceil_div(positions, depth_of_step));
+  const auto steps = static_cast<double>(ceil_div(positions, 64));
   constexpr double write = 6;  // partial sums, in steps
   double least = std::numeric_limits<double>::infinity();
   for (std::int64_t splits = 1; splits <= multiprocessors && (splits == 1 || splits <= steps); ++splits) {
@@ -116,24 +223,27 @@ bool weights(const char* function, const WeightsProblem& problem, const PartialS
   if (device_attribute(cudaDevAttrComputeCapabilityMajor, function) != 9) return false;
 
   const std::vector<Column> columns = columns_of(problem.taps, problem.step[1], 3);
-  int halo = 0;
-  for (const Column& c : columns) halo = std::max(halo, static_cast<int>(c.numbers.size()) - 1);
-  // Between boxes of 64 positions the halo makes the difference.
-  const Box box = choose_box(6, most_halo_rows, dout.size + 2, dout.size[0], halo,
-                             [](double boxes, double rows_with_halo) { return boxes * (2 * depth_of_step + rows_with_halo); });
   constexpr std::int64_t whole[3] = {1, 1, 1};
+  const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
+  Layout layout;
+  if (problem.step[1] == 1 && problem.step[2] == 1 && std::getenv("EFFCORE_CONV3D_WEIGHT_LINES") != nullptr)
+    layout = lines_layout(columns, dout.size + 2, dout.size[0], x.size[4], problem.step[0], memory);
+  if (layout.box.w == 0) layout = boxes_layout(columns, dout.size + 2, dout.size[0]);
+  const Box& box = layout.box;
   TiledWeightsParams p{};
   int tap_blocks = 0;
-  if (box.w < 0 || !plan_tap_blocks(p, columns, box, halo, tap_blocks)) return false;
-  if (!encode_boxes(&p.dout, dout, box, box.lines(), whole) || !encode_boxes(&p.box, x, box, box.lines(), problem.step) ||
-      !encode_boxes(&p.box_with_halo, x, box, box.lines() + halo, problem.step))
+  p.products = layout.depth / depth_of_product;
+  if (box.w == 0 || !plan_tap_blocks(p, columns, layout, tap_blocks)) return false;
+  if (!encode_boxes(&p.dout, dout, box, box.h, whole) || !encode_boxes(&p.box, x, box, box.h, problem.step) ||
+      !encode_boxes(&p.box_with_halo, x, box, box.h + layout.halo, problem.step))
     return false;
-  const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
   const int behind = static_cast<int>(sizeof(WeightsRing)) + overhang(p, tap_blocks);
   p.stages = std::min(most_weights_stages, (memory - behind) / p.stage_bytes);
   if (p.stages < 2) return false;
 
-  p.tiling = Tiling(box, dout.size + 2, dout.size[0], problem.step);
+  Box tile = box;
+  if (layout.by_frames) tile.w = static_cast<int>(dout.size[4]);  // without margins
+  p.tiling = Tiling(tile, dout.size + 2, dout.size[0], problem.step);
   p.column_panels = static_cast<int>(sums.columns / 64);
   p.channel_panels = static_cast<int>(sums.channels / 64);
   p.splits = static_cast<int>(sums.splits);
