@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(pack_side* pack_rows) pack_kernel(const __grid
   const bool along_columns = p.spatial_column < p.spatial_channel;
   const int lane = threadIdx.x;
   wait_for_kernel_before();
+  let_next_kernel_begin();  // only behind the wait: it reads voxels before it waits for these blocks
 #pragma unroll
   for (int i = 0; i < pack_side; i += pack_rows) {
     const int other = i + threadIdx.y, column = along_columns ? lane : other, channel = along_columns ? other : lane;

@@ -26,6 +26,27 @@ std::vector<Column> columns_of(const std::vector<effcore::conv3d::PlacedTap>& ta
   return columns;
 }
 
+std::vector<FrameOfTaps> frames_of(const std::vector<Column>& columns) {
+  std::vector<FrameOfTaps> frames;
+  for (const Column& c : columns) {
+    auto frame = std::find_if(frames.begin(), frames.end(), [&](const FrameOfTaps& f) { return f.t == c.t; });
+    if (frame == frames.end()) frame = frames.insert(frames.end(), FrameOfTaps{c.t, {}, {}});
+    frame->h.take(c.h, c.h + static_cast<std::int64_t>(c.numbers.size()) - 1);
+    frame->w.take(c.w, c.w);
+  }
+  return frames;
+}
+
+Lines::Lines(const std::vector<FrameOfTaps>& frames, std::int64_t positions, std::int64_t voxels_of_line) : width(positions) {
+  Span w;
+  halo = 0;
+  for (const FrameOfTaps& f : frames) w.take(f.w.first, f.w.last), halo = std::max(halo, f.h.reach());
+  first_w = w.first;
+  // All voxels that the taps read, or up to where zeros follow that stand before the next line as well.
+  pitch = std::min(width + w.reach(), std::max(voxels_of_line - first_w, width + w.last));
+  margin = std::max<std::int64_t>(w.reach() - (pitch - width), 0);
+}
+
 bool readable(const TensorView& voxels) {
   if (voxels.dtype != DType::bfloat16 && voxels.dtype != DType::float16) return false;
   bool fits = reinterpret_cast<std::uintptr_t>(voxels.data) % 16 == 0;

@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda.h>
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -20,8 +21,8 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
 struct Box {
   int w = 0, t = 1, b = 1, h = 1;
 
-  int line() const { return w * t * b; }
-  int rows() const { return line() * h; }
+  constexpr int line() const { return w * t * b; }
+  constexpr int rows() const { return line() * h; }
 };
 
 // The box of `rows` positions, its sides powers of two as `rows` is, that covers a grid at the least cost(boxes, rows with
@@ -99,6 +100,32 @@ struct Column {
 
 // At most `most` taps each; in the order of their first taps.
 std::vector<Column> columns_of(const std::vector<effcore::conv3d::PlacedTap>& taps, std::int64_t step_h, std::size_t most);
+
+// Where neighbouring positions read neighbouring voxels (step 1 along h and w), one box serves all taps of a frame: a box of whole
+// lines of `pitch` rows, from voxel first_w on. A tap reads it from row (h - the frame's first h) * line + w - first_w on. Lines
+// share their margins: where voxels on the left of a line are zeros, they are those on the right of the line before as well. The
+// last line's are `margin` rows of zeros behind a box.
+struct Span {
+  std::int64_t first = std::numeric_limits<std::int64_t>::max(), last = std::numeric_limits<std::int64_t>::min();
+
+  void take(std::int64_t from, std::int64_t to) { first = std::min(first, from), last = std::max(last, to); }
+  std::int64_t reach() const { return last - first; }
+};
+
+struct FrameOfTaps {
+  std::int64_t t;
+  Span h, w;
+};
+
+std::vector<FrameOfTaps> frames_of(const std::vector<Column>& columns);
+
+struct Lines {
+  std::int64_t width, first_w, pitch, margin, halo;  // halo: lines more
+
+  Lines(const std::vector<FrameOfTaps>& frames, std::int64_t width, std::int64_t voxels_of_line);
+  // Taps of more than one line, or that read the last line's margin, which stands behind the halo.
+  bool needs_halo(const FrameOfTaps& f) const { return f.h.reach() > 0 || f.w.last - first_w > pitch - width; }
+};
 
 // Boxes of 64 channels with this many lines out of a tensor [B, C, T, H, W], of which positions `step` apart are read. False
 // where TMA cannot do it (see `readable`, and steps beyond 8).

@@ -10,57 +10,28 @@
 namespace effcore::cuda::conv3d::hopper {
 namespace {
 
-struct Extent {
-  std::int64_t first = std::numeric_limits<std::int64_t>::max(), last = std::numeric_limits<std::int64_t>::min();
-  void take(std::int64_t n) { first = std::min(first, n), last = std::max(last, n); }
-  std::int64_t reach() const { return last - first; }
-};
-
-struct Frame {
-  std::int64_t t;
-  Extent h, w;
-  std::vector<effcore::conv3d::PlacedTap> taps;
-};
-
-std::vector<Frame> frames_of(const std::vector<effcore::conv3d::PlacedTap>& taps) {
-  std::vector<Frame> frames;
-  for (const auto& tap : taps) {
-    auto frame = std::find_if(frames.begin(), frames.end(), [&](const Frame& f) { return f.t == tap.place[0]; });
-    if (frame == frames.end()) frame = frames.insert(frames.end(), Frame{tap.place[0], {}, {}, {}});
-    frame->h.take(tap.place[1]), frame->w.take(tap.place[2]);
-    frame->taps.push_back(tap);
-  }
-  return frames;
-}
-
-// t x b frames' h lines at a time.
-struct TileOfLines {
-  std::int64_t h = 0, t = 0, b = 0, tiles = 0;
-};
-
-TileOfLines choose_tile(std::int64_t positions, std::int64_t pitch, const std::int64_t grid[3], std::int64_t batch) {
-  TileOfLines best;
-  std::int64_t least = std::numeric_limits<std::int64_t>::max();
+// The box of whole lines, as few as cover a grid and the least halo among equals, whose positions fit; w = 0 where none does.
+Box choose_lines(std::int64_t positions, const Lines& lines, const std::int64_t grid[3], std::int64_t batch, std::int64_t& tiles) {
+  Box best;
   for (std::int64_t t = 1; t <= grid[0]; ++t)
     for (std::int64_t b = 1; b <= (t == grid[0] ? batch : 1); ++b)
-      for (std::int64_t h = 1; h <= grid[1]; ++h) {
-        const std::int64_t rows = (h * t * b - 1) * pitch + grid[2];
-        if (rows > positions) break;
-        const std::int64_t tiles = ceil_div(grid[0], t) * ceil_div(batch, b) * ceil_div(grid[1], h);
-        // Among equals the one with the least halo.
-        const std::int64_t cost = tiles * 1024 + t * b;
-        if (cost < least) least = cost, best = {h, t, b, tiles};
+      for (std::int64_t h = 1; h <= grid[1] && (h * t * b - 1) * lines.pitch + lines.width <= positions; ++h) {
+        const std::int64_t count = ceil_div(grid[0], t) * ceil_div(batch, b) * ceil_div(grid[1], h);
+        if (best.w != 0 && count >= tiles) continue;
+        tiles = count;
+        best = Box{static_cast<int>(lines.pitch), static_cast<int>(t), static_cast<int>(b), static_cast<int>(h)};
       }
   return best;
 }
 
-template <class T, int First, int Second, bool Split>
+template <class T, int Columns, int First, int Second, bool Split>
 bool run(const char* function, LinesParams p, const Launch& launch) {
   const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
-  constexpr int received = Split ? (First + Second) / 4 * line_consumers * 4 : 0;
+  constexpr int positions = positions_of_lines<Columns, First, Second>;
+  constexpr int received = Split ? positions / 4 * line_consumers * 4 : 0;
   const auto bytes = [&](int voxels, int weights) {
-    const int rings = voxels * p.stage_bytes + weights * columns_of_lines * 128;
-    return static_cast<int>(ceil_div(rings + static_cast<int>(sizeof(LinesMemory<First + Second>)), 16)) * 16;
+    const int rings = voxels * p.stage_bytes + weights * Columns * 128;
+    return static_cast<int>(ceil_div(rings + static_cast<int>(sizeof(LinesMemory<positions>)), 16)) * 16;
   };
   const int most = memory - received;
   p.voxel_stages = 2, p.weight_stages = 3;
@@ -69,7 +40,7 @@ bool run(const char* function, LinesParams p, const Launch& launch) {
   while (p.weight_stages < most_line_weight_stages && bytes(p.voxel_stages, p.weight_stages + 1) <= most) ++p.weight_stages;
   p.received_from = bytes(p.voxel_stages, p.weight_stages);
   const int device = device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const auto kernel = conv3d_lines_kernel<T, First, Second, Split>;
+  const auto kernel = conv3d_lines_kernel<T, Columns, First, Second, Split>;
   const std::size_t shared_bytes = static_cast<std::size_t>(p.received_from + received);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), function);
   cudaLaunchAttribute attribute[2];
@@ -90,91 +61,70 @@ bool run(const char* function, LinesParams p, const Launch& launch) {
 
 bool lines(const char* function, const RowsProblem& problem, const Launch& launch) {
   const TensorView &from = problem.from, &to = problem.to;
-  if (problem.taps.empty() || problem.padded_columns % columns_of_lines != 0) return false;
+  if (problem.taps.empty()) return false;
   if (problem.step[1] != 1 || problem.step[2] != 1 || !readable(from) || !readable(to) || to.size[1] % 8 != 0) return false;
   const std::int64_t* const grid = to.size + 2;
-  const std::vector<Frame> frames = frames_of(problem.taps);
-  if (frames.size() > most_frames) return false;
-  Extent w;
-  std::int64_t halo = 0;
-  for (const Frame& f : frames) w.take(f.w.first), w.take(f.w.last), halo = std::max(halo, f.h.reach());
+  const std::vector<Column> columns = columns_of(problem.taps, 1, max_taps);
+  const std::vector<FrameOfTaps> frames = frames_of(columns);
+  const Lines lines(frames, grid[2], from.size[4]);
+  if (frames.size() > most_frames || lines.pitch > 256) return false;
 
-  // Rows of a line: all that its taps read, or up to where only zeros follow that stand before the next line as well.
-  const std::int64_t width = grid[2];
-  const std::int64_t pitch = std::min(width + w.reach(), std::max(from.size[4] - w.first, width + w.last));
-  if (pitch > 256) return false;
   struct Choice {
-    int positions;
+    int columns, positions;
     bool split;
   };
-  constexpr Choice choices[3] = {{408, false}, {224, false}, {224, true}};
-  TileOfLines tile;
+  constexpr Choice choices[] = {{128, 408, false}, {128, 224, false}, {128, 224, true}, {64, 416, false}};
+  Box box;
   Choice choice{};
+  std::int64_t items = 0;
   double least = std::numeric_limits<double>::infinity();
-  const std::int64_t column_blocks = problem.padded_columns / columns_of_lines;
+  const int columns_of_block = problem.padded_columns % 128 == 0 ? 128 : 64;
+  const std::int64_t column_blocks = problem.padded_columns / columns_of_block;
   const std::int64_t device = device_attribute(cudaDevAttrMultiProcessorCount, function);
   const std::int64_t products = problem.padded_channels / 64 * static_cast<std::int64_t>(problem.taps.size());
   for (const Choice& c : choices) {
-    const TileOfLines t = choose_tile(c.positions, pitch, grid, to.size[0]);
-    const std::int64_t items = t.tiles * column_blocks;
-    if (t.tiles == 0 || (c.split && (2 * items > device || problem.padded_channels < 128))) continue;
+    if (c.columns != columns_of_block) continue;
+    std::int64_t tiles = 0;
+    const Box b = choose_lines(c.positions, lines, grid, to.size[0], tiles);
+    const std::int64_t count = tiles * column_blocks;
+    if (count == 0 || (c.split && (2 * count > device || problem.padded_channels < 128))) continue;
     // Steps of one tap and 64 channels; the beginning and the end of a tile cost as much as some.
-    const double time = static_cast<double>(ceil_div(items, device) * (c.positions * (c.split ? (products + 1) / 2 + 3 : products + 2)));
-    if (time < least) least = time, tile = t, choice = c;
+    const double time =
+        static_cast<double>(ceil_div(count, device) * (c.positions * (c.split ? (products + 1) / 2 + 3 : products + 2)));
+    if (time < least) least = time, box = b, choice = c, items = count;
   }
   if (choice.positions == 0) return false;
 
   LinesParams p{};
-  const std::int64_t line = pitch * tile.t * tile.b;
-  constexpr int order[5] = {1, 4, 2, 0, 3};
-  const auto encode = [&](CUtensorMap* map, std::int64_t lines) {
-    const std::int64_t sides[5] = {64, pitch, tile.t, tile.b, lines}, steps[5] = {1, 1, problem.step[0], 1, 1};
-    cuuint64_t size[5], stride[4];
-    cuuint32_t side[5], traversal[5];
-    for (int d = 0; d < 5; ++d) {
-      if (steps[d] > 8 || sides[d] * steps[d] > 256) return false;
-      size[d] = static_cast<cuuint64_t>(from.size[order[d]]);
-      side[d] = static_cast<cuuint32_t>(sides[d] * steps[d]);
-      traversal[d] = static_cast<cuuint32_t>(steps[d]);
-    }
-    for (int d = 1; d < 5; ++d)
-      stride[d - 1] = size[d] == 1 ? static_cast<cuuint64_t>(ceil_div(from.size[1], 8) * 16)
-                                   : static_cast<cuuint64_t>(from.stride[order[d]] * 2);
-    return encode_tensor_map(map, from.dtype, from.data, size, stride, side, traversal);
+  const auto box_lines = [&](CUtensorMap* map, std::int64_t h) {
+    return encode_boxes(map, from, box, static_cast<int>(h), problem.step);
   };
-  if (!encode(&p.box, tile.h) || !encode(&p.box_with_halo, tile.h + halo)) return false;
+  if (!box_lines(&p.box, box.h) || !box_lines(&p.box_with_halo, box.h + lines.halo)) return false;
   const cuuint64_t weight_size[2] = {static_cast<cuuint64_t>(problem.padded_channels),
                                      static_cast<cuuint64_t>(problem.padded_columns * problem.packed_taps)};
   const cuuint64_t weight_stride[1] = {weight_size[0] * 2};
-  const cuuint32_t weight_box[2] = {64, columns_of_lines};
+  const cuuint32_t weight_box[2] = {64, static_cast<cuuint32_t>(columns_of_block)};
   if (!encode_tensor_map(&p.weights, from.dtype, problem.packed, weight_size, weight_stride, weight_box)) return false;
 
   int numbers = 0;
-  for (const Frame& f : frames) {
-    // Taps that leave a line to the right read on in the next: with the last line's margin, which stands in the halo's box.
-    const bool with_halo = f.h.reach() > 0 || f.w.last - w.first > pitch - width;
-    FrameOfTaps& frame = p.frame[p.frames_of_taps++];
-    frame = {static_cast<std::int16_t>(f.t), static_cast<std::int16_t>(f.h.first), static_cast<std::int16_t>(numbers),
-             static_cast<std::int16_t>(f.taps.size()), with_halo};
-    for (const auto& tap : f.taps) {
+  for (const FrameOfTaps& f : frames) {
+    LoadedFrame& frame = p.frame[p.frames_of_taps++];
+    frame = {static_cast<std::int16_t>(f.t), static_cast<std::int16_t>(f.h.first), static_cast<std::int16_t>(numbers), 0,
+             lines.needs_halo(f)};
+    for (const auto& tap : problem.taps) {
+      if (tap.place[0] != f.t) continue;
+      ++frame.taps;
       p.number[numbers] = static_cast<std::int16_t>(tap.number);
-      p.shift[numbers++] = static_cast<std::int16_t>((tap.place[1] - f.h.first) * line + tap.place[2] - w.first);
+      p.shift[numbers++] = static_cast<std::int16_t>((tap.place[1] - f.h.first) * box.line() + tap.place[2] - lines.first_w);
     }
   }
-  const std::int64_t halo_rows = line * (tile.h + halo), margin = std::max<std::int64_t>(w.reach() - (pitch - width), 0);
-  p.side[0] = static_cast<int>(width), p.side[1] = static_cast<int>(tile.t), p.side[2] = static_cast<int>(tile.b);
-  p.side[3] = static_cast<int>(tile.h);
-  p.tiles[0] = static_cast<int>(ceil_div(grid[0], tile.t)), p.tiles[1] = static_cast<int>(ceil_div(to.size[0], tile.b));
-  p.tiles[2] = static_cast<int>(ceil_div(grid[1], tile.h));
-  p.batch = static_cast<int>(to.size[0]);
-  for (int d = 0; d < 3; ++d) p.grid[d] = static_cast<int>(grid[d]);
-  p.step_t = static_cast<int>(problem.step[0]), p.first_w = static_cast<int>(w.first);
-  p.line = Divider(line), p.pitch = Divider(pitch), p.frames = Divider(tile.t);
+  const std::int64_t halo_rows = box.line() * (box.h + lines.halo);
+  p.tiling = Tiling(box, grid, to.size[0], problem.step);
+  p.first_w = static_cast<int>(lines.first_w);
   p.column_blocks = static_cast<int>(column_blocks);
-  p.items = static_cast<int>(tile.tiles * column_blocks);
-  if (p.items == 0) return true;
-  p.box_bytes = static_cast<int>(line * tile.h * 128), p.halo_bytes = static_cast<int>(halo_rows * 128);
-  p.zero_from = p.halo_bytes, p.stage_bytes = static_cast<int>(ceil_div(halo_rows + margin, 8) * 1024);
+  p.items = static_cast<int>(items);
+  p.box_bytes = box.rows() * 128, p.halo_bytes = static_cast<int>(halo_rows * 128);
+  p.zero_from = p.halo_bytes, p.stage_bytes = static_cast<int>(ceil_div(halo_rows + lines.margin, 8) * 1024);
   p.blocks = static_cast<int>(problem.padded_channels / 64);
   p.padded_columns = static_cast<int>(problem.padded_columns);
   p.columns = static_cast<int>(to.size[1]);
@@ -184,9 +134,9 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
   if (problem.bias != nullptr) p.bias = problem.bias->data, p.bias_stride = problem.bias->stride[0];
   const auto run_as = [&](auto zero) {
     using T = decltype(zero);
-    return choice.positions == 408 ? run<T, 208, 200, false>(function, p, launch)
-           : choice.split          ? run<T, 224, 0, true>(function, p, launch)
-                                   : run<T, 224, 0, false>(function, p, launch);
+    if (choice.columns == 64) return run<T, 64, 208, 0, false>(function, p, launch);
+    if (choice.positions == 408) return run<T, 128, 208, 200, false>(function, p, launch);
+    return choice.split ? run<T, 128, 224, 0, true>(function, p, launch) : run<T, 128, 224, 0, false>(function, p, launch);
   };
   if (from.dtype == DType::bfloat16) return run_as(bf16{});
 #if !defined(EFFCORE_CUDA_SET_CI)

@@ -4,9 +4,9 @@
 // Bound: 2 * taps * channels FLOPs an output on the tensor cores (4096 a cycle and multiprocessor), if the second-level cache
 // keeps up: it gives a multiprocessor about 24 bytes a cycle. So what counts is how often a block reads voxels and weights.
 //
-// A block computes 128 columns of up to `Positions` positions at a time: whole lines of one or several frames. The product is
+// A block computes 64 or 128 columns of some hundred positions at a time: whole lines of one or several frames. The product is
 // transposed, columns x positions, for wgmma's second side may be any multiple of 8: 14 lines of 28 voxels fill it to 96 %, and
-// 128 such tiles the device. Two warpgroups take 64 columns each, of all positions.
+// 128 such tiles the device.
 //
 // One box of voxels serves all taps of a frame. In shared memory a line takes `pitch` rows (of 64 channels), and a tap reads the
 // box from another row on: h * line + w. (The swizzle is a function of the address, so a product may begin at any row.) Lines
@@ -32,23 +32,21 @@ namespace effcore::cuda::conv3d::hopper {
 
 namespace sm90 = effcore::cuda::hopper;
 
-constexpr int line_consumers = 2 * 128, line_threads = line_consumers + 128, columns_of_lines = 128;
+constexpr int line_consumers = 2 * 128, line_threads = line_consumers + 128;
 constexpr int line_registers = 240, line_fetching_registers = 24;
 constexpr int most_line_voxel_stages = 4, most_line_weight_stages = 8, most_frames = 16;
 
-// Taps of one frame.
-struct FrameOfTaps {
-  std::int16_t t, h;  // of the box's first line
-  std::int16_t first, taps;
+// Taps that share a box.
+struct LoadedFrame {
+  std::int16_t t, h;         // offset of the box from a position
+  std::int16_t first, taps;  // number[first ...]
   bool halo;
 };
 
 struct LinesParams {
   CUtensorMap box, box_with_halo, weights;
-  int side[4], tiles[3], batch, grid[3];  // of a tile: w, t, b, h; tiles along t, b, h; the grid: t, h, w
-  int step_t, first_w;
-  Divider line, pitch, frames;  // rows of a line of all frames, and of one; frames along t
-  int tiles_of_positions, items, column_blocks;
+  Tiling tiling;  // of positions, margins included
+  int items, column_blocks, first_w;
   int voxel_stages, weight_stages, stage_bytes, box_bytes, halo_bytes, zero_from;
   int received_from;  // the other block's sums, behind everything else
   int frames_of_taps, blocks;  // blocks: of 64 channels
@@ -57,8 +55,8 @@ struct LinesParams {
   std::int64_t out_stride[4];  // b, t, h, w
   const void* bias;
   std::int64_t bias_stride;
-  FrameOfTaps frame[most_frames];
-  std::int16_t number[max_taps], shift[max_taps];
+  LoadedFrame frame[most_frames];
+  std::int16_t number[max_taps], shift[max_taps];  // shift: rows
 };
 
 template <int Positions>
@@ -68,20 +66,6 @@ struct LinesMemory {
   sm90::BarrierWord received;  // the other block's sums
   int offset[Positions];       // of a position's results behind the tile's first, in pieces of 8, or -1
 };
-
-struct LinesTile {
-  int column, t, b, h;
-};
-__device__ __forceinline__ LinesTile lines_tile(const LinesParams& p, int item) {
-  LinesTile at;
-  at.column = item % p.column_blocks * columns_of_lines;
-  item /= p.column_blocks;
-  at.t = item % p.tiles[0] * p.side[1];
-  item /= p.tiles[0];
-  at.h = item % p.tiles[2] * p.side[3];
-  at.b = item / p.tiles[2] * p.side[2];
-  return at;
-}
 
 // An 8 x 8 tile of 16-bit elements across a warp, transposed.
 __device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t x) {
@@ -137,10 +121,15 @@ __device__ __forceinline__ void store_lines(const float (&sums)[N], const int* o
   }
 }
 
-// Positions: First + Second, those of two instructions.
-template <class T, int First, int Second, bool Split>
+// With 128 columns each warpgroup takes half of them, and all positions by two instructions (or one, Second = 0); with 64 it takes
+// all of them, and half of the positions.
+template <int Columns, int First, int Second>
+constexpr int positions_of_lines = Columns == 128 ? First + Second : 2 * First;
+
+template <class T, int Columns, int First, int Second, bool Split>
 __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __grid_constant__ LinesParams p) {
-  constexpr int weight_bytes = columns_of_lines * 128, positions = First + Second;
+  constexpr int weight_bytes = Columns * 128, positions = positions_of_lines<Columns, First, Second>;
+  static_assert(Columns == 128 || (Second == 0 && !Split));
   extern __shared__ __align__(1024) char memory[];
   char* const weight_memory = memory + p.voxel_stages * p.stage_bytes;
   auto& shared = *reinterpret_cast<LinesMemory<positions>*>(weight_memory + p.weight_stages * weight_bytes);
@@ -176,15 +165,16 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     constexpr auto keep = static_cast<std::uint64_t>(sm90::Keep::last);
     bool packed = false;
     for (int item = first_item; item < p.items; item += items) {
-      const LinesTile at = lines_tile(p, item);
+      const Corner at = p.tiling.corner(item / p.column_blocks);
+      const int first_column = item % p.column_blocks * Columns;
       for (int block = begin; block < blocks; ++block)
         for (int i = 0; i < p.frames_of_taps; ++i) {
-          const FrameOfTaps& frame = p.frame[i];
+          const LoadedFrame& frame = p.frame[i];
           shared.voxels.wait_empty(voxel_turn);
           shared.voxels.expect(voxel_turn, frame.halo ? p.halo_bytes : p.box_bytes);
           cute::SM90_TMA_LOAD_5D::copy(frame.halo ? &p.box_with_halo : &p.box, &shared.voxels.full[voxel_turn.stage], keep,
                                        memory + voxel_turn.stage * p.stage_bytes, block * 64, p.first_w,
-                                       at.t * p.step_t + frame.t, at.b, at.h + frame.h);
+                                       at.t * p.tiling.step[0] + frame.t, at.b, at.h + frame.h);
           voxel_turn.next(p.voxel_stages);
           if (!packed) wait_for_kernel_before();  // which packs the weights
           packed = true;
@@ -193,7 +183,7 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
             shared.weights.expect(weight_turn, weight_bytes);
             cute::SM90_TMA_LOAD_2D::copy(&p.weights, &shared.weights.full[weight_turn.stage], keep,
                                          weight_memory + weight_turn.stage * weight_bytes, block * 64,
-                                         p.number[tap] * p.padded_columns + at.column);
+                                         p.number[tap] * p.padded_columns + first_column);
             weight_turn.next(p.weight_stages);
           }
         }
@@ -202,16 +192,16 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
   }
 
   cutlass::arch::warpgroup_reg_alloc<line_registers>();
+  const int own_column = Columns == 128 ? warpgroup * 64 : 0, own_position = Columns == 128 ? 0 : warpgroup * First;
   for (int item = first_item; item < p.items; item += items) {
-    const LinesTile at = lines_tile(p, item);
+    const Corner at = p.tiling.corner(item / p.column_blocks);
     asm volatile("bar.sync 1, 256;" ::: "memory");  // the last tile's offsets have been read
     for (int r = threadIdx.x; r < positions; r += line_consumers) {
-      int rest = r;
-      const int h = p.line.take(rest), frame = p.pitch.take(rest), w = rest;
-      int t = frame;
-      const int b = p.frames.take(t);
-      const bool exists = w < p.side[0] && h < p.side[3] && at.t + t < p.grid[0] && at.b + b < p.batch && at.h + h < p.grid[1];
-      const std::int64_t offset = b * p.out_stride[0] + t * p.out_stride[1] + h * p.out_stride[2] + w * p.out_stride[3];
+      const Corner position = p.tiling.position({0, 0, 0, 0}, r);
+      const bool exists =
+          r < p.tiling.box.rows() && p.tiling.holds({at.w + position.w, at.t + position.t, at.b + position.b, at.h + position.h});
+      const std::int64_t offset = position.b * p.out_stride[0] + position.t * p.out_stride[1] + position.h * p.out_stride[2] +
+                                  position.w * p.out_stride[3];
       shared.offset[r] = exists ? static_cast<int>(offset / 8) : -1;
     }
 
@@ -239,9 +229,9 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
         const int end = p.frame[i].first + p.frame[i].taps;
         for (int tap = p.frame[i].first; tap < end; ++tap) {
           shared.weights.wait_full(weight_turn);
-          const std::uint32_t rows = voxels + static_cast<std::uint32_t>(p.shift[tap] * 128);
+          const std::uint32_t rows = voxels + static_cast<std::uint32_t>((p.shift[tap] + own_position) * 128);
           const sm90::SharedOperand<false> a(
-              shared_address(weight_memory + weight_turn.stage * weight_bytes) + static_cast<std::uint32_t>(warpgroup * 64 * 128),
+              shared_address(weight_memory + weight_turn.stage * weight_bytes) + static_cast<std::uint32_t>(own_column * 128),
               64, false);
           const sm90::SharedOperand<false> b(rows, First, false), c(rows + First * 128, Second, false);
           pin();
@@ -262,7 +252,7 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     release();
 
     asm volatile("bar.sync 1, 256;" ::: "memory");  // the offsets are there
-    const int lane = threadIdx.x % 32, row = at.column + warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
+    const int lane = threadIdx.x % 32, row = item % p.column_blocks * Columns + own_column + threadIdx.x % 128 / 32 * 16;
     const T* const bias = static_cast<const T*>(p.bias);
     float add[2] = {};
 #pragma unroll
@@ -286,7 +276,7 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
         store_lines<T, middle, First>(first, shared.offset, to, add, columns_exist);
       }
     } else {
-      store_lines<T, 0, First>(first, shared.offset, to, add, columns_exist);
+      store_lines<T, 0, First>(first, shared.offset + own_position, to, add, columns_exist);
       if constexpr (Second > 0) store_lines<T, 0, Second>(second, shared.offset + First, to, add, columns_exist);
     }
   }

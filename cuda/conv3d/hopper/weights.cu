@@ -13,13 +13,8 @@ namespace {
 
 // Blocks under way at once: a constant, so that every device sums in the same order.
 constexpr std::int64_t multiprocessors = 132;
-constexpr int most_halo_rows = 128;
-
-struct Extent {
-  std::int64_t first = std::numeric_limits<std::int64_t>::max(), last = std::numeric_limits<std::int64_t>::min();
-  void take(std::int64_t from, std::int64_t to) { first = std::min(first, from), last = std::max(last, to); }
-  std::int64_t reach() const { return last - first; }
-};
+constexpr int most_halo_rows = 128, most_side = 256;
+constexpr std::int64_t most_behind = 4096;  // bytes behind the stages
 
 // Columns of taps that are read in sequence: one, or two single taps.
 using PlannedSequence = std::vector<Column>;
@@ -48,13 +43,12 @@ std::vector<std::vector<PlannedSequence>> units_of(const std::vector<Column>& co
   return units;
 }
 
-// How a stage holds x: boxes of whole lines, one for each frame of taps, or (without a pitch) one for each column of taps.
+// How a stage holds x: boxes of whole lines, one for each frame of taps, or one for each column of taps.
 struct Layout {
   Box box;
-  int halo = 0;   // lines more
-  bool by_frames = false;
-  std::int64_t first_w = 0;
-  int depth = 0, margin = 0, free_margin = 0;  // rows of dout with zeros; rows behind a box; steps to the right that stay inside
+  int halo = 0;                // lines more
+  int depth = 0;               // rows of dout, with zeros behind the box
+  const Lines* lines = nullptr;  // where boxes are whole lines
 };
 
 int round_up(std::int64_t n, std::int64_t multiple) {
@@ -75,26 +69,27 @@ bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, 
                                   static_cast<std::int16_t>(row), halo};
       const int first = row, rows = line * (layout.box.h + (halo ? layout.halo : 0));
       block.bytes += rows * 128;
-      row += round_up(rows + layout.margin, 8);
+      row += round_up(rows + (layout.lines != nullptr ? layout.lines->margin : 0), 8);
       return first;
     };
     const std::int64_t begin = i * count / tap_blocks, end = (i + 1) * count / tap_blocks;  // spread evenly
-    struct Frame {
-      std::int64_t t;
-      Extent h, w;
-      int row;
+    std::vector<FrameOfTaps> frames;
+    std::vector<int> frame_rows;
+    if (layout.lines != nullptr) {
+      std::vector<Column> taps;
+      for (std::int64_t u = begin; u < end; ++u)
+        for (const PlannedSequence& sequence : units[static_cast<std::size_t>(u)])
+          taps.insert(taps.end(), sequence.begin(), sequence.end());
+      frames = frames_of(taps);
+      for (const FrameOfTaps& f : frames)
+        frame_rows.push_back(load(f.t, f.h.first, layout.lines->first_w, layout.lines->needs_halo(f)));
+    }
+    const auto first_row = [&](const Column& c) {
+      if (layout.lines == nullptr) return load(c.t, c.h, c.w, c.numbers.size() > 1);
+      std::size_t f = 0;
+      while (frames[f].t != c.t) ++f;
+      return frame_rows[f] + static_cast<int>((c.h - frames[f].h.first) * line + c.w - layout.lines->first_w);
     };
-    std::vector<Frame> frames;
-    for (std::int64_t u = begin; layout.by_frames && u < end; ++u)
-      for (const PlannedSequence& sequence : units[static_cast<std::size_t>(u)])
-        for (const Column& c : sequence) {
-          auto frame = std::find_if(frames.begin(), frames.end(), [&](const Frame& f) { return f.t == c.t; });
-          if (frame == frames.end()) frame = frames.insert(frames.end(), Frame{c.t, {}, {}, 0});
-          frame->h.take(c.h, c.h + static_cast<std::int64_t>(c.numbers.size()) - 1);
-          frame->w.take(c.w, c.w);
-        }
-    for (Frame& f : frames)
-      f.row = load(f.t, f.h.first, layout.first_w, f.h.reach() > 0 || f.w.last - layout.first_w > layout.free_margin);
     block.bytes += layout.box.rows() * 128;  // dout
     for (std::int64_t u = begin; u < end; ++u) {
       Unit& unit = block.unit[block.units++];
@@ -102,13 +97,7 @@ bool plan_tap_blocks(TiledWeightsParams& p, const std::vector<Column>& columns, 
       for (int which = 0; which < 2; ++which) {
         Sequence& sequence = unit.sequence[which];
         for (const Column& c : units[static_cast<std::size_t>(u)][static_cast<std::size_t>(which)]) {
-          std::int64_t first;
-          if (layout.by_frames) {
-            const auto& f = *std::find_if(frames.begin(), frames.end(), [&](const Frame& g) { return g.t == c.t; });
-            first = f.row + (c.h - f.h.first) * line + c.w - layout.first_w;
-          } else {
-            first = load(c.t, c.h, c.w, c.numbers.size() > 1);
-          }
+          const int first = first_row(c);
           if (sequence.taps == 0)
             sequence.first = static_cast<std::int16_t>(first), sequence.distance = static_cast<std::int16_t>(line);
           else
@@ -141,44 +130,27 @@ int overhang(const TiledWeightsParams& p, int tap_blocks) {
   return end - p.stage_bytes;
 }
 
-// Whole lines, of which at least two stages fit; the box that costs the least, or none.
-Layout lines_layout(const std::vector<Column>& columns, const std::int64_t grid[3], std::int64_t batch, std::int64_t x_width,
-                    std::int64_t step_t, int memory) {
-  Extent w;
-  std::int64_t halo = 0;
-  for (const Column& c : columns) w.take(c.w, c.w);
-  std::vector<std::int64_t> frames;
-  for (const Column& c : columns) {
-    if (std::find(frames.begin(), frames.end(), c.t) != frames.end()) continue;
-    frames.push_back(c.t);
-    Extent h;
-    for (const Column& other : columns)
-      if (other.t == c.t) h.take(other.h, other.h + static_cast<std::int64_t>(other.numbers.size()) - 1);
-    halo = std::max(halo, h.reach());
-  }
-  const std::int64_t pitch = std::min(grid[2] + w.reach(), std::max(x_width - w.first, grid[2] + w.last));
+// The box of whole lines that costs the least, of which at least two stages fit; or none.
+Layout lines_layout(const Lines& lines, std::int64_t frames, const std::int64_t grid[3], std::int64_t batch, int memory) {
   Layout best;
-  if (pitch > 256) return best;
+  best.lines = &lines, best.halo = static_cast<int>(lines.halo);
   double least = std::numeric_limits<double>::infinity();
-  const std::int64_t margin = std::max<std::int64_t>(w.reach() - (pitch - grid[2]), 0);
-  for (std::int64_t t = 1; t <= std::min<std::int64_t>(grid[0], 256 / step_t); ++t)
+  for (std::int64_t t = 1; t <= grid[0]; ++t)
     for (std::int64_t b = 1; b <= (t == grid[0] ? batch : 1); ++b)
       for (std::int64_t h = 1; h <= grid[1]; ++h) {
-        const std::int64_t line = pitch * t * b, depth = round_up(line * h, depth_of_product);
-        const std::int64_t frame_rows = round_up(line * h + margin, 8), halo_rows = round_up(line * (h + halo) + margin, 8);
-        const std::int64_t rows = depth + halo_rows + static_cast<std::int64_t>(frames.size() - 1) * frame_rows;
-        const std::int64_t stages = memory / (rows * 128 + 4096);
+        const std::int64_t line = lines.pitch * t * b, depth = round_up(line * h, depth_of_product);
+        const std::int64_t rows = depth + round_up(line * (h + lines.halo) + lines.margin, 8) +
+                                  (frames - 1) * round_up(line * h + lines.margin, 8);
+        const std::int64_t stages = (memory - most_behind) / (rows * 128);
         if (stages < 2) break;
         const double boxes = static_cast<double>(ceil_div(grid[0], t) * ceil_div(batch, b) * ceil_div(grid[1], h));
-        // Cycles of the products of 11 taps, and of the bytes.
-        const double cost = boxes * (std::max(static_cast<double>(depth) * 22, static_cast<double>(rows) * 128 / 24) +
-                                     (stages > 2 ? 200.0 : 400.0));
+        // Cycles of the products of 11 taps, or of the bytes; two stages hide less of what is between.
+        const double cycles = std::max(static_cast<double>(depth) * 22, static_cast<double>(rows) * 128 / 24);
+        const double cost = boxes * (cycles + (stages > 2 ? 200 : 400));
         if (cost >= least) continue;
         least = cost;
-        best.box = Box{static_cast<int>(pitch), static_cast<int>(t), static_cast<int>(b), static_cast<int>(h)};
-        best.halo = static_cast<int>(halo), best.by_frames = true, best.first_w = w.first;
-        best.depth = static_cast<int>(depth), best.margin = static_cast<int>(margin);
-        best.free_margin = static_cast<int>(pitch - grid[2]);
+        best.box = Box{static_cast<int>(lines.pitch), static_cast<int>(t), static_cast<int>(b), static_cast<int>(h)};
+        best.depth = static_cast<int>(depth);
       }
   return best;
 }
@@ -225,9 +197,11 @@ bool weights(const char* function, const WeightsProblem& problem, const PartialS
   const std::vector<Column> columns = columns_of(problem.taps, problem.step[1], 3);
   constexpr std::int64_t whole[3] = {1, 1, 1};
   const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
+  const std::vector<FrameOfTaps> frames = frames_of(columns);
+  const Lines lines(frames, dout.size[4], x.size[4]);
   Layout layout;
-  if (problem.step[1] == 1 && problem.step[2] == 1 && std::getenv("EFFCORE_CONV3D_WEIGHT_LINES") != nullptr)
-    layout = lines_layout(columns, dout.size + 2, dout.size[0], x.size[4], problem.step[0], memory);
+  if (problem.step[1] == 1 && problem.step[2] == 1 && lines.pitch <= most_side && std::getenv("EFFCORE_CONV3D_WEIGHT_LINES") != nullptr)
+    layout = lines_layout(lines, static_cast<std::int64_t>(frames.size()), dout.size + 2, dout.size[0], memory);
   if (layout.box.w == 0) layout = boxes_layout(columns, dout.size + 2, dout.size[0]);
   const Box& box = layout.box;
   TiledWeightsParams p{};
@@ -241,9 +215,7 @@ bool weights(const char* function, const WeightsProblem& problem, const PartialS
   p.stages = std::min(most_weights_stages, (memory - behind) / p.stage_bytes);
   if (p.stages < 2) return false;
 
-  Box tile = box;
-  if (layout.by_frames) tile.w = static_cast<int>(dout.size[4]);  // without margins
-  p.tiling = Tiling(tile, dout.size + 2, dout.size[0], problem.step);
+  p.tiling = Tiling(box, dout.size + 2, dout.size[0], problem.step);
   p.column_panels = static_cast<int>(sums.columns / 64);
   p.channel_panels = static_cast<int>(sums.channels / 64);
   p.splits = static_cast<int>(sums.splits);

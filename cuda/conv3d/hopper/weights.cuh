@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
   sm90::fence_async();
   __syncthreads();
   wait_for_kernel_before();
+  let_next_kernel_begin();  // which adds the sums up
 
   const int warpgroup = sm90::uniform(static_cast<int>(threadIdx.x) / 128);
   if (warpgroup == summing_warpgroups) {
