@@ -39,6 +39,9 @@ using PlainWeights = WeightsConfig<float, 2, 2, 2, 2, 2>;
 // Blocks of a weight gradient: a constant, so that every device sums in the same order.
 constexpr std::int64_t gradient_blocks = 528;
 
+// That add its partial sums up, constant for the same reason.
+constexpr std::int64_t reducing_threads = 132 * 1024;
+
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }
@@ -126,9 +129,24 @@ PackedSize packed_size(const TensorView& spatial, const TensorView& temporal, in
   return size;
 }
 
-void pack(const char* function, const TensorView& spatial, const TensorView& temporal, int channel,
-          const std::vector<PlacedTap>& taps, const Launch& launch) {
-  const PackedSize size = packed_size(spatial, temporal, channel);
+// Those of a product, and whether they have been packed into the workspace. Dimension `channel` is that of the voxels read.
+struct Kernels {
+  const TensorView &spatial, &temporal;
+  int channel;
+  std::vector<PlacedTap> taps;
+  PackedSize size;
+  bool packed = false;
+
+  Kernels(const TensorView& spatial_kernel, const TensorView& temporal_kernel, int channel_dimension)
+      : spatial(spatial_kernel),
+        temporal(temporal_kernel),
+        channel(channel_dimension),
+        taps(cross(spatial, temporal)),
+        size(packed_size(spatial, temporal, channel)) {}
+};
+
+void pack(const char* function, const Kernels& kernels, const Launch& launch) {
+  const auto& [spatial, temporal, channel, taps, size, packed] = kernels;
   PackParams p{};
   check_taps(function, taps.size());
   p.spatial = spatial.data;
@@ -176,11 +194,20 @@ struct RowsPlan {
 };
 
 bool rows_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const RowsPlan& plan,
-                    [[maybe_unused]] const PackedSize& size, [[maybe_unused]] const Launch& launch) {
+                    [[maybe_unused]] const Kernels& kernels, [[maybe_unused]] const Launch& launch) {
 #if defined(EFFCORE_HOPPER)
-  if (!on_hopper(function)) return false;
-  hopper::RowsProblem problem{plan.from,        plan.to,      plan.taps,     {plan.step[0], plan.step[1], plan.step[2]},
-                              launch.workspace, size.columns, size.channels, size.taps,
+  const PackedSize& size = kernels.size;
+  hopper::RowsProblem problem{plan.from,
+                              plan.to,
+                              plan.taps,
+                              {plan.step[0], plan.step[1], plan.step[2]},
+                              kernels.spatial,
+                              kernels.temporal,
+                              kernels.channel,
+                              kernels.packed ? launch.workspace : nullptr,
+                              size.columns,
+                              size.channels,
+                              size.taps,
                               plan.bias};
   TensorView& to = problem.to;  // the positions at origin + to_step * p alone
   std::int64_t origin = 0;
@@ -196,9 +223,14 @@ bool rows_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] cons
 #endif
 }
 
-// The weights are packed already.
-void rows(const char* function, const RowsPlan& plan, const PackedSize& size, const Launch& launch) {
-  if (rows_on_hopper(function, plan, size, launch)) return;
+void rows(const char* function, const RowsPlan& plan, Kernels& kernels, const Launch& launch) {
+  if (rows_on_hopper(function, plan, kernels, launch)) return;
+  if (!kernels.packed && !plan.taps.empty()) {
+    pack(function, kernels, launch);
+    kernels.packed = true;
+    if (rows_on_hopper(function, plan, kernels, launch)) return;
+  }
+  const PackedSize& size = kernels.size;
   const TensorView& to = plan.to;
   const TensorView* const bias = plan.bias;
   RowsParams p{};
@@ -321,25 +353,23 @@ std::size_t workspace_bytes(const BackwardWeight& args) {
 
 void forward(const Forward& args, const Launch& launch) {
   const char* f = "cross_conv3d";
-  const std::vector<PlacedTap> taps = cross(args.spatial, args.temporal);
-  pack(f, args.spatial, args.temporal, 1, taps, launch);
-  RowsPlan plan{args.x, args.out, forward_taps(taps, args.geometry), {}, {}, {}, {}, args.bias};
+  Kernels kernels(args.spatial, args.temporal, 1);
+  RowsPlan plan{args.x, args.out, forward_taps(kernels.taps, args.geometry), {}, {}, {}, {}, args.bias};
   for (int d = 0; d < 3; ++d)
     plan.grid[d] = args.out.size[2 + d], plan.step[d] = args.geometry.stride[d], plan.origin[d] = 0, plan.to_step[d] = 1;
-  rows(f, plan, packed_size(args.spatial, args.temporal, 1), launch);
+  rows(f, plan, kernels, launch);
 }
 
 void backward_data(const BackwardData& args, const Launch& launch) {
   const char* f = "cross_conv3d_bwd_data";
-  const std::vector<PlacedTap> taps = cross(args.spatial, args.temporal);
-  pack(f, args.spatial, args.temporal, 0, taps, launch);
+  Kernels kernels(args.spatial, args.temporal, 0);
   for_residues(args.dx.size + 2, args.geometry, [&](const std::int64_t residue[3]) {
-    RowsPlan plan{args.dout, args.dx, mirrored_taps(taps, args.geometry, residue), {}, {}, {}, {}, nullptr};
+    RowsPlan plan{args.dout, args.dx, mirrored_taps(kernels.taps, args.geometry, residue), {}, {}, {}, {}, nullptr};
     for (int d = 0; d < 3; ++d) {
       plan.grid[d] = ceil_div(args.dx.size[2 + d] - residue[d], args.geometry.stride[d]);
       plan.step[d] = 1, plan.origin[d] = residue[d], plan.to_step[d] = args.geometry.stride[d];
     }
-    rows(f, plan, packed_size(args.spatial, args.temporal, 0), launch);
+    rows(f, plan, kernels, launch);
   });
 }
 
@@ -362,9 +392,10 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   r.dtemporal = args.dtemporal.data;
   if (!sum_on_hopper(f, args, taps, r, launch)) sum(f, args, taps, r, launch);
 
+  // Threads share splits only where there would be few: reads under way are what counts.
   r.parts = 1;
-  while (r.parts < 8 && 4 * r.parts <= r.splits) r.parts *= 2;
-
+  while (r.parts < 8 && 4 * r.parts <= r.splits && std::int64_t{r.padded_depth} / 4 * r.columns * r.parts < reducing_threads)
+    r.parts *= 2;
   const dim3 blocks(static_cast<unsigned>(ceil_div(r.padded_depth, 4 * reduce_threads / r.parts)),
                     static_cast<unsigned>(r.columns));
   with_type(f, args.x.dtype, [&](auto zero) {

@@ -24,7 +24,25 @@ Box choose_lines(std::int64_t positions, const Lines& lines, const std::int64_t 
   return best;
 }
 
-template <class T, int Columns, int First, int Second, bool Split>
+// Kernels [rows, inside, taps] whose second dimension lies inside, as the copy engine sees them: boxes of 64 x 1 x `rows`.
+bool encode_kernels(CUtensorMap* map, DType dtype, const void* data, std::int64_t inside, std::int64_t taps, std::int64_t rows,
+                    std::int64_t tap_stride, std::int64_t row_stride, int box_rows) {
+  if (reinterpret_cast<std::uintptr_t>(data) % 16 != 0 || tap_stride % 8 != 0 || row_stride % 8 != 0) return false;
+  const cuuint64_t size[3] = {static_cast<cuuint64_t>(inside), static_cast<cuuint64_t>(taps), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t stride[2] = {static_cast<cuuint64_t>(tap_stride * 2), static_cast<cuuint64_t>(row_stride * 2)};
+  const cuuint32_t box[3] = {64, 1, static_cast<cuuint32_t>(box_rows)};
+  return encode_tensor_map(map, dtype, data, size, stride, box);
+}
+
+// Between the taps of a kernel [O, C, ...] with channels inside; 0 where it has another layout.
+std::int64_t tap_stride(const TensorView& kernel, int dims) {
+  const std::int64_t height = dims == 4 ? kernel.size[2] : 1, width = kernel.size[dims - 1];
+  if (kernel.stride[1] != 1) return 0;
+  if (width == 1) return height == 1 ? kernel.size[1] : kernel.stride[2];
+  return height == 1 || kernel.stride[2] == width * kernel.stride[dims - 1] ? kernel.stride[dims - 1] : 0;
+}
+
+template <class T, int Columns, int First, int Second, bool Split, bool Transposed>
 bool run(const char* function, LinesParams p, const Launch& launch) {
   const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
   constexpr int positions = positions_of_lines<Columns, First, Second>;
@@ -40,7 +58,7 @@ bool run(const char* function, LinesParams p, const Launch& launch) {
   while (p.weight_stages < most_line_weight_stages && bytes(p.voxel_stages, p.weight_stages + 1) <= most) ++p.weight_stages;
   p.received_from = bytes(p.voxel_stages, p.weight_stages);
   const int device = device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const auto kernel = conv3d_lines_kernel<T, Columns, First, Second, Split>;
+  const auto kernel = conv3d_lines_kernel<T, Columns, First, Second, Split, Transposed>;
   const std::size_t shared_bytes = static_cast<std::size_t>(p.received_from + received);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), function);
   cudaLaunchAttribute attribute[2];
@@ -63,6 +81,7 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
   const TensorView &from = problem.from, &to = problem.to;
   if (problem.taps.empty()) return false;
   if (problem.step[1] != 1 || problem.step[2] != 1 || !readable(from) || !readable(to) || to.size[1] % 8 != 0) return false;
+  if (to.size[0] * to.stride[0] >= std::int64_t{1} << 33) return false;  // offsets of 8 elements in 32 bits
   const std::int64_t* const grid = to.size + 2;
   const std::vector<Column> columns = columns_of(problem.taps, 1, max_taps);
   const std::vector<FrameOfTaps> frames = frames_of(columns);
@@ -100,11 +119,22 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
     return encode_boxes(map, from, box, static_cast<int>(h), problem.step);
   };
   if (!box_lines(&p.box, box.h) || !box_lines(&p.box_with_halo, box.h + lines.halo)) return false;
-  const cuuint64_t weight_size[2] = {static_cast<cuuint64_t>(problem.padded_channels),
-                                     static_cast<cuuint64_t>(problem.padded_columns * problem.packed_taps)};
-  const cuuint64_t weight_stride[1] = {weight_size[0] * 2};
-  const cuuint32_t weight_box[2] = {64, static_cast<cuuint32_t>(columns_of_block)};
-  if (!encode_tensor_map(&p.weights, from.dtype, problem.packed, weight_size, weight_stride, weight_box)) return false;
+  const bool in_place = problem.packed == nullptr, transposed = in_place && problem.channel == 0;
+  const TensorView &spatial = problem.spatial, &temporal = problem.temporal;
+  const std::int64_t between[2] = {tap_stride(spatial, 4), tap_stride(temporal, 3)};
+  if (in_place) {
+    const int box_rows = transposed ? 64 : columns_of_block;
+    if (between[0] == 0 || between[1] == 0) return false;
+    if (!encode_kernels(&p.weights[0], from.dtype, spatial.data, spatial.size[1], spatial.size[2] * spatial.size[3],
+                        spatial.size[0], between[0], spatial.stride[0], box_rows) ||
+        !encode_kernels(&p.weights[1], from.dtype, temporal.data, temporal.size[1], temporal.size[2], temporal.size[0],
+                        between[1], temporal.stride[0], box_rows))
+      return false;
+  } else if (!encode_kernels(&p.weights[0], from.dtype, problem.packed, problem.padded_channels, problem.packed_taps,
+                             problem.padded_columns, problem.padded_columns * problem.padded_channels, problem.padded_channels,
+                             columns_of_block)) {
+    return false;
+  }
 
   int numbers = 0;
   for (const FrameOfTaps& f : frames) {
@@ -114,8 +144,15 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
     for (const auto& tap : problem.taps) {
       if (tap.place[0] != f.t) continue;
       ++frame.taps;
-      p.number[numbers] = static_cast<std::int16_t>(tap.number);
-      p.shift[numbers++] = static_cast<std::int16_t>((tap.place[1] - f.h.first) * box.line() + tap.place[2] - lines.first_w);
+      LoadedTap& loaded = p.tap[numbers++];
+      const std::int64_t across = tap.tap.spatial, along = tap.tap.temporal;
+      if (!in_place)
+        loaded = {0, static_cast<std::int16_t>(tap.number), -1, 0};
+      else if (across < 0)
+        loaded = {1, static_cast<std::int16_t>(along / between[1]), -1, 0};
+      else
+        loaded = {0, static_cast<std::int16_t>(across / between[0]), static_cast<std::int16_t>(along < 0 ? -1 : along / between[1]), 0};
+      loaded.shift = static_cast<std::int16_t>((tap.place[1] - f.h.first) * box.line() + tap.place[2] - lines.first_w);
     }
   }
   const std::int64_t halo_rows = box.line() * (box.h + lines.halo);
@@ -126,21 +163,25 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
   p.box_bytes = box.rows() * 128, p.halo_bytes = static_cast<int>(halo_rows * 128);
   p.zero_from = p.halo_bytes, p.stage_bytes = static_cast<int>(ceil_div(halo_rows + lines.margin, 8) * 1024);
   p.blocks = static_cast<int>(problem.padded_channels / 64);
-  p.padded_columns = static_cast<int>(problem.padded_columns);
+  p.packed = !in_place;
   p.columns = static_cast<int>(to.size[1]);
   p.out = to.data;
   constexpr int out_order[4] = {0, 2, 3, 4};
   for (int d = 0; d < 4; ++d) p.out_stride[d] = to.stride[out_order[d]];
   if (problem.bias != nullptr) p.bias = problem.bias->data, p.bias_stride = problem.bias->stride[0];
-  const auto run_as = [&](auto zero) {
+  const auto run_as = [&]<bool Transposed>(auto zero, std::bool_constant<Transposed>) {
     using T = decltype(zero);
-    if (choice.columns == 64) return run<T, 64, 208, 0, false>(function, p, launch);
-    if (choice.positions == 408) return run<T, 128, 208, 200, false>(function, p, launch);
-    return choice.split ? run<T, 128, 224, 0, true>(function, p, launch) : run<T, 128, 224, 0, false>(function, p, launch);
+    if (choice.columns == 64) return run<T, 64, 208, 0, false, Transposed>(function, p, launch);
+    if (choice.positions == 408) return run<T, 128, 208, 200, false, Transposed>(function, p, launch);
+    return choice.split ? run<T, 128, 224, 0, true, Transposed>(function, p, launch)
+                        : run<T, 128, 224, 0, false, Transposed>(function, p, launch);
   };
-  if (from.dtype == DType::bfloat16) return run_as(bf16{});
+  const auto run_typed = [&](auto zero) {
+    return transposed ? run_as(zero, std::true_type{}) : run_as(zero, std::false_type{});
+  };
+  if (from.dtype == DType::bfloat16) return run_typed(bf16{});
 #if !defined(EFFCORE_CUDA_SET_CI)
-  return run_as(fp16{});
+  return run_typed(fp16{});
 #else
   return false;
 #endif

@@ -16,6 +16,10 @@
 // Where there are fewer tiles than half of the device, a cluster of two blocks shares one: each sums half of the channels, gives
 // the other its sums of half of the positions through distributed shared memory, and stores the other half.
 //
+// Kernels with their channels inside (channels_last_3d) are read where they lie, as rows of input channels for the gradient of the
+// data, which wgmma then reads transposed. The middle of the cross has two kernels: both come, and are added in float32 and
+// rounded once, while the products before are under way. Others are packed beforehand.
+//
 // A producer warp fills two rings by TMA; blocks stay, and fetch the next tile's first boxes while the last one's results leave.
 #pragma once
 #include <cuda.h>
@@ -39,24 +43,31 @@ constexpr int most_line_voxel_stages = 4, most_line_weight_stages = 8, most_fram
 // Taps that share a box.
 struct LoadedFrame {
   std::int16_t t, h;         // offset of the box from a position
-  std::int16_t first, taps;  // number[first ...]
+  std::int16_t first, taps;  // tap[first ...]
   bool halo;
 };
 
+// Where a tap's weights lie, those that are added to them (-1 for none, among the temporal ones), and which rows of the box they
+// meet.
+struct LoadedTap {
+  std::int16_t map, number, added, shift;
+};
+
 struct LinesParams {
-  CUtensorMap box, box_with_halo, weights;
+  CUtensorMap box, box_with_halo, weights[2];  // spatial and temporal, or packed
   Tiling tiling;  // of positions, margins included
   int items, column_blocks, first_w;
   int voxel_stages, weight_stages, stage_bytes, box_bytes, halo_bytes, zero_from;
   int received_from;  // the other block's sums, behind everything else
   int frames_of_taps, blocks;  // blocks: of 64 channels
-  int padded_columns, columns;
+  bool packed;
+  int columns;
   void* out;
   std::int64_t out_stride[4];  // b, t, h, w
   const void* bias;
   std::int64_t bias_stride;
   LoadedFrame frame[most_frames];
-  std::int16_t number[max_taps], shift[max_taps];  // shift: rows
+  LoadedTap tap[max_taps];
 };
 
 template <int Positions>
@@ -64,7 +75,7 @@ struct LinesMemory {
   sm90::Ring<most_line_voxel_stages> voxels;
   sm90::Ring<most_line_weight_stages> weights;
   sm90::BarrierWord received;  // the other block's sums
-  int offset[Positions];       // of a position's results behind the tile's first, in pieces of 8, or -1
+  int offset[Positions];       // of a position's results, in pieces of 8, or -1
 };
 
 // An 8 x 8 tile of 16-bit elements across a warp, transposed.
@@ -121,12 +132,37 @@ __device__ __forceinline__ void store_lines(const float (&sums)[N], const int* o
   }
 }
 
+// Adds a stage of weights to another: of 128 columns each warpgroup the half that it multiplies, of 64 either half, for both.
+template <class T, int Columns>
+__device__ __forceinline__ void add_weights(char* weights, const char* added) {
+  constexpr int pieces = Columns * 128 / 16 / line_consumers;
+  const int warpgroup = threadIdx.x / 128, first = warpgroup * pieces * 128 + threadIdx.x % 128;
+#pragma unroll 1  // registers are scarce, and the products before hide it
+  for (int i = 0; i < pieces; ++i) {
+    auto& sum = reinterpret_cast<uint4*>(weights)[first + i * 128];
+    uint4 a = sum, b = reinterpret_cast<const uint4*>(added)[first + i * 128];
+    const auto add = [](std::uint32_t x, std::uint32_t y) {
+      const float2 u = unpack<T>(x), v = unpack<T>(y);
+      return pack<T>(u.x + v.x, u.y + v.y);
+    };
+    sum = make_uint4(add(a.x, b.x), add(a.y, b.y), add(a.z, b.z), add(a.w, b.w));
+  }
+  sm90::fence_async();
+  if constexpr (Columns == 64)
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+  else if (warpgroup == 0)
+    asm volatile("bar.sync 2, 128;" ::: "memory");
+  else
+    asm volatile("bar.sync 3, 128;" ::: "memory");
+}
+
 // With 128 columns each warpgroup takes half of them, and all positions by two instructions (or one, Second = 0); with 64 it takes
 // all of them, and half of the positions.
 template <int Columns, int First, int Second>
 constexpr int positions_of_lines = Columns == 128 ? First + Second : 2 * First;
 
-template <class T, int Columns, int First, int Second, bool Split>
+// Transposed: weights stand as rows of columns (the gradient of the data, kernels where they lie).
+template <class T, int Columns, int First, int Second, bool Split, bool Transposed>
 __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __grid_constant__ LinesParams p) {
   constexpr int weight_bytes = Columns * 128, positions = positions_of_lines<Columns, First, Second>;
   static_assert(Columns == 128 || (Second == 0 && !Split));
@@ -163,7 +199,8 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     cutlass::arch::warpgroup_reg_dealloc<line_fetching_registers>();
     if (threadIdx.x != line_consumers) return;
     constexpr auto keep = static_cast<std::uint64_t>(sm90::Keep::last);
-    bool packed = false;
+    bool waited = !p.packed;
+    if (waited) wait_for_kernel_before();
     for (int item = first_item; item < p.items; item += items) {
       const Corner at = p.tiling.corner(item / p.column_blocks);
       const int first_column = item % p.column_blocks * Columns;
@@ -176,15 +213,21 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
                                        memory + voxel_turn.stage * p.stage_bytes, block * 64, p.first_w,
                                        at.t * p.tiling.step[0] + frame.t, at.b, at.h + frame.h);
           voxel_turn.next(p.voxel_stages);
-          if (!packed) wait_for_kernel_before();  // which packs the weights
-          packed = true;
-          for (int tap = frame.first; tap < frame.first + frame.taps; ++tap) {
+          if (!waited) wait_for_kernel_before();  // which packs the weights, and began behind the one that wrote the voxels
+          waited = true;
+          const auto load_weights = [&](int map, int number) {
             shared.weights.wait_empty(weight_turn);
             shared.weights.expect(weight_turn, weight_bytes);
-            cute::SM90_TMA_LOAD_2D::copy(&p.weights, &shared.weights.full[weight_turn.stage], keep,
-                                         weight_memory + weight_turn.stage * weight_bytes, block * 64,
-                                         p.number[tap] * p.padded_columns + first_column);
+            for (int panel = 0; panel < (Transposed ? Columns / 64 : 1); ++panel)
+              cute::SM90_TMA_LOAD_3D::copy(&p.weights[map], &shared.weights.full[weight_turn.stage], keep,
+                                           weight_memory + weight_turn.stage * weight_bytes + panel * 64 * 128,
+                                           Transposed ? first_column + panel * 64 : block * 64, number,
+                                           Transposed ? block * 64 : first_column);
             weight_turn.next(p.weight_stages);
+          };
+          for (int i = frame.first; i < frame.first + frame.taps; ++i) {
+            load_weights(p.tap[i].map, p.tap[i].number);
+            if (p.tap[i].added >= 0) load_weights(1, p.tap[i].added);
           }
         }
     }
@@ -194,12 +237,11 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
   cutlass::arch::warpgroup_reg_alloc<line_registers>();
   const int own_column = Columns == 128 ? warpgroup * 64 : 0, own_position = Columns == 128 ? 0 : warpgroup * First;
   for (int item = first_item; item < p.items; item += items) {
-    const Corner at = p.tiling.corner(item / p.column_blocks);
     asm volatile("bar.sync 1, 256;" ::: "memory");  // the last tile's offsets have been read
+    const Corner at = p.tiling.corner(item / p.column_blocks);
     for (int r = threadIdx.x; r < positions; r += line_consumers) {
-      const Corner position = p.tiling.position({0, 0, 0, 0}, r);
-      const bool exists =
-          r < p.tiling.box.rows() && p.tiling.holds({at.w + position.w, at.t + position.t, at.b + position.b, at.h + position.h});
+      const Corner position = p.tiling.position(at, r);
+      const bool exists = r < p.tiling.box.rows() && p.tiling.holds(position);
       const std::int64_t offset = position.b * p.out_stride[0] + position.t * p.out_stride[1] + position.h * p.out_stride[2] +
                                   position.w * p.out_stride[3];
       shared.offset[r] = exists ? static_cast<int>(offset / 8) : -1;
@@ -214,13 +256,12 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
       sm90::pin(first);
       if constexpr (Second > 0) sm90::pin(second);
     };
-    // What the product under way reads is released behind the next one.
-    sm90::Turn<most_line_voxel_stages> read_voxels;
-    sm90::Turn<most_line_weight_stages> read_weights;
-    bool weights_read = false, voxels_read = false;
+    // Stages that the product under way reads are released behind the next one.
+    int read_weights = -1, read_voxels = -1;
     const auto release = [&] {
-      if (threadIdx.x % 128 == 0 && weights_read) shared.weights.release(read_weights);
-      if (threadIdx.x % 128 == 0 && voxels_read) shared.voxels.release(read_voxels);
+      if (threadIdx.x % 128 != 0) return;
+      if (read_weights >= 0) sm90::Barrier::arrive(&shared.weights.empty[read_weights]);
+      if (read_voxels >= 0) sm90::Barrier::arrive(&shared.voxels.empty[read_voxels]);
     };
     for (int block = begin; block < blocks; ++block)
       for (int i = 0; i < p.frames_of_taps; ++i) {
@@ -229,21 +270,26 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
         const int end = p.frame[i].first + p.frame[i].taps;
         for (int tap = p.frame[i].first; tap < end; ++tap) {
           shared.weights.wait_full(weight_turn);
-          const std::uint32_t rows = voxels + static_cast<std::uint32_t>((p.shift[tap] + own_position) * 128);
-          const sm90::SharedOperand<false> a(
-              shared_address(weight_memory + weight_turn.stage * weight_bytes) + static_cast<std::uint32_t>(own_column * 128),
-              64, false);
+          char* const weights = weight_memory + weight_turn.stage * weight_bytes;
+          const int stage = weight_turn.stage;
+          weight_turn.next(p.weight_stages);
+          if (p.tap[tap].added >= 0) {
+            shared.weights.wait_full(weight_turn);
+            add_weights<T, Columns>(weights, weight_memory + weight_turn.stage * weight_bytes);
+            if (threadIdx.x % 128 == 0) shared.weights.release(weight_turn);
+            weight_turn.next(p.weight_stages);
+          }
+          const std::uint32_t rows = voxels + static_cast<std::uint32_t>((p.tap[tap].shift + own_position) * 128);
+          const sm90::SharedOperand<Transposed> a(shared_address(weights) + static_cast<std::uint32_t>(own_column * 128), 64, false);
           const sm90::SharedOperand<false> b(rows, First, false), c(rows + First * 128, Second, false);
           pin();
           sm90::wgmma_begin();
-          sm90::multiply<T, First, 4, false, false>(first, a, b, true);
-          if constexpr (Second > 0) sm90::multiply<T, Second, 4, false, false>(second, a, c, true);
+          sm90::multiply<T, First, 4, Transposed, false>(first, a, b, true);
+          if constexpr (Second > 0) sm90::multiply<T, Second, 4, Transposed, false>(second, a, c, true);
           sm90::wgmma_commit();
           sm90::wgmma_wait<1>();
           release();
-          read_weights = weight_turn, weights_read = true;
-          read_voxels = voxel_turn, voxels_read = tap + 1 == end;
-          weight_turn.next(p.weight_stages);
+          read_weights = stage, read_voxels = tap + 1 == end ? voxel_turn.stage : -1;
         }
         voxel_turn.next(p.voxel_stages);
       }
@@ -259,7 +305,7 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     for (int half = 0; half < 2; ++half)
       if (const int n = row + lane / 4 + 8 * half; bias != nullptr && n < p.columns) add[half] = to_float(bias[n * p.bias_stride]);
     const int column = row + lane % 4 / 2 * 4 + lane % 2 * 8;
-    T* const to = static_cast<T*>(p.out) + at.b * p.out_stride[0] + at.t * p.out_stride[1] + at.h * p.out_stride[2] + column;
+    T* const to = static_cast<T*>(p.out) + column;
     const bool columns_exist = column < p.columns;
     if constexpr (Split) {
       constexpr int half = First / 4, middle = First / 2;  // of a thread's sums, and of the positions

@@ -1,6 +1,5 @@
 // Boxes, tensor maps and launches of the rows of a product.
 #include <algorithm>
-#include <cstdlib>
 
 #include "common/overlap.cuh"
 #include "common/tensor_map.h"
@@ -54,7 +53,8 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
   const TensorView &from = problem.from, &to = problem.to;
   if (problem.taps.empty() || !readable(from)) return false;
   if (device_attribute(cudaDevAttrComputeCapabilityMajor, function) != 9) return false;
-  if (std::getenv("EFFCORE_CONV3D_LINES") != nullptr && lines(function, problem, launch)) return true;
+  if (lines(function, problem, launch)) return true;
+  if (problem.packed == nullptr) return false;
 
   const std::vector<Column> columns = columns_of(problem.taps, problem.step[1], max_taps);
   if (columns.size() > max_groups) return false;

@@ -13,9 +13,11 @@ struct RowsProblem {
   TensorView from, to;
   std::vector<effcore::conv3d::PlacedTap> taps;
   std::int64_t step[3];
-  const void* packed = nullptr;
-  std::int64_t padded_columns = 0, padded_channels = 0, packed_taps = 0;
-  const TensorView* bias = nullptr;
+  TensorView spatial, temporal;  // kernels, of which dimension `channel` is that of `from`
+  int channel;
+  const void* packed;  // the same as [taps][columns][channels], or null: then only what needs no packing serves
+  std::int64_t padded_columns, padded_channels, packed_taps;
+  const TensorView* bias;
 };
 
 // False where these kernels do not serve it (another dtype, rows that TMA cannot describe): nothing was launched then.

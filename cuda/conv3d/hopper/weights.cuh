@@ -1,11 +1,9 @@
 // dW[n, (tap, c)] = sum over positions of dout[position, n] x[position moved by the tap, c] on sm_90a: a product whose depth is
 // the positions, cut into `splits` ranges of boxes whose sums a second kernel adds in order: deterministic, without atomics.
 //
-// Bound: the second-level cache, 24 bytes a cycle and multiprocessor. Therefore a block takes 64 output channels x 64 channels for
-// (almost) all taps at once, so that one box of dout serves 11 taps, and one of x those of a frame: whole lines with a halo and
-// shared margins, of which a tap reads the rows from another one on (lines.cuh; positions of a margin are zeros in dout). 7
-// lines of 28 positions take 111 KB, 163 FLOPs a byte. At steps above 1 along h and w a box serves the taps of a column of the
-// kernel: 54 KB for 64 positions, 104 FLOPs a byte. The accumulators, 11 x 64 x 64, take most of the registers.
+// Bound: the second-level cache (boxes.h), 24 bytes a cycle and multiprocessor. Therefore a block takes 64 output channels x 64
+// channels for (almost) all taps at once, so that one box of dout serves 11 taps, and a box of x with a halo those of a column
+// of the kernel: 54 KB for 64 positions, 104 FLOPs a byte. The accumulators, 11 x 64 x 64, take most of the registers.
 // (Blocks of a cluster that fetch x for each other by multicast were tried: 10 % slower.)
 // (So were clusters of splits that add up through each other's shared memory before they write: no faster in pairs, and half as
 // fast in fours and eights, which the device's groups of multiprocessors do not hold without leaving some idle.)
@@ -28,13 +26,13 @@ namespace effcore::cuda::conv3d::hopper {
 
 namespace sm90 = effcore::cuda::hopper;
 
-constexpr int depth_of_product = 16, summing_warpgroups = 3, taps_of_warpgroup = 4;
+constexpr int depth_of_step = 64, summing_warpgroups = 3, taps_of_warpgroup = 4;
 constexpr int weights_threads = (summing_warpgroups + 1) * 128, summing_registers = 160, fetching_registers = 24;
 constexpr int most_weights_stages = 4, most_tap_blocks = 16;
 
 // A box of x in a stage.
 struct LoadedBox {
-  std::int16_t t, h, w, row;  // offset from a position, and where it stands in the stage
+  std::int16_t t, h, w, row;  // offset from a position, and where it stands behind the 64 rows of dout
   bool halo;
 };
 
@@ -45,7 +43,7 @@ struct Sequence {
 
 // What one warpgroup sums.
 struct Unit {
-  Sequence sequence[2];  // of at most 3 taps, and at most 2
+  Sequence sequence[2];  // of at most 3 taps, and 2
   std::int16_t number[taps_of_warpgroup];
 };
 
@@ -58,7 +56,7 @@ struct TapBlock {
 struct TiledWeightsParams {
   CUtensorMap dout, box, box_with_halo;
   Tiling tiling;
-  int stages, stage_bytes, products;  // products: along the depth of a stage
+  int stages, stage_bytes;
   int column_panels, channel_panels, splits;  // panels of 64
   float* partial;                             // [splits][column_panels * 64][depth]
   std::int64_t depth;                         // taps * channel_panels * 64
@@ -75,13 +73,13 @@ struct Sums {
 template <>
 struct Sums<0> {};
 
-// One sequence's product over 16 positions of a stage.
+// One sequence's products of a stage.
 template <class T, int Taps>
-__device__ __forceinline__ void multiply_taps(Sums<Taps>& sums, std::uint32_t rows, const Sequence& sequence) {
+__device__ __forceinline__ void multiply_stage(Sums<Taps>& sums, std::uint32_t stage, const Sequence& sequence) {
   if constexpr (Taps > 0) {
-    const sm90::SharedOperand<true> a(rows, depth_of_product, false);
-    const sm90::SharedOperand<true> b(rows + static_cast<std::uint32_t>(sequence.first * 128), sequence.distance, false);
-    sm90::multiply<T, 64 * Taps, 1, true, true>(sums.of, a, b, true);
+    const sm90::SharedOperand<true> a(stage, depth_of_step, false);
+    const sm90::SharedOperand<true> b(stage + static_cast<std::uint32_t>(sequence.first * 128), sequence.distance, false);
+    sm90::multiply<T, 64 * Taps, depth_of_step / 16, true, true>(sums.of, a, b, true);
   }
 }
 
@@ -114,11 +112,8 @@ __device__ __forceinline__ void sum_taps(const TiledWeightsParams& p, const Unit
     const std::uint32_t stage = shared_address(memory + turn.stage * p.stage_bytes);
     pin(first), pin(second);
     sm90::wgmma_begin();
-    for (int k = 0; k < p.products; ++k) {
-      const std::uint32_t rows = stage + static_cast<std::uint32_t>(k * depth_of_product * 128);
-      multiply_taps<T>(first, rows, unit.sequence[0]);
-      multiply_taps<T>(second, rows, unit.sequence[1]);
-    }
+    multiply_stage<T>(first, stage, unit.sequence[0]);
+    multiply_stage<T>(second, stage, unit.sequence[1]);
     sm90::wgmma_commit();
     sm90::wgmma_wait<1>();
     if (s > 0 && threadIdx.x % 128 == 0) ring.release(read);  // what the product before has read
@@ -148,10 +143,6 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
     ring.init(taps.units);
     cutlass::arch::fence_barrier_init();
   }
-  // What no box writes: the end of dout's rows, and margins. (What dout's zeros are multiplied by must be finite as well.)
-  for (int i = threadIdx.x; i < p.stages * p.stage_bytes / 16; i += weights_threads)
-    reinterpret_cast<uint4*>(memory)[i] = uint4{};
-  sm90::fence_async();
   __syncthreads();
   wait_for_kernel_before();
   let_next_kernel_begin();  // which adds the sums up
@@ -186,13 +177,16 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
       float* const partial = p.partial +
                              (static_cast<std::int64_t>(blockIdx.y) * p.column_panels + column_panel) * 64 * p.depth +
                              channel_panel * 64;
+      const auto sum = [&]<int First, int Second>(std::integer_sequence<int, First, Second>) {
+        sum_taps<T, First, Second>(p, unit, memory, ring, steps, partial);
+      };
       switch (unit.sequence[0].taps * 4 + unit.sequence[1].taps) {
-        case 3 * 4 + 1: sum_taps<T, 3, 1>(p, unit, memory, ring, steps, partial); break;
-        case 3 * 4: sum_taps<T, 3, 0>(p, unit, memory, ring, steps, partial); break;
-        case 2 * 4 + 2: sum_taps<T, 2, 2>(p, unit, memory, ring, steps, partial); break;
-        case 2 * 4 + 1: sum_taps<T, 2, 1>(p, unit, memory, ring, steps, partial); break;
-        case 2 * 4: sum_taps<T, 2, 0>(p, unit, memory, ring, steps, partial); break;
-        default: sum_taps<T, 1, 0>(p, unit, memory, ring, steps, partial);
+        case 3 * 4 + 1: sum(std::integer_sequence<int, 3, 1>{}); break;
+        case 3 * 4: sum(std::integer_sequence<int, 3, 0>{}); break;
+        case 2 * 4 + 2: sum(std::integer_sequence<int, 2, 2>{}); break;
+        case 2 * 4 + 1: sum(std::integer_sequence<int, 2, 1>{}); break;
+        case 2 * 4: sum(std::integer_sequence<int, 2, 0>{}); break;
+        default: sum(std::integer_sequence<int, 1, 0>{});
       }
     }
   }
