@@ -18,6 +18,7 @@ namespace effcore::cuda::hopper {
   };
 EFFCORE_WGMMA(200)
 EFFCORE_WGMMA(208)
+EFFCORE_WGMMA(216)
 EFFCORE_WGMMA(224)
 #undef EFFCORE_WGMMA
 

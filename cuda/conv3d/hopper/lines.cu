@@ -46,7 +46,7 @@ template <class T, int Columns, int First, int Second, bool Split, bool Transpos
 bool run(const char* function, LinesParams p, const Launch& launch) {
   const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
   constexpr int positions = positions_of_lines<Columns, First, Second>;
-  constexpr int received = Split ? positions / 4 * line_consumers * 4 : 0;
+  constexpr int received = Split ? middle_of<positions> / 2 * line_consumers * 4 : 0;
   const auto bytes = [&](int voxels, int weights) {
     const int rings = voxels * p.stage_bytes + weights * Columns * 128;
     return static_cast<int>(ceil_div(rings + static_cast<int>(sizeof(LinesMemory<positions>)), 16)) * 16;
@@ -92,7 +92,7 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
     int columns, positions;
     bool split;
   };
-  constexpr Choice choices[] = {{128, 408, false}, {128, 224, false}, {128, 224, true}, {64, 416, false}};
+  constexpr Choice choices[] = {{128, 408, false}, {128, 224, false}, {128, 216, false}, {128, 216, true}, {64, 416, false}};
   Box box;
   Choice choice{};
   std::int64_t items = 0;
@@ -173,8 +173,9 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
     using T = decltype(zero);
     if (choice.columns == 64) return run<T, 64, 208, 0, false, Transposed>(function, p, launch);
     if (choice.positions == 408) return run<T, 128, 208, 200, false, Transposed>(function, p, launch);
-    return choice.split ? run<T, 128, 224, 0, true, Transposed>(function, p, launch)
-                        : run<T, 128, 224, 0, false, Transposed>(function, p, launch);
+    if (choice.positions == 224) return run<T, 128, 224, 0, false, Transposed>(function, p, launch);
+    return choice.split ? run<T, 128, 216, 0, true, Transposed>(function, p, launch)
+                        : run<T, 128, 216, 0, false, Transposed>(function, p, launch);
   };
   const auto run_typed = [&](auto zero) {
     return transposed ? run_as(zero, std::true_type{}) : run_as(zero, std::false_type{});

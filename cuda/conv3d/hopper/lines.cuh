@@ -92,7 +92,7 @@ __device__ __forceinline__ void send(const float (&sums)[N], float4* received, s
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(received + threadIdx.x)), "r"(to));
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(arrived)), "r"(to));
 #pragma unroll
-  for (int i = 0; i < Count; i += 4)
+  for (int i = 0; i < Count; i += 4)  // Count is a multiple of 4
     asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address + i / 4 * line_consumers * 16),
                  "f"(sums[From + i]), "f"(sums[From + i + 1]), "f"(sums[From + i + 2]), "f"(sums[From + i + 3])
                  : "memory");
@@ -156,6 +156,10 @@ __device__ __forceinline__ void add_weights(char* weights, const char* added) {
     asm volatile("bar.sync 3, 128;" ::: "memory");
 }
 
+// Where two blocks that share a tile of positions part it.
+template <int Positions>
+constexpr int middle_of = (Positions / 2 + 7) / 8 * 8;
+
 // With 128 columns each warpgroup takes half of them, and all positions by two instructions (or one, Second = 0); with 64 it takes
 // all of them, and half of the positions.
 template <int Columns, int First, int Second>
@@ -169,6 +173,9 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
   extern __shared__ __align__(1024) char memory[];
   char* const weight_memory = memory + p.voxel_stages * p.stage_bytes;
   auto& shared = *reinterpret_cast<LinesMemory<positions>*>(weight_memory + p.weight_stages * weight_bytes);
+  if (threadIdx.x == line_consumers) {
+    for (const CUtensorMap* map : {&p.box, &p.box_with_halo, &p.weights[0]}) cute::prefetch_tma_descriptor(map);
+  }
   if (threadIdx.x == 0) {
     shared.voxels.init(2);
     shared.weights.init(2);
@@ -183,8 +190,7 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
   int begin = 0, blocks = p.blocks, first_item = blockIdx.x, items = gridDim.x;  // blocks of channels
   std::uint32_t rank = 0;
   if constexpr (Split) {
-    cute::cluster_arrive_relaxed();
-    cute::cluster_wait();
+    cute::cluster_arrive_relaxed();  // the barriers are there; waited for where sums are sent
     rank = cute::block_rank_in_cluster();
     begin = static_cast<int>(rank) * blocks / 2, blocks = (static_cast<int>(rank) + 1) * blocks / 2;
     first_item /= 2, items /= 2;
@@ -308,17 +314,18 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     T* const to = static_cast<T*>(p.out) + column;
     const bool columns_exist = column < p.columns;
     if constexpr (Split) {
-      constexpr int half = First / 4, middle = First / 2;  // of a thread's sums, and of the positions
+      constexpr int middle = middle_of<First>, half = middle / 2;  // of the positions, and of a thread's sums
       auto* const received = reinterpret_cast<float4*>(memory + p.received_from);
+      cute::cluster_wait();
       if (rank == 0) {
-        send<half, half>(first, received, &shared.received, 1);
+        send<half, First / 2 - half>(first, received, &shared.received, 1);
         wait_in_cluster(&shared.received);
         add_received<0, half>(first, received);
         store_lines<T, 0, middle>(first, shared.offset, to, add, columns_exist);
       } else {
         send<0, half>(first, received, &shared.received, 0);
         wait_in_cluster(&shared.received);
-        add_received<half, half>(first, received);
+        add_received<half, First / 2 - half>(first, received);
         store_lines<T, middle, First>(first, shared.offset, to, add, columns_exist);
       }
     } else {
