@@ -83,7 +83,7 @@ struct Conv3dOps {
   static std::tuple<Tensor, Tensor> backward_weight(const Tensor& x, const Tensor& dout,
                                                     const std::vector<std::int64_t>& kernel,
                                                     const std::vector<std::int64_t>& stride,
-                                                    const std::vector<std::int64_t>& padding) {
+                                                    const std::vector<std::int64_t>& padding, bool channels_inside) {
     const char* f = "cross_conv3d_bwd_weight";
     const Tensor source = channels_last(x), gradient = channels_last(dout);
     conv3d::BackwardWeight args{view(source, f, "x"), view(gradient, f, "dout")};
@@ -97,8 +97,15 @@ struct Conv3dOps {
     conv3d::check_positions(f, args.x.size + 2, kernel.data(), args.geometry, out);
     const std::int64_t columns = args.dout.size[1], channels = args.x.size[1];
     check_sizes(f, "dout", args.dout, {args.x.size[0], columns, out[0], out[1], out[2]});
-    Tensor dspatial = empty(x, {columns, channels, kernel[1], kernel[2]}, x.scalar_type());
-    Tensor dtemporal = empty(x, {columns, channels, kernel[0]}, x.scalar_type());
+    // In memory as the kernels are, so that nobody has to copy them: channels outside or inside of the taps.
+    const auto kernel_like = [&](const std::int64_t* sizes, std::int64_t rank) {
+      std::int64_t strides[4], taps = 1;
+      for (std::int64_t d = rank - 1; d >= 2; --d) strides[d] = channels_inside ? taps * channels : taps, taps *= sizes[d];
+      strides[1] = channels_inside ? 1 : taps, strides[0] = taps * channels;
+      return empty_strided(x, sizes, strides, rank, x.scalar_type());
+    };
+    const std::int64_t across[] = {columns, channels, kernel[1], kernel[2]}, along[] = {columns, channels, kernel[0]};
+    Tensor dspatial = kernel_like(across, 4), dtemporal = kernel_like(along, 3);
     args.dspatial = view(dspatial, f, "dspatial");
     args.dtemporal = view(dtemporal, f, "dtemporal");
     Backend::run(args, x);

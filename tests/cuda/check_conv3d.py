@@ -199,7 +199,7 @@ def candidates(shape, dtype=torch.bfloat16):
         "parts",
         {
             "data": lambda: native.cross_conv3d_bwd_data(dout, spatial, temporal, ones, ones, frames, side, side),
-            "weight": lambda: native.cross_conv3d_bwd_weight(x, dout, [3] * 3, ones, ones),
+            "weight": lambda: native.cross_conv3d_bwd_weight(x, dout, [3] * 3, ones, ones, True),
         },
     )
 

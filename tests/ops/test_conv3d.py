@@ -172,13 +172,26 @@ def test_offsets_beyond_two_to_the_31():
     small = big.contiguous(memory_format=torch.channels_last_3d)
     ours = torch.ops.effcore.cross_conv3d(big, *weights, [1] * 3, [1] * 3)
     assert torch.equal(ours, torch.ops.effcore.cross_conv3d(small, *weights, [1] * 3, [1] * 3))
-    parts = torch.ops.effcore.cross_conv3d_bwd_weight(big, gradient.bfloat16(), [3] * 3, [1] * 3, [1] * 3)
+    parts = torch.ops.effcore.cross_conv3d_bwd_weight(big, gradient.bfloat16(), [3] * 3, [1] * 3, [1] * 3, False)
     for a, b in zip(
         parts,
-        torch.ops.effcore.cross_conv3d_bwd_weight(small, gradient.bfloat16(), [3] * 3, [1] * 3, [1] * 3),
+        torch.ops.effcore.cross_conv3d_bwd_weight(small, gradient.bfloat16(), [3] * 3, [1] * 3, [1] * 3, False),
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+def test_gradients_lie_in_memory_like_the_kernels():
+    x = torch.randn(2, 8, 3, 5, 4).contiguous(memory_format=torch.channels_last_3d)
+    weights = kernels(6, 8, (3, 3, 5), torch.float32)[:2]
+    found = []
+    for inside in (False, True):
+        leaves = [w.movedim(1, -1).contiguous().movedim(-1, 1) if inside else w.contiguous() for w in weights]
+        leaves = [w.detach().requires_grad_() for w in leaves]
+        gradients = torch.autograd.grad(ops.cross_conv3d(x, *leaves).square().sum(), leaves)
+        assert [g.stride() for g in gradients] == [w.stride() for w in leaves]
+        found.append(gradients)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_the_copy_into_channels_last_is_told_once():

@@ -64,7 +64,8 @@ def samples():
     yield "cross_conv3d", (last, spatial, temporal, None, [1, 2, 2], [1, 1, 1])
     plain = [t.detach() for t in (x, spatial, temporal)]
     yield "cross_conv3d_bwd_data", (dout, *plain[1:], [1, 2, 2], [1, 1, 1], 3, 7, 6)
-    yield "cross_conv3d_bwd_weight", (plain[0], dout, [3, 3, 3], [1, 2, 2], [1, 1, 1])
+    for inside in (False, True):
+        yield "cross_conv3d_bwd_weight", (plain[0], dout, [3, 3, 3], [1, 2, 2], [1, 1, 1], inside)
 
 
 @pytest.mark.parametrize("name, arguments", list(samples()), ids=lambda x: x if isinstance(x, str) else "")

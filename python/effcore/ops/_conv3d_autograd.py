@@ -32,9 +32,14 @@ def _(dout, spatial, temporal, stride, padding, frames, height, width):
 
 
 @torch.library.register_fake("effcore::cross_conv3d_bwd_weight")
-def _(x, dout, kernel, stride, padding):
-    channels = dout.shape[1], x.shape[1]
-    return x.new_empty((*channels, kernel[1], kernel[2])), x.new_empty((*channels, kernel[0]))
+def _(x, dout, kernel, stride, padding, channels_inside):
+    def like_kernel(*taps):
+        outputs, channels = dout.shape[1], x.shape[1]
+        if channels_inside:
+            return x.new_empty((outputs, *taps, channels)).movedim(-1, 1)
+        return x.new_empty((outputs, channels, *taps))
+
+    return like_kernel(kernel[1], kernel[2]), like_kernel(kernel[0])
 
 
 # ---------------------------------------------------------------- autograd
@@ -58,7 +63,8 @@ class _CrossConv3d(torch.autograd.Function):
             dx = _ops.cross_conv3d_bwd_data.default(dout, spatial, temporal, stride, padding, *x.shape[2:])
         if wants[1] or wants[2]:
             kernel = [temporal.shape[2], *spatial.shape[2:]]
-            dspatial, dtemporal = _ops.cross_conv3d_bwd_weight.default(x, dout, kernel, stride, padding)
+            inside = spatial.shape[1] > 1 and spatial.stride(1) == 1  # as channels_last_3d: the gradients lie like the kernels
+            dspatial, dtemporal = _ops.cross_conv3d_bwd_weight.default(x, dout, kernel, stride, padding, inside)
         if wants[3]:
             dbias = dout.sum((0, 2, 3, 4))
         return dx, dspatial if wants[1] else None, dtemporal if wants[2] else None, dbias, None, None
