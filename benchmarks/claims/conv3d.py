@@ -203,7 +203,19 @@ def speed(
 KINDS = {
     "norms, ReLU, additions": ("triton", "batch_norm", "bn_", "elementwise", "reduce_kernel<512", "reduce_kernel<128"),
     "ours": ("conv3d",),
-    "convolutions": ("fprop", "dgrad", "wgrad", "conv", "implicit", "cudnn", "nhwc", "nchw", "cutlass", "gemm", "nvjet"),
+    "convolutions": (
+        "fprop",
+        "dgrad",
+        "wgrad",
+        "conv",
+        "implicit",
+        "cudnn",
+        "nhwc",
+        "nchw",
+        "cutlass",
+        "gemm",
+        "nvjet",
+    ),
     "optimizer": ("multi_tensor",),
 }
 

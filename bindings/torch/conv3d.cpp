@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(effcore, m) {
       "cross_conv3d_bwd_data(Tensor dout, Tensor spatial, Tensor temporal, int[] stride, int[] padding,"
       " SymInt frames, SymInt height, SymInt width) -> Tensor dx");
   m.def(
-      "cross_conv3d_bwd_weight(Tensor x, Tensor dout, int[] kernel, int[] stride, int[] padding, bool channels_inside)"
+      "cross_conv3d_bwd_weight(Tensor x, Tensor dout, int[] kernel, int[] stride, int[] padding, bool channels_inside=False)"
       " -> (Tensor dspatial, Tensor dtemporal)");
 }
 

@@ -197,18 +197,9 @@ bool rows_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] cons
                     [[maybe_unused]] const Kernels& kernels, [[maybe_unused]] const Launch& launch) {
 #if defined(EFFCORE_HOPPER)
   const PackedSize& size = kernels.size;
-  hopper::RowsProblem problem{plan.from,
-                              plan.to,
-                              plan.taps,
-                              {plan.step[0], plan.step[1], plan.step[2]},
-                              kernels.spatial,
-                              kernels.temporal,
-                              kernels.channel,
-                              kernels.packed ? launch.workspace : nullptr,
-                              size.columns,
-                              size.channels,
-                              size.taps,
-                              plan.bias};
+  hopper::RowsProblem problem{plan.from,       plan.to,          plan.taps,       {plan.step[0], plan.step[1], plan.step[2]},
+                              kernels.spatial, kernels.temporal, kernels.channel, kernels.packed ? launch.workspace : nullptr,
+                              size.columns,    size.channels,    size.taps,       plan.bias};
   TensorView& to = problem.to;  // the positions at origin + to_step * p alone
   std::int64_t origin = 0;
   for (int d = 0; d < 3; ++d) {

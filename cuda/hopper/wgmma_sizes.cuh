@@ -7,14 +7,14 @@
 
 namespace effcore::cuda::hopper {
 
-#define EFFCORE_WGMMA(N)                                             \
-  template <gmma::Major a, gmma::Major b>                            \
-  struct Instruction<bf16, N, a, b> {                                \
-    using Shared = gmma::MMA_64x##N##x16_F32BF16BF16_SS<a, b>;       \
-  };                                                                 \
-  template <gmma::Major a, gmma::Major b>                            \
-  struct Instruction<fp16, N, a, b> {                                \
-    using Shared = gmma::MMA_64x##N##x16_F32F16F16_SS<a, b>;         \
+#define EFFCORE_WGMMA(N)                                       \
+  template <gmma::Major a, gmma::Major b>                      \
+  struct Instruction<bf16, N, a, b> {                          \
+    using Shared = gmma::MMA_64x##N##x16_F32BF16BF16_SS<a, b>; \
+  };                                                           \
+  template <gmma::Major a, gmma::Major b>                      \
+  struct Instruction<fp16, N, a, b> {                          \
+    using Shared = gmma::MMA_64x##N##x16_F32F16F16_SS<a, b>;   \
   };
 EFFCORE_WGMMA(200)
 EFFCORE_WGMMA(208)

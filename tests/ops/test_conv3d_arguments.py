@@ -43,7 +43,10 @@ CASES = {
         lambda: native.cross_conv3d_bwd_weight(X, X[:, :, :2], [3] * 3, ONES, ONES, False),
         r"dout must have shape \[2, 4, 3, 6, 5\] but has \[2, 4, 2, 6, 5\]",
     ),
-    "weight kernel": (lambda: native.cross_conv3d_bwd_weight(X, X, [3, 2, 3], ONES, ONES, False), r"kernel must be odd.*3, 2, 3"),
+    "weight kernel": (
+        lambda: native.cross_conv3d_bwd_weight(X, X, [3, 2, 3], ONES, ONES, False),
+        r"kernel must be odd.*3, 2, 3",
+    ),
 }  # fmt: skip
 
 

@@ -101,10 +101,10 @@ struct Column {
 // At most `most` taps each; in the order of their first taps.
 std::vector<Column> columns_of(const std::vector<effcore::conv3d::PlacedTap>& taps, std::int64_t step_h, std::size_t most);
 
-// Where neighbouring positions read neighbouring voxels (step 1 along h and w), one box serves all taps of a frame: a box of whole
-// lines of `pitch` rows, from voxel first_w on. A tap reads it from row (h - the frame's first h) * line + w - first_w on. Lines
-// share their margins: where voxels on the left of a line are zeros, they are those on the right of the line before as well. The
-// last line's are `margin` rows of zeros behind a box.
+// Where neighbouring positions read neighbouring voxels (step 1 along h and w), one box serves all taps of a frame: a box of
+// whole lines of `pitch` rows, from voxel first_w on. A tap reads it from row (h - the frame's first h) * line + w - first_w
+// on. Lines share their margins: where voxels on the left of a line are zeros, they are those on the right of the line before
+// as well. The last line's are `margin` rows of zeros behind a box.
 struct Span {
   std::int64_t first = std::numeric_limits<std::int64_t>::max(), last = std::numeric_limits<std::int64_t>::min();
 

@@ -11,7 +11,8 @@ namespace effcore::cuda::conv3d::hopper {
 namespace {
 
 // The box of whole lines, as few as cover a grid and the least halo among equals, whose positions fit; w = 0 where none does.
-Box choose_lines(std::int64_t positions, const Lines& lines, const std::int64_t grid[3], std::int64_t batch, std::int64_t& tiles) {
+Box choose_lines(std::int64_t positions, const Lines& lines, const std::int64_t grid[3], std::int64_t batch,
+                 std::int64_t& tiles) {
   Box best;
   for (std::int64_t t = 1; t <= grid[0]; ++t)
     for (std::int64_t b = 1; b <= (t == grid[0] ? batch : 1); ++b)
@@ -151,7 +152,8 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
       else if (across < 0)
         loaded = {1, static_cast<std::int16_t>(along / between[1]), -1, 0};
       else
-        loaded = {0, static_cast<std::int16_t>(across / between[0]), static_cast<std::int16_t>(along < 0 ? -1 : along / between[1]), 0};
+        loaded = {0, static_cast<std::int16_t>(across / between[0]),
+                  static_cast<std::int16_t>(along < 0 ? -1 : along / between[1]), 0};
       loaded.shift = static_cast<std::int16_t>((tap.place[1] - f.h.first) * box.line() + tap.place[2] - lines.first_w);
     }
   }

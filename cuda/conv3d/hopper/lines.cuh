@@ -8,19 +8,20 @@
 // transposed, columns x positions, for wgmma's second side may be any multiple of 8: 14 lines of 28 voxels fill it to 96 %, and
 // 128 such tiles the device.
 //
-// One box of voxels serves all taps of a frame. In shared memory a line takes `pitch` rows (of 64 channels), and a tap reads the
-// box from another row on: h * line + w. (The swizzle is a function of the address, so a product may begin at any row.) Lines
-// share their margins: the zeros to the right of a line are those to the left of the next; products of margins are dropped.
-// For 3 x 3 + 2 taps that is 1.14 + 2 boxes instead of the 11 that taps read one by one.
+// One box of voxels serves all taps of a frame. In shared memory a line takes `pitch` rows (of 64 channels), and a tap reads
+// the box from another row on: h * line + w. (The swizzle is a function of the address, so a product may begin at any row.)
+// Lines share their margins: the zeros to the right of a line are those to the left of the next; products of margins are
+// dropped. For 3 x 3 + 2 taps that is 1.14 + 2 boxes instead of the 11 that taps read one by one.
 //
-// Where there are fewer tiles than half of the device, a cluster of two blocks shares one: each sums half of the channels, gives
-// the other its sums of half of the positions through distributed shared memory, and stores the other half.
+// Where there are fewer tiles than half of the device, a cluster of two blocks shares one: each sums half of the channels,
+// gives the other its sums of half of the positions through distributed shared memory, and stores the other half.
 //
-// Kernels with their channels inside (channels_last_3d) are read where they lie, as rows of input channels for the gradient of the
-// data, which wgmma then reads transposed. The middle of the cross has two kernels: both come, and are added in float32 and
+// Kernels with their channels inside (channels_last_3d) are read where they lie, as rows of input channels for the gradient of
+// the data, which wgmma then reads transposed. The middle of the cross has two kernels: both come, and are added in float32 and
 // rounded once, while the products before are under way. Others are packed beforehand.
 //
-// A producer warp fills two rings by TMA; blocks stay, and fetch the next tile's first boxes while the last one's results leave.
+// A producer warp fills two rings by TMA; blocks stay, and fetch the next tile's first boxes while the last one's results
+// leave.
 #pragma once
 #include <cuda.h>
 
@@ -47,18 +48,18 @@ struct LoadedFrame {
   bool halo;
 };
 
-// Where a tap's weights lie, those that are added to them (-1 for none, among the temporal ones), and which rows of the box they
-// meet.
+// Where a tap's weights lie, those that are added to them (-1 for none, among the temporal ones), and which rows of the box
+// they meet.
 struct LoadedTap {
   std::int16_t map, number, added, shift;
 };
 
 struct LinesParams {
   CUtensorMap box, box_with_halo, weights[2];  // spatial and temporal, or packed
-  Tiling tiling;  // of positions, margins included
+  Tiling tiling;                               // of positions, margins included
   int items, column_blocks, first_w;
   int voxel_stages, weight_stages, stage_bytes, box_bytes, halo_bytes, zero_from;
-  int received_from;  // the other block's sums, behind everything else
+  int received_from;           // the other block's sums, behind everything else
   int frames_of_taps, blocks;  // blocks: of 64 channels
   bool packed;
   int columns;
@@ -128,7 +129,8 @@ __device__ __forceinline__ void store_lines(const float (&sums)[N], const int* o
     const std::uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
     const int at = offset[8 * n + lane / 4];
     if (at >= 0 && exists)
-      *reinterpret_cast<uint2*>(to + static_cast<std::int64_t>(at) * 8) = odd ? make_uint2(other, high) : make_uint2(low, other);
+      *reinterpret_cast<uint2*>(to + static_cast<std::int64_t>(at) * 8) =
+          odd ? make_uint2(other, high) : make_uint2(low, other);
   }
 }
 
@@ -160,8 +162,8 @@ __device__ __forceinline__ void add_weights(char* weights, const char* added) {
 template <int Positions>
 constexpr int middle_of = (Positions / 2 + 7) / 8 * 8;
 
-// With 128 columns each warpgroup takes half of them, and all positions by two instructions (or one, Second = 0); with 64 it takes
-// all of them, and half of the positions.
+// With 128 columns each warpgroup takes half of them, and all positions by two instructions (or one, Second = 0); with 64 it
+// takes all of them, and half of the positions.
 template <int Columns, int First, int Second>
 constexpr int positions_of_lines = Columns == 128 ? First + Second : 2 * First;
 
@@ -286,7 +288,8 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
             weight_turn.next(p.weight_stages);
           }
           const std::uint32_t rows = voxels + static_cast<std::uint32_t>((p.tap[tap].shift + own_position) * 128);
-          const sm90::SharedOperand<Transposed> a(shared_address(weights) + static_cast<std::uint32_t>(own_column * 128), 64, false);
+          const sm90::SharedOperand<Transposed> a(shared_address(weights) + static_cast<std::uint32_t>(own_column * 128), 64,
+                                                  false);
           const sm90::SharedOperand<false> b(rows, First, false), c(rows + First * 128, Second, false);
           pin();
           sm90::wgmma_begin();
@@ -309,7 +312,8 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     float add[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      if (const int n = row + lane / 4 + 8 * half; bias != nullptr && n < p.columns) add[half] = to_float(bias[n * p.bias_stride]);
+      if (const int n = row + lane / 4 + 8 * half; bias != nullptr && n < p.columns)
+        add[half] = to_float(bias[n * p.bias_stride]);
     const int column = row + lane % 4 / 2 * 4 + lane % 2 * 8;
     T* const to = static_cast<T*>(p.out) + column;
     const bool columns_exist = column < p.columns;

@@ -134,8 +134,7 @@ __global__ void __launch_bounds__(rows_threads, 2) conv3d_rows_kernel(const __gr
         sm90::wgmma_begin();
 #pragma unroll
         for (int r = 0; r < RowBlocks; ++r) {
-          const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>((tap * p.line + r * 64) * 128), 64,
-                                             false);
+          const sm90::SharedOperand<false> a(voxels + static_cast<std::uint32_t>((tap * p.line + r * 64) * 128), 64, false);
           sm90::multiply<T, Columns, 4, false, false>(sums[r], a, b, true);
         }
         sm90::wgmma_commit();

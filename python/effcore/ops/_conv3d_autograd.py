@@ -32,7 +32,7 @@ def _(dout, spatial, temporal, stride, padding, frames, height, width):
 
 
 @torch.library.register_fake("effcore::cross_conv3d_bwd_weight")
-def _(x, dout, kernel, stride, padding, channels_inside):
+def _(x, dout, kernel, stride, padding, channels_inside=False):
     def like_kernel(*taps):
         outputs, channels = dout.shape[1], x.shape[1]
         if channels_inside:
@@ -63,7 +63,8 @@ class _CrossConv3d(torch.autograd.Function):
             dx = _ops.cross_conv3d_bwd_data.default(dout, spatial, temporal, stride, padding, *x.shape[2:])
         if wants[1] or wants[2]:
             kernel = [temporal.shape[2], *spatial.shape[2:]]
-            inside = spatial.shape[1] > 1 and spatial.stride(1) == 1  # as channels_last_3d: the gradients lie like the kernels
+            # The gradients lie like the kernels: channels outside of the taps, or inside (channels_last_3d).
+            inside = spatial.shape[1] > 1 and spatial.stride(1) == 1
             dspatial, dtemporal = _ops.cross_conv3d_bwd_weight.default(x, dout, kernel, stride, padding, inside)
         if wants[3]:
             dbias = dout.sum((0, 2, 3, 4))
