@@ -122,12 +122,19 @@ TASKS = {
 
 class Contender:
     def __init__(
-        self, task: Task, make: Make, batch: int, device: str, dtype: torch.dtype, last: bool, compiled: bool = False
+        self,
+        task: Task,
+        make: Make,
+        batch: int,
+        device: str,
+        dtype: torch.dtype,
+        last: bool,
+        compiled: str | None = None,
     ):
         torch.manual_seed(0)
         memory = torch.channels_last_3d if last else torch.contiguous_format
         self.model = task.network(make).to(device, memory_format=memory)
-        self.run = torch.compile(self.model) if compiled else self.model
+        self.run = torch.compile(self.model, mode=compiled) if compiled else self.model
         self.clips = torch.randn(batch, *task.clip, device=device).to(memory_format=memory)
         self.labels = torch.randint(0, task.classes, (batch, *task.label), device=device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
@@ -167,7 +174,14 @@ def seconds(call: Callable[[], Any], device: str, steps: int = 1) -> float:
 
 
 def speed(
-    task: Task, device: str, batch: int, dtype: torch.dtype, rounds: int, names: list[str], compiled: bool, first: bool
+    task: Task,
+    device: str,
+    batch: int,
+    dtype: torch.dtype,
+    rounds: int,
+    names: list[str],
+    compiled: str | None,
+    first: bool,
 ) -> list[dict]:
     torch.backends.cudnn.benchmark = True  # its fastest algorithms
     made = {name: Contender(task, METHODS[name], batch, device, dtype, True, compiled) for name in names}
@@ -180,7 +194,7 @@ def speed(
                 taken = seconds(getattr(contender, kind), device, 5 if device == "cuda" else 1)
                 if number:  # the first round warms up
                     times[name][kind].append(taken)
-    dense = [name for name in made if name.startswith("Conv3D")]
+    dense = [name for name in made if name.startswith("Conv3D")] or names[:1]
     rows = []
     for name, contender in made.items():
         parameters, gflops = contender.size()
@@ -220,7 +234,9 @@ KINDS = {
 }
 
 
-def profile(task: Task, device: str, batch: int, dtype: torch.dtype, names: list[str], compiled: bool) -> list[dict]:
+def profile(
+    task: Task, device: str, batch: int, dtype: torch.dtype, names: list[str], compiled: str | None
+) -> list[dict]:
     """Microseconds of each kernel of one training step, and of each kind."""
     torch.backends.cudnn.benchmark = True
     rows = []
@@ -352,7 +368,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default bfloat16 on cuda)")
     parser.add_argument("--batch", type=int, help="clips (default 32 on cuda, 4 for unet, 2 on cpu)")
-    parser.add_argument("--compile", action="store_true", help="all contenders through torch.compile (speed and unet)")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "reduce-overhead"),
+        help="all contenders through torch.compile, in this mode (speed, unet and profile)",
+    )
     parser.add_argument("--channels-last", action="store_true", help="Conv3D in this format alone (speed and unet)")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--steps", type=int, default=400, help="of training (accuracy)")

@@ -383,10 +383,11 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   r.dtemporal = args.dtemporal.data;
   if (!sum_on_hopper(f, args, taps, r, launch)) sum(f, args, taps, r, launch);
 
-  // Threads share splits only where there would be few: reads under way are what counts.
+  // More threads than four share the splits only where there would be few.
+  const std::int64_t threads = std::int64_t{r.padded_depth} / 4 * r.columns;
   r.parts = 1;
-  while (r.parts < 8 && 4 * r.parts <= r.splits && std::int64_t{r.padded_depth} / 4 * r.columns * r.parts < reducing_threads)
-    r.parts *= 2;
+  while (4 * r.parts <= r.splits && r.parts < (4 * threads < reducing_threads ? 8 : 4)) r.parts *= 2;
+
   const dim3 blocks(static_cast<unsigned>(ceil_div(r.padded_depth, 4 * reduce_threads / r.parts)),
                     static_cast<unsigned>(r.columns));
   with_type(f, args.x.dtype, [&](auto zero) {

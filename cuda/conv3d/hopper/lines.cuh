@@ -39,7 +39,7 @@ namespace sm90 = effcore::cuda::hopper;
 
 constexpr int line_consumers = 2 * 128, line_threads = line_consumers + 128;
 constexpr int line_registers = 240, line_fetching_registers = 24;
-constexpr int most_line_voxel_stages = 4, most_line_weight_stages = 8, most_frames = 16;
+constexpr int most_line_voxel_stages = 3, most_line_weight_stages = 8, most_frames = 16;
 
 // Taps that share a box.
 struct LoadedFrame {

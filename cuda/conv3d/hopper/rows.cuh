@@ -1,5 +1,5 @@
 // out[position, n] = bias[n] + sum over taps and channels of G[position, (tap, c)] W[(tap, c), n] on sm_90a, at strides that
-// TMA takes.
+// TMA takes: what lines.cuh does not serve, such as steps above 1 along h and w.
 //
 // Bound: 2 * taps * channels FLOPs an output on the tensor cores (4096 a cycle and multiprocessor), or the second-level cache
 // (about 5 TB/s), from which blocks read voxels and weights again and again. Reading 128 voxels for each of 11 taps would bound
