@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,10 @@ def _train(model: Any, windows: Any, held_out: Tensor, batch: int, steps: int) -
     return curve, time.perf_counter() - begin
 
 
-def loss(size: str, batch: int, length: int, steps: int, seed: int, report: sharing.Report) -> list[dict]:
-    """Rows that the report does not hold yet; those that it held are kept in it."""
+def loss(
+    report: sharing.Report, size: str, batch: int, length: int, steps: int, seed: int, models: Sequence[str]
+) -> list[dict]:
+    """Rows of ``models`` that the report does not hold yet; those that it held are kept in it."""
     from effcore.data import PackedTokens, byte_tokenizer, load_corpus
 
     tokenizer = byte_tokenizer()
@@ -77,9 +80,8 @@ def loss(size: str, batch: int, length: int, steps: int, seed: int, report: shar
     held = _held(report.path, setting)
     report.add(held)
     print(f"validation loss after {steps} steps of {batch} x {length} bytes of {corpus.name}, {size}", flush=True)
-    for strategy in ("fac", "none", "sequential", "ae", "fa"):
-        name = hybrids.STRATEGIES[strategy]
-        if any(row["model"] == name for row in held):
+    for strategy, name in hybrids.STRATEGIES.items():
+        if strategy not in models or any(row["model"] == name for row in held):
             continue
         torch.manual_seed(seed)
         model: Any = hybrids.flowhn(strategy, size, length, sharing.DEVICE, torch.float32)

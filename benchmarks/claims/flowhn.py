@@ -104,24 +104,22 @@ def _training(
     return rows
 
 
-def train(size: str, batch: int, length: int, rounds: int, models: Sequence[str]) -> list[dict]:
+def train(report: sharing.Report, size: str, batch: int, length: int, rounds: int, models: Sequence[str]) -> None:
     print(f"training, {size}, {batch} texts of {length} tokens", flush=True)
-    return _training(_names(models), size, batch, length, rounds, compiled=True, what="train")
+    report.add(_training(_names(models), size, batch, length, rounds, compiled=True, what="train"))
 
 
-def peers(size: str, batch: int, length: int, rounds: int) -> list[dict]:
+def peers(report: sharing.Report, size: str, batch: int, length: int, rounds: int) -> None:
     built = all(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d"))
     kernels = "mamba-ssm and causal-conv1d" if built else "none: as installed"
     print(f"training beside transformers' hybrids, {size}, {batch} texts of {length}, kernels: {kernels}", flush=True)
-    rows: list[dict] = []
     for compiled in (False, True) if built else (False,):
         print(f" layers compiled: {compiled}", flush=True)
         for name in ("Falcon-H1 (transformers)", "Jamba (transformers)"):
             pair: list[str] = [hybrids.STRATEGIES["fac"], name]
             more: dict[str, Any] = {"kernels": kernels, "compiled": compiled}
-            rows += _training(pair, size, batch, length, rounds, what="peers", **more)
+            report.add(_training(pair, size, batch, length, rounds, what="peers", **more))
             sharing.free()
-    return rows
 
 
 class _Blocks:
@@ -142,14 +140,14 @@ class _Blocks:
             p.grad = None
 
 
-def blocks(size: str, batch: int, length: int, rounds: int, models: Sequence[str]) -> list[dict]:
+def blocks(report: sharing.Report, size: str, batch: int, length: int, rounds: int, models: Sequence[str]) -> None:
     print(f"blocks alone, forward and backward, {size}, {batch} texts of {length} tokens", flush=True)
     steps, flops = {}, {}
     for name in _names(m for m in models if m in hybrids.STRATEGIES):
         model = hybrids.compiled(_make(name, size, length)).train()
         steps[name] = _Blocks(model, batch, length)
         flops[name] = model.config.num_hidden_layers * block_flops(model.config)
-    return _rows(steps, flops, batch * length, batch, rounds, size=size, length=length, batch=batch, what="blocks")
+    report.add(_rows(steps, flops, batch * length, batch, rounds, size=size, length=length, batch=batch, what="blocks"))
 
 
 KINDS = {
@@ -187,10 +185,10 @@ def _moving(size: str, batch: int, length: int, rounds: int) -> list[dict]:
     return [row]
 
 
-def profile(size: str, batch: int, length: int, rounds: int) -> list[dict]:
+def profile(report: sharing.Report, size: str, batch: int, length: int, rounds: int) -> None:
     """Shares of the GPU's time, kernels sorted by their names; the rest are norms, gates and sums."""
     print(f"where the time of FAC's blocks goes, {size}, {batch} texts of {length} tokens", flush=True)
-    moving = _moving(size, batch, length, rounds)
+    report.add(_moving(size, batch, length, rounds))
     sharing.free()
     step = _Blocks(hybrids.compiled(_make(hybrids.STRATEGIES["fac"], size, length)).train(), batch, length)
     for _ in range(3):
@@ -206,19 +204,18 @@ def profile(size: str, batch: int, length: int, rounds: int) -> list[dict]:
         own = event.self_device_time_total if sharing.CUDA else event.self_cpu_time_total
         spent[kind] = spent.get(kind, 0.0) + own
     total = sum(spent.values())
-    rows = []
+    rows: list[dict] = []
     for kind, microseconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {kind:<45} {microseconds / 3e3:9.2f} ms {microseconds / total:6.1%}", flush=True)
         row = {"what": "profile", "size": size, "batch": batch, "length": length, "kind": kind}
         rows.append(row | {"ms": microseconds / 3e3, "share": microseconds / total})
-    return moving + rows
+    report.add(rows)
 
 
 @torch.no_grad()
-def decode(size: str, batch: int, length: int) -> list[dict]:
+def decode(report: sharing.Report, size: str, batch: int, length: int) -> None:
     """Milliseconds of each of 64 steps behind ``length`` tokens: the median, and the slowest but one."""
     print(f"decoding behind {length} tokens, {size}, {batch} rows", flush=True)
-    rows = []
     for name in (hybrids.STRATEGIES["fac"], "LLaMA"):
         model = _make(name, size, LENGTH).eval()
         ids = torch.randint(0, model.config.vocab_size, (batch, length), device=sharing.DEVICE)
@@ -231,19 +228,21 @@ def decode(size: str, batch: int, length: int) -> list[dict]:
             sharing.synchronize()
             seconds.append(time.perf_counter() - begin)
         steps = sorted(1e3 * s for s in seconds[8:])
-        row = {"what": "decode", "size": size, "batch": batch, "context": length, "model": name}
-        rows.append(row | {"ms": statistics.median(steps), "slowest_ms": steps[-2]})
-        print(f"  {name:<26} {rows[-1]['ms']:8.2f} ms a token, slowest {rows[-1]['slowest_ms']:.2f}", flush=True)
+        row: dict[str, Any] = {"what": "decode", "size": size, "batch": batch, "context": length, "model": name}
+        row |= {"ms": statistics.median(steps), "slowest_ms": steps[-2]}
+        print(f"  {name:<26} {row['ms']:8.2f} ms a token, slowest {row['slowest_ms']:.2f}", flush=True)
+        report.add([row])
         del model, cache
         sharing.free()
-    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = sharing.arguments("flowhn", __doc__ or "", ("train", "blocks", "peers", "profile", "decode", "loss"))
     parser.add_argument("--size", default="350M", help="135M, 350M or 1B")
     every = (*hybrids.STRATEGIES, "LLaMA")
-    parser.add_argument("--models", nargs="+", choices=every, default=every, help="of train and blocks; fac among them")
+    parser.add_argument(
+        "--models", nargs="+", choices=every, default=every, help="of train, blocks (fac among them) and loss"
+    )
     parser.add_argument("--batch", type=int, default=32, help="texts a step")
     parser.add_argument("--steps", type=int, default=300, help="of a training (loss)")
     parser.add_argument("--seed", type=int, default=0, help="of a training (loss)")
@@ -255,19 +254,20 @@ def main(arguments: list[str] | None = None) -> int:
     report = sharing.Report(options.json, f"flowhn {options.claim}")
     if options.claim == "loss":
         steps = 4 if options.quick else options.steps
-        rows = _flowhn_loss.loss(size, batch, length, steps, options.seed, report)
+        rows = _flowhn_loss.loss(report, size, batch, length, steps, options.seed, options.models)
         if options.plot:
             speeds = json.loads(options.speeds.read_text())["rows"] if options.speeds else []
             _flowhn_loss.plot(options.plot, rows, speeds)
         return 0
-    calls: dict[str, Callable[[], list[dict]]] = {
-        "train": lambda: train(size, batch, length, options.rounds, options.models),
-        "blocks": lambda: blocks(size, batch, length, options.rounds, options.models),
-        "peers": lambda: peers(size, batch, length, options.rounds),
-        "profile": lambda: profile(size, batch, length, options.rounds),
-        "decode": lambda: decode(size, batch, context),
+    sizes: tuple[Any, ...] = (report, size, batch, length, options.rounds)
+    calls: dict[str, Callable[[], None]] = {
+        "train": lambda: train(*sizes, options.models),
+        "blocks": lambda: blocks(*sizes, options.models),
+        "peers": lambda: peers(*sizes),
+        "profile": lambda: profile(*sizes),
+        "decode": lambda: decode(report, size, batch, context),
     }
-    report.add(calls[options.claim]())
+    calls[options.claim]()
     return 0
 
 

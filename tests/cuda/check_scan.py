@@ -393,16 +393,19 @@ def main() -> int:
         "failed": failed,
     }
     if options.sanitize:
-        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        for tool in ("memcheck", "racecheck"):
-            done = subprocess.run(
+        uncached = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        running = {
+            tool: subprocess.Popen(
                 ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=scan",
                  sys.executable, __file__, "--small"],
-                env=environment if tool == "memcheck" else None, capture_output=True, text=True, timeout=240,
-            )  # fmt: skip
-            lines = [line for line in done.stdout.splitlines() if "=====" in line][-3:]
-            print(tool, done.returncode, *lines, sep="\n  ", flush=True)
-            record[tool] = {"status": done.returncode, "tail": lines}
+                env=uncached if tool == "memcheck" else None, stdout=subprocess.PIPE, text=True,
+            )
+            for tool in ("memcheck", "racecheck")
+        }  # fmt: skip
+        for tool, process in running.items():
+            lines = [line for line in process.communicate()[0].splitlines() if "=====" in line][-3:]
+            print(tool, process.returncode, *lines, sep="\n  ", flush=True)
+            record[tool] = {"status": process.returncode, "tail": lines}
     report: list[dict[str, Any]] = []
     if options.time:
         for batch, tokens, channels, states in (
