@@ -10,13 +10,13 @@
 // their sums over states in shared memory, and whole rows are written from there. With 16 states this takes 146 instructions a
 // token of 32 channels, 80 of them the pairs' own, where the special functions take 152 cycles on a quarter of a
 // multiprocessor.
-#include "scan/tiles.cuh"
+#include "scan/channel_forward.cuh"
 
 namespace effcore::cuda::scan {
 namespace {
 
 template <class L>
-constexpr int resident = L::parts == 16 ? 2 : 4;  // blocks of a multiprocessor: 128 registers a thread
+constexpr int resident = L::padded == 256 ? 2 : 4;  // blocks of a multiprocessor: 128 registers a thread
 
 // Blocks a multiprocessor from which on tokens are gone through once.
 constexpr double whole = 0.75;
@@ -203,10 +203,33 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
   }
 }
 
+// Calls body(layout{}) with Lanes for up to 16 states, with a Tiling for more.
+template <class Body>
+void with_layout(const Scan& args, Body&& body) {
+  const std::int64_t states = args.A.size[1];
+  if (states > Tiling<4>::padded)
+    body(Tiling<16>{});
+  else if (states > Lanes<1>::padded)
+    body(Tiling<4>{});
+  else if (args.keep % Lanes<2>::tokens == 0)
+    body(Lanes<2>{});
+  else
+    body(Lanes<1>{});
+}
+
 ScanParams forward_params(const Scan& args, const char* function) {
   ScanParams p;
-  with_tiling(args.A.size[1], [&]<class L>(L) { p = params_of<L>(args, resident<L>, whole, function); });
+  with_layout(args, [&]<class L>(L) { p = params_of<L>(args, resident<L>, whole, function); });
   return p;
+}
+
+template <class T, class L, bool outputs>
+void launch_pass(const char* f, const ScanParams& p, cudaStream_t stream) {
+  const unsigned blocks = grid(p.chunks.rows * ceil_div(p.channels, L::block_channels), f);
+  if constexpr (L::padded == Lanes<1>::padded)
+    launch(f, channel_kernel<T, L, outputs>, blocks, threads, warps * sizeof(Lane<T, L>), stream, p);
+  else
+    launch(f, scan_kernel<T, L, outputs>, blocks, threads, sizeof(Shared<L>), stream, p);
 }
 
 // One token: lanes along the states, which lie next to each other in memory, so that they are moved in whole lines. Bound:
@@ -275,13 +298,12 @@ void selective_scan(const Scan& args, const Launch& to) {
   p.leaving = static_cast<float*>(args.final_state);
   p.carried = static_cast<float*>(to.workspace), p.step_sum = p.carried + p.chunks.rows * pairs;
   with_type(args.x.dtype, f, [&]<class T>(T) {
-    with_tiling(p.states, [&]<class L>(L) {
-      const unsigned blocks = grid(p.chunks.rows * ceil_div(p.channels, L::block_channels), f);
+    with_layout(args, [&]<class L>(L) {
       if (!p.single) {
-        launch(f, scan_kernel<T, L, false>, blocks, threads, sizeof(Shared<L>), stream, p);
+        launch_pass<T, L, false>(f, p, stream);
         launch(f, carry_kernel<T, false>, grid(ceil_div(p.chunks.sequences * pairs, threads), f), threads, 0, stream, p);
       }
-      launch(f, scan_kernel<T, L, true>, blocks, threads, sizeof(Shared<L>), stream, p);
+      launch_pass<T, L, true>(f, p, stream);
     });
   });
 }

@@ -23,6 +23,7 @@ struct ScanParams {
   int channels, states, keep;
   bool softplus, single;  // single: a sequence is one chunk
   bool vector;            // rows of tokens may be read 8 channels at a time, and rows of states 4
+  bool vector_states;     // rows of B and C may be read 8 states at a time
   float* kept;            // [kept rows][states][channels], or null
   const float* entering;  // [S][channels][states]: the initial state (the backward: dfinal), or null
   float* leaving;         // the final state (the backward: dinitial), or null
@@ -107,6 +108,7 @@ ScanParams params_of(const Scan& args, int resident, double whole, const char* f
   p.vector = p.channels % 8 == 0;
   for (const TensorView* t : {&args.x, &args.dt, args.z})
     if (t != nullptr) p.vector = p.vector && routing::aligned(*t);
+  p.vector_states = p.states % 8 == 0 && routing::aligned(args.B) && routing::aligned(args.C);
   return p;
 }
 
