@@ -54,11 +54,12 @@ def test_no_token_sees_a_later_one(strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("cuts", [(20,), (7, 13), (1,) * 20, (8, 8, 4), (19, 1), (3, 1, 1, 15)])
-def test_prefill_and_steps_equal_one_pass(strategy, cuts):
+@pytest.mark.parametrize("max_cache_len", [None, 20], ids=["dynamic", "static"])
+def test_prefill_and_steps_equal_one_pass(strategy, cuts, max_cache_len):
     net, tokens = model(strategy), ids(2, 20)
     with torch.no_grad():
         whole = net(tokens, use_cache=False).logits
-        cache, parts, at = FlowHNCache(net.config), [], 0
+        cache, parts, at = FlowHNCache(net.config, max_cache_len), [], 0
         for n in cuts:
             parts.append(net(tokens[:, at : at + n], past_key_values=cache).logits)
             at += n
@@ -146,15 +147,46 @@ def test_all_tokens_to_one_branch(tokens):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_a_static_cache_stays_where_it_is_and_says_when_it_is_full(strategy):
+    net, tokens = model(strategy), ids(2, 20)
+
+    def places():
+        return [t.data_ptr() for s in cache.stores for t in (s.keys, s.values, s.state, s.convolution) if t is not None]
+
+    with torch.no_grad():
+        cache = FlowHNCache(net.config, 20)
+        net(tokens[:, :12], past_key_values=cache)
+        before, size = places(), cache.bytes()
+        net(tokens[:, 12:15], past_key_values=cache)
+        for i in range(15, 20):
+            net(tokens[:, i : i + 1], past_key_values=cache)
+        assert places() == before and cache.bytes() == size
+        with pytest.raises(ValueError, match="holds 20 tokens of a row, got 21"):
+            net(tokens[:, :1], past_key_values=cache)
+
+
+def test_the_ssm_takes_constant_memory():
+    net, cache = model(attention_tokens=0), FlowHNCache(config())
+    with torch.no_grad():
+        net(ids(1, 3), past_key_values=cache)
+        size = cache.bytes()
+        for _ in range(30):
+            net(ids(1, 1), past_key_values=cache)
+    assert cache.bytes() == size > 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"cache_implementation": "static", "num_beams": 3}],
+    ids=["greedy", "beams", "static", "static beams"],
+)
 def test_generate_with_and_without_cache(strategy, options):
     net = model(strategy)
     prompt, mask = ids(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     outs = [
-        net.generate(
-            prompt, attention_mask=mask, max_new_tokens=9, do_sample=False, use_cache=c, pad_token_id=0, **options
-        )
-        for c in (True, False)
+        net.generate(prompt, attention_mask=mask, max_new_tokens=9, do_sample=False, use_cache=c, pad_token_id=0, **o)
+        for c, o in ((True, options), (False, {k: v for k, v in options.items() if k == "num_beams"}))
     ]
     assert torch.equal(*outs)
 

@@ -19,6 +19,7 @@ from effcore.models.flowhn_block import FlowHNBlock, StateSpace
 from effcore.models.flowhn_cache import FlowHNCache
 from effcore.models.flowhn_config import FlowHNConfig
 from effcore.models.flowhn_routes import Router
+from effcore.models.flowhn_steps import can_replay
 
 _LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
 
@@ -81,6 +82,9 @@ class FlowHNModel(FlowHNPreTrainedModel):
             raise ValueError(f"effcore: the cache holds {len(starts)} rows, got {batch}")
         valid = _valid_tokens(attention_mask, batch, tokens, past)
         counts = [tokens] * batch if valid is None else valid.sum(1).tolist()
+        ends = [s + n for s, n in zip(starts, counts, strict=True)]
+        if cache is not None:
+            cache.check_room(ends)
         uniform = valid is None and len(set(starts)) <= 1
         if uniform:
             routes = self.router.uniform(batch, starts[0] if starts else 0, tokens, hidden.device)
@@ -97,7 +101,7 @@ class FlowHNModel(FlowHNPreTrainedModel):
                 hidden = block(hidden, route, store)
                 states.append(hidden)
         if cache is not None:
-            cache.commit(tokens, [s + n for s, n in zip(starts, counts, strict=True)])
+            cache.commit(tokens, ends)
         hidden = self.norm(hidden)
         if places is not None:  # back to rows
             unpack = [hidden, *states] if output_hidden_states else [hidden]
@@ -177,6 +181,14 @@ class FlowHNForCausalLM(FlowHNPreTrainedModel, GenerationMixin):
         """
         if unknown := set(kwargs) - _LOSS_ARGUMENTS:
             raise TypeError(f"effcore: FlowHNForCausalLM.forward got unexpected arguments {sorted(unknown)}")
+        if (
+            labels is None
+            and not output_hidden_states
+            and input_ids is not None
+            and can_replay(past_key_values, input_ids)
+        ):
+            logits = past_key_values.graphs.step(self, input_ids, past_key_values)
+            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -203,12 +215,11 @@ class FlowHNForCausalLM(FlowHNPreTrainedModel, GenerationMixin):
             raise TypeError(
                 f"effcore: past_key_values must be an effcore.models.FlowHNCache, got {type(given).__name__}"
             )
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"effcore: cache_implementation must be 'dynamic', got {generation_config.cache_implementation!r}"
-            )
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(f"effcore: cache_implementation must be 'dynamic' or 'static', got {kind!r}")
         if given is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = FlowHNCache(self.config)
+            model_kwargs["past_key_values"] = FlowHNCache(self.config, max_cache_length if kind == "static" else None)
 
     def create_masks_for_generate(self, *, attention_mask: Tensor | None = None, **_: Any) -> Any:
         """2D masks stay 2D."""

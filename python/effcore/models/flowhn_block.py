@@ -51,12 +51,14 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _with_store(self, q: Tensor, k: Tensor, v: Tensor, part: Part, store: BlockStore) -> Tensor:
-        fresh = not any(store.lengths)
+        fresh, one = not any(store.lengths), q.shape[2] == 1 and not torch.is_grad_enabled()
+        if store.is_static and one and not part.packed:
+            return _decode(q, *store.append_one(k, v))
         keys, values = store.append(k, v, part)
         if not part.packed:
             if fresh:  # as given: one pass over a prompt stays differentiable
                 return attention_ops.attention(q, k, v, causal=True)
-            if q.shape[2] == 1 and not torch.is_grad_enabled():
+            if one:
                 lengths = torch.full((q.shape[0],), keys.shape[2], dtype=torch.int32, device=q.device)
                 return _decode(q, keys, values, lengths)
             return attention_ops.attention(q, keys, values, causal=True)
@@ -133,8 +135,7 @@ class StateSpace(nn.Module):
             offsets=part.offsets,
         )
         if store is not None:
-            store.state = state.detach()
-            store.convolution = _last_tokens(projected.detach(), self.width, before, part)
+            store.keep(_last_tokens(projected.detach(), self.width, before, part), state.detach())
         return self.out_proj(y)
 
 

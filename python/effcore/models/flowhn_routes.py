@@ -74,7 +74,19 @@ class Router:
         self.tables = (
             [attention_table(config.strategy, self.length, n, i) for i in range(self.blocks)] if self.split else []
         )
+        self._paths = list(zip(*(t.tolist() for t in self.tables), strict=True))
         self._uniform: dict[tuple[int, int, int, torch.device], list[Route]] = {}
+
+    def path(self, position: int) -> tuple[bool, ...]:
+        """Of each block, whether the token at this position meets attention there; it meets the SSM elsewhere (or as well)."""
+        return self._paths[position % self.length] if self.split else (True,) * self.blocks
+
+    def attended(self, tokens: int) -> list[int]:
+        """Of each block, how many of a row's first ``tokens`` tokens attention takes."""
+        if not self.split:
+            return [tokens] * self.blocks
+        whole, rest = divmod(tokens, self.length)
+        return [whole * int(t.sum()) + int(t[:rest].sum()) for t in self.tables]
 
     def uniform(self, batch: int, start: int, tokens: int, device: torch.device) -> list[Route]:
         """Routes of [batch, tokens] at positions from ``start`` on, for each block."""

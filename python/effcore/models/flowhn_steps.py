@@ -1,0 +1,82 @@
+"""Decoding steps of FlowHN models from CUDA graphs.
+
+Which branch a token takes in each block is known from its position, and a model has few such paths (FAC: at most one more than
+it has blocks). So each path is captured once, at the first step that takes it, over the buffers of a static cache; what moves
+from step to step, the lengths, lies on the device. The host then does one launch a step instead of some hundreds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from effcore.models.flowhn_cache import FlowHNCache
+
+
+def can_replay(cache: Any, ids: Tensor) -> TypeGuard[FlowHNCache]:
+    """Whether these tokens are one step of equal rows behind a static cache, on a GPU, without gradients."""
+    if not ids.is_cuda or ids.shape[1] != 1 or not getattr(cache, "is_static", False):
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
+        return False
+    alike = len(cache.positions) == ids.shape[0] and len(set(cache.positions)) == 1
+    return alike and cache.positions[0] < cache.max_cache_len and not torch.cuda.is_current_stream_capturing()
+
+
+class StepGraphs:
+    """The captured steps of one model behind one cache, and the buffers that they read and write."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[int, tuple[bool, ...]], torch.cuda.CUDAGraph] = {}
+        self._ids: Tensor | None = None
+        self._logits: Tensor | None = None
+
+    def step(self, model: Any, ids: Tensor, cache: FlowHNCache) -> Tensor:
+        """Logits [B, 1, V] of the next token of each row; the cache goes on by it."""
+        position = cache.positions[0]
+        path = model.model.router.path(position)
+        graph = self._graphs.get((id(model), path))
+        if (
+            graph is None
+        ):  # this step as it is, which also sets up what a capture may not, and the next ones from a graph
+            with torch.no_grad():
+                hidden = model.model(ids, None, cache, use_cache=True).last_hidden_state
+                logits = model.lm_head(hidden)
+            self._graphs[id(model), path] = self._capture(model, ids, logits, cache)
+            return logits
+        assert self._ids is not None and self._logits is not None
+        for store in cache.stores:
+            store.counts(ids.device)
+        self._ids.copy_(ids)
+        graph.replay()
+        for store, attends in zip(cache.stores, path, strict=True):
+            if attends:
+                store.advance()
+        cache.commit(1, [position + 1] * ids.shape[0])
+        return self._logits.clone()
+
+    def _capture(self, model: Any, ids: Tensor, logits: Tensor, cache: FlowHNCache) -> torch.cuda.CUDAGraph:
+        """Records the step that was just done. Nothing runs, and the host's counts are put back."""
+        if self._ids is None or self._logits is None:
+            self._ids, self._logits = ids.clone(), logits.clone()
+        held = [(store, store.lengths, store._counted) for store in cache.stores]
+        length, positions = cache.length, cache.positions
+        cache.positions = [positions[0] - 1] * len(positions)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(ids.device)
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        stream.wait_stream(torch.cuda.current_stream(ids.device))
+        with torch.cuda.stream(stream), torch.no_grad():
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                hidden = model.model(self._ids, None, cache, use_cache=True).last_hidden_state
+                self._logits.copy_(model.lm_head(hidden))
+            finally:
+                graph.capture_end()
+                for store, lengths, counted in held:
+                    store.lengths, store._counted = lengths, counted
+                cache.length, cache.positions = length, positions
+        torch.cuda.current_stream(ids.device).wait_stream(stream)
+        return graph
