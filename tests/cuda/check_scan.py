@@ -3,8 +3,10 @@
 Every problem is run twice (the bits must agree) in memory filled with NaN; results and gradients may be at most twice as far
 from the float64 result as the same-dtype PyTorch recurrence. `--sanitize` runs small problems under compute-sanitizer
 (memcheck and racecheck). `--time` prints medians of CUDA events with the second-level cache flushed, beside two bounds: bytes,
-and instructions (exponentials at 16 a clock and multiprocessor). A peer is timed where EFFCORE_SCAN_PEER names a library with
-mamba-ssm's kernels behind `peer_fwd` and `peer_bwd`. Tables come last; numbers go to $OUT/scan_check.json, if OUT is set.
+and special functions: N + 3 a token and channel (the decay of each state, the softplus' exponential, the gate's and its
+reciprocal; the logarithm is a polynomial), 16 a clock and multiprocessor, at the clock that a spinning kernel shows. A peer is
+timed where EFFCORE_SCAN_PEER names a library with mamba-ssm's kernels behind `peer_fwd` and `peer_bwd`. Tables come last;
+numbers go to $OUT/scan_check.json, if OUT is set.
 """
 
 from __future__ import annotations
@@ -194,6 +196,15 @@ def check_edges() -> Results:
     leaves["dt"][0, 2, :8], leaves["dt"][0, 3, 8:16], leaves["dt"][0, 1, 16:24] = 6e4, -6e4, 1e-7
     results.append(judge("extreme steps", lambda m, x: m.selective_scan(**x, dt_softplus=True), leaves,
                          [torch.randn(1, 70, 40, device="cuda")]))  # fmt: skip
+    for states in (16, 40):  # what is not a number stays in its channel, and behind its token
+        leaves = scan_leaves(2, 70, 40, states, torch.bfloat16, "plain", True, 2)
+        clean = ops.selective_scan(**leaves, dt_softplus=True)
+        leaves["dt"][1, 33, 7] = float("nan")
+        touched = torch.zeros_like(clean, dtype=torch.bool)
+        touched[1, 33:, 7] = True
+        out = ops.selective_scan(**leaves, dt_softplus=True)
+        good = bool(out[touched].isnan().all()) and torch.equal(out[~touched], clean[~touched])
+        results.append((f"NaN in dt, N={states}", good, ""))
     storage = torch.empty((2**31 + 2**20,), dtype=torch.bfloat16, device="cuda")
     big = storage.as_strided((2, 9, 16), (2**31 + 8, 16, 1))
     big.copy_(torch.randn(2, 9, 16))
@@ -232,6 +243,17 @@ def times(calls: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, fl
             if i >= 2:
                 found[name].append(begin.elapsed_time(end))
     return {n: statistics.median(t) for n, t in found.items()}
+
+
+def spinning_clock() -> float:
+    """Clocks a second, of a kernel that waits for so many of them."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1_000_000)
+    begin.record()
+    torch.cuda._sleep(20_000_000)
+    end.record()
+    torch.cuda.synchronize()
+    return 20_000_000 / (begin.elapsed_time(end) * 1e-3)
 
 
 class Peer:
@@ -312,18 +334,18 @@ def time_scan(tokens: int, channels: int, batch: int, states: int, report: list[
 
         calls |= {"peer forward": peer.forward, "peer both": theirs}
     found = times(calls)
-    properties = torch.cuda.get_device_properties(0)
-    clock = 1.755e9 * properties.multi_processor_count
+    clock = spinning_clock() * torch.cuda.get_device_properties(0).multi_processor_count
     pairs = batch * tokens * channels
     copy = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
     rate = 2 * copy.numel() / (times({"copy": lambda: copy.clone()})["copy"] * 1e-3)
-    bounds = {"bytes": pairs * 8 / rate * 1e3, "instructions": pairs * (states + 4) / (16 * clock) * 1e3}
+    bounds = {"bytes": pairs * 8 / rate * 1e3, "instructions": pairs * (states + 3) / (16 * clock) * 1e3}
     row = {
         "shape": shape,
         "states": states,
         "ms": found,
         "bounds_ms": bounds,
         "copy_tb_s": rate / 1e12,
+        "clock_ghz": spinning_clock() / 1e9,
         "peer_agrees": agrees,
     }
     report.append(row)
