@@ -87,8 +87,8 @@ def _moving(name: str) -> str:
 
 
 def _decode(name: str) -> str:
-    rows = [[r["model"], f"{r['ms']:.2f}", f"{r['slowest_ms']:.2f}"] for r in _rows(name)]
-    return _table(["", "ms a token", "slowest"], rows)
+    rows = [[r["model"], r.get("how", "as it is"), f"{r['ms']:.2f}", f"{r['slowest_ms']:.2f}"] for r in _rows(name)]
+    return _table(["", "steps", "ms a token", "slowest"], rows)
 
 
 def _loss(name: str) -> str:

@@ -5,8 +5,8 @@
 // keeps it. So only B and C, as floats, are read by more than one thread, and all threads read the same ones at once: half the
 // traffic with shared memory of a tile whose channels and states are spread over threads (forward.cu), and fewer instructions.
 //
-// With `split` 2 a channel's states are two neighbouring threads': they prepare the tokens in turns, and hand each other their
-// part of the sums over states. That is as much work for twice the warps.
+// With `split` 2, 4 or 8 a channel's states are so many neighbouring threads': they prepare the tokens in turns, and hand each
+// other their part of the sums over states. That is little more work for more warps.
 #pragma once
 #include "scan/tiles.cuh"
 
@@ -30,10 +30,14 @@ struct alignas(16) Lane {
   T out[L::tokens][L::channels];
 };
 
-__device__ __forceinline__ void copy_16(void* to, const void* from, bool any) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(any ? 16 : 0)
-               : "memory");
+template <int bytes>
+__device__ __forceinline__ void copy_ahead(void* to, const void* from, bool any) {
+  const auto place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(any ? 16 : 0) : "memory");
+  else  // the lines' other bytes are other warps'
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(place), "l"(from), "r"(any ? bytes : 0), "n"(bytes)
+                 : "memory");
 }
 __device__ __forceinline__ void copies_end() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -42,10 +46,11 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
-// The runs of 16 bytes of a tile's rows that this lane moves, tile after tile.
+// The runs of 16 bytes (8, where a row is no longer) of a tile's rows that this lane moves, tile after tile.
 template <class T, class L>
 struct RowRuns {
-  static constexpr int run = 16 / sizeof(T), of_row = L::channels / run, rows = 32 / of_row, runs = L::tokens / rows;
+  static constexpr int most = 16 / sizeof(T), run = most < L::channels ? most : L::channels;
+  static constexpr int of_row = L::channels / run, rows = 32 / of_row, runs = L::tokens / rows;
   char* at;  // of the tile to come
   std::int64_t token;
   int row, channel, left;  // channels of the row from this lane's first one on
@@ -64,7 +69,7 @@ struct RowRuns {
       const bool any = row + i * rows < tokens && left > 0;
       const char* from = at + i * rows * token;
       if (vector)
-        copy_16(&to[row + i * rows][channel], any ? from : of.data, any);
+        copy_ahead<run * sizeof(T)>(&to[row + i * rows][channel], any ? from : of.data, any);
       else
         *reinterpret_cast<Run<T, run>*>(&to[row + i * rows][channel]) =
             load_run<run>(reinterpret_cast<const T*>(from), 0, any ? left : 0, false);
@@ -119,7 +124,8 @@ template <class T, class L, bool outputs>
 __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_constant__ ScanParams p) {
   extern __shared__ __align__(16) char memory[];
   constexpr int split = L::split, owned = L::states, prepared = L::tokens / split;
-  constexpr int together = split == 1 ? 4 : 2;  // tokens that a thread prepares at a time
+  constexpr int together = split == 1 ? 4 : split == 2 ? 2 : 1;  // tokens that a thread prepares at a time
+  constexpr int wide = owned < 4 ? owned : 4;                     // states of one access
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % split;
   auto& shared = reinterpret_cast<Lane<T, L>*>(memory)[warp];
   const int blocks = (p.channels + L::block_channels - 1) / L::block_channels, chunk_row = blockIdx.x / blocks;
@@ -201,14 +207,14 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
           const float in = split == 1 ? input[i] : __shfl_sync(~0u, input[i], u, split);
           float halves[2] = {};
 #pragma unroll
-          for (int n0 = 0; n0 < owned; n0 += 4) {
-            float b[4], c4[4];
-            load_floats(b, &shared.B[t][part * owned + n0]);
-            if constexpr (outputs) load_floats(c4, &shared.C[t][part * owned + n0]);
+          for (int n0 = 0; n0 < owned; n0 += wide) {
+            float from[wide], to[wide];
+            load_floats(from, &shared.B[t][part * owned + n0]);
+            if constexpr (outputs) load_floats(to, &shared.C[t][part * owned + n0]);
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-              h[n0 + n] = decay(s, A[n0 + n]) * h[n0 + n] + in * b[n];
-              if constexpr (outputs) halves[n % 2] += h[n0 + n] * c4[n];
+            for (int n = 0; n < wide; ++n) {
+              h[n0 + n] = decay(s, A[n0 + n]) * h[n0 + n] + in * from[n];
+              if constexpr (outputs) halves[n % 2] += h[n0 + n] * to[n];
             }
           }
           y[u] = halves[0] + halves[1];

@@ -203,6 +203,8 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
   }
 }
 
+int split_of(const Scan&) { return 8; }
+
 // Calls body(layout{}) with Lanes for up to 16 states, with a Tiling for more.
 template <class Body>
 void with_layout(const Scan& args, Body&& body) {
@@ -211,6 +213,10 @@ void with_layout(const Scan& args, Body&& body) {
     body(Tiling<16>{});
   else if (states > Lanes<1>::padded)
     body(Tiling<4>{});
+  else if (args.keep == 0 && split_of(args) == 8)
+    body(Lanes<8>{});
+  else if (args.keep == 0 && split_of(args) == 4)
+    body(Lanes<4>{});
   else if (args.keep % Lanes<2>::tokens == 0)
     body(Lanes<2>{});
   else

@@ -1,0 +1,113 @@
+"""Decoding steps of FlowHN beside those of a LLaMA of as many parameters: as their models run them, and from CUDA graphs.
+
+transformers' LLaMA takes flash attention without a mask: the backend that SDPA prefers on Hopper, cuDNN's, plans anew for each
+length, which takes longer than the step. FlowHN's steps go through a whole routing chunk, so that every path through its
+blocks is among them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import StaticCache
+
+from benchmarks.claims import _sharing as sharing
+from effcore.models import FlowHNCache
+
+STEPS = 64  # of the LLaMA, whose steps are alike
+
+
+def _milliseconds(step: Callable[[], Any], count: int, before: Callable[[], Any] = lambda: None) -> list[float]:
+    times = []
+    for _ in range(count):
+        before()
+        sharing.synchronize()
+        begin = time.perf_counter()
+        step()
+        sharing.synchronize()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return times
+
+
+def _captured(step: Callable[[], Any], reset: Callable[[], Any]) -> Callable[[], Any]:
+    """``step`` as a CUDA graph; on a CPU itself. ``reset`` comes before each, and is not a part of it."""
+    if not sharing.CUDA:
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            reset()
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def flowhn(model: Any, batch: int, context: int) -> Iterator[tuple[str, list[float]]]:
+    """(how, milliseconds of each step behind ``context`` tokens) of a FlowHN model."""
+    turn = model.config.routing_length
+    ids = torch.randint(0, model.config.vocab_size, (batch, context), device=sharing.DEVICE)
+    for how, limit in (("as it is", None), ("CUDA graphs", context + turn)):
+        cache = FlowHNCache(model.config, limit)
+        before = max(context - turn, 1)  # steps of a turn before those that count: they capture every path
+        model(input_ids=ids[:, :before], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        def step(cache: Any = cache) -> None:
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+
+        _milliseconds(step, context - before)
+        yield how, _milliseconds(step, turn)
+        del cache, step
+        sharing.free()
+
+
+def llama(model: Any, batch: int, context: int) -> Iterator[tuple[str, list[float]]]:
+    """The same of transformers' LLaMA: its growing cache; one step behind a full static cache, compiled or not, captured."""
+    model.set_attn_implementation("causal_sdpa_0")
+    ids = torch.randint(0, model.config.vocab_size, (batch, context), device=sharing.DEVICE)
+    growing = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def grow(growing: Any = growing) -> None:
+        model(input_ids=ids[:, :1], past_key_values=growing, use_cache=True)
+
+    _milliseconds(grow, 8)
+    yield "as it is", _milliseconds(grow, STEPS)
+    del growing, grow
+    sharing.free()
+    cache: Any = StaticCache(config=model.config, max_cache_len=context + 1)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    place = torch.full((1, 1), context, device=sharing.DEVICE)
+
+    def reset() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(context)
+
+    def step() -> None:
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, position_ids=place)
+
+    yield "CUDA graphs", _milliseconds(_captured(step, reset), STEPS, reset)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+    yield "CUDA graphs, layers compiled", _milliseconds(_captured(step, reset), STEPS, reset)
+
+
+@torch.no_grad()
+def decode(report: sharing.Report, size: str, batch: int, context: int, models: dict[str, Any]) -> None:
+    """``models``: what makes each model, by name; those named LLaMA are transformers' LLaMAs, the others ours."""
+    print(f"decoding behind {context} tokens, {size}, {batch} rows", flush=True)
+    for name, make in models.items():
+        model = make().eval()
+        for how, times in (llama if name == "LLaMA" else flowhn)(model, batch, context):
+            row: dict[str, Any] = {"what": "decode", "size": size, "batch": batch, "context": context, "model": name}
+            row |= {"how": how, "steps": len(times), "ms": statistics.median(times), "slowest_ms": sorted(times)[-2]}
+            print(f"  {name:<20} {how:<30} {row['ms']:8.3f} ms a token, slowest {row['slowest_ms']:.3f}", flush=True)
+            report.add([row])
+        del model
+        sharing.free()
