@@ -22,10 +22,8 @@ from benchmarks.claims import _sharing as sharing
 POINTS = 8  # of a training at which the validation loss is taken
 
 
-def _held(path: Path | None, setting: dict[str, Any]) -> list[dict]:
-    if path is None or not path.is_file():
-        return []
-    return [row for row in json.loads(path.read_text())["rows"] if setting.items() <= row.items()]
+def _held(path: Path | None) -> list[dict]:
+    return json.loads(path.read_text())["rows"] if path is not None and path.is_file() else []
 
 
 @torch.no_grad()
@@ -67,7 +65,7 @@ def _train(model: Any, windows: Any, held_out: Tensor, batch: int, steps: int) -
 def loss(
     report: sharing.Report, size: str, batch: int, length: int, steps: int, seed: int, models: Sequence[str]
 ) -> list[dict]:
-    """Rows of ``models`` that the report does not hold yet; those that it held are kept in it."""
+    """Trains those of ``models`` whose rows the report's file does not hold yet; all of its rows, old and new."""
     from effcore.data import PackedTokens, byte_tokenizer, load_corpus
 
     tokenizer = byte_tokenizer()
@@ -77,11 +75,11 @@ def loss(
     held_out = torch.stack(texts).to(sharing.DEVICE)
     windows = PackedTokens(corpus.train, length, samples=steps * batch, seed=seed)
     setting = {"what": "loss", "size": size, "steps": steps, "batch": batch, "length": length, "seed": seed}
-    held = _held(report.path, setting)
-    report.add(held)
+    report.add(_held(report.path))
     print(f"validation loss after {steps} steps of {batch} x {length} bytes of {corpus.name}, {size}", flush=True)
     for strategy, name in hybrids.STRATEGIES.items():
-        if strategy not in models or any(row["model"] == name for row in held):
+        wanted = (setting | {"model": name}).items()
+        if strategy not in models or any(wanted <= row.items() for row in report.rows):
             continue
         torch.manual_seed(seed)
         model: Any = hybrids.flowhn(strategy, size, length, sharing.DEVICE, torch.float32)
@@ -98,28 +96,33 @@ def loss(
 
 
 def plot(path: Path, losses: list[dict], speeds: list[dict]) -> None:
-    """Validation loss against training speed, a point a strategy (the paper plots accuracy against it), and the curves."""
+    """Validation loss against training speed, the paper's accuracies against its own, and the curves of the losses."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure, (ours, paper, curves) = pyplot.subplots(1, 3, figsize=(14, 4))
     rate = {row["model"]: row["tokens/s"] for row in speeds}
     for i, name in enumerate(hybrids.STRATEGIES.values()):
         runs = [row for row in losses if row["model"] == name]
-        if not runs:
-            continue
         for n, row in enumerate(runs):
-            right.plot(*zip(*row["curve"], strict=True), color=f"C{i}", label=name if n == 0 else None)
-        if name in rate:
+            curves.plot(*zip(*row["curve"], strict=True), color=f"C{i}", label=name if n == 0 else None)
+        if name in rate and runs:
             mean = statistics.mean(row["validation_loss"] for row in runs)
-            left.plot(rate[name] / 1e3, mean, "o", color=f"C{i}", label=name)
-    left.set(xlabel="training, thousand tokens a second", ylabel="validation loss, nats a byte")
-    right.set(xlabel="steps", ylabel="validation loss, nats a byte", yscale="log")
-    right.legend()
-    for axes in (left, right):
+            ours.plot(rate[name] / 1e3, mean, "o", color=f"C{i}", label=name)
+        tokens, _, accuracy = hybrids.PAPER[name]
+        paper.plot(tokens / 1e3, accuracy, "o", color=f"C{i}", label=name)
+    ours.set(title="ours", ylabel="validation loss, nats a byte")
+    ours.invert_yaxis()  # better is up, as beside it
+    paper.set(title="the paper, 1B", ylabel="mean accuracy, %")
+    for axes in (ours, paper):
+        axes.set(xlabel="training, thousand tokens a second")
+    curves.set(title="ours", xlabel="steps", ylabel="validation loss, nats a byte", yscale="log")
+    paper.legend(fontsize=8)
+    for axes in (ours, paper, curves):
         axes.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)

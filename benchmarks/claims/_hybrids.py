@@ -28,6 +28,14 @@ STRATEGIES = {
     "fa": "FlowHN, FA",
     "fac": "FlowHN, FAC",
 }
+# The paper's 1B models: tokens a second, model FLOPs utilization in percent, mean accuracy in percent.
+PAPER = {
+    "FlowHN, no split": (4325, 45.0, 42.95),
+    "sequential hybrid": (4923, 47.4, 42.06),
+    "FlowHN, AE": (7752, 46.2, 40.17),
+    "FlowHN, FA": (7901, 47.5, 38.50),
+    "FlowHN, FAC": (7926, 47.6, 41.97),
+}
 QUICK = {
     "hidden_size": 64,
     "intermediate_size": 176,

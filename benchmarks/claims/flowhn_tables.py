@@ -20,15 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FAC = hybrids.STRATEGIES["fac"]
 
-# The paper's 1B models: tokens a second, model FLOPs utilization in percent, mean accuracy in percent.
-PAPER = {
-    "FlowHN, no split": (4325, 45.0, 42.95),
-    "sequential hybrid": (4923, 47.4, 42.06),
-    "FlowHN, AE": (7752, 46.2, 40.17),
-    "FlowHN, FA": (7901, 47.5, 38.50),
-    "FlowHN, FAC": (7926, 47.6, 41.97),
-}
-
 
 def _rows(name: str) -> list[dict[str, Any]]:
     path = RESULTS / f"{name}_h200.json"
@@ -48,7 +39,9 @@ def _speed(name: str) -> str:
         if row["model"] == FAC:
             cells += ["", "", ""]
         else:
-            paper = f"{PAPER[FAC][0] / PAPER[row['model']][0]:.2f}" if row["model"] in PAPER else ""
+            paper = (
+                f"{hybrids.PAPER[FAC][0] / hybrids.PAPER[row['model']][0]:.2f}" if row["model"] in hybrids.PAPER else ""
+            )
             cells += [f"{row['fac_ratio']:.2f} ({row['reached']:.0%} of it)", f"{row['predicted_ratio']:.2f}", paper]
         rows.append(cells)
     return _table(["", "tokens/s", "MFU", "FAC is faster by", "FLOPs say", "the paper's 1B"], rows)
@@ -96,7 +89,7 @@ def _loss(name: str) -> str:
     for model in hybrids.STRATEGIES.values():
         found = [row["validation_loss"] for row in _rows(name) if row["model"] == model]
         if found:
-            rows.append([model, f"{statistics.mean(found):.4f}", f"{PAPER[model][2]:.2f}"])
+            rows.append([model, f"{statistics.mean(found):.4f}", f"{hybrids.PAPER[model][2]:.2f}"])
     return _table(["", "validation loss, nats a byte", "the paper's 1B, accuracy"], rows)
 
 
