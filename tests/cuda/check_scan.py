@@ -4,15 +4,13 @@ Every problem is run twice (the bits must agree) in memory filled with NaN; resu
 from the float64 result as the same-dtype PyTorch recurrence. `--sanitize` runs small problems under compute-sanitizer
 (memcheck and racecheck). `--time` prints medians of CUDA events with the second-level cache flushed, beside two bounds: bytes,
 and special functions: N + 3 a token and channel (the decay of each state, the softplus' exponential, the gate's and its
-reciprocal; the logarithm is a polynomial), 16 a clock and multiprocessor, at the clock that a spinning kernel shows. A peer is
-timed where EFFCORE_SCAN_PEER names a library with mamba-ssm's kernels behind `peer_fwd` and `peer_bwd`. Tables come last;
-numbers go to $OUT/scan_check.json, if OUT is set.
+reciprocal; the logarithm is a polynomial), 16 a clock and multiprocessor, at the clock that a spinning kernel shows. mamba-ssm
+is timed where its kernels are installed. Tables come last; numbers go to $OUT/scan_check.json, if OUT is set.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -37,6 +35,11 @@ for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")): 
 from effcore.ops import scan as ops  # noqa: E402
 from effcore.reference import scan as ref  # noqa: E402
 from tests.support import assert_accurate  # noqa: E402
+
+try:
+    import selective_scan_cuda  # mamba-ssm's
+except ImportError:
+    selective_scan_cuda = None
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Results = list[tuple[str, bool, str]]
@@ -257,43 +260,26 @@ def spinning_clock() -> float:
 
 
 class Peer:
-    """mamba-ssm's kernels on its own layout, [B, E, L] contiguous, called without their Python."""
+    """mamba-ssm's kernels (its extension module) on its own layout, [B, E, L] contiguous, called without its Python."""
 
-    def __init__(self, path: str, batch: int, tokens: int, channels: int, states: int) -> None:
-        self.library = ctypes.CDLL(path)
-        self.sizes = batch, channels, tokens, states
+    def __init__(self, leaves: dict[str, Tensor], dout: Tensor) -> None:
+        def across(t: Tensor) -> Tensor:
+            return t.mT.contiguous()
 
-        def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-            return torch.randn(shape, device="cuda").to(dtype)
+        t = leaves
+        self.inputs = [across(t["x"]), across(t["dt"]), t["A"], across(t["B"])[:, None], across(t["C"])[:, None]]
+        self.inputs += [t["D"], across(t["z"]), t["dt_bias"]]
+        self.dout = across(dout)
 
-        wide, row, wide32 = (batch, channels, tokens), (batch, 1, states, tokens), torch.float32
-        step = torch.empty(channels, device="cuda").uniform_(-6.9, -2.3).exp()
-        A = -torch.arange(1.0, states + 1, device="cuda").expand(channels, states).contiguous()
-        inputs = [new(*wide), new(*wide), A, new(*row), new(*row), new(channels, dtype=wide32), new(*wide)]
-        inputs.append(torch.expm1(step).log())
-        x = new(batch, channels, (tokens + 2047) // 2048, 2 * states, dtype=wide32)
-        outs = [new(*wide), x, new(*wide)]
-        self.sums = [torch.zeros(s, device="cuda") for s in ((channels, states), row, row, (channels,), (channels,))]
-        dA, dB, dC, dD, dbias = self.sums
-        grads = [new(*wide), dA, dB, dC, dD, new(*wide), new(*wide), new(*wide), dbias]
-        self.tensors = [*inputs, *outs, *grads]
-        self.pointers = (ctypes.c_void_p * len(self.tensors))(*(t.data_ptr() for t in self.tensors))
+    def forward(self) -> tuple[Tensor, ...]:
+        return selective_scan_cuda.fwd(*self.inputs, True)
 
-    def forward(self) -> None:
-        self.library.peer_fwd(*self.sizes, self.pointers, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+    def both(self) -> None:
+        out, states, *_ = self.forward()
+        selective_scan_cuda.bwd(*self.inputs, self.dout, states, out, None, True, False)
 
-    def backward(self) -> None:
-        for t in self.sums:  # it adds with atomics
-            t.zero_()
-        self.library.peer_bwd(*self.sizes, self.pointers, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
-
-    def verify(self) -> bool:
-        """That it computes the same function."""
-        x, dt, A, B, C, D, z, bias = self.tensors[:8]
-        self.forward()
-        ours = ops.selective_scan(x.mT.contiguous(), dt.mT.contiguous(), A, B[:, 0].mT.contiguous(), C[:, 0].mT.contiguous(),
-                                  D, z.mT.contiguous(), bias, True)  # fmt: skip
-        theirs = self.tensors[10].mT.float()
+    def agrees(self, ours: Tensor) -> bool:
+        theirs = self.forward()[2].mT.float()
         return bool((ours.float() - theirs).abs().max() < 0.05 * theirs.abs().max())
 
 
@@ -322,17 +308,11 @@ def time_scan(tokens: int, channels: int, batch: int, states: int, report: list[
         torch.autograd.grad(ops.selective_scan(**wanted, dt_softplus=True), list(wanted.values()), dout)
 
     calls: dict[str, Callable[[], Any]] = {"forward": forward, "both": both}
-    path = os.environ.get("EFFCORE_SCAN_PEER")
     agrees = None
-    if path:
-        peer = Peer(path, batch, tokens, channels, states)
-        agrees = peer.verify()
-
-        def theirs() -> None:
-            peer.forward()
-            peer.backward()
-
-        calls |= {"peer forward": peer.forward, "peer both": theirs}
+    if selective_scan_cuda is not None:
+        peer = Peer(leaves, dout)
+        agrees = peer.agrees(ops.selective_scan(**leaves, dt_softplus=True))
+        calls |= {"peer forward": peer.forward, "peer both": peer.both}
     found = times(calls)
     if batch * tokens == 2048:  # the loop keeps some hundred bytes a pair for its backward
 
@@ -359,7 +339,7 @@ def time_scan(tokens: int, channels: int, batch: int, states: int, report: list[
     text = f"scan B={batch} L={tokens} E={channels} N={states}: forward {found['forward']:.3f} ms"
     text += f" (bounds: bytes {bounds['bytes']:.3f}, instructions {bounds['instructions']:.3f}: {bound / found['forward']:.0%})"
     text += f", forward+backward {found['both']:.3f}"
-    if path:
+    if agrees is not None:
         text += f"; mamba-ssm {found['peer forward']:.3f} ({found['peer forward'] / found['forward']:.2f}x)"
         text += f", {found['peer both']:.3f} ({found['peer both'] / found['both']:.2f}x), agrees: {agrees}"
     if "loop" in found:
