@@ -203,7 +203,8 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
   }
 }
 
-int split_of(const Scan&) { return 8; }
+int split_of(const Scan&) { const char* v = getenv("SCAN_SPLIT"); return v ? atoi(v) : 2; }
+double whole_of() { const char* v = getenv("SCAN_WHOLE"); return v ? atof(v) : whole; }
 
 // Calls body(layout{}) with Lanes for up to 16 states, with a Tiling for more.
 template <class Body>
@@ -217,7 +218,7 @@ void with_layout(const Scan& args, Body&& body) {
     body(Lanes<8>{});
   else if (args.keep == 0 && split_of(args) == 4)
     body(Lanes<4>{});
-  else if (args.keep % Lanes<2>::tokens == 0)
+  else if (args.keep % Lanes<2>::tokens == 0 && split_of(args) == 2)
     body(Lanes<2>{});
   else
     body(Lanes<1>{});
@@ -225,7 +226,7 @@ void with_layout(const Scan& args, Body&& body) {
 
 ScanParams forward_params(const Scan& args, const char* function) {
   ScanParams p;
-  with_layout(args, [&]<class L>(L) { p = params_of<L>(args, resident<L>, whole, function); });
+  with_layout(args, [&]<class L>(L) { p = params_of<L>(args, resident<L>, whole_of(), function); });
   return p;
 }
 

@@ -69,6 +69,14 @@ def evaluate(call: Callable[[dict[str, Tensor]], Any], leaves: dict[str, Tensor]
     return [*outs, *gradients]
 
 
+def without_gradients(call: Callable[[dict[str, Tensor]], Any], leaves: dict[str, Tensor]) -> list[Tensor]:
+    """What a pass writes that keeps nothing for a backward, which may take other kernels."""
+    poison()
+    with torch.no_grad():
+        outs = call(leaves)
+    return list(outs) if isinstance(outs, tuple) else [outs]
+
+
 def judge(
     name: str, call: Callable[[Any, dict[str, Tensor]], Any], leaves: dict[str, Tensor], grads: list[Tensor]
 ) -> Any:
@@ -77,6 +85,7 @@ def judge(
         poison()
         try:
             runs.append([t.clone() for t in evaluate(lambda x: call(ops, x), leaves, grads)])
+            runs[-1] += without_gradients(lambda x: call(ops, x), leaves)
             torch.cuda.synchronize()
         except RuntimeError as error:
             return name, False, f"{type(error).__name__}: {error}"[:600]
@@ -85,7 +94,9 @@ def judge(
     same = evaluate(lambda x: call(ref, x), leaves, grads)
     exact_grads = [g.to(o.dtype).double() for g, o in zip(grads, runs[0], strict=False)]
     exact = evaluate(lambda x: call(ref, x), {n: t.double() for n, t in leaves.items()}, exact_grads)
-    names = [f"output {i}" for i in range(len(grads))] + [f"d{n}" for n in leaves]
+    same, exact = same + same[: len(grads)], exact + exact[: len(grads)]
+    outputs = [f"output {i}" for i in range(len(grads))]
+    names = outputs + [f"d{n}" for n in leaves] + [f"{name} without gradients" for name in outputs]
     tokens = leaves["x"].shape[1]
     try:
         for what, a, b, c in zip(names, runs[0], same, exact, strict=True):
@@ -385,6 +396,7 @@ def main() -> int:
     if options.small:  # what the sanitizer runs: our kernels alone
         for _, call, leaves, grads in problems(True):
             evaluate(lambda x, call=call: call(ops, x), leaves, grads)
+            without_gradients(lambda x, call=call: call(ops, x), leaves)
         torch.cuda.synchronize()
         return 0
     results: Results = []
