@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
+from benchmarks.claims import _hybrids as hybrids
 from benchmarks.claims import _sharing as sharing
 from effcore.models import FlowHNCache
 
@@ -54,10 +55,12 @@ def flowhn(model: Any, batch: int, context: int) -> Iterator[tuple[str, list[flo
     """(how, milliseconds of each step behind ``context`` tokens) of a FlowHN model."""
     turn = model.config.routing_length
     ids = torch.randint(0, model.config.vocab_size, (batch, context), device=sharing.DEVICE)
-    for how, limit in (("as it is", None), ("CUDA graphs", context + turn)):
-        cache = FlowHNCache(model.config, limit)
-        before = max(context - turn, 1)  # steps of a turn before those that count: they capture every path
+    before = max(context - turn, 1)  # steps of a turn before those that count: they capture every path
+    for how in ("as it is", "CUDA graphs", "CUDA graphs, layers compiled"):
+        cache = FlowHNCache(model.config, None if how == "as it is" else context + turn)
         model(input_ids=ids[:, :before], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if "compiled" in how:
+            hybrids.compiled(model)
 
         def step(cache: Any = cache) -> None:
             model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
@@ -93,8 +96,7 @@ def llama(model: Any, batch: int, context: int) -> Iterator[tuple[str, list[floa
         model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, position_ids=place)
 
     yield "CUDA graphs", _milliseconds(_captured(step, reset), STEPS, reset)
-    for layer in model.model.layers:
-        layer.compile(dynamic=False)
+    hybrids.compiled(model)
     yield "CUDA graphs, layers compiled", _milliseconds(_captured(step, reset), STEPS, reset)
 
 

@@ -165,6 +165,20 @@ def test_a_static_cache_stays_where_it_is_and_says_when_it_is_full(strategy):
             net(tokens[:, :1], past_key_values=cache)
 
 
+def test_compiled_steps_behind_a_static_cache():
+    net, tokens = model(), ids(2, 30)
+    with torch.no_grad():
+        whole = net(tokens, use_cache=False).logits[:, 12:]
+        cache = FlowHNCache(net.config, 30)
+        net(tokens[:, :12], past_key_values=cache)
+        torch._dynamo.reset()
+        for layer in net.model.layers:
+            layer.compile(dynamic=False, backend="eager")
+        with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+            steps = [net(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(12, 30)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+
+
 def test_the_ssm_takes_constant_memory():
     net, cache = model(attention_tokens=0), FlowHNCache(config())
     with torch.no_grad():

@@ -51,9 +51,10 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _with_store(self, q: Tensor, k: Tensor, v: Tensor, part: Part, store: BlockStore) -> Tensor:
-        fresh, one = not any(store.lengths), q.shape[2] == 1 and not torch.is_grad_enabled()
+        one = q.shape[2] == 1 and not torch.is_grad_enabled()
         if store.is_static and one and not part.packed:
             return _decode(q, *store.append_one(k, v))
+        fresh = not any(store.lengths)
         keys, values = store.append(k, v, part)
         if not part.packed:
             if fresh:  # as given: one pass over a prompt stays differentiable

@@ -30,7 +30,7 @@ class BlockStore:
     supports_early_init = False
 
     def __init__(self, capacity: int | None = None) -> None:
-        self.capacity = capacity
+        self.capacity, self.is_static = capacity, capacity is not None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.lengths: list[int] = []
@@ -38,10 +38,6 @@ class BlockStore:
         self.state: Tensor | None = None  # [B, E, N]
         self._counts: Tensor | None = None  # lengths on the device, int32 [B]
         self._counted: list[int] = []  # what they say
-
-    @property
-    def is_static(self) -> bool:
-        return self.capacity is not None
 
     def append(self, keys: Tensor, values: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """Writes new keys and values behind each row's own; returns the padded buffers up to the longest row.
@@ -60,6 +56,7 @@ class BlockStore:
                 buffer[:, :, past[0] : end] = new.detach()
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    @torch.compiler.disable
     def append_one(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token a row, rows of equal lengths, in a static store: whole padded buffers, and the lengths on the device."""
         batch = keys.shape[0]
@@ -85,6 +82,7 @@ class BlockStore:
             self._counted = self.lengths
         return self._counts
 
+    @torch.compiler.disable
     def keep(self, convolution: Tensor, state: Tensor) -> None:
         """The SSM's state behind this pass; in a static store always in the same place."""
         if not self.is_static:
@@ -132,10 +130,8 @@ class FlowHNCache(Cache):
 
     def __init__(self, config: FlowHNConfig, max_cache_len: int | None = None):
         self.max_cache_len = max_cache_len
-        limits: list[int | None] = [None] * config.num_hidden_layers
-        if max_cache_len is not None:
-            limits = list(Router(config).attended(max_cache_len))
-        self.stores = [BlockStore(limit) for limit in limits]
+        capacity = None if max_cache_len is None else Router(config).attended(max_cache_len)
+        self.stores = [BlockStore(capacity) for _ in range(config.num_hidden_layers)]
         self.length = 0
         self.positions: list[int] = []
         self.graphs = StepGraphs()

@@ -81,12 +81,12 @@ class Router:
         """Of each block, whether the token at this position meets attention there; it meets the SSM elsewhere (or as well)."""
         return self._paths[position % self.length] if self.split else (True,) * self.blocks
 
-    def attended(self, tokens: int) -> list[int]:
-        """Of each block, how many of a row's first ``tokens`` tokens attention takes."""
+    def attended(self, tokens: int) -> int:
+        """How many of a row's first ``tokens`` tokens attention takes, in the block where it takes most."""
         if not self.split:
-            return [tokens] * self.blocks
+            return tokens
         whole, rest = divmod(tokens, self.length)
-        return [whole * int(t.sum()) + int(t[:rest].sum()) for t in self.tables]
+        return max((whole * int(t.sum()) + int(t[:rest].sum()) for t in self.tables), default=0)
 
     def uniform(self, batch: int, start: int, tokens: int, device: torch.device) -> list[Route]:
         """Routes of [batch, tokens] at positions from ``start`` on, for each block."""
