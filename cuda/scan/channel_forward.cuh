@@ -8,6 +8,7 @@
 // With `split` 2, 4 or 8 a channel's states are so many neighbouring threads': they prepare the tokens in turns, and hand each
 // other their part of the sums over states. That is little more work for more warps.
 #pragma once
+#include "common/tile.cuh"
 #include "scan/tiles.cuh"
 
 namespace effcore::cuda::scan {
@@ -32,18 +33,11 @@ struct alignas(16) Lane {
 
 template <int bytes>
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool any) {
-  const auto place = static_cast<unsigned>(__cvta_generic_to_shared(to));
   if constexpr (bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(any ? 16 : 0) : "memory");
-  else  // the lines' other bytes are other warps'
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(place), "l"(from), "r"(any ? bytes : 0), "n"(bytes)
+    async_copy_16(shared_address(to), from, any);
+  else  // the line's other bytes are other warps'
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(any ? 8 : 0)
                  : "memory");
-}
-__device__ __forceinline__ void copies_end() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-__device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
 // The runs of 16 bytes (8, where a row is no longer) of a tile's rows that this lane moves, tile after tile.
@@ -125,7 +119,7 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
   extern __shared__ __align__(16) char memory[];
   constexpr int split = L::split, owned = L::states, prepared = L::tokens / split;
   constexpr int together = split == 1 ? 4 : split == 2 ? 2 : 1;  // tokens that a thread prepares at a time
-  constexpr int wide = owned < 4 ? owned : 4;                     // states of one access
+  constexpr int wide = owned < 4 ? owned : 4;                    // states of one access
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % split;
   auto& shared = reinterpret_cast<Lane<T, L>*>(memory)[warp];
   const int blocks = (p.channels + L::block_channels - 1) / L::block_channels, chunk_row = blockIdx.x / blocks;
@@ -135,14 +129,16 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
   const bool exists = c < p.channels;
   const int count = exists ? min(max(p.states - part * owned, 0), owned) : 0;  // of this thread's states
 
-  RowRuns<T, L> x(p.x, lane, chunk.batch, chunk.begin, first, p.channels), dt(p.dt, lane, chunk.batch, chunk.begin, first, p.channels);
-  RowRuns<T, L> z(p.z, lane, chunk.batch, chunk.begin, first, p.channels), out(p.out, lane, chunk.batch, chunk.begin, first, p.channels);
+  RowRuns<T, L> x(p.x, lane, chunk.batch, chunk.begin, first, p.channels),
+      dt(p.dt, lane, chunk.batch, chunk.begin, first, p.channels);
+  RowRuns<T, L> z(p.z, lane, chunk.batch, chunk.begin, first, p.channels),
+      out(p.out, lane, chunk.batch, chunk.begin, first, p.channels);
   StateRuns<T, L> inputs(p, lane, chunk.batch, chunk.begin);
   const bool gated = outputs && p.z.data != nullptr;
   const auto fetch = [&](int turn, int tokens) {
     x.load(shared.rows[turn].x, p.x, tokens, p.vector), dt.load(shared.rows[turn].dt, p.dt, tokens, p.vector);
     if (gated) z.load(shared.rows[turn].z, p.z, tokens, p.vector);
-    copies_end();
+    async_commit();
     inputs.load(tokens, p);
   };
   fetch(0, chunk.end - chunk.begin);
@@ -174,7 +170,7 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
       store_states(matrix(p.kept, kept_row(p, chunk, t0)));
       keep_at += p.keep;
     }
-    copies_wait();
+    async_wait<0>();
     __syncwarp();
     inputs.put(shared.B, shared.C);
     fetch(turn ^ 1, chunk.end - t0 - L::tokens);
