@@ -216,7 +216,7 @@ __device__ __forceinline__ float softplus_of(float x) {
   ratio = ratio * e + 0.3311205208301544f;
   ratio = ratio * e - 0.4998719096183777f;
   ratio = ratio * e + 0.9999987483024597f;
-  return (x > 0.0f ? x : 0.0f) + ratio * e;
+  return fmaxf(x, 0.0f) + ratio * e;  // a NaN is in e
 }
 
 constexpr float log2_e = 1.44269504088896340736f, ln_2 = 0.693147180559945309417f;

@@ -2,14 +2,13 @@
 //
 //   h[t] = exp(dt[t] A) h[t - 1] + dt[t] x[t] B[t],   out[t] = (C[t] . h[t] + D x[t]) silu(z[t])
 //
-// Bounds: bytes, x, dt, z and out once each (and the kept states, N / keep floats a token and channel); and instructions, a
-// special function and four others a token, channel and state, on 16 and 128 lanes of a multiprocessor.
+// Bounds: bytes, x, dt, z and out once each (and the kept states, N / keep floats a token and channel); and instructions: N + 3
+// special functions a token and channel, on 16 lanes of a multiprocessor, and five others a state, on 128.
 //
-// While a tile is worked on the next one is made: step sizes, inputs and gates, in shared memory. That and the tile's first
-// four tokens are one run of instructions without a branch, so that little waits for what stands before it. Threads leave
-// their sums over states in shared memory, and whole rows are written from there. With 16 states this takes 146 instructions a
-// token of 32 channels, 80 of them the pairs' own, where the special functions take 152 cycles on a quarter of a
-// multiprocessor.
+// Up to 16 states go through channel_forward.cuh. With more, channels and states are spread over threads (tiles.cuh), and while
+// a tile is worked on the next one is made: step sizes, inputs and gates, in shared memory. That and the tile's first four
+// tokens are one run of instructions without a branch, so that little waits for what stands before it. Threads leave their
+// sums over states in shared memory, and whole rows are written from there.
 #include "scan/channel_forward.cuh"
 
 namespace effcore::cuda::scan {
@@ -25,8 +24,8 @@ constexpr double whole = 0.75;
 // apart that neither the threads, which write a token's channels, nor the lanes, which read their share, meet in a bank.
 template <class L>
 struct Parts {
-  static constexpr int row = L::warp_channels + (L::parts == 1 ? 8 : L::parts == 4 ? 4 : 0);
-  static constexpr int token = L::state_lanes * row + (L::parts == 1 ? 4 : L::parts == 4 ? 8 : 2);
+  static constexpr int row = L::warp_channels + (L::parts == 4 ? 4 : 0);
+  static constexpr int token = L::state_lanes * row + (L::parts == 4 ? 8 : 2);
   float at[tile * token];
 
   __device__ __forceinline__ float* operator()(int t, int state_lane, int channel) {
@@ -203,30 +202,24 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
   }
 }
 
-int split_of(const Scan&) { const char* v = getenv("SCAN_SPLIT"); return v ? atoi(v) : 2; }
-double whole_of() { const char* v = getenv("SCAN_WHOLE"); return v ? atof(v) : whole; }
-
-// Calls body(layout{}) with Lanes for up to 16 states, with a Tiling for more.
+// Calls body(layout{}) with a Tiling for more than 16 states, else with Lanes: of whole channels where these make two warps a
+// scheduler (measured on an H200: as fast by 6 % there, slower by 12 % with one).
 template <class Body>
-void with_layout(const Scan& args, Body&& body) {
+void with_layout(const Scan& args, const char* function, Body&& body) {
   const std::int64_t states = args.A.size[1];
-  if (states > Tiling<4>::padded)
-    body(Tiling<16>{});
-  else if (states > Lanes<1>::padded)
-    body(Tiling<4>{});
-  else if (args.keep == 0 && split_of(args) == 8)
-    body(Lanes<8>{});
-  else if (args.keep == 0 && split_of(args) == 4)
-    body(Lanes<4>{});
-  else if (args.keep % Lanes<2>::tokens == 0 && split_of(args) == 2)
-    body(Lanes<2>{});
-  else
+  if (states > Tiling<4>::padded) return body(Tiling<16>{});
+  if (states > Lanes<1>::padded) return body(Tiling<4>{});
+  const std::int64_t blocks =
+      ceil_div(args.x.size[2], Lanes<1>::block_channels) * effcore::scan::sequences(args.x, args.offsets);
+  if (blocks >= 2 * device_attribute(cudaDevAttrMultiProcessorCount, function) || args.keep % Lanes<2>::tokens != 0)
     body(Lanes<1>{});
+  else
+    body(Lanes<2>{});
 }
 
 ScanParams forward_params(const Scan& args, const char* function) {
   ScanParams p;
-  with_layout(args, [&]<class L>(L) { p = params_of<L>(args, resident<L>, whole_of(), function); });
+  with_layout(args, function, [&]<class L>(L) { p = params_of<L>(args, resident<L>, whole, function); });
   return p;
 }
 
@@ -305,7 +298,7 @@ void selective_scan(const Scan& args, const Launch& to) {
   p.leaving = static_cast<float*>(args.final_state);
   p.carried = static_cast<float*>(to.workspace), p.step_sum = p.carried + p.chunks.rows * pairs;
   with_type(args.x.dtype, f, [&]<class T>(T) {
-    with_layout(args, [&]<class L>(L) {
+    with_layout(args, f, [&]<class L>(L) {
       if (!p.single) {
         launch_pass<T, L, false>(f, p, stream);
         launch(f, carry_kernel<T, false>, grid(ceil_div(p.chunks.sequences * pairs, threads), f), threads, 0, stream, p);
