@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
+import effcore
 from benchmarks.claims import _hybrids as hybrids
 from benchmarks.claims import _sharing as sharing
+from benchmarks.claims import epas
 from effcore.models import FlowHNCache
 
 STEPS = 64  # of the LLaMA, whose steps are alike
@@ -72,7 +74,12 @@ def flowhn(model: Any, batch: int, context: int) -> Iterator[tuple[str, list[flo
 
 
 def llama(model: Any, batch: int, context: int) -> Iterator[tuple[str, list[float]]]:
-    """The same of transformers' LLaMA: its growing cache; one step behind a full static cache, compiled or not, captured."""
+    """The same of a LLaMA: with our kernels, nothing shared; transformers' with its growing cache, and one step behind a full
+    static cache, captured, compiled or not."""
+    ours = effcore.share_activations(model, mode="qk", shared=0, inplace=False).compile_pieces()
+    yield "CUDA graphs, our attention", _milliseconds(epas.Decoding(ours, batch, context), STEPS)
+    del ours
+    sharing.free()
     model.set_attn_implementation("causal_sdpa_0")
     ids = torch.randint(0, model.config.vocab_size, (batch, context), device=sharing.DEVICE)
     growing = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
