@@ -67,10 +67,12 @@ template <class T, int D, Values values>
 __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
                                               const Visibility& seen, int batch, int kv_head, int block) {
   using Tiles = OwnerTiles<D, values>;
-  constexpr int queries = Tiles::queries, keys = Tiles::keys;
+  constexpr int queries = Tiles::queries, keys = Tiles::keys, half = queries / 2;
   const Shape& s = p.shape;
-  const int thread = threadIdx.x - helper_threads, warpgroup = thread / 128, warp = thread / 32 % 4, lane = threadIdx.x % 32;
+  const int thread = threadIdx.x - helper_threads, warp = thread / 32 % 4, lane = threadIdx.x % 32;
+  const int warpgroup = uniform(thread / 128);
   const int key0 = block * keys + 64 * warpgroup;
+  const float scale_log2 = s.negative ? -s.scale_log2 : s.scale_log2;
   const std::uint32_t base = shared_address(shared), rows_at = 64 * warpgroup * panel_row_bytes;
   const SharedOperand<false> k_rows(base + Tiles::k_at + rows_at, keys);
   const SharedOperand<true> k_depth(base + Tiles::k_at + (D == 128 ? warpgroup * keys * panel_row_bytes : 0), keys);
@@ -80,8 +82,11 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
   const std::uint32_t place = warpgroup * tile_bytes + transposed_place(warp);
   const std::uint32_t dq_rows_at = queries == 128 ? warpgroup * 2 * tile_bytes : 0;
   const std::uint32_t values_at = base + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes + rows_at;
+  const bool staged = values == Values::one || p.dq_at > 0;  // a part of dq waits in shared memory for its turn
+  const std::uint32_t part_at = base + p.dq_at + (warpgroup * (Tiles::dq_elements / 8) + thread % 128) * 16;
 
   float dv[D / 2], dk[D / 2], dq[32], dp[queries / 2];
+  float2 ahead[8];  // lse or delta of the next 64 queries, read before they are waited for
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) dv[i] = 0.0f, dk[i] = 0.0f;
   Turn<Tiles::q_stages> q, q_before;
@@ -97,7 +102,7 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     return base + (Tiles::pooled ? Tiles::dout_at : Tiles::scores_at) + stage * Tiles::scores_bytes;
   };
   StepInfo before{};
-  std::uint32_t count = 0, parts = 0;  // of steps; of parts of dq that went out through shared memory
+  std::uint32_t count = 0, parts = 0, turns = 0;  // of steps; of parts of dq in shared memory; bits: phases of control.turn
 
   const auto start_dq = [&] {
     if (count > 0) Barrier::wait(&control.ds[(count - 1) % 2], (count - 1) / 2 % 2);
@@ -105,36 +110,55 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     const std::uint32_t from = count > 0 ? scores_at(scores_before.stage) + dq_rows_at : base + Tiles::k_at;
     pin(dq);
     wgmma_begin();
-    multiply<T, 64, keys / 16>(dq, SharedOperand<false>(from, 64), k_depth, false);
+    multiply<T, 64, keys / 16>(dq, SharedOperand<false>(from, 64, false), k_depth, false);
     wgmma_commit();
   };
+  const auto pass_on_dq = [&] {
+    __syncwarp();
+    if (lane == 0) Barrier::arrive(&control.added[(count - 1) % 2]);
+  };
+  // Behind the product: returns whether a part is to be stored, in eight pieces by store_part, and to be passed on.
   const auto finish_dq = [&] {
     pin(dq);
-    if (count == 0) return;
+    if (count == 0) return false;
     if (lane == 0) control.q.release(q_before), scores_ring.release(scores_before);
-    if (before.flags & step_last) {
-      Barrier::wait(&control.turn, (count - 1 - parts) % 2);
-      store_dq<T, D, queries>(p, before, dq, warpgroup);
-    } else if (values == Values::one || p.dq_at > 0) {
+    const bool last = before.flags & step_last;
+    if (!last && staged) {
       Barrier::wait(&control.dq_free, parts++ % 2 ^ 1);
-      float4* const to = reinterpret_cast<float4*>(shared + p.dq_at) + warpgroup * (Tiles::dq_elements / 8) + threadIdx.x % 128;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) to[n * 128] = make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]);
-      fence_async();
-    } else {
-      Barrier::wait(&control.turn, (count - 1) % 2);
-      add_dq<T, D, queries>(p, before, dq, warpgroup);
+      return true;
     }
-    __syncwarp();
-    if (lane == 0) Barrier::arrive(&control.added);
+    const std::uint32_t parity = (count - 1) % 2;
+    Barrier::wait(&control.turn[parity], turns >> parity & 1);
+    turns ^= 1u << parity;
+    if (last)
+      store_dq<T, D, queries>(p, before, dq, warpgroup);
+    else
+      add_dq<T, D, queries>(p, before, dq, warpgroup);
+    pass_on_dq();
+    return false;
+  };
+  const auto store_part = [&](int n, bool wanted) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.b32 wanted, %5, 0;\n"
+        "@wanted st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n"
+        "}" ::"r"(part_at + n * 128 * 16),
+        "f"(dq[4 * n]), "f"(dq[4 * n + 1]), "f"(dq[4 * n + 2]), "f"(dq[4 * n + 3]), "r"(static_cast<int>(wanted)));
+  };
+  const auto pass_on_part = [&](int stored) {
+#pragma unroll
+    for (int n = stored; n < 8; ++n) store_part(n, true);
+    fence_async();
+    pass_on_dq();
   };
   const auto start_dp = [&](int layer, bool accumulate) {
     const int v_stage = values == Values::streamed ? item.stage : layer;
     if (!accumulate) pin(dp);
     wgmma_begin();
-    multiply<T, queries, D / 16>(dp, SharedOperand<false>(values_at + v_stage * Tiles::keys_bytes, keys),
-                                 SharedOperand<false>(base + Tiles::dout_at + item.stage * Tiles::queries_bytes, queries),
-                                 accumulate);
+    multiply<T, queries, D / 16>(
+        dp, SharedOperand<false>(values_at + v_stage * Tiles::keys_bytes, keys, false),
+        SharedOperand<false>(base + Tiles::dout_at + item.stage * Tiles::queries_bytes, queries, false), accumulate);
     wgmma_commit();
   };
 
@@ -145,92 +169,117 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     clear_unseen_keys<D, keys>(shared + Tiles::k_at, block * keys, seen.begin(0), seen.length, thread);
   }
   while (more) {
-    start_dq();
     const std::uint32_t q_at = base + Tiles::q_at + q.stage * Tiles::queries_bytes;
-    std::uint32_t pa[queries / 16][4];  // P^T, rounded
+    const float* const statistics =
+        reinterpret_cast<const float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries + 2 * (lane % 4);
+    const auto look_ahead = [&](int from) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) ahead[n] = *reinterpret_cast<const float2*>(statistics + from + 8 * n);
+    };
+    StepInfo info;
     float st[queries / 2];
-    const auto start_scores = [&] {
+    const auto start_scores = [&](auto&& between) {
       control.q.wait_full(q);
+      const SharedOperand<false> q_rows(q_at, queries, false);
       pin(st);
       wgmma_begin();
-      multiply<T, queries, D / 16>(st, k_rows, SharedOperand<false>(q_at, queries), false);
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        multiply<T, queries, 1>(st, block_of(k_rows, k), block_of(q_rows, k), k > 0);
+        between(k);
+      }
       wgmma_commit();
+      info = control.info[q.stage];
+      look_ahead(0);
     };
+    const auto finish_scores = [&] {
+      wgmma_wait<0>();
+      pin(st);
+      if (info.flags & step_masked) hide_unseen<queries>(st, s.negative, seen, key0 + 16 * warp, info.query0, s.queries - 1);
+    };
+    start_dq();
     if constexpr (values == Values::one) {
-      start_scores();
-      wgmma_wait<1>();
-      finish_dq();
+      wgmma_wait<0>();
+      const bool part = finish_dq();
+      start_scores([&](int k) { store_part(k, part); });  // in the shadow of the products
+      if (part) pass_on_part(D / 16);
+      finish_scores();
       start_dp(0, false);
-      wgmma_wait<1>();
     } else {
       start_dp(p.layers - 1, false);
       wgmma_wait<1>();
-      finish_dq();
+      if (finish_dq()) pass_on_part(0);
       // S stands before the last product of dP, under which it is exponentiated.
       const auto next_layer = [&](int layer) {
         const Turn<Tiles::most_stages> done = item;
         item.next(p.dout_stages);
         control.dout.wait_full(item);
-        if (layer == 0) start_scores();
+        if (layer == 0) {
+          start_scores([](int) {});
+          finish_scores();
+        }
         start_dp(layer, true);
-        wgmma_wait<1>();
+        if (layer > 0) wgmma_wait<1>();
         if (lane == 0) control.dout.release(done);
       };
       for (int layer = p.layers - 2; layer > 0; --layer) next_layer(layer);
       next_layer(0);
     }
-    const StepInfo info = control.info[q.stage];
-    const float* const statistics = reinterpret_cast<const float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries;
-    const bool masked = info.flags & step_masked;
-    pin(st);
-    exponentiate<queries>(st, statistics, s.negative ? -s.scale_log2 : s.scale_log2, masked, seen, key0 + 16 * warp,
-                          info.query0, s.queries - 1);
-    round_operand<T, queries>(pa, st);
-    pin(dv);
-    wgmma_begin();
-    multiply<T, D, queries / 16>(dv, pa,
-                                 SharedOperand<true>(base + Tiles::dout_at + item.stage * Tiles::queries_bytes, queries), true);
+    // What follows is done by halves of the queries, so that ptxas puts the exponentials of one between the products of
+    // another.
+    const std::uint32_t dout_at = base + Tiles::dout_at + item.stage * Tiles::queries_bytes;
+    std::uint32_t pa[2][half / 16][4];  // P^T, rounded
+    const auto exponentiate_half = [&]<int h>() {
+      float* const x = st + h * half / 2;
+      exponentiate<half>(x, scale_log2, [&](int n) { return ahead[(h * half / 8 + n) % 8]; });
+      round_operand<T, half>(pa[h], x);
+      if ((h + 1) * half % 64 == 0) look_ahead((h + 1) * half);
+      if (h == 0) pin(dv);
+      wgmma_begin();
+      multiply<T, D, half / 16>(dv, pa[h], SharedOperand<true>(dout_at + h * half * panel_row_bytes, queries, false), true);
+    };
+    exponentiate_half.template operator()<0>();
+    exponentiate_half.template operator()<1>();
     wgmma_commit();
-    wgmma_wait<1>();
-    pin(dp);
-    // dS^T = P^T * (dP^T - delta), with P as it was rounded, so that from lse and from kept P it is the same number.
-    std::uint32_t ds[queries / 16][4];
-#pragma unroll
-    for (int n = 0; n < queries / 8; ++n) {
-      const float2 delta = *reinterpret_cast<const float2*>(statistics + queries + 8 * n + 2 * (lane % 4));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) dp[4 * n + i] -= i % 2 == 0 ? delta.x : delta.y;
-    }
-    if (masked) {  // values that nobody sees may be NaN
-#pragma unroll
-      for (int i = 0; i < queries / 4; ++i) {
-        const float2 probs = unpack<T>(pa[i / 4][i % 4]);
-        if (probs.x == 0.0f) dp[2 * i] = 0.0f;
-        if (probs.y == 0.0f) dp[2 * i + 1] = 0.0f;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < queries / 4; ++i) {
-      const float2 probs = unpack<T>(pa[i / 4][i % 4]);
-      ds[i / 4][i % 4] = cuda::pack<T>(probs.x * dp[2 * i], probs.y * dp[2 * i + 1]);
-    }
     if constexpr (Tiles::pooled) {
       scores = item, scores.next(p.dout_stages);
       scores_ring.wait_full(scores);
     } else {
       scores_ring.wait_empty(scores);
     }
-    store_transposed<queries>(scores_at(scores.stage) + place, 2 * tile_bytes, ds);
+    wgmma_wait<1>();
+    pin(dp);
+    if (info.flags & step_masked) {  // values that nobody sees may be NaN
+#pragma unroll
+      for (int i = 0; i < queries / 4; ++i) {
+        const float2 probs = widen<T>(pa[i / (half / 4)][i % (half / 4) / 4][i % 4]);
+        if (probs.x == 0.0f) dp[2 * i] = 0.0f;
+        if (probs.y == 0.0f) dp[2 * i + 1] = 0.0f;
+      }
+    }
+    // dS^T = P^T * (dP^T - delta), with P as it was rounded, so that from lse and from kept P it is the same number.
+    std::uint32_t ds[2][half / 16][4];
+    const auto differentiate_half = [&]<int h>() {
+      float* const x = dp + h * half / 2;
+#pragma unroll
+      for (int i = 0; i < half / 4; ++i) {
+        const float2 probs = widen<T>(pa[h][i / 4][i % 4]), delta = ahead[(h * half / 8 + i / 2) % 8];
+        ds[h][i / 4][i % 4] = cuda::pack<T>(probs.x * (x[2 * i] - delta.x), probs.y * (x[2 * i + 1] - delta.y));
+      }
+      if (h == 0 && half == 64) look_ahead(queries + half);
+      store_transposed<half>(scores_at(scores.stage) + place + h * half / 64 * 2 * tile_bytes + h * half % 64 * panel_row_bytes,
+                             2 * tile_bytes, ds[h]);
+      if (h == 0) pin(dk);
+      wgmma_begin();
+      multiply<T, D, half / 16>(dk, ds[h], SharedOperand<true>(q_at + h * half * panel_row_bytes, queries, false), true);
+    };
+    differentiate_half.template operator()<0>();
+    differentiate_half.template operator()<1>();
+    wgmma_commit();
     fence_async();
     __syncwarp();
     if (lane == 0) Barrier::arrive(&control.ds[count % 2]);
-    pin(dk);
-    wgmma_begin();
-    multiply<T, D, queries / 16>(dk, ds, SharedOperand<true>(q_at, queries), true);
-    wgmma_commit();
-    wgmma_wait<1>();
-    pin(dv);
-    if (lane == 0) control.dout.release(item);
+    const Turn<Tiles::most_stages> done = item;
     item.next(p.dout_stages);
     before = info;
     q_before = q, q.next();
@@ -242,13 +291,16 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
     ++count;
     control.dout.wait_full(item);
     more = control.more[item.stage];
+    wgmma_wait<1>();
+    pin(dv);
+    if (lane == 0) control.dout.release(done);
   }
   wgmma_wait<0>();
   pin(dk), pin(dv);
   if (count > 0) {
     start_dq();
     wgmma_wait<0>();
-    finish_dq();
+    if (finish_dq()) pass_on_part(0);
   }
   const float scale = s.negative ? -s.scale : s.scale;
   store_keys<T, D>(p.dv, p.float_dv, p.dv_sum, batch, kv_head, key0 + 16 * warp, s.keys, dv, 1.0f);
@@ -266,8 +318,9 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
     control.number = atomicAdd(p.ticket, 1);
     control.q.init(consumer_warps, 32), control.dout.init(consumer_warps), control.scores.init(consumer_warps);
     for (BarrierWord& ds : control.ds) Barrier::init(&ds, consumer_warps);
-    Barrier::init(&control.k, 1), Barrier::init(&control.turn, 1), Barrier::init(&control.added, consumer_warps),
-        Barrier::init(&control.dq_free, 1);
+    for (BarrierWord& turn : control.turn) Barrier::init(&turn, 1);
+    for (BarrierWord& added : control.added) Barrier::init(&added, consumer_warps);
+    Barrier::init(&control.k, 1), Barrier::init(&control.dq_free, 1);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
@@ -278,7 +331,7 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
     cutlass::arch::warpgroup_reg_dealloc<Tiles::Registers::helper>();
     if (threadIdx.x < 32)
       owner_produce<T, D, values>(p, shared, control, seen, batch, kv_head, work.block);
-    else if (threadIdx.x < 64)
+    else if (threadIdx.x < 96)
       owner_take_turns<D, values>(p, shared, control, seen, batch, kv_head, work.block);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();

@@ -114,8 +114,8 @@ __device__ __forceinline__ void sums_complete() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-// Warp 1: waits for this block's turn to add to dq, adds what stands in shared memory or lets the consumers add, who also round
-// with the last part, and passes the turn on.
+// Warps 1 and 2, a step each: wait for this block's turn to add to dq, add what stands in shared memory or let the consumers
+// add, who also round with the last part, and pass the turn on.
 template <int D, Values values>
 __device__ __forceinline__ void owner_take_turns(const OwnerParams& p, char* shared,
                                                  OwnerControl<OwnerTiles<D, values>>& control, const Visibility& seen,
@@ -124,9 +124,10 @@ __device__ __forceinline__ void owner_take_turns(const OwnerParams& p, char* sha
   const Shape& s = p.shape;
   const int query_blocks = (s.queries + Tiles::queries - 1) / Tiles::queries;
   attention::Steps<Tiles::queries, Tiles::keys> steps(seen, s.queries, s.group, block);
-  std::uint32_t phase = 0;
-  for (attention::Step step = steps.next(); step.exists(); step = steps.next(), phase ^= 1) {
-    if (threadIdx.x % 32 == 0) {
+  std::uint32_t count = 0;
+  for (attention::Step step = steps.next(); step.exists(); step = steps.next(), ++count) {
+    const std::uint32_t parity = count % 2, phase = count / 2 % 2;
+    if (threadIdx.x == 32 * (1 + parity)) {
       const attention::KeyBlocks met(seen, s.queries, step.block, Tiles::queries, Tiles::keys);
       const std::int64_t slot =
           (batch * s.heads + kv_head * s.group + step.head) * static_cast<std::int64_t>(query_blocks) + step.block;
@@ -134,14 +135,14 @@ __device__ __forceinline__ void owner_take_turns(const OwnerParams& p, char* sha
       const int turn = block - met.first;
       if (block != met.last && (values == Values::one || p.dq_at > 0)) {
         if (turn > 0) attention::wait_for_turn(turns, turn);  // while the consumers still compute
-        Barrier::wait(&control.added, phase);                 // to shared memory
+        Barrier::wait(&control.added[parity], phase);         // to shared memory
         send_to_sums(p.dq_sums + slot * Tiles::dq_elements, shared_address(shared + p.dq_at), Tiles::dq_bytes, turn == 0);
         Barrier::arrive(&control.dq_free);
         sums_complete();
       } else {
         if (turn > 0) attention::wait_for_turn(turns, turn);
-        Barrier::arrive(&control.turn);
-        Barrier::wait(&control.added, phase);
+        Barrier::arrive(&control.turn[parity]);
+        Barrier::wait(&control.added[parity], phase);
       }
       if (block != met.last) attention::store_release(turns, turn + 1);
     }

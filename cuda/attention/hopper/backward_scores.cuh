@@ -295,25 +295,35 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
     }
     multiply_panels(p.layers * p.panels);
     wait_for_tiles();
+    const auto differentiate = [&]<bool masked>() {
+      constexpr int together = 4;  // blocks that are loaded at a time: each alone would wait for itself
 #pragma unroll
-    for (int j = 0; j < blocks; ++j) {
-      std::uint32_t tile[4];
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(tile[0]), "=r"(tile[1]), "=r"(tile[2]), "=r"(tile[3])
-                   : "r"(address(j))
-                   : "memory");
+      for (int j0 = 0; j0 < blocks; j0 += together) {
+        std::uint32_t tile[together][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 probs = unpack<T>(tile[i]);
-        float low = x[8 * j + 2 * i] - delta[i % 2], high = x[8 * j + 2 * i + 1] - delta[i % 2];
-        if (piece.masked) {  // values that nobody sees may be NaN
-          if (probs.x == 0.0f) low = 0.0f;
-          if (probs.y == 0.0f) high = 0.0f;
+        for (int j = 0; j < together; ++j)
+          asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(tile[j][0]), "=r"(tile[j][1]), "=r"(tile[j][2]), "=r"(tile[j][3])
+                       : "r"(address(j0 + j))
+                       : "memory");
+#pragma unroll
+        for (int j = 0; j < together; ++j) {
+          const float* const dp = x + 8 * (j0 + j);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float2 probs = widen<T>(tile[j][i]);
+            float low = dp[2 * i] - delta[i % 2], high = dp[2 * i + 1] - delta[i % 2];
+            if constexpr (masked) {  // values that nobody sees may be NaN
+              if (probs.x == 0.0f) low = 0.0f;
+              if (probs.y == 0.0f) high = 0.0f;
+            }
+            tile[j][i] = cuda::pack<T>(probs.x * low, probs.y * high);
+          }
+          store_tile(j0 + j, tile[j]);
         }
-        tile[i] = cuda::pack<T>(probs.x * low, probs.y * high);
       }
-      store_tile(j, tile);
-    }
+    };
+    piece.masked ? differentiate.template operator()<true>() : differentiate.template operator()<false>();
     hand_over();
   }
 }

@@ -90,7 +90,8 @@ struct OwnerControl {
   Ring<Tiles::most_stages> dout;
   Ring<Tiles::scores_stages> scores;  // the slot for dS is free
   BarrierWord ds[2];                  // dS has been written, of even and of odd steps
-  BarrierWord k, turn, added, dq_free;
+  BarrierWord k, dq_free;
+  BarrierWord turn[2], added[2];  // of even and of odd steps
   StepInfo info[Tiles::q_stages];
   bool more[Tiles::most_stages];
   int number;
@@ -167,7 +168,7 @@ __device__ __forceinline__ void clear_unseen_keys(char* k, int key0, int begin, 
 
 // P^T or dS^T [64 keys x queries] of a warpgroup: accumulators, rounded, as the A operand of a product over the queries.
 template <class T, int queries>
-__device__ __forceinline__ void round_operand(std::uint32_t (&a)[queries / 16][4], const float (&x)[queries / 2]) {
+__device__ __forceinline__ void round_operand(std::uint32_t (&a)[queries / 16][4], const float* x) {
 #pragma unroll
   for (int i = 0; i < queries / 4; ++i) a[i / 4][i % 4] = cuda::pack<T>(x[2 * i], x[2 * i + 1]);
 }
@@ -190,30 +191,63 @@ __device__ __forceinline__ void store_transposed(std::uint32_t place, int tile_s
   }
 }
 
-// P^T = exp(S^T - lse) in place, [64 keys x queries] from key0 and query0 on; `lse` in units of log2, infinite where a query
-// sees nothing. `masked` says that some of the keys are not seen by all of the queries.
+// The operand from block k of 16 of its depth on.
+template <bool transposed>
+__device__ __forceinline__ SharedOperand<transposed> block_of(SharedOperand<transposed> operand, int k) {
+  operand.low = static_cast<std::uint32_t>(operand.at(k));
+  return operand;
+}
+
+// Two rounded elements as floats. By their bits where that is all: with the library's conversion ptxas permutes halves that are
+// also an operand of a product, two instructions more for each register.
+template <class T>
+__device__ __forceinline__ float2 widen(std::uint32_t pair) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  else
+    return unpack<T>(pair);
+}
+
+// Before the exponential: scores of which it makes zeros, where a query does not see a key. S^T is [64 keys x queries], a
+// thread's rows are keys from key0 on. (Queries behind the last one have an infinite lse.)
 template <int queries>
-__device__ __forceinline__ void exponentiate(float (&s)[queries / 2], const float* lse, float scale_log2, bool masked,
-                                             const Visibility& seen, int key0, int query0, int last_query) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void hide_unseen(float (&s)[queries / 2], bool negative, const Visibility& seen, int key0,
+                                            int query0, int last_query) {
+  const int lane = threadIdx.x % 32, query = query0 + 2 * (lane % 4);
+  const float unseen = negative ? INFINITY : -INFINITY;
 #pragma unroll
-  for (int n = 0; n < queries / 8; ++n) {
-    const float2 shift = *reinterpret_cast<const float2*>(lse + 8 * n + 2 * (lane % 4));
+  for (int i = 0; i < 2; ++i) {
+    const int key = key0 + lane / 4 + 8 * i;
+    // Causal: the key is seen from this query on.
+    const int from = (key >= seen.length ? query0 + queries : seen.causal ? key - seen.offset : query0) - query;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[4 * n + i] = exp2_approx(fmaf(s[4 * n + i], scale_log2, -(i % 2 == 0 ? shift.x : shift.y)));
+    for (int n = 0; n < queries / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (8 * n + e < from) s[4 * n + 2 * i + e] = unseen;
   }
-  if (!masked) return;
+  if (seen.first_key == nullptr) return;
 #pragma unroll
   for (int n = 0; n < queries / 8; ++n)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int query = min(query0 + 8 * n + 2 * (lane % 4) + e, last_query), begin = seen.begin(query), end = seen.end(query);
+      const int begin = seen.begin(min(query + 8 * n + e, last_query));
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int key = key0 + lane / 4 + 8 * i;
-        if (key < begin || key >= end) s[4 * n + 2 * i + e] = 0.0f;
-      }
+      for (int i = 0; i < 2; ++i)
+        if (key0 + lane / 4 + 8 * i < begin) s[4 * n + 2 * i + e] = unseen;
     }
+}
+
+// P^T = exp(S^T - lse) in place. lse(n), in units of log2 and infinite where a query sees nothing, is that of queries
+// 8 n + 2 (lane % 4) and the next.
+template <int queries, class Lse>
+__device__ __forceinline__ void exponentiate(float* s, float scale_log2, Lse&& lse) {
+#pragma unroll
+  for (int n = 0; n < queries / 8; ++n) {
+    const float2 shift = lse(n);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[4 * n + i] = exp2_approx(fmaf(s[4 * n + i], scale_log2, -(i % 2 == 0 ? shift.x : shift.y)));
+  }
 }
 
 // dk or dv of a warp's 16 keys: in the inputs' dtype, or in float32 and then added to `sum`, if there is one. What is added is

@@ -119,9 +119,10 @@ __device__ __forceinline__ void values_from_lse(const ValuesParams& p, char* sha
     int before = -1;  // the stage whose dout is still being multiplied
     do {
       const StepInfo info = control.info[item.stage];
-      exponentiate<queries>(st, reinterpret_cast<const float*>(shared + Tiles::lse_at) + item.stage * queries,
-                            s.negative ? -s.scale_log2 : s.scale_log2, info.flags & step_masked, seen, key0, info.query0,
-                            s.queries - 1);
+      if (info.flags & step_masked) hide_unseen<queries>(st, s.negative, seen, key0, info.query0, s.queries - 1);
+      const float* const lse = reinterpret_cast<const float*>(shared + Tiles::lse_at) + item.stage * queries + 2 * (lane % 4);
+      exponentiate<queries>(st, s.negative ? -s.scale_log2 : s.scale_log2,
+                            [&](int n) { return *reinterpret_cast<const float2*>(lse + 8 * n); });
       wgmma_wait<0>();
       pin(dv);
       __syncwarp();  // every lane has read lse
