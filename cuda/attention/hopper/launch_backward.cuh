@@ -44,8 +44,8 @@ class Maps {
 };
 
 // Heads that run together, so that about `together` blocks of keys of each are under way, one step apart: they find Q, dout and
-// dq's sums in L2 (H200, 8192 keys, one layer, D = 128: 3.12 ms with 16 blocks, 3.34 with 4), while the more of a head start at
-// once, the longer they wait for their first turns (D = 64: 3.35 ms with 4, 3.56 with 12).
+// dq's sums in L2, while the more of a head start at once, the longer they wait for their first turns (H200, one layer, length
+// 4096: D = 64 1.66 ms with 4, 1.73 with 8; D = 128 1.41-1.43 with 4 and 1.43-1.47 with 8 or 16).
 inline Schedule heads_together(int heads, int blocks, int together, const char* function) {
   const int wanted = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount, function) / together);
   const int sections = std::max(1, (heads + wanted / 2) / wanted);
@@ -58,11 +58,8 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   const Shape& s = p.shape;
   OwnerParams params;
   params.shape = s;
-  params.schedule = heads_together(s.batch * s.kv_heads, attention::ceil_div(s.keys, Tiles::keys),
-                                   values != Values::one ? 12
-                                   : D == 64             ? 4
-                                                         : 16,
-                                   function);
+  params.schedule =
+      heads_together(s.batch * s.kv_heads, attention::ceil_div(s.keys, Tiles::keys), values == Values::one ? 4 : 12, function);
   params.lse = p.lse, params.delta = p.delta;
   params.layers = p.layers, params.dout_stages = Tiles::dout_stages(p.layers);
   params.dq_at = Tiles::staged(p.layers) ? Tiles::dq_at(p.layers) : 0;
