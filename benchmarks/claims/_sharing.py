@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -170,10 +171,21 @@ def attention_seconds(batch: int, heads: int, length: int, dim: int) -> dict[str
     return found
 
 
+def decode_seconds(batch: int, heads: int, keys: int, dim: int) -> dict[str, float]:
+    """One query a row against a cache of ``keys`` tokens with each SDPA backend."""
+    q, k, v = (torch.randn(batch, heads, n, dim, device=DEVICE, dtype=DTYPE) for n in (1, keys, keys))
+
+    def attend(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return {name: seconds(lambda backend=backend: attend(backend)) for name, backend in BACKENDS.items()}
+
+
 def group_seconds(batch: int, heads: int, length: int, dim: int, layers: int) -> float:
     """Forward and backward of a QK group of ``layers`` layers with our ops."""
 
-    def new() -> torch.Tensor:
+    def new() -> Tensor:
         return torch.randn(batch, heads, length, dim, device=DEVICE, dtype=DTYPE)
 
     q, k, *values = (new().requires_grad_() for _ in range(layers + 2))
@@ -233,10 +245,11 @@ class Report:
             self.path.write_text(json.dumps(self.head | {"rows": self.rows}, indent=1))
 
 
-def free() -> None:
-    """Gives a contender's memory and its compiled graphs back."""
+def free(*, compiled: bool = True) -> None:
+    """Gives a contender's memory back, and its ``compiled`` graphs."""
     gc.collect()
-    torch.compiler.reset()
+    if compiled:
+        torch.compiler.reset()
     if CUDA:
         torch.cuda.empty_cache()
 
