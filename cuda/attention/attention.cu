@@ -184,8 +184,8 @@ PlannedBackward backward_plan(const Backward& args, K kernels) {
 std::size_t workspace_bytes(const Forward&) {
   return 0;
 }
-std::size_t workspace_bytes(const SharedForward&) {
-  return 0;
+std::size_t workspace_bytes(const SharedForward& args) {
+  return args.probs != nullptr && on_hopper(shared_name) ? sizeof(int) : 0;
 }
 std::size_t workspace_bytes(const SharedBackward&) {
   return 0;
@@ -205,7 +205,7 @@ void forward(const Forward& args, const Launch& launch) {
   const Problem& p = args.problem;
   const Shape shape = shape_of(p, forward_name);
   const ForwardParams params{
-      shape, {}, tensor(args.q), tensor(args.k), tensor(args.v), tensor(args.out), static_cast<float*>(args.lse), nullptr};
+      shape, {}, tensor(args.q), tensor(args.k), tensor(args.v), tensor(args.out), static_cast<float*>(args.lse), nullptr, nullptr};
   const ProbsParams probs{shape, {}, params.q, params.k, params.lse, args.probs};
   dispatch(p, forward_name, [&](auto kernels) {
     if (try_hopper(kernels, forward_name,
@@ -225,7 +225,8 @@ void shared_forward(const SharedForward& args, const Launch& launch) {
                              tensor(args.v),
                              tensor(args.out),
                              static_cast<float*>(const_cast<void*>(args.lse)),
-                             args.probs};
+                             args.probs,
+                             static_cast<int*>(launch.workspace)};
   dispatch(p, shared_name, [&](auto kernels) {
     if (try_hopper(kernels, shared_name, [&](auto hopper) {
           return args.probs != nullptr ? hopper.forward_probs(params, 1.0f, shared_name, stream_of(launch))

@@ -111,6 +111,10 @@ def grid() -> tuple[list[Case], list[Case]]:
         change(base, queries=2048, keys=2048, heads=16, kv_heads=4, dim=128, value_dim=128, layers=4),
         change(base, queries=1500, keys=4096, heads=8, kv_heads=8, batch=1, layers=3),
     ]
+    # More pieces of work than processors, of different size, of which some are empty.
+    many = change(base, batch=3, heads=24, kv_heads=6, queries=600, keys=600, layers=2, lengths=True)
+    cases += [change(many, dtype=dtype, dim=dim, value_dim=dim) for dtype in ("bf16", "fp16") for dim in (64, 128)]
+    cases += [change(many, first_key="query", keys=450, dim=256, value_dim=256)]
     decode = [
         change(
             base,

@@ -381,6 +381,12 @@ def run_small() -> None:
                 q[:, :, :1].detach(), k.detach(), values[0].detach(), lengths, return_probs=True
             )
             ops.decode_from_probs(probs, values[1].detach(), lengths)
+    many = Case(
+        batch=1, heads=140, kv_heads=70, queries=70, keys=70, dim=128, value_dim=128
+    )  # more blocks than processors
+    q, k = tensor(many, 140, 70, 128), tensor(many, 70, 70, 128)
+    values, grads = [tensor(many, 70, 70, 128) for _ in range(2)], [tensor(many, 140, 70, 128, False) for _ in range(2)]
+    group(ops, q, k, values, grads, "probs", causal=True)
     torch.cuda.synchronize()
 
 

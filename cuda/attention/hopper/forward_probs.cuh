@@ -5,7 +5,8 @@
 // P, comes from L2. The product, 2 * D FLOPs an element, is a fifth of that time at D = 128.
 //
 // A producer warp fills a ring of stages by TMA, each a column of P tiles [strips][64 x 64] and a V tile [64 x D]; a warpgroup
-// owns a strip of 64 queries, that is a row of kept tiles, and multiplies out of shared memory.
+// owns a strip of 64 queries, that is a row of kept tiles, and multiplies out of shared memory. Blocks stay, one a processor, and
+// draw their next piece of work: while the last output is stored, the tiles of the next arrive.
 #pragma once
 #include "attention/hopper/softmax.cuh"
 #include "attention/hopper/tiles.cuh"
@@ -17,6 +18,7 @@ using attention::probs_tile;
 struct TiledForwardProbsParams {
   attention::ForwardParams args;
   float factor;
+  int* ticket;        // zeroed: pieces of work that blocks have drawn beyond their first; null: one block a piece
   CUtensorMap probs;  // rows of 64 elements, all tiles of all heads; boxes of 64 rows
   CUtensorMap v;      // boxes of 64 keys
 };
@@ -34,6 +36,8 @@ struct ForwardProbsShared {
   T probs[Tiles::stages][Tiles::strips][64 * Tiles::keys];
   T v[Tiles::stages][Tiles::keys * D];
   Ring<Tiles::stages> ring;
+  int work[2];  // the numbers of the pieces under way, from the producer to its consumers
+  Ring<2> work_ring;
 };
 
 // The kept tiles of strip w of a block that hold anything.
@@ -44,30 +48,36 @@ struct StripTiles : TileRange {
   }
 };
 
+// The producer warp.
 template <class T, int D>
-__global__ void __launch_bounds__(ForwardProbsTiles<D>::threads, 1)
-    forward_probs_kernel(const __grid_constant__ TiledForwardProbsParams p) {
+struct ForwardProbsProducer {
   using Tiles = ForwardProbsTiles<D>;
-  constexpr int keys = Tiles::keys, strips = Tiles::strips, strip_bytes = 64 * keys * static_cast<int>(sizeof(T));
-  extern __shared__ __align__(1024) char memory[];
-  auto& shared = *reinterpret_cast<ForwardProbsShared<T, D>*>(memory);
-  if (threadIdx.x == 0) {
-    shared.ring.init(4 * strips);
-    cutlass::arch::fence_barrier_init();
-  }
-  __syncthreads();
+  static constexpr int keys = Tiles::keys, strips = Tiles::strips, strip_bytes = 64 * keys * static_cast<int>(sizeof(T));
 
-  const Shape& s = p.args.shape;
-  const Work work(p.args.schedule, blockIdx.x, s.causal);
-  const int batch = work.head / s.heads, head = work.head % s.heads;
-  const int block0 = work.block * Tiles::rows;
-  const Visibility seen(s, batch);
-  const TileRange tiles(KeyRange(seen, block0, min(block0 + Tiles::rows, s.queries) - 1), keys);
-  const int warpgroup = static_cast<int>(threadIdx.x) / 128 - 1, lane = threadIdx.x % 32;
+  ForwardProbsShared<T, D>& shared;
+  const TiledForwardProbsParams& p;
+  const int lane = threadIdx.x % 32;
   Turn<Tiles::stages> turn;
+  Turn<2> work_turn;
 
-  if (warpgroup < 0) {
-    if (threadIdx.x >= 32) return;
+  // Tells the consumers, and gives the block's piece of work behind this one.
+  __device__ __forceinline__ int announce(int number, int all) {
+    int next = all;
+    if (lane == 0) {
+      if (p.ticket != nullptr && number < all) next = static_cast<int>(gridDim.x) + atomicAdd(p.ticket, 1);
+      shared.work_ring.wait_empty(work_turn);
+      shared.work[work_turn.stage] = number;
+      Barrier::arrive(&shared.work_ring.full[work_turn.stage]);
+    }
+    work_turn.next();
+    return next;
+  }
+
+  __device__ __forceinline__ void load(const Work& work) {
+    const Shape& s = p.args.shape;
+    const int batch = work.head / s.heads, head = work.head % s.heads, block0 = work.block * Tiles::rows;
+    const Visibility seen(s, batch);
+    const TileRange tiles(KeyRange(seen, block0, min(block0 + Tiles::rows, s.queries) - 1), keys);
     const ValueLoader<T, D, keys> values(p.v, p.args.v, seen, batch, head / s.group);
     const std::int64_t head_tiles = work.head * (attention::probs_elements_of(s) / (probs_tile * probs_tile));
     int first[strips], end[strips], tile0[strips];
@@ -100,17 +110,40 @@ __global__ void __launch_bounds__(ForwardProbsTiles<D>::threads, 1)
       values.load(shared.v[turn.stage], full, tile);
       if (by_hand && lane == 0) Barrier::arrive(full);
     }
-  } else {
+  }
+};
+
+// A warpgroup.
+template <class T, int D>
+struct ForwardProbsConsumer {
+  using Tiles = ForwardProbsTiles<D>;
+  static constexpr int keys = Tiles::keys;
+
+  ForwardProbsShared<T, D>& shared;
+  const TiledForwardProbsParams& p;
+  const int warpgroup, lane = threadIdx.x % 32;
+  Turn<Tiles::stages> turn, done;  // done: the stage whose product may still be under way
+  Turn<2> work_turn;
+
+  __device__ __forceinline__ int next_work() {
+    shared.work_ring.wait_full(work_turn);
+    const int number = shared.work[work_turn.stage];
+    __syncwarp();
+    if (lane == 0) shared.work_ring.release(work_turn);
+    work_turn.next();
+    return uniform(number);
+  }
+
+  __device__ __forceinline__ void multiply_values(const Work& work) {
+    const Shape& s = p.args.shape;
+    const int batch = work.head / s.heads, head = work.head % s.heads, block0 = work.block * Tiles::rows;
     const int row0 = block0 + 64 * warpgroup, row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const Visibility seen(s, batch);
+    const TileRange tiles(KeyRange(seen, block0, min(block0 + Tiles::rows, s.queries) - 1), keys);
     const StripTiles own(s, seen, row0);
     float out[D / 2];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
-    Turn<Tiles::stages> done;  // the stage whose product may still be under way
-    const auto release = [&] {
-      if (lane == 0) shared.ring.release(done);
-      done.next();
-    };
     for (int tile = tiles.first; tile < tiles.end; ++tile, turn.next()) {
       shared.ring.wait_full(turn);
       const bool mine = tile >= own.first && tile < own.end;
@@ -131,8 +164,46 @@ __global__ void __launch_bounds__(ForwardProbsTiles<D>::threads, 1)
     }
     wgmma_wait<0>();
     pin(out);
+    if (tiles.first < tiles.end) release();
     const float factor[2] = {p.factor, p.factor};
     store_rows<T, D>(p.args.out, batch, head, row, s.queries, 0, out, factor);
+  }
+
+ private:
+  __device__ __forceinline__ void release() {
+    if (lane == 0) shared.ring.release(done);
+    done.next();
+  }
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(ForwardProbsTiles<D>::threads, 1)
+    forward_probs_kernel(const __grid_constant__ TiledForwardProbsParams p) {
+  using Tiles = ForwardProbsTiles<D>;
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<ForwardProbsShared<T, D>*>(memory);
+  if (threadIdx.x == 0) {
+    shared.ring.init(4 * Tiles::strips);
+    shared.work_ring.init(4 * Tiles::strips);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+
+  const auto& schedule = p.args.schedule;
+  const int all = schedule.blocks * schedule.heads, warpgroup = uniform(static_cast<int>(threadIdx.x) / 128) - 1;
+  if (warpgroup < 0) {
+    if (threadIdx.x >= 32) return;
+    ForwardProbsProducer<T, D> producer{shared, p};
+    for (int number = static_cast<int>(blockIdx.x);;) {
+      const int next = producer.announce(number, all);
+      if (number >= all) return;
+      producer.load(Work(schedule, number, p.args.shape.causal));
+      number = __shfl_sync(~0u, next, 0);
+    }
+  } else {
+    ForwardProbsConsumer<T, D> consumer{shared, p, warpgroup};
+    for (int number = consumer.next_work(); number < all; number = consumer.next_work())
+      consumer.multiply_values(Work(schedule, number, p.args.shape.causal));
   }
 }
 

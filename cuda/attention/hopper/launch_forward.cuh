@@ -45,14 +45,21 @@ template <class T, int D>
 bool Kernels<T, D>::forward_probs(const ForwardParams& p, float factor, const char* function, cudaStream_t stream) {
   using Tiles = tiled::ForwardProbsTiles<D>;
   const Shape& s = p.shape;
-  tiled::TiledForwardProbsParams params{p, factor, {}, {}};
+  tiled::TiledForwardProbsParams params{p, factor, p.ticket, {}, {}};
   if (!p.out.aligned || !tiled::make_tensor_map(&params.v, p.v, dtype_of<T>, s.batch, s.kv_heads, s.keys, Tiles::keys) ||
       !tiled::make_probs_map(&params.probs, p.probs, dtype_of<T>, probs_tiles_of(s), probs_tile))
     return false;
   static_assert(sizeof(tiled::ForwardProbsShared<T, D>) <= 227 * 1024);
   params.args.schedule = row_schedule<T>(s, Tiles::rows, false);
-  launch(function, tiled::forward_probs_kernel<T, D>, blocks_of(params.args.schedule), Tiles::threads,
-         sizeof(tiled::ForwardProbsShared<T, D>), stream, params);
+  unsigned blocks = blocks_of(params.args.schedule);
+  const auto processors = static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount, function));
+  if (blocks <= processors) params.ticket = nullptr;
+  if (params.ticket != nullptr) {
+    check(cudaMemsetAsync(params.ticket, 0, sizeof(int), stream), function);
+    blocks = processors;
+  }
+  launch(function, tiled::forward_probs_kernel<T, D>, blocks, Tiles::threads, sizeof(tiled::ForwardProbsShared<T, D>), stream,
+         params);
   return true;
 }
 
