@@ -48,6 +48,23 @@ def test_any_cut_of_a_sequence(sharing, family, static):
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
+@torch.no_grad()
+def test_a_decoding_piece_writes_into_the_static_cache(sharing, monkeypatch):
+    """Behind the first token K and V reach the buffers in the piece that makes them; compiled pieces give the same numbers."""
+    torch._dynamo.reset()
+    model, ids = shared_model(sharing), tokens()
+    want = model(ids, use_cache=False).logits
+    model.compile_pieces(backend="aot_eager")
+    cache = new_cache(model, True)
+    got = [model(ids[:, :1], past_key_values=cache).logits]
+    append, appended = cache.append_kv, []
+    monkeypatch.setattr(cache, "append_kv", lambda layer, *a, **k: (appended.append(layer), append(layer, *a, **k))[1])
+    got += [model(part, past_key_values=cache).logits for part in ids[:, 1:].split(1, 1)]
+    torch.testing.assert_close(torch.cat(got, 1), want, **CLOSE)
+    assert set(appended) <= ({2} if sharing == "kv-projection" else set())  # the K,V that are no layer's own
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
 def test_a_pass_with_a_cache_is_differentiable(sharing):
     model, ids = shared_model(sharing), tokens()
     out = model(ids, labels=ids, use_cache=True)

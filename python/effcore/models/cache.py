@@ -94,6 +94,14 @@ class SharedCache(Cache):
         assert k is not None
         return k, v
 
+    def places(self, layer: int, tokens: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where a pass of ``tokens`` tokens may write K and V itself: static buffers [B, Hkv, capacity, D] of both, and int64
+        [tokens] slots of their third dimension. None where there are no such buffers (yet), or a gradient is wanted."""
+        store = self._stores[layer]
+        if not self.is_static or store is None or store.keys is None or store.values is None or torch.is_grad_enabled():
+            return None
+        return store.keys, store.values, self._slots_of(tokens, store.values.device)
+
     def append_v(self, layer: int, values: Tensor) -> Tensor:
         """The same in a consumer of mode ``qk``, which has no K of its own."""
         return self._append(layer, None, values, False)[1]
@@ -153,15 +161,7 @@ class SharedCache(Cache):
             raise RuntimeError(
                 "effcore.SharedCache: a static cache is not differentiable; call the model under torch.no_grad()"
             )
-        tokens, capacity = values.shape[2], self.max_cache_len
-        on_host = values.device.type == "cpu" and not torch.compiler.is_compiling()
-        if tokens > capacity or (on_host and int(self.device_length) + tokens > capacity):
-            raise ValueError(
-                f"effcore.SharedCache: the static cache holds {capacity} tokens, and {tokens} more do not fit"
-            )
-        if self._slots is None or self._slots.shape[0] != tokens:
-            self._slots = torch.arange(tokens, device=values.device) + self.device_length
-        slots = self._slots
+        capacity, slots = self.max_cache_len, self._slots_of(values.shape[2], values.device)
 
         def write(buffer: Tensor | None, new: Tensor) -> Tensor:
             if buffer is None:
@@ -173,6 +173,18 @@ class SharedCache(Cache):
         store.keys = None if keys is None else write(store.keys, keys)
         store.values = write(store.values, values)
         return store.keys, store.values
+
+    def _slots_of(self, tokens: int, device: torch.device) -> Tensor:
+        """Where the pass writes its tokens."""
+        assert self.max_cache_len is not None and self.device_length is not None
+        capacity, on_host = self.max_cache_len, device.type == "cpu" and not torch.compiler.is_compiling()
+        if tokens > capacity or (on_host and int(self.device_length) + tokens > capacity):
+            raise ValueError(
+                f"effcore.SharedCache: the static cache holds {capacity} tokens, and {tokens} more do not fit"
+            )
+        if self._slots is None or self._slots.shape[0] != tokens:
+            self._slots = torch.arange(tokens, device=device) + self.device_length
+        return self._slots
 
     # ---------------------------------------------------------------- transformers' Cache interface
 

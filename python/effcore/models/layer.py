@@ -120,6 +120,17 @@ def project_qkv(layer: SharedDecoderLayer, hidden: Tensor, cos: Tensor, sin: Ten
     return _queries(attention, x, cos, sin).to(v.dtype), _keys(attention, x, cos, sin).to(v.dtype), v
 
 
+def project_qkv_into(
+    layer: SharedDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+) -> Tensor:
+    """The same while decoding behind a static cache: gives q and writes k and v to tokens ``slots`` of its buffers
+    [B, Hkv, capacity, D]. In one piece, so that a compiler writes what it rotates where it belongs."""
+    q, k, v = project_qkv(layer, hidden, cos, sin)
+    keys.index_copy_(2, slots, k.transpose(1, 2))
+    values.index_copy_(2, slots, v.transpose(1, 2))
+    return q
+
+
 def project_q(layer: SharedDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A consumer of mode ``kv``: its queries [B, S, Hq, D]."""
     return _queries(layer.self_attn, layer.input_layernorm(hidden), cos, sin)
@@ -138,9 +149,10 @@ def finish(layer: SharedDecoderLayer, hidden: Tensor, attended: Tensor) -> Tenso
 
 
 class Pieces(NamedTuple):
-    """The four functions around attention, as they are or compiled."""
+    """The functions around attention, as they are or compiled."""
 
     project_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]] = project_qkv
+    project_qkv_into: Callable[..., Tensor] = project_qkv_into
     project_q: Callable[..., Tensor] = project_q
     project_v: Callable[..., Tensor] = project_v
     finish: Callable[..., Tensor] = finish
@@ -196,9 +208,14 @@ class SharedDecoderLayer(GradientCheckpointingLayer):
                 assert seen.lengths is not None
                 attended = ops.decode_from_probs(shared, v, seen.lengths)
         else:
-            q, k, v = heads_first(*self.pieces.project_qkv(self, hidden, cos, sin))
-            if cache is not None:
-                k, v = cache.append_kv(layer_idx, k, v)
+            places = cache.places(layer_idx, hidden.shape[1]) if cache is not None and seen.decoding else None
+            if places is not None:
+                k, v, slots = places
+                (q,) = heads_first(self.pieces.project_qkv_into(self, hidden, cos, sin, k, v, slots))
+            else:
+                q, k, v = heads_first(*self.pieces.project_qkv(self, hidden, cos, sin))
+                if cache is not None:
+                    k, v = cache.append_kv(layer_idx, k, v)
             if last is not None:
                 hidden, q = hidden[:, -last:], q[:, :, -last:]
             if consumers and mode == "kv":
