@@ -182,10 +182,10 @@ PlannedBackward backward_plan(const Backward& args, K kernels) {
 }  // namespace
 
 std::size_t workspace_bytes(const Forward&) {
-  return 0;
+  return on_hopper(forward_name) ? sizeof(int) : 0;
 }
-std::size_t workspace_bytes(const SharedForward& args) {
-  return args.probs != nullptr && on_hopper(shared_name) ? sizeof(int) : 0;
+std::size_t workspace_bytes(const SharedForward&) {
+  return on_hopper(shared_name) ? sizeof(int) : 0;
 }
 std::size_t workspace_bytes(const SharedBackward&) {
   return 0;
@@ -204,8 +204,15 @@ std::size_t workspace_bytes(const DecodeFromProbs& args) {
 void forward(const Forward& args, const Launch& launch) {
   const Problem& p = args.problem;
   const Shape shape = shape_of(p, forward_name);
-  const ForwardParams params{
-      shape, {}, tensor(args.q), tensor(args.k), tensor(args.v), tensor(args.out), static_cast<float*>(args.lse), nullptr, nullptr};
+  const ForwardParams params{shape,
+                             {},
+                             tensor(args.q),
+                             tensor(args.k),
+                             tensor(args.v),
+                             tensor(args.out),
+                             static_cast<float*>(args.lse),
+                             nullptr,
+                             static_cast<int*>(launch.workspace)};
   const ProbsParams probs{shape, {}, params.q, params.k, params.lse, args.probs};
   dispatch(p, forward_name, [&](auto kernels) {
     if (try_hopper(kernels, forward_name,

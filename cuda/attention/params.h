@@ -46,7 +46,7 @@ struct ForwardParams {
   Tensor4 q, k, v, out;
   float* lse;         // written by the owner, read by consumers
   const void* probs;  // read by consumers of kept probabilities
-  int* ticket;        // memory for a counter of pieces of work that blocks draw, or null (Hopper's kernel of kept probabilities)
+  int* ticket;        // memory for a counter that Hopper's kernels draw work from, or null
 };
 
 struct ProbsParams {

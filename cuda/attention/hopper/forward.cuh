@@ -24,11 +24,13 @@
 #include "attention/hopper/kept_probs.cuh"
 #include "attention/hopper/softmax.cuh"
 #include "attention/hopper/tiles.cuh"
+#include "attention/hopper/work_queue.cuh"
 
 namespace effcore::cuda::hopper {
 
 struct TiledForwardParams {
   attention::ForwardParams args;
+  int* ticket;          // the counter that work is drawn from, zeroed; null: one block a piece
   CUtensorMap q, k, v;  // boxes of 64 queries, of `keys` keys
   CUtensorMap probs;    // where they are kept: boxes of 16 rows
 };
@@ -57,8 +59,9 @@ struct ForwardShared {
   T k[Tiles::stages][Tiles::keys * D];
   T v[Tiles::stages][Tiles::keys * D];
   T kept[4 * Tiles::warpgroups][kept_elements];  // a warp's
-  BarrierWord q_full[Tiles::warpgroups];
+  BarrierWord q_full[Tiles::warpgroups], q_empty[Tiles::warpgroups];
   Ring<Tiles::stages> k_ring, v_ring;
+  WorkQueue queue;
 };
 
 // The producer warp.
@@ -71,6 +74,7 @@ struct ForwardProducer {
   const TiledForwardParams& p;
   const bool leader = threadIdx.x == 0;
   Turn<Tiles::stages> k_turn, v_turn;
+  Turn<1> q_turn;
 
   __device__ __forceinline__ void run(const Work& work) {
     const Shape& s = p.args.shape;
@@ -79,17 +83,28 @@ struct ForwardProducer {
     const Visibility seen(s, batch);
     const TileRange tiles(KeyRange(seen, row0, min(row0 + Tiles::rows, s.queries) - 1), keys);
     const ValueLoader<T, D, keys> values(p.v, p.args.v, seen, batch, kv_head);
-    for (int w = 0; leader && w < Tiles::warpgroups; ++w) {
-      Barrier::arrive_and_expect_tx(&shared.q_full[w], 64 * D * sizeof(T));
-      load_panels<D, 64>(shared.q[w], p.q, &shared.q_full[w], Keep::first, row0 + 64 * w, head, batch);
+    const auto load_q = [&] {  // behind the first tile of K: the warpgroups give Q back late
+      for (int w = 0; leader && w < Tiles::warpgroups; ++w) {
+        Barrier::wait(&shared.q_empty[w], q_turn.phase ^ 1);
+        Barrier::arrive_and_expect_tx(&shared.q_full[w], 64 * D * sizeof(T));
+        load_panels<D, 64>(shared.q[w], p.q, &shared.q_full[w], Keep::first, row0 + 64 * w, head, batch);
+      }
+      q_turn.next();
+    };
+    constexpr bool two_passes = forward == Forward::owner_keeping_probs;
+    if (tiles.first >= tiles.end) return load_q();
+    for (int tile = tiles.end - 1; two_passes && tile >= tiles.first; --tile) {
+      load_k(tile, kv_head, batch);
+      if (tile == tiles.end - 1) load_q();
     }
-    if constexpr (forward == Forward::owner_keeping_probs)
-      for (int tile = tiles.end - 1; tile >= tiles.first; --tile) load_k(tile, kv_head, batch);
     for (int tile = tiles.end - 1; tile >= tiles.first; --tile) {
       load_k(tile, kv_head, batch);
-      if (tile < tiles.end - 1) load_v(values, tile + 1);  // K runs a tile ahead of V, as its readers do
+      if (tile < tiles.end - 1)
+        load_v(values, tile + 1);  // K runs a tile ahead of V, as its readers do
+      else if (!two_passes)
+        load_q();
     }
-    if (tiles.first < tiles.end) load_v(values, tiles.first);
+    load_v(values, tiles.first);
   }
 
   __device__ __forceinline__ void load_k(int tile, int kv_head, int batch) {

@@ -15,6 +15,7 @@ struct ForwardConsumer {
   const int warpgroup, lane = threadIdx.x % 32;
   Order<Tiles::warpgroups> order;
   Turn<Tiles::stages> k_turn, v_turn;
+  Turn<1> q_turn;
 
   __device__ ForwardConsumer(ForwardShared<T, D, forward>& shared_, const TiledForwardParams& p_, int warpgroup_)
       : shared(shared_), p(p_), warpgroup(warpgroup_), order(warpgroup_) {}
@@ -33,7 +34,7 @@ struct ForwardConsumer {
     }
     float* const lse = p.args.lse + static_cast<std::int64_t>(work.head) * s.queries;
 
-    Barrier::wait(&shared.q_full[warpgroup], 0);
+    Barrier::wait(&shared.q_full[warpgroup], q_turn.phase);
     const SharedOperand<false> q(shared_address(shared.q[warpgroup]), 64);
     float score[keys / 2];
     const auto start_scores = [&] {
@@ -122,10 +123,13 @@ struct ForwardConsumer {
         softmax.rescale(out);
         pack<T>(probs, score);
       }
+      release_q();
       start_values();
       if constexpr (keeps) kept.store(probs, first * keys);
       wgmma_wait<0>();
       values_done();
+    } else {
+      release_q();
     }
     skip(first, tiles.first);
 
@@ -136,6 +140,10 @@ struct ForwardConsumer {
   }
 
  private:
+  __device__ __forceinline__ void release_q() {
+    if (lane == 0) Barrier::arrive(&shared.q_empty[warpgroup]);
+    q_turn.next();
+  }
   __device__ __forceinline__ void release_k() {
     if (lane == 0) shared.k_ring.release(k_turn);
     k_turn.next();
@@ -170,22 +178,33 @@ __global__ void __launch_bounds__(ForwardTiles<D>::threads, 1) forward_kernel(co
   auto& shared = *reinterpret_cast<ForwardShared<T, D, forward>*>(memory);
   if (threadIdx.x == 0) {
     for (auto& full : shared.q_full) Barrier::init(&full, 1);
+    for (auto& empty : shared.q_empty) Barrier::init(&empty, 4);
     shared.k_ring.init(4 * Tiles::warpgroups);
     shared.v_ring.init(4 * Tiles::warpgroups);
+    shared.queue.ring.init(4 * Tiles::warpgroups);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  Work work(p.args.schedule, static_cast<int>(blockIdx.x), p.args.shape.causal && forward != Forward::owner_keeping_probs);
-  // Where P is kept, blocks of many and of few keys take turns, or all would multiply at one time and write at another (2-8 %).
-  if (p.args.shape.causal && forward == Forward::owner_keeping_probs)
-    work.block = work.block % 2 == 0 ? p.args.schedule.blocks - 1 - work.block / 2 : work.block / 2;
+  const auto& schedule = p.args.schedule;
+  const int all = schedule.blocks * schedule.heads;
+  const auto work_of = [&](int number) {
+    Work work(schedule, number, p.args.shape.causal && forward != Forward::owner_keeping_probs);
+    // Where P is kept, blocks of many and of few keys take turns, or all would multiply at one time and write at another
+    // (2-8 %).
+    if (p.args.shape.causal && forward == Forward::owner_keeping_probs)
+      work.block = work.block % 2 == 0 ? schedule.blocks - 1 - work.block / 2 : work.block / 2;
+    return work;
+  };
   const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128) - 1;
   if (warpgroup < 0) {
     cutlass::arch::warpgroup_reg_dealloc<Tiles::producer_registers>();
-    if (threadIdx.x < 32) ForwardProducer<T, D, forward>{shared, p}.run(work);
+    if (threadIdx.x >= 32) return;
+    ForwardProducer<T, D, forward> producer{shared, p};
+    WorkSource(shared.queue, p.ticket, all).for_each([&](int number) { producer.run(work_of(number)); });
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tiles::consumer_registers>();
-    ForwardConsumer<T, D, forward>(shared, p, warpgroup).run(work);
+    ForwardConsumer<T, D, forward> consumer(shared, p, warpgroup);
+    WorkSink(shared.queue, all).for_each([&](int number) { consumer.run(work_of(number)); });
   }
 }
 

@@ -5,11 +5,12 @@
 // P, comes from L2. The product, 2 * D FLOPs an element, is a fifth of that time at D = 128.
 //
 // A producer warp fills a ring of stages by TMA, each a column of P tiles [strips][64 x 64] and a V tile [64 x D]; a warpgroup
-// owns a strip of 64 queries, that is a row of kept tiles, and multiplies out of shared memory. Blocks stay, one a processor, and
-// draw their next piece of work: while the last output is stored, the tiles of the next arrive.
+// owns a strip of 64 queries, that is a row of kept tiles, and multiplies out of shared memory. Blocks stay, one a processor,
+// and draw their next piece of work: while the last output is stored, the tiles of the next arrive.
 #pragma once
 #include "attention/hopper/softmax.cuh"
 #include "attention/hopper/tiles.cuh"
+#include "attention/hopper/work_queue.cuh"
 
 namespace effcore::cuda::hopper {
 
@@ -18,7 +19,7 @@ using attention::probs_tile;
 struct TiledForwardProbsParams {
   attention::ForwardParams args;
   float factor;
-  int* ticket;        // zeroed: pieces of work that blocks have drawn beyond their first; null: one block a piece
+  int* ticket;        // the counter that work is drawn from, zeroed; null: one block a piece
   CUtensorMap probs;  // rows of 64 elements, all tiles of all heads; boxes of 64 rows
   CUtensorMap v;      // boxes of 64 keys
 };
@@ -36,8 +37,7 @@ struct ForwardProbsShared {
   T probs[Tiles::stages][Tiles::strips][64 * Tiles::keys];
   T v[Tiles::stages][Tiles::keys * D];
   Ring<Tiles::stages> ring;
-  int work[2];  // the numbers of the pieces under way, from the producer to its consumers
-  Ring<2> work_ring;
+  WorkQueue queue;
 };
 
 // The kept tiles of strip w of a block that hold anything.
@@ -58,20 +58,6 @@ struct ForwardProbsProducer {
   const TiledForwardProbsParams& p;
   const int lane = threadIdx.x % 32;
   Turn<Tiles::stages> turn;
-  Turn<2> work_turn;
-
-  // Tells the consumers, and gives the block's piece of work behind this one.
-  __device__ __forceinline__ int announce(int number, int all) {
-    int next = all;
-    if (lane == 0) {
-      if (p.ticket != nullptr && number < all) next = static_cast<int>(gridDim.x) + atomicAdd(p.ticket, 1);
-      shared.work_ring.wait_empty(work_turn);
-      shared.work[work_turn.stage] = number;
-      Barrier::arrive(&shared.work_ring.full[work_turn.stage]);
-    }
-    work_turn.next();
-    return next;
-  }
 
   __device__ __forceinline__ void load(const Work& work) {
     const Shape& s = p.args.shape;
@@ -123,16 +109,6 @@ struct ForwardProbsConsumer {
   const TiledForwardProbsParams& p;
   const int warpgroup, lane = threadIdx.x % 32;
   Turn<Tiles::stages> turn, done;  // done: the stage whose product may still be under way
-  Turn<2> work_turn;
-
-  __device__ __forceinline__ int next_work() {
-    shared.work_ring.wait_full(work_turn);
-    const int number = shared.work[work_turn.stage];
-    __syncwarp();
-    if (lane == 0) shared.work_ring.release(work_turn);
-    work_turn.next();
-    return uniform(number);
-  }
 
   __device__ __forceinline__ void multiply_values(const Work& work) {
     const Shape& s = p.args.shape;
@@ -184,7 +160,7 @@ __global__ void __launch_bounds__(ForwardProbsTiles<D>::threads, 1)
   auto& shared = *reinterpret_cast<ForwardProbsShared<T, D>*>(memory);
   if (threadIdx.x == 0) {
     shared.ring.init(4 * Tiles::strips);
-    shared.work_ring.init(4 * Tiles::strips);
+    shared.queue.ring.init(4 * Tiles::strips);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
@@ -194,16 +170,14 @@ __global__ void __launch_bounds__(ForwardProbsTiles<D>::threads, 1)
   if (warpgroup < 0) {
     if (threadIdx.x >= 32) return;
     ForwardProbsProducer<T, D> producer{shared, p};
-    for (int number = static_cast<int>(blockIdx.x);;) {
-      const int next = producer.announce(number, all);
-      if (number >= all) return;
+    WorkSource(shared.queue, p.ticket, all).for_each([&](int number) {
       producer.load(Work(schedule, number, p.args.shape.causal));
-      number = __shfl_sync(~0u, next, 0);
-    }
+    });
   } else {
     ForwardProbsConsumer<T, D> consumer{shared, p, warpgroup};
-    for (int number = consumer.next_work(); number < all; number = consumer.next_work())
+    WorkSink(shared.queue, all).for_each([&](int number) {
       consumer.multiply_values(Work(schedule, number, p.args.shape.causal));
+    });
   }
 }
 

@@ -18,12 +18,22 @@ inline std::int64_t probs_tiles_of(const Shape& s) {
   return probs_elements_of(s) / (probs_tile * probs_tile) * s.batch * s.heads;
 }
 
+// The blocks to launch: where there is more work than processors and a counter for it, which is zeroed here, one a processor.
+inline unsigned staying_blocks(const Schedule& schedule, int*& ticket, const char* function, cudaStream_t stream) {
+  const unsigned all = blocks_of(schedule);
+  const auto processors = static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount, function));
+  if (all <= processors) ticket = nullptr;
+  if (ticket == nullptr) return all;
+  check(cudaMemsetAsync(ticket, 0, sizeof(int), stream), function);
+  return processors;
+}
+
 template <class T, int D>
 bool Kernels<T, D>::forward(const ForwardParams& p, bool known_lse, void* probs, const char* function, cudaStream_t stream) {
   using Tiles = tiled::ForwardTiles<D>;
   using tiled::Forward;
   const Shape& s = p.shape;
-  tiled::TiledForwardParams params{p, {}, {}, {}, {}};
+  tiled::TiledForwardParams params{p, p.ticket, {}, {}, {}, {}};
   if (!p.out.aligned || !tiled::make_tensor_map(&params.q, p.q, dtype_of<T>, s.batch, s.heads, s.queries, 64) ||
       !tiled::make_tensor_map(&params.k, p.k, dtype_of<T>, s.batch, s.kv_heads, s.keys, Tiles::keys) ||
       !tiled::make_tensor_map(&params.v, p.v, dtype_of<T>, s.batch, s.kv_heads, s.keys, Tiles::keys))
@@ -31,8 +41,9 @@ bool Kernels<T, D>::forward(const ForwardParams& p, bool known_lse, void* probs,
   params.args.schedule = row_schedule<T>(s, Tiles::rows, true);
   const auto run = [&]<Forward forward>() {
     static_assert(sizeof(tiled::ForwardShared<T, D, forward>) <= 227 * 1024);
-    launch(function, tiled::forward_kernel<T, D, forward>, blocks_of(params.args.schedule), Tiles::threads,
-           sizeof(tiled::ForwardShared<T, D, forward>), stream, params);
+    const unsigned blocks = staying_blocks(params.args.schedule, params.ticket, function, stream);
+    launch(function, tiled::forward_kernel<T, D, forward>, blocks, Tiles::threads, sizeof(tiled::ForwardShared<T, D, forward>),
+           stream, params);
     return true;
   };
   if (known_lse) return run.template operator()<Forward::from_lse>();
@@ -51,13 +62,7 @@ bool Kernels<T, D>::forward_probs(const ForwardParams& p, float factor, const ch
     return false;
   static_assert(sizeof(tiled::ForwardProbsShared<T, D>) <= 227 * 1024);
   params.args.schedule = row_schedule<T>(s, Tiles::rows, false);
-  unsigned blocks = blocks_of(params.args.schedule);
-  const auto processors = static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount, function));
-  if (blocks <= processors) params.ticket = nullptr;
-  if (params.ticket != nullptr) {
-    check(cudaMemsetAsync(params.ticket, 0, sizeof(int), stream), function);
-    blocks = processors;
-  }
+  const unsigned blocks = staying_blocks(params.args.schedule, params.ticket, function, stream);
   launch(function, tiled::forward_probs_kernel<T, D>, blocks, Tiles::threads, sizeof(tiled::ForwardProbsShared<T, D>), stream,
          params);
   return true;
