@@ -136,7 +136,7 @@ void launch_scores(const BackwardParams& p, const void* probs, void* ds, const c
   const float scale = s.negative ? -s.scale : s.scale;
   launch_values<T, D, true>(p, {probs, p.dout[0], p.dv, p.float_dv, 1.0f}, function, stream);
   launch_values<T, D, true>(p, {ds, p.q, p.dk, p.float_dk, scale}, function, stream);
-  const attention::ForwardParams forward{s, {}, {}, {}, p.k, p.dq, nullptr, ds, nullptr};
+  const attention::ForwardParams forward{s, {}, {}, {}, p.k, p.dq, nullptr, ds, p.ticket};
   if (!attention::hopper::Kernels<T, D>::forward_probs(forward, scale, function, stream))
     throw std::runtime_error(std::string("effcore.") + function + ": the CUDA driver refused a tensor map");
 }
