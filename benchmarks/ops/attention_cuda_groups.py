@@ -133,13 +133,13 @@ def main() -> int:
     parser.add_argument("--peers", nargs="*", default=("flash", "cudnn", "flash-attn 4"), choices=PEERS)
     args = parser.parse_args()
     ceilings, peers = measure("cuda", [torch.bfloat16]), find_peers(args.peers)
-    rows = []
+    rows: list[dict] = []
+    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
     for dim in args.dims:
         for length in args.lengths:
             rows += measure_shape(dim, length, args.layers, args.rounds, ceilings, peers)
-    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
-    if out := os.environ.get("OUT"):
-        Path(out, "attention_cuda_groups.json").write_text(json.dumps(report, indent=1))
+            if out := os.environ.get("OUT"):  # as they come: a run that is cut off leaves what it had
+                Path(out, "attention_cuda_groups.json").write_text(json.dumps(report, indent=1))
     print(f"{report['device']}, torch {report['torch']}")
     for row in rows:
         speeds = "  ".join(f"{name} {x:.0f}" for name, x in row["tflops"].items())

@@ -47,7 +47,8 @@ struct ForwardTiles {
   static constexpr int keys = D == 64 ? 128 : 64;
   static constexpr int stages = D == 256 ? 2 : 4;
   static constexpr int threads = 128 * (warpgroups + 1);
-  static constexpr int consumer_registers = warpgroups == 2 ? 240 : 160, producer_registers = warpgroups == 2 ? 24 : 32;
+  static constexpr int consumer_registers = warpgroups == 2 ? 232 : D == 64 ? 160 : 152;
+  static constexpr int producer_registers = warpgroups == 2 ? 40 : D == 64 ? 32 : 56;
 };
 
 template <class T, int D, Forward forward>
