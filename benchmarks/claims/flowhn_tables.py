@@ -7,14 +7,14 @@ missing stays empty.
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.claims import _hybrids as hybrids
+from benchmarks.tables import put, table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,11 +24,6 @@ FAC = hybrids.STRATEGIES["fac"]
 def _rows(name: str) -> list[dict[str, Any]]:
     path = RESULTS / f"{name}_h200.json"
     return json.loads(path.read_text())["rows"] if path.is_file() else []
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def _speed(name: str) -> str:
@@ -44,7 +39,7 @@ def _speed(name: str) -> str:
             )
             cells += [f"{row['fac_ratio']:.2f} ({row['reached']:.0%} of it)", f"{row['predicted_ratio']:.2f}", paper]
         rows.append(cells)
-    return _table(["", "tokens/s", "MFU", "FAC is faster by", "FLOPs say", "the paper's 1B"], rows)
+    return table(["", "tokens/s", "MFU", "FAC is faster by", "FLOPs say", "the paper's 1B"], rows)
 
 
 def _peers(name: str) -> str:
@@ -59,12 +54,12 @@ def _peers(name: str) -> str:
         ]
         for row in _rows(name)
     ]
-    return _table(["", "kernels", "layers compiled", "tokens/s", "MFU", "FAC is faster by"], rows)
+    return table(["", "kernels", "layers compiled", "tokens/s", "MFU", "FAC is faster by"], rows)
 
 
 def _profile(name: str) -> str:
     rows = [r for r in _rows(name) if "ms" in r]
-    return _table(
+    return table(
         ["kernels of FAC's blocks", "ms", "share"], [[r["kind"], f"{r['ms']:.2f}", f"{r['share']:.1%}"] for r in rows]
     )
 
@@ -81,7 +76,7 @@ def _moving(name: str) -> str:
 
 def _decode(name: str) -> str:
     rows = [[r["model"], r.get("how", "as it is"), f"{r['ms']:.2f}", f"{r['slowest_ms']:.2f}"] for r in _rows(name)]
-    return _table(["", "steps", "ms a token", "slowest"], rows)
+    return table(["", "steps", "ms a token", "slowest"], rows)
 
 
 def _loss(name: str) -> str:
@@ -90,7 +85,7 @@ def _loss(name: str) -> str:
         found = [row["validation_loss"] for row in _rows(name) if row["model"] == model]
         if found:
             rows.append([model, f"{statistics.mean(found):.4f}", f"{hybrids.PAPER[model][2]:.2f}"])
-    return _table(["", "validation loss, nats a byte", "the paper's 1B, accuracy"], rows)
+    return table(["", "validation loss, nats a byte", "the paper's 1B, accuracy"], rows)
 
 
 def _scan(name: str) -> str:
@@ -109,7 +104,7 @@ def _scan(name: str) -> str:
             cells.append(f"{ms[theirs]:.3f} ({ms[theirs] / ms[ours]:.2f}x)")
         rows.append(cells)
     header = ["B x L x E, N", "forward, ms", "of the bound", "mamba-ssm", "forward + backward, ms", "mamba-ssm"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 TABLES: dict[str, Callable[[str], str]] = {
@@ -128,13 +123,8 @@ TABLES: dict[str, Callable[[str], str]] = {
 
 def fill(text: str) -> str:
     for name, make in TABLES.items():
-        text = _put(text, name, make(name))
-    return _put(text, "flowhn_moving", _moving("flowhn_profile"))
-
-
-def _put(text: str, name: str, table: str) -> str:
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+        text = put(text, name, make(name))
+    return put(text, "flowhn_moving", _moving("flowhn_profile"))
 
 
 def main() -> int:

@@ -1,0 +1,106 @@
+"""Fills the tables of docs/ops.md on attention from the kept results: `python -m benchmarks.ops.attention_tables`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ops._cuda_peers import PEERS
+from benchmarks.tables import put, table
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _report(name: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}_h200.json"
+    return json.loads(path.read_text()) if path.is_file() else {"rows": []}
+
+
+def _shapes(rows: list[dict]) -> list[tuple[int, int]]:
+    return sorted({(row["dim"], row["length"]) for row in rows if "dim" in row})
+
+
+def _row(rows: list[dict], what: str, dim: int, length: int) -> dict | None:
+    found = (row for row in rows if (row["what"], row.get("dim"), row.get("length")) == (what, dim, length))
+    return next(found, None)
+
+
+def _peers() -> str:
+    """TFLOP/s of a layer that shares nothing, and their share of a large matrix product's."""
+    report = _report("attention_cuda_peers")
+    rows, names = report["rows"], ["effcore", *PEERS]
+    lines = []
+    for what in ("forward", "forward+backward"):
+        for dim, length in _shapes(rows):
+            if row := _row(rows, what, dim, length):
+                speeds = (row["tflops"].get(name) for name in names)
+                cells = ["" if x is None else f"{x:.0f} ({x / report['matmul_tflops']:.0%})" for x in speeds]
+                lines.append([f"{what}, {dim}, {length}", *cells])
+    return table(["head_dim, S", "effcore", *(f"SDPA {n}" if n in ("flash", "cudnn") else n for n in PEERS)], lines)
+
+
+def _ratios(row: dict | None, of: str = "ratio_to_best_peer") -> str:
+    return "" if row is None else " / ".join(f"{x:.2f}" for x in row[of].values())
+
+
+def _sharing() -> str:
+    """How many times as fast as the fastest peer's full layers: single layers of a group, from lse / with P kept."""
+    rows = _report("attention_cuda_peers")["rows"]
+    kinds = ["consumer forward", "consumer backward", "group of 4 backward"]
+    lines = []
+    for dim, length in _shapes(rows):
+        forward, *others = (_row(rows, what, dim, length) for what in kinds)
+        lines.append([f"{dim}, {length}", *map(_ratios, (forward, *others)), _ratios(forward, "of_limit")])
+    header = ["head_dim, S", "consumer's forward", "consumer's backward", "backward of a group of 4, against four"]
+    return table([*header, "consumer's forward: of the limit"], lines)
+
+
+def _groups() -> str:
+    """The same of groups, forward and backward through autograd."""
+    rows = _report("attention_cuda_groups")["rows"]
+    kinds = [what for what in dict.fromkeys(row["what"] for row in rows) if what != "backward"]
+    lines = [
+        [f"{dim}, {length}", *(_ratios(_row(rows, kind, dim, length)) for kind in [*kinds, "backward"])]
+        for dim, length in _shapes(rows)
+    ]
+    return table(["head_dim, S", *kinds, "one layer's backward"], lines)
+
+
+def _decode() -> str:
+    rows = [row for row in _report("attention_cuda_peers")["rows"] if row["what"].startswith("decode")]
+    lines = []
+    for row in rows:
+        ms, speed = row["ms"], row["of_copy"]
+        cells = [f"{1e3 * ms[n]:.0f} µs, {speed[n]:.2f}" if n in ms else "" for n in ("decode", "cudnn", "flash")]
+        cells += [f"{row['ratio_to_best_peer']:.2f}", f"{ms['decode'] / ms['from probs']:.2f}"]
+        lines.append([row["what"].removeprefix("decode "), *cells])
+    names = ["effcore", "SDPA cudnn", "SDPA flash", "best peer's time over ours", "a consumer, times as fast"]
+    return table(["batch, heads, keys, head_dim", *names], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "attention_peers": _peers,
+    "attention_sharing": _sharing,
+    "attention_groups": _groups,
+    "attention_decode": _decode,
+}
+
+
+def fill(text: str) -> str:
+    for name, make in TABLES.items():
+        text = put(text, name, make())
+    return text
+
+
+def main() -> int:
+    page = ROOT / "docs" / "ops.md"
+    page.write_text(fill(page.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
