@@ -38,13 +38,16 @@ struct ForwardConsumer {
     const SharedOperand<false> q(shared_address(shared.q[warpgroup]), 64);
     float score[keys / 2];
     const auto start_scores = [&] {
+      const SharedOperand<false> k(shared_address(shared.k[k_turn.stage]), keys);
       shared.k_ring.wait_full(k_turn);
       order.wait();
       pin(score);
       wgmma_begin();
-      multiply<T, keys, D / 16>(score, q, SharedOperand<false>(shared_address(shared.k[k_turn.stage]), keys), false);
+      multiply<T, keys, D / 16>(score, q, k, false);
       wgmma_commit();
     };
+    // Tiles between these two need no mask.
+    const int low = seen.begin(last_row), high = seen.end(row0) - keys;
     const auto scores_done = [&](int tile) {
       pin(score);
       release_k();
@@ -53,7 +56,7 @@ struct ForwardConsumer {
         for (int i = 0; i < keys / 2; ++i) score[i] = -score[i];
       }
       const int key0 = tile * keys;
-      if (key0 + keys > seen.end(row0) || key0 < seen.begin(last_row)) mask(score, seen, row, s.queries, key0);
+      if (key0 > high || key0 < low) mask(score, seen, row, s.queries, key0);
     };
 
     Softmax<!online> softmax(s.scale_log2);
@@ -118,6 +121,9 @@ struct ForwardConsumer {
         wgmma_wait<1>();
         scores_done(tile);
         softmax.probabilities(score);
+        pin(score);
+        if (tile > first)
+          shared.k_ring.wait_full(k_turn);  // a branch: the next wait would else be moved before the exponentials
         wgmma_wait<0>();
         values_done();
         softmax.rescale(out);
