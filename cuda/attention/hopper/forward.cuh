@@ -6,9 +6,8 @@
 //
 // A block has a producer warp, which fills rings of K and V tiles by TMA, and warpgroups of 64 queries each
 // (forward_consumer.cuh). While a warpgroup takes the exponentials of a tile's scores, the tensor cores work on its own
-// previous P V and on the other warpgroups' products, which take turns. Blocks that stay and draw the next piece of work, so
-// that it loads while the last output is stored, were tried: the loop around everything costs the descriptors their uniform
-// registers, every product waits for its own, and 5-12 % are lost at 4096 keys and more, with nothing gained below.
+// previous P V and on the other warpgroups' products, which take turns. Blocks stay and draw their next piece of work
+// (work_queue.cuh): at D = 64 that gains 5 % at 2048 keys and 1-3 % from 4096 on.
 //
 // Keeping P: it must be normalised, so the row's lse comes first, from a pass over K that multiplies Q K^T alone; a second pass
 // is a consumer's forward, which writes P as it multiplies P V. That costs 2 * D of 4 * D FLOPs and the exponentials again.
@@ -37,18 +36,17 @@ struct TiledForwardParams {
 
 enum class Forward { owner, owner_keeping_probs, from_lse };
 
-// Three warpgroups with 160 registers a thread, which hold S, P and O up to D = 128 with 64 keys; two with 240 at D = 256. On
-// an H100 at D = 128, two warpgroups with 128 keys gain 3 % at 16384 tokens and lose 7 % at 2048; 96 keys spill. At D = 64 with
-// three: 96 keys lose 2 %, four warpgroups with 64 keys 20 %, Q in registers 30 %, every eighth exponential on the FMA units
-// gains nothing, and without taking turns 2 % are lost.
+// Three warpgroups with 160 registers a thread, which hold S, P and O at D = 64 with 128 keys; two with 232 above. At D = 128
+// three with 64 keys take 8-17 % longer (H200, S = 2048 .. 16384). At D = 64 with three: 152 registers spill accumulators, and
+// ptxas then serialises the products; 96 keys lose 2 %, four warpgroups with 64 keys 20 %, Q in registers 30 %, every eighth
+// exponential on the FMA units gains nothing, and without taking turns 2 % are lost.
 template <int D>
 struct ForwardTiles {
-  static constexpr int warpgroups = D == 256 ? 2 : 3, rows = 64 * warpgroups;
-  static constexpr int keys = D == 64 ? 128 : 64;
-  static constexpr int stages = D == 256 ? 2 : 4;
+  static constexpr int warpgroups = D == 64 ? 3 : 2, rows = 64 * warpgroups;
+  static constexpr int keys = D == 256 ? 64 : 128;
+  static constexpr int stages = D == 64 ? 4 : 2;
   static constexpr int threads = 128 * (warpgroups + 1);
-  static constexpr int consumer_registers = warpgroups == 2 ? 232 : D == 64 ? 160 : 152;
-  static constexpr int producer_registers = warpgroups == 2 ? 40 : D == 64 ? 32 : 56;
+  static constexpr int consumer_registers = warpgroups == 2 ? 232 : 160, producer_registers = warpgroups == 2 ? 40 : 32;
 };
 
 template <class T, int D, Forward forward>

@@ -57,9 +57,11 @@ class WorkSink {
  private:
   __device__ __forceinline__ int next() {
     queue_.ring.wait_full(turn_);
-    const int number = queue_.number[turn_.stage];
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) queue_.ring.release(turn_);
+    int number = 0;
+    if (threadIdx.x % 32 == 0) {
+      number = queue_.number[turn_.stage];
+      queue_.ring.release(turn_);
+    }
     turn_.next();
     return uniform(number);
   }

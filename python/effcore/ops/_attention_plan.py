@@ -11,11 +11,12 @@ import torch
 _FEWEST_CONSUMERS: dict[str, dict[int, int | None]] = {
     "CPU": {1 << 30: 1},  # reading P costs less than computing it
     "portable CUDA": {64: None, 1 << 30: 2},  # P is written in a pass of its own
-    "Hopper": {64: None, 128: 1, 1 << 30: 2},  # above 128 the portable kernels serve the backward
+    "Hopper": {64: 7, 128: 1, 1 << 30: 2},  # above 128 the portable kernels serve the backward
 }
 
-# Up to how many tokens SDPA's cuDNN kernels are faster than ours, forward and backward together, by head dimension.
-_SDPA_FASTER_UP_TO: dict[str, dict[int, int]] = {"Hopper": {64: 4096, 128: 1 << 30}}
+# Up to how many tokens SDPA's cuDNN kernels are faster than ours, forward and backward together, by head dimension. On Hopper
+# they are at no length.
+_SDPA_FASTER_UP_TO: dict[str, dict[int, int]] = {}
 
 
 @torch.compiler.assume_constant_result
