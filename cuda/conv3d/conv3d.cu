@@ -196,6 +196,7 @@ struct RowsPlan {
 bool rows_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const RowsPlan& plan,
                     [[maybe_unused]] const Kernels& kernels, [[maybe_unused]] const Launch& launch) {
 #if defined(EFFCORE_HOPPER)
+  if (!on_hopper(function)) return false;
   const PackedSize& size = kernels.size;
   hopper::RowsProblem problem{plan.from,       plan.to,          plan.taps,       {plan.step[0], plan.step[1], plan.step[2]},
                               kernels.spatial, kernels.temporal, kernels.channel, kernels.packed ? launch.workspace : nullptr,
