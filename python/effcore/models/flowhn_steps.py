@@ -39,9 +39,8 @@ class StepGraphs:
         position = cache.positions[0]
         path = model.model.router.path(position)
         graph = self._graphs.get((id(model), path))
-        if (
-            graph is None
-        ):  # this step as it is, which also sets up what a capture may not, and the next ones from a graph
+        if graph is None:
+            # This step runs as it is, which also sets up what a capture may not; the next ones come from a graph.
             with torch.no_grad():
                 hidden = model.model(ids, None, cache, use_cache=True).last_hidden_state
                 logits = model.lm_head(hidden)
