@@ -59,8 +59,8 @@ bool run(const char* function, LinesParams p, const Launch& launch) {
   while (p.weight_stages < most_line_weight_stages && bytes(p.voxel_stages, p.weight_stages + 1) <= most) ++p.weight_stages;
   p.received_from = bytes(p.voxel_stages, p.weight_stages);
   const int device = device_attribute(cudaDevAttrMultiProcessorCount, function);
-  // The middle's two kernels take two stages at once, for which a block of three waits: 228 us instead of 210 with 128 channels
-  // at [32, 16, 28, 28]. There packing them pays.
+  // The middle's two kernels take two stages at once, for which a block of three waits: with 128 channels at [32, 16, 28, 28]
+  // about as long as for another tap. There packing them pays.
   if (!p.packed && p.weight_stages < 4 && p.items > 2 * device) return false;
   const auto kernel = conv3d_lines_kernel<T, Columns, First, Second, Split, Transposed>;
   const std::size_t shared_bytes = static_cast<std::size_t>(p.received_from + received);
