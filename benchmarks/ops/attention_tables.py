@@ -1,4 +1,4 @@
-"""Fills the tables of docs/ops.md on attention from the kept results: `python -m benchmarks.ops.attention_tables`."""
+"""Fills the tables on attention in the docs from the kept results: `python -m benchmarks.ops.attention_tables`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def _row(rows: list[dict], what: str, dim: int, length: int) -> dict | None:
     return next(found, None)
 
 
+def _shape(row: dict) -> str:
+    """A star where the row is from an earlier build of the library."""
+    return f"{row['dim']}, {row['length']}{'*' if row.get('earlier_build') else ''}"
+
+
 def _peers() -> str:
     """TFLOP/s of a layer that shares nothing, and their share of a large matrix product's."""
     report = _report("attention_cuda_peers")
@@ -39,7 +44,7 @@ def _peers() -> str:
             if row := _row(rows, what, dim, length):
                 speeds = (row["tflops"].get(name) for name in names)
                 cells = ["" if x is None else f"{x:.0f} ({x / report['matmul_tflops']:.0%})" for x in speeds]
-                lines.append([f"{what}, {dim}, {length}", *cells])
+                lines.append([f"{what}, {_shape(row)}", *cells])
     return table(["head_dim, S", "effcore", *(f"SDPA {n}" if n in ("flash", "cudnn") else n for n in PEERS)], lines)
 
 
@@ -54,7 +59,8 @@ def _sharing() -> str:
     lines = []
     for dim, length in _shapes(rows):
         forward, *others = (_row(rows, what, dim, length) for what in kinds)
-        lines.append([f"{dim}, {length}", *map(_ratios, (forward, *others)), _ratios(forward, "of_limit")])
+        assert forward is not None
+        lines.append([_shape(forward), *map(_ratios, (forward, *others)), _ratios(forward, "of_limit")])
     header = ["head_dim, S", "consumer's forward", "consumer's backward", "backward of a group of 4, against four"]
     return table([*header, "consumer's forward: of the limit"], lines)
 
@@ -63,6 +69,7 @@ def _groups() -> str:
     """The same of groups, forward and backward through autograd."""
     rows = _report("attention_cuda_groups")["rows"]
     kinds = [what for what in dict.fromkeys(row["what"] for row in rows) if what != "backward"]
+    kinds.sort(key=lambda what: what.startswith("KV"))
     lines = [
         [f"{dim}, {length}", *(_ratios(_row(rows, kind, dim, length)) for kind in [*kinds, "backward"])]
         for dim, length in _shapes(rows)
@@ -82,12 +89,22 @@ def _decode() -> str:
     return table(["batch, heads, keys, head_dim", *names], lines)
 
 
+def _profile_decode() -> str:
+    rows = [(row["model"], row["microseconds"]) for row in _report("epas_profile_decode")["rows"]]
+    steps = [found["kinds"] | {"nothing runs": found["idle"]} for _, found in rows]
+    kinds = [kind for kind in steps[0] if any(step[kind] >= 1.5 for step in steps)] if steps else []
+    lines = [[kind, *(f"{step[kind]:,.0f}" for step in steps)] for kind in kinds]
+    return table(["", *(name for name, _ in rows)], [*lines, ["in all", *(f"{sum(x.values()):,.0f}" for x in steps)]])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention_peers": _peers,
     "attention_sharing": _sharing,
     "attention_groups": _groups,
     "attention_decode": _decode,
+    "epas_profile_decode": _profile_decode,
 }
+PAGES = ("ops.md", "epas.md")
 
 
 def fill(text: str) -> str:
@@ -97,8 +114,9 @@ def fill(text: str) -> str:
 
 
 def main() -> int:
-    page = ROOT / "docs" / "ops.md"
-    page.write_text(fill(page.read_text()))
+    for name in PAGES:
+        page = ROOT / "docs" / name
+        page.write_text(fill(page.read_text()))
     return 0
 
 
