@@ -6,33 +6,13 @@
 // from shared memory: one launch, and no partial results in device memory. More splits, and older GPUs, take combine_kernel.
 #pragma once
 #include "attention/visibility.cuh"
+#include "common/cluster.cuh"
 #include "common/element.cuh"
 #include "common/overlap.cuh"
 
 namespace effcore::cuda::attention {
 
 constexpr int max_cluster = 2;  // four are slower than two launches (H200: 269 against 253 us, 8192 keys, batch 32)
-
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-#else
-  __syncthreads();
-#endif
-}
-
-// What block `rank` of the cluster has where `p` points to in this block's shared memory.
-__device__ __forceinline__ float load_of_block(const float* p, int rank) {
-#if __CUDA_ARCH__ >= 900
-  std::uint32_t at;
-  float x;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
-  return x;
-#else
-  return *p;
-#endif
-}
 
 // By all blocks of a cluster, each a split: `out` [heads, D], `maxima` (in units of log2) and `sums` [heads] are its own, of
 // its chunks [chunk0, chunk1). Each writes its share of the result, and its own chunks' scales. `factors` [splits, heads] is
