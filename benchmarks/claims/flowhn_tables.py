@@ -46,7 +46,7 @@ def _peers(name: str) -> str:
     rows = [
         [
             row["model"],
-            row["kernels"],
+            "effcore" if row["model"] == FAC else row["kernels"],
             "yes" if row["compiled"] else "no",
             f"{row['tokens/s']:,.0f}",
             f"{row['mfu']:.1%}",

@@ -44,8 +44,7 @@ void Kernels<T, D>::decode(const DecodeParams& p, bool from_probs, const char* f
   const Shape& s = p.shape;
   DecodeParams params = p;
   params.head_tiles = ceil_div(s.group, decode_heads);
-  const bool clustered =
-      p.splits == 1 || (p.splits <= max_cluster && device_attribute(cudaDevAttrComputeCapabilityMajor, function) >= 9);
+  const bool clustered = p.splits == 1 || (p.splits <= max_cluster && has_clusters(function));
   if (clustered) params.partial = nullptr, params.statistics = nullptr;
   from_probs ? launch_decode<T, D, true>(params, function, stream) : launch_decode<T, D, false>(params, function, stream);
   if (!clustered)

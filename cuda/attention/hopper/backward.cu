@@ -23,7 +23,7 @@ bool serves_backward(const Problem& p, std::span<const TensorView* const> tensor
     for (int d = 0; d < 3; ++d)
       if (t->size[d] > 1 && (t->stride[d] <= 0 || t->stride[d] % 8 != 0)) return false;
   }
-  return device_attribute(cudaDevAttrComputeCapabilityMajor, "path") == 9 && shared_memory_limit("path") >= tiled::shared_limit;
+  return shared_memory_limit("path") >= tiled::shared_limit;
 }
 
 }  // namespace effcore::cuda::attention::hopper

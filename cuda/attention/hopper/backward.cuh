@@ -18,14 +18,14 @@
 // and more at D = 64), a part of dq waits there for its turn, one helper warp adds it by a bulk reduction and passes the turn
 // on, and the consumers go on. Else the consumers add from registers. With the last part, for which they wait in either case,
 // they scale and round the sum: causal, that is one step in a block's walk at D = 64 and two at 128.
-// No unit is the bound but a warpgroup's own chain: by ncu the tensor cores are busy 62 % of the time, shared memory 71 % (the
-// products' operands are two thirds of its traffic), and without exponentials, or without waiting for turns, a step takes about
-// as long. Products block the warp that issues them, so what is done beside them has to stand between them: the exponentials
-// between those of dP, a part of dq on its way to shared memory between those of S, and dS of one half of the queries between
-// those of dk of the other. lse and delta are read ahead.
-// H200, one process, length 8192, 16k tokens of H * D = 2048, causal, with the kernel for delta: D = 128 2.57 ms, D = 64 3.05;
-// with each of these behind its products 2.81 and 3.53. Blocks that stay and take piece after piece were slower (3.05, 3.22):
-// the others wait for the first parts of a piece that is taken but not begun.
+// No unit is the bound but a warpgroup's own chain: by ncu the tensor cores are busy 62 % of the time, shared memory 71 % (of a
+// build with 16 blocks of keys of a head together; the products' operands are two thirds of its traffic), and without
+// exponentials, or without waiting for turns, a step takes about as long. Products block the warp that issues them, so what is
+// done beside them has to stand between them: the exponentials between those of dP, a part of dq on its way to shared memory
+// between those of S, and dS of one half of the queries between those of dk of the other. lse and delta are read ahead. H200,
+// one process, length 8192, 16k tokens of H * D = 2048, causal, with the kernel for delta: D = 128 2.48 ms, D = 64 3.00; in
+// another process 2.57 and 3.05, and with each of these behind its products 2.81 and 3.53. Blocks that stay and take piece
+// after piece were slower (3.05, 3.22): the others wait for the first parts of a piece that is taken but not begun.
 //
 // Shared memory (OwnerTiles): K; V of all layers, or a ring of them; rings of Q, of dout_l, and of slots that hold dS
 // [queries x keys]. Layers go from the last to the first, and dP before S where there are several: one stage of Q is then

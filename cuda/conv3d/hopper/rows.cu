@@ -52,7 +52,6 @@ bool run(const char* function, TiledRowsParams p, const Launch& launch) {
 bool rows(const char* function, const RowsProblem& problem, const Launch& launch) {
   const TensorView &from = problem.from, &to = problem.to;
   if (problem.taps.empty() || !readable(from)) return false;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, function) != 9) return false;
   if (lines(function, problem, launch)) return true;
   if (problem.packed == nullptr) return false;
 
@@ -70,8 +69,9 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
 
   const bool wide = problem.padded_columns % 128 == 0;
   const int columns_of_block = wide ? 128 : 64;
-  // Blocks of 256 positions where two of them fit on a multiprocessor and there are enough: [8, 64, 16, 56²] takes 91 us
-  // instead of 112. With 128 columns they would be alone on it, which loses more than reading less weights gains.
+  // Blocks of 256 positions where two of them fit on a multiprocessor and there are enough (91 us instead of 112 at
+  // [8, 64, 16, 56²], which lines.cuh takes now). With 128 columns they would be alone on it, which loses more than reading
+  // less weights gains.
   const std::int64_t positions = to.size[0] * to.size[2] * to.size[3] * to.size[4];
   const bool tall = !wide && ceil_div(positions, 256) > device_attribute(cudaDevAttrMultiProcessorCount, function);
   const int rows_of_block = tall ? 256 : 128;

@@ -113,7 +113,6 @@ PartialSums partial_sums(std::int64_t positions, std::int64_t columns, std::int6
 bool weights(const char* function, const WeightsProblem& problem, const PartialSums& sums, const Launch& launch) {
   const TensorView &x = problem.x, &dout = problem.dout;
   if (!readable(x) || !readable(dout) || problem.taps.empty()) return false;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, function) != 9) return false;
 
   const std::vector<Column> columns = columns_of(problem.taps, problem.step[1], 3);
   int halo = 0;
