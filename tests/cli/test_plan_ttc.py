@@ -66,6 +66,8 @@ def test_a_picture_without_a_bound_and_one_that_cannot_be_written(tmp_path, monk
     path.write_text("tokens,1,2,4\n" + "".join(f"{i},0.5,0.5,0.5\n" for i in range(1, 7)))
     result = invoke(path, "--plot", tmp_path / "p.png")
     assert result.exit_code == 0 and (tmp_path / "p.png").is_file(), result.output
+    result = invoke(path, "--plot", tmp_path / "p.xyz")
+    assert isinstance(result.exception, RunError) and "p.xyz: cannot be written" in str(result.exception)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")

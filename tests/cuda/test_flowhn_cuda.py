@@ -63,6 +63,22 @@ def test_captured_steps_equal_one_pass(strategy):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-3, atol=1e-3)
 
 
+def test_weights_that_moved_are_read_where_they_are():
+    net, tokens, logits = model("fac"), ids(2, 30), []
+    with torch.no_grad():
+        for moves in (False, True):
+            cache = FlowHNCache(net.config, 40)
+            net(tokens, past_key_values=cache)
+            for i in range(4):
+                net(tokens[:, i : i + 1], past_key_values=cache)
+            if moves:  # to the same numbers elsewhere, with others left in their old place
+                for p in net.parameters():
+                    old, p.data = p.data, p.data.clone()
+                    old.zero_()
+            logits.append([net(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(4, 12)])
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+
+
 def paths(net):
     return [net.model.router.path(i) for i in range(net.config.routing_length)]
 

@@ -165,6 +165,23 @@ def test_a_static_cache_stays_where_it_is_and_says_when_it_is_full(strategy):
             net(tokens[:, :1], past_key_values=cache)
 
 
+def test_a_static_cache_takes_fewer_rows():
+    net, tokens = model(), ids(2, 12)
+    with torch.no_grad():
+        whole = net(tokens[1:], use_cache=False).logits[:, 9:]
+        cache = FlowHNCache(net.config, 20)
+        net(tokens[:, :9], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1]))
+        after = net(tokens[1:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(after, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_static_cache_has_no_gradients():
+    net, cache = model(), FlowHNCache(config(), 20)
+    with pytest.raises(RuntimeError, match="static cache has no gradients"):
+        net(ids(2, 7), past_key_values=cache)
+
+
 def test_compiled_steps_behind_a_static_cache():
     net, tokens = model(), ids(2, 30)
     with torch.no_grad():

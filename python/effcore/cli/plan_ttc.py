@@ -66,8 +66,9 @@ def ttc(
     if plot is not None:
         try:
             draw(plot, plan, points, decisions)
-        except OSError as error:
-            raise RunError(f"--plot {plot}: cannot be written ({error.strerror or error})") from error
+        except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such format
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(f"--plot {plot}: cannot be written ({reason})") from error
 
 
 def _show(decisions: list[Decision]) -> None:

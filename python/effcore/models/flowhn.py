@@ -70,6 +70,7 @@ class FlowHNModel(FlowHNPreTrainedModel):
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds; a mask of another shape or with a hole.
+            RuntimeError: gradients behind a static cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("effcore: give input_ids or inputs_embeds, not both and not neither")
@@ -85,6 +86,8 @@ class FlowHNModel(FlowHNPreTrainedModel):
         ends = [s + n for s, n in zip(starts, counts, strict=True)]
         if cache is not None:
             cache.check_room(ends)
+            if cache.is_static and hidden.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError("effcore.FlowHNCache: a static cache has no gradients; run under torch.no_grad()")
         uniform = valid is None and len(set(starts)) <= 1
         if uniform:
             routes = self.router.uniform(batch, starts[0] if starts else 0, tokens, hidden.device)
@@ -185,7 +188,8 @@ class FlowHNForCausalLM(FlowHNPreTrainedModel, GenerationMixin):
             labels is None
             and not output_hidden_states
             and input_ids is not None
-            and can_replay(past_key_values, input_ids)
+            and inputs_embeds is None
+            and can_replay(past_key_values, input_ids, attention_mask, self)
         ):
             logits = past_key_values.graphs.step(self, input_ids, past_key_values)
             return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

@@ -204,6 +204,7 @@ class FlowHNCache(Cache):
 
     def _select(self, rows: Tensor, *, in_place: bool) -> None:
         rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        in_place = in_place and rows.shape[0] == len(self.positions)
         alike = len(set(self.positions)) <= 1  # then no row needs to be read on the host
         order = [0] * rows.shape[0] if alike else rows.tolist()
 

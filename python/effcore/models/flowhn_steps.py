@@ -16,9 +16,15 @@ if TYPE_CHECKING:
     from effcore.models.flowhn_cache import FlowHNCache
 
 
-def can_replay(cache: Any, ids: Tensor) -> TypeGuard[FlowHNCache]:
-    """Whether these tokens are one step of equal rows behind a static cache, on a GPU, without gradients."""
-    if not ids.is_cuda or ids.shape[1] != 1 or not getattr(cache, "is_static", False):
+def can_replay(cache: Any, ids: Tensor, mask: Tensor | None, model: Any) -> TypeGuard[FlowHNCache]:
+    """Whether these tokens are one step of equal rows behind a static cache, on one GPU, without gradients. What the model
+    would refuse (a mask of another shape, a cache beside gradient checkpointing) is left for it to refuse.
+    """
+    if not ids.is_cuda or ids.dim() != 2 or ids.shape[1] != 1 or not getattr(cache, "is_static", False):
+        return False
+    if mask is not None and tuple(mask.shape) != (ids.shape[0], cache.length + 1):
+        return False
+    if (model.model.gradient_checkpointing and model.training) or len(set(_devices(model))) > 1:
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
         return False
@@ -26,25 +32,38 @@ def can_replay(cache: Any, ids: Tensor) -> TypeGuard[FlowHNCache]:
     return alike and cache.positions[0] < cache.max_cache_len and not torch.cuda.is_current_stream_capturing()
 
 
+def _devices(model: Any) -> list[Any]:
+    return list((getattr(model, "hf_device_map", None) or {"": None}).values())
+
+
 class StepGraphs:
-    """The captured steps of one model behind one cache, and the buffers that they read and write."""
+    """The captured steps of one model behind one cache, and the buffers that they read and write.
+
+    Captured steps read the weights where they were. Weights that move (``model.to``, ``p.data = ...``) are noticed, and the
+    steps captured anew. Hooks on submodules, and weights that were replaced by other parameters, are not: take a new cache.
+    """
 
     def __init__(self) -> None:
-        self._graphs: dict[tuple[int, tuple[bool, ...]], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[bool, ...], torch.cuda.CUDAGraph] = {}
         self._ids: Tensor | None = None
         self._logits: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None  # one for all, so that they share what a step needs in between
+        self._model: Any = None
+        self._weights: list[Tensor] = []
+        self._places: list[int] = []
 
     def step(self, model: Any, ids: Tensor, cache: FlowHNCache) -> Tensor:
         """Logits [B, 1, V] of the next token of each row; the cache goes on by it."""
         position = cache.positions[0]
         path = model.model.router.path(position)
-        graph = self._graphs.get((id(model), path))
+        self._check_weights(model)
+        graph = self._graphs.get(path)
         if graph is None:
             # This step runs as it is, which also sets up what a capture may not; the next ones come from a graph.
             with torch.no_grad():
                 hidden = model.model(ids, None, cache, use_cache=True).last_hidden_state
                 logits = model.lm_head(hidden)
-            self._graphs[id(model), path] = self._capture(model, ids, logits, cache)
+            self._graphs[path] = self._capture(model, ids, logits, cache)
             return logits
         assert self._ids is not None and self._logits is not None
         for store in cache.stores:
@@ -57,6 +76,14 @@ class StepGraphs:
         cache.commit(1, [position + 1] * ids.shape[0])
         return self._logits.clone()
 
+    def _check_weights(self, model: Any) -> None:
+        """Forgets steps that were captured of another model, or whose weights lie elsewhere now."""
+        if self._model is model and self._places == [w.data_ptr() for w in self._weights]:
+            return
+        self._graphs, self._ids, self._logits, self._model = {}, None, None, model
+        self._weights = [*model.parameters(), *model.buffers()]
+        self._places = [w.data_ptr() for w in self._weights]
+
     def _capture(self, model: Any, ids: Tensor, logits: Tensor, cache: FlowHNCache) -> torch.cuda.CUDAGraph:
         """Records the step that was just done. Nothing runs, and the host's counts are put back."""
         if self._ids is None or self._logits is None:
@@ -64,18 +91,22 @@ class StepGraphs:
         held = [(store, store.lengths, store._counted) for store in cache.stores]
         length, positions = cache.length, cache.positions
         cache.positions = [positions[0] - 1] * len(positions)
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(ids.device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(ids.device)
+        graph, stream = torch.cuda.CUDAGraph(), self._stream
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         stream.wait_stream(torch.cuda.current_stream(ids.device))
-        with torch.cuda.stream(stream), torch.no_grad():
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                hidden = model.model(self._ids, None, cache, use_cache=True).last_hidden_state
-                self._logits.copy_(model.lm_head(hidden))
-            finally:
-                graph.capture_end()
-                for store, lengths, counted in held:
-                    store.lengths, store._counted = lengths, counted
-                cache.length, cache.positions = length, positions
+        try:
+            with torch.cuda.stream(stream), torch.no_grad():
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    hidden = model.model(self._ids, None, cache, use_cache=True).last_hidden_state
+                    self._logits.copy_(model.lm_head(hidden))
+                finally:
+                    graph.capture_end()  # raises where something in the step cannot be captured
+        finally:
+            for store, lengths, counted in held:
+                store.lengths, store._counted = lengths, counted
+            cache.length, cache.positions = length, positions
         torch.cuda.current_stream(ids.device).wait_stream(stream)
         return graph

@@ -64,7 +64,10 @@ class _CrossConv3d(torch.autograd.Function):
         if wants[1] or wants[2]:
             kernel = [temporal.shape[2], *spatial.shape[2:]]
             # The gradients lie like the kernels: channels outside of the taps, or inside (channels_last_3d).
-            inside = spatial.shape[1] > 1 and spatial.stride(1) == 1
+            shown_by = (
+                spatial if spatial.shape[2] * spatial.shape[3] > 1 else temporal
+            )  # of one tap the strides say nothing
+            inside = shown_by.shape[1] > 1 and shown_by.stride(1) == 1
             dspatial, dtemporal = _ops.cross_conv3d_bwd_weight.default(x, dout, kernel, stride, padding, inside)
         if wants[3]:
             dbias = dout.sum((0, 2, 3, 4))

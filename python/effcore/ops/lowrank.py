@@ -73,9 +73,11 @@ def stays_on_chip(x: Tensor, down: Tensor, up: Tensor) -> bool:
 
 def _left_to_torch(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Whether two products of torch's are the faster way. Called for each call of a layer, so it looks at little."""
+    if not (x.is_cpu or x.is_cuda):
+        return False
     limits = _LIMITS[x.is_cuda].get(x.dtype)
     if limits is None:
-        if not (x.is_cpu or x.is_cuda) or x.dtype not in _DTYPES:
+        if x.dtype not in _DTYPES:
             return False
         boxes = _boxes(x.is_cuda, x.dtype)
         limits = _LIMITS[x.is_cuda][x.dtype] = max((box[1] for box in boxes), default=0), boxes
