@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.claims._kernels import Kernel, traced
 
 # Names of kernels that belong to a kind; the first that fits counts.
 KINDS = {
@@ -17,8 +18,6 @@ KINDS = {
     "cache writes": ("index_copy", "indexCopy", "index_elementwise", "index_put"),
     "fused by the compiler": ("triton",),
 }
-
-Kernel = tuple[str, float, float]  # name, start and end in microseconds
 
 
 def kind_of(kernel: str) -> str:
@@ -49,16 +48,13 @@ def measure(step: Callable[[], Any], steps: int = 3, warm_up: int = 3) -> dict[s
     for _ in range(warm_up):
         step()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+
+    def some() -> None:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    kernels = [
-        (event.name, event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type.name == "CUDA"
-    ]
-    return summarise(kernels, steps)
+
+    return summarise(traced(some), steps)
 
 
 def describe(title: str, found: dict[str, Any], most: int = 16) -> str:

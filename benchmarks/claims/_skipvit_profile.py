@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
-from torch.profiler import ProfilerActivity, profile
+from collections.abc import Iterable
 
 # Names of kernels that belong to a kind; the first that fits counts.
 KINDS = {
@@ -23,19 +20,6 @@ def kind_of(kernel: str) -> str:
         {kind: KINDS[kind] for kind in ("GELU", "norms, additions, lookups")} if kernel.startswith("triton") else KINDS
     )
     return next((kind for kind, parts in kinds.items() if any(part in kernel for part in parts)), "other")
-
-
-def kernels(steps: Callable[[int], Any], count: int) -> list[tuple[str, float, float]]:
-    """The kernels of one step, of ``count`` that are run: name, launches and microseconds, the longest first."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        steps(count)
-    sums: dict[str, list[float]] = {}
-    for event in profiler.events():
-        if event.device_type.name == "CUDA":
-            of_name = sums.setdefault(event.name[:120], [0.0, 0.0])
-            of_name[0] += 1 / count
-            of_name[1] += event.time_range.elapsed_us() / count
-    return sorted(((name, *of_name) for name, of_name in sums.items()), key=lambda kernel: -kernel[2])
 
 
 def summarise(taken: Iterable[tuple[str, float, float]]) -> dict[str, float]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effcore
-from benchmarks.claims import _skipvit_profile
+from benchmarks.claims import _kernels, _skipvit_profile
 from benchmarks.claims._skipvit_training import logits
 
 # (drop, leave, rejoin)
@@ -134,7 +134,7 @@ def _serve(connection: Any, lock: Any, source: str, device: str, *arguments: Any
     for kind, repeats, *kernels in iter(connection.recv, None):
         if kernels:
             contender.seconds(kind, 10 * repeats)  # the clocks of a GPU at work
-            connection.send(_skipvit_profile.kernels(lambda n, kind=kind: contender.seconds(kind, n), repeats))
+            connection.send(_kernels.of_a_step(lambda n, kind=kind: contender.seconds(kind, n), repeats))
         else:
             connection.send(contender.seconds(kind, repeats))
 

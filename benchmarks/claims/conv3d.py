@@ -40,7 +40,7 @@ import effcore  # noqa: E402
 for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
     effcore.__path__.append(folder)
 
-from benchmarks.claims._skipvit_profile import kernels  # noqa: E402
+from benchmarks.claims import _kernels  # noqa: E402
 from effcore.data.moving_digits import MovingDigits  # noqa: E402
 from effcore.nn import conv3d as blocks  # noqa: E402
 
@@ -250,7 +250,7 @@ def profile(
                 contender.train()
             torch.cuda.synchronize()
 
-        taken = kernels(steps, 3)
+        taken = _kernels.of_a_step(steps, 3)
         kinds = dict.fromkeys([*KINDS, "other"], 0.0)
         for kernel, _, microseconds in taken:
             fits = (kind for kind, parts in KINDS.items() if any(part in kernel for part in parts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,6 +87,7 @@ def _calibrate(
     from effcore.data.questions import answer_tokens, batches, next_line_questions, read_questions
     from effcore.data.sources import standard_library
     from effcore.errors import InputError
+    from effcore.methods._tracked import tracked
     from effcore.methods.bayesian_moe import laplace
     from effcore.methods.calibration import draw_reliability, fit_temperature, scores
 
@@ -110,7 +110,7 @@ def _calibrate(
         progress=None if quiet else partial(lines("fit"), "batch"),
         **settings,
     )
-    posterior.fit_heldout(held if quiet else _watched(held, partial(lines("prior"), "batch")))
+    posterior.fit_heldout(tracked(held, "batch", None if quiet else lines("prior")))
     posterior.save(out / "posterior.safetensors")
 
     def logits(part: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -135,12 +135,6 @@ def _calibrate(
     }
     (out / "scores.json").write_text(json.dumps(result, indent=1))
     return result
-
-
-def _watched(batches: list[Any], show: Callable[[int, int], None]) -> Iterator[Any]:
-    for done, batch in enumerate(batches, 1):
-        yield batch
-        show(done, len(batches))
 
 
 def _load(folder: Path) -> tuple[Any, Any]:

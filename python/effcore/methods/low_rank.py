@@ -14,15 +14,16 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from effcore.errors import nearest
+from effcore.methods._tracked import Progress, tracked
 from effcore.methods.low_rank_factor import relative_error
 from effcore.methods.low_rank_layers import Layer, Rank, find, replace
 from effcore.methods.low_rank_measure import Seen, observe
@@ -32,9 +33,6 @@ from effcore.methods.low_rank_report import DecompositionReport, LayerReport
 __all__ = ["decompose", "report"]
 
 _REPORT = "_effcore_low_rank"
-
-Progress = Callable[[str, int, int], None]
-T = TypeVar("T")
 
 
 def decompose(
@@ -106,17 +104,17 @@ def decompose(
     at.append(perf_counter())
     timer = Timer(seen if measure is not None else None, training=measure == "training")
     if ratio is not None:
-        choices = by_ratio(_tracked(layers, "ranks", progress), ratio, multiple, timer)
+        choices = by_ratio(tracked(layers, "ranks", progress), ratio, multiple, timer)
     elif error is not None:
-        choices = by_error(_tracked(layers, "ranks", progress), error, moments, multiple, timer)
+        choices = by_error(tracked(layers, "ranks", progress), error, moments, multiple, timer)
     elif time is not None:
-        choices = by_time(_tracked(layers, "ranks", progress), time, moments, multiple, timer)
+        choices = by_time(tracked(layers, "ranks", progress), time, moments, multiple, timer)
     else:
         assert ranks is not None
-        choices = [_given(layer, ranks[layer.name], timer) for layer in _tracked(layers, "ranks", progress)]
+        choices = [_given(layer, ranks[layer.name], timer) for layer in tracked(layers, "ranks", progress)]
 
     at.append(perf_counter())
-    rows = [_apply(model, choice, moments.get(choice.layer.name)) for choice in _tracked(choices, "factors", progress)]
+    rows = [_apply(model, choice, moments.get(choice.layer.name)) for choice in tracked(choices, "factors", progress)]
     at.append(perf_counter())
     result = DecompositionReport(target, rows, before, sum(p.numel() for p in model.parameters()))
     result.seconds = dict(zip(("batches", "ranks", "factors"), (b - a for a, b in pairwise(at)), strict=True))
@@ -127,13 +125,6 @@ def decompose(
         rows.append(LayerReport(name, type(model.get_submodule(name)).__name__, shape, None, n, n, note=why))
     setattr(model, _REPORT, result)
     return model
-
-
-def _tracked(items: Sequence[T], what: str, progress: Progress | None) -> Iterator[T]:
-    for done, item in enumerate(items, 1):
-        yield item
-        if progress is not None:
-            progress(what, done, len(items))
 
 
 def report(model: nn.Module) -> DecompositionReport:

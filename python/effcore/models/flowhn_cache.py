@@ -185,7 +185,9 @@ class FlowHNCache(Cache):
         return self.length > 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("effcore.FlowHNCache.crop: a recurrent state cannot forget its last tokens")
+        """Refused for good: what a recurrent state has taken in it cannot give back. ``is_croppable`` says so to generation,
+        which asks before it drafts tokens."""
+        raise RuntimeError("effcore.FlowHNCache.crop: a recurrent state cannot forget its last tokens")
 
     def reset(self) -> None:
         for store in self.stores:

@@ -24,16 +24,13 @@ def can_replay(cache: Any, ids: Tensor, mask: Tensor | None, model: Any) -> Type
         return False
     if mask is not None and tuple(mask.shape) != (ids.shape[0], cache.length + 1):
         return False
-    if (model.model.gradient_checkpointing and model.training) or len(set(_devices(model))) > 1:
+    devices = getattr(model, "hf_device_map", None) or {}
+    if (model.model.gradient_checkpointing and model.training) or len(set(devices.values())) > 1:
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
         return False
     alike = len(cache.positions) == ids.shape[0] and len(set(cache.positions)) == 1
     return alike and cache.positions[0] < cache.max_cache_len and not torch.cuda.is_current_stream_capturing()
-
-
-def _devices(model: Any) -> list[Any]:
-    return list((getattr(model, "hf_device_map", None) or {"": None}).values())
 
 
 class StepGraphs:
