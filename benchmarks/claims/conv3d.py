@@ -153,6 +153,20 @@ class Contender:
         with torch.no_grad(), self.precision():
             self.run(self.clips)
 
+    def capture(self) -> None:
+        """From here on both are replays of one CUDA graph each: no gaps between kernels, whatever the host does."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        for name in ("train", "infer"):
+            call, graph = getattr(self, name), torch.cuda.CUDAGraph()
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    call()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                call()
+            setattr(self, name, graph.replay)
+
     def size(self) -> tuple[int, float]:
         """Parameters, and GFLOPs of one clip (a multiplication and an addition are two)."""
         self.model.eval()
@@ -182,11 +196,14 @@ def speed(
     names: list[str],
     compiled: str | None,
     first: bool,
+    graphs: bool,
 ) -> list[dict]:
     torch.backends.cudnn.benchmark = True  # its fastest algorithms
     made = {name: Contender(task, METHODS[name], batch, device, dtype, True, compiled) for name in names}
     if first:
         made["Conv3D, channels first"] = Contender(task, METHODS["Conv3D"], batch, device, dtype, False, compiled)
+    for contender in made.values() if graphs else ():
+        contender.capture()
     times: dict[str, dict[str, list[float]]] = {name: {"train": [], "infer": []} for name in made}
     for number in range(rounds + 1):
         for name, contender in made.items():
@@ -263,21 +280,29 @@ def profile(
 
 
 def patches(device: str, batch: int, rounds: int) -> list[dict]:
-    """ViViT's tubelets: 2 x 16 x 16 of 32 frames at 224², 768 channels."""
+    """ViViT's tubelets: 2 x 16 x 16 of 32 frames at 224², 768 channels. Beside the convolution the product alone, of patches
+    that somebody has gathered already: what it costs to gather them is the difference."""
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         layer = nn.Conv3d(3, 768, (2, 16, 16), (2, 16, 16)).to(device, dtype)
-        product = effcore.factorize_conv3d(nn.Sequential(layer), inplace=False)
+        embed = effcore.factorize_conv3d(nn.Sequential(layer), inplace=False)
         clips = torch.randn(batch, 3, 32, 224, 224, device=device).to(dtype)
+        gathered = torch.randn(batch * 16 * 14 * 14, 3 * 2 * 16 * 16, device=device).to(dtype)
+        weight, bias = layer.weight.flatten(1), layer.bias
+        calls = {
+            "conv3d": lambda: layer(clips),  # noqa: B023
+            "patches": lambda: embed(clips),  # noqa: B023
+            "product alone": lambda: F.linear(gathered, weight, bias),  # noqa: B023
+        }
         with torch.no_grad():
-            error = ((layer(clips) - product(clips)).norm() / layer(clips).norm()).item()
-            times = [
-                (seconds(lambda: layer(clips), device), seconds(lambda: product(clips), device))  # noqa: B023
-                for _ in range(rounds)
-            ]
-        before, after = (statistics.median(t[i] for t in times) * 1e3 for i in range(2))
-        rows.append({"dtype": str(dtype), "conv3d ms": before, "product ms": after, "difference": error})
-        print(f"{dtype}: Conv3d {before:.2f} ms, product {after:.2f} ms, {before / after:.2f}x, apart by {error:.1e}")
+            error = ((layer(clips) - embed(clips)).norm() / layer(clips).norm()).item()
+            for call in calls.values():
+                call()
+            times = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(rounds)]
+        row: dict[str, Any] = {"dtype": str(dtype), "difference": error}
+        row |= {f"{name} ms": statistics.median(t[name] for t in times) * 1e3 for name in calls}
+        rows.append(row)
+        print(f"{dtype}: " + ", ".join(f"{key} {row[key]:.3g}" for key in row if key != "dtype"), flush=True)
     return rows
 
 
@@ -375,6 +400,9 @@ def main(arguments: list[str] | None = None) -> int:
         choices=("default", "reduce-overhead"),
         help="all contenders through torch.compile, in this mode (speed, unet and profile)",
     )
+    parser.add_argument(
+        "--graphs", action="store_true", help="all contenders' whole steps as CUDA graphs (speed, unet)"
+    )
     parser.add_argument("--channels-last", action="store_true", help="Conv3D in this format alone (speed and unet)")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--steps", type=int, default=400, help="of training (accuracy)")
@@ -394,7 +422,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.claim in TASKS:
         names = options.only or list(METHODS)
         task, first = TASKS[options.claim], not options.channels_last
-        rows = speed(task, options.device, batch, dtype, options.rounds, names, options.compile, first)
+        timed = options.rounds, names, options.compile, first, options.graphs and cuda
+        rows = speed(task, options.device, batch, dtype, *timed)
     elif options.claim == "profile":
         names = options.only or ["Conv3D", "Add"]
         rows = profile(TASKS["speed"], options.device, batch, dtype, names, options.compile)

@@ -58,6 +58,11 @@ def test_bad_arguments_are_named(case):
     assert str(error.value).startswith("effcore.")
 
 
+def test_the_meta_device_gives_shapes():
+    out = conv(*(t.to("meta") for t in (X, S, T, B)), stride=(1, 2, 2))
+    assert out.is_meta and out.shape == (2, 8, 3, 3, 3)
+
+
 def test_second_derivatives_are_refused():
     x = X.double().requires_grad_()
     (dx,) = torch.autograd.grad(conv(x, S.double(), T.double()).square().sum(), x, create_graph=True)

@@ -50,6 +50,8 @@ class _Factorized(nn.Module):
         bias: bool,
     ):
         super().__init__()
+        if min(in_channels, out_channels) < 1:
+            raise ValueError(f"effcore.nn: there must be channels, got {in_channels} in and {out_channels} out")
         self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, bias
         self.kernel_size, self.stride = _triple("kernel_size", kernel_size), _triple("stride", stride)
         if any(k % 2 == 0 for k in self.kernel_size):
@@ -283,6 +285,11 @@ class PatchEmbed3d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}"
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 5 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"effcore.nn.PatchEmbed3d: x must be [batch, {self.in_channels}, frames, height, width] but has shape "
+                f"{list(x.shape)}"
+            )
         (batch, channels), (kt, kh, kw) = x.shape[:2], self.kernel_size
         t, h, w = (n // k for n, k in zip(x.shape[2:], self.kernel_size, strict=True))
         if min(t, h, w) == 0:

@@ -59,7 +59,7 @@ def cross_conv3d(
     """
     _tell_layout(x)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, spatial, temporal = x.to(dtype), spatial.to(dtype), temporal.to(dtype)
         bias = None if bias is None else bias.to(dtype)
