@@ -168,6 +168,7 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
   p.box_bytes = box.rows() * 128, p.halo_bytes = static_cast<int>(halo_rows * 128);
   p.zero_from = p.halo_bytes, p.stage_bytes = static_cast<int>(ceil_div(halo_rows + lines.margin, 8) * 1024);
   p.blocks = static_cast<int>(problem.padded_channels / 64);
+  p.half_blocks = (from.size[1] - 1) % 64 < 32 ? 1 : 0;
   p.packed = !in_place;
   p.columns = static_cast<int>(to.size[1]);
   p.out = to.data;

@@ -14,7 +14,8 @@
 // dropped. For 3 x 3 + 2 taps that is 1.14 + 2 boxes instead of the 11 that taps read one by one.
 //
 // Where there are fewer tiles than half of the device, a cluster of two blocks shares one: each sums half of the channels,
-// gives the other its sums of half of the positions through distributed shared memory, and stores the other half.
+// gives the other its sums of half of the positions through distributed shared memory, and stores the other half. (Clusters
+// that part the positions instead and fetch the weights for each other by multicast were tried: 5 % slower.)
 //
 // Kernels with their channels inside (channels_last_3d) are read where they lie, as rows of input channels for the gradient of
 // the data, which wgmma then reads transposed. The middle of the cross has two kernels: both come, and are added in float32 and
@@ -61,6 +62,7 @@ struct LinesParams {
   int voxel_stages, weight_stages, stage_bytes, box_bytes, halo_bytes, zero_from;
   int received_from;           // the other block's sums, behind everything else
   int frames_of_taps, blocks;  // blocks: of 64 channels
+  int half_blocks;             // 1 where the last of them has at most 32
   bool packed;
   int columns;
   void* out;
@@ -239,6 +241,8 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
           }
         }
     }
+    // Where blocks have one tile each, little hides their beginning: the next kernel's may pass theirs meanwhile.
+    if (p.items <= items) let_next_kernel_begin();
     return;
   }
 
@@ -271,12 +275,14 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
       if (read_weights >= 0) sm90::Barrier::arrive(&shared.weights.empty[read_weights]);
       if (read_voxels >= 0) sm90::Barrier::arrive(&shared.voxels.empty[read_voxels]);
     };
-    for (int block = begin; block < blocks; ++block)
-      for (int i = 0; i < p.frames_of_taps; ++i) {
+    // Blocks of channels of which Depth * 16 exist.
+    const auto sum_blocks = [&]<int Depth>(int count, std::integral_constant<int, Depth>) {
+      for (int i = 0; i < count * p.frames_of_taps; ++i) {
+        const LoadedFrame& frame = p.frame[i % p.frames_of_taps];
         shared.voxels.wait_full(voxel_turn);
         const std::uint32_t voxels = shared_address(memory + voxel_turn.stage * p.stage_bytes);
-        const int end = p.frame[i].first + p.frame[i].taps;
-        for (int tap = p.frame[i].first; tap < end; ++tap) {
+        const int end = frame.first + frame.taps;
+        for (int tap = frame.first; tap < end; ++tap) {
           shared.weights.wait_full(weight_turn);
           char* const weights = weight_memory + weight_turn.stage * weight_bytes;
           const int stage = weight_turn.stage;
@@ -293,8 +299,8 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
           const sm90::SharedOperand<false> b(rows, First, false), c(rows + First * 128, Second, false);
           pin();
           sm90::wgmma_begin();
-          sm90::multiply<T, First, 4, Transposed, false>(first, a, b, true);
-          if constexpr (Second > 0) sm90::multiply<T, Second, 4, Transposed, false>(second, a, c, true);
+          sm90::multiply<T, First, Depth, Transposed, false>(first, a, b, true);
+          if constexpr (Second > 0) sm90::multiply<T, Second, Depth, Transposed, false>(second, a, c, true);
           sm90::wgmma_commit();
           sm90::wgmma_wait<1>();
           release();
@@ -302,9 +308,14 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
         }
         voxel_turn.next(p.voxel_stages);
       }
-    sm90::wgmma_wait<0>();
-    pin();
-    release();
+      sm90::wgmma_wait<0>();
+      pin();
+      release();
+      read_weights = read_voxels = -1;
+    };
+    const int halves = blocks == p.blocks ? p.half_blocks : 0;
+    sum_blocks(blocks - begin - halves, std::integral_constant<int, 4>{});
+    if (halves != 0) sum_blocks(halves, std::integral_constant<int, 2>{});
 
     asm volatile("bar.sync 1, 256;" ::: "memory");  // the offsets are there
     const int lane = threadIdx.x % 32, row = item % p.column_blocks * Columns + own_column + threadIdx.x % 128 / 32 * 16;
@@ -324,14 +335,17 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
       if (rank == 0) {
         send<half, First / 2 - half>(first, received, &shared.received, 1);
         wait_in_cluster(&shared.received);
+        cute::cluster_arrive();
         add_received<0, half>(first, received);
         store_lines<T, 0, middle>(first, shared.offset, to, add, columns_exist);
       } else {
         send<0, half>(first, received, &shared.received, 0);
         wait_in_cluster(&shared.received);
+        cute::cluster_arrive();
         add_received<half, First / 2 - half>(first, received);
         store_lines<T, middle, First>(first, shared.offset, to, add, columns_exist);
       }
+      cute::cluster_wait();  // neither block ends, and gives up its memory, before it has the other's sums
     } else {
       store_lines<T, 0, First>(first, shared.offset + own_position, to, add, columns_exist);
       if constexpr (Second > 0) store_lines<T, 0, Second>(second, shared.offset + First, to, add, columns_exist);
