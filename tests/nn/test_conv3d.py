@@ -134,6 +134,22 @@ def test_patches_are_one_product(size):
         made(x[:, :, :1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 19, 20])
+def test_patches_are_the_same_however_they_are_gathered(dtype, width):
+    """By words, by elements (a width of 19, no contiguous lines, gradients), and as torch's convolution."""
+    made = blocks.PatchEmbed3d(3, 10, (2, 2, 4)).to(dtype)
+    x = torch.randn(2, 3, 4, 6, width).to(dtype)
+    assert made._moves_words(x) == (width % 4 == 0)
+    out = made(x)
+    assert torch.equal(out, made(x.transpose(0, 1).contiguous().transpose(0, 1)))
+    assert torch.equal(out, made(x.clone().requires_grad_()))
+    exact = F.conv3d(x.double(), made.weight.double(), made.bias.double(), (2, 2, 4))
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.03)
+    gradient = torch.autograd.grad(out.sum(), made.weight)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(made(x.clone().requires_grad_()).sum(), made.weight)[0])
+
+
 def test_bad_arguments_are_named():
     cases = {
         "kernel_size must be odd": lambda: blocks.CrossConv3d(3, 4, kernel_size=2),
