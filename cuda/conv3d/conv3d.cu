@@ -296,8 +296,9 @@ bool sum_on_hopper([[maybe_unused]] const char* function, [[maybe_unused]] const
   const std::int64_t* step = args.geometry.stride;
   r.splits = static_cast<int>(sums.splits), r.padded_columns = static_cast<int>(sums.columns);
   r.padded_depth = static_cast<int>(sums.taps * sums.channels);
-  return hopper::weights(function, {args.x, args.dout, forward_taps(taps, args.geometry), {step[0], step[1], step[2]}}, sums,
-                         launch);
+  r.tiles = hopper::weights(function, {args.x, args.dout, forward_taps(taps, args.geometry), {step[0], step[1], step[2]}}, sums,
+                            launch);
+  return r.tiles;
 #else
   return false;
 #endif
@@ -385,12 +386,11 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
   if (!sum_on_hopper(f, args, taps, r, launch)) sum(f, args, taps, r, launch);
 
   // More threads than four share the splits only where there would be few.
-  const std::int64_t threads = std::int64_t{r.padded_depth} / 4 * r.columns;
+  const std::int64_t threads = std::int64_t{r.padded_depth} / 4 * r.padded_columns;
   r.parts = 1;
   while (4 * r.parts <= r.splits && r.parts < (4 * threads < reducing_threads ? 8 : 4)) r.parts *= 2;
 
-  const dim3 blocks(static_cast<unsigned>(ceil_div(r.padded_depth, 4 * reduce_threads / r.parts)),
-                    static_cast<unsigned>(r.columns));
+  const dim3 blocks(static_cast<unsigned>(ceil_div(threads, reduce_threads / r.parts)));
   with_type(f, args.x.dtype, [&](auto zero) {
     launch_overlapping(f, reduce_kernel<decltype(zero)>, blocks, reduce_threads, 0, static_cast<cudaStream_t>(launch.stream),
                        r);

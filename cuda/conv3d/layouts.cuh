@@ -53,18 +53,34 @@ __global__ void __launch_bounds__(pack_side* pack_rows) pack_kernel(const __grid
 
 constexpr int reduce_threads = 256;
 
-// Adds the partial sums of four channels of one tap a thread, in the same order whatever the device; `parts` rows of threads
-// take every parts-th split each.
+// Which four sums stand at float4 i of the partial sums: of one tap and column, and of neighbouring channels from `channel` on.
+struct SumPlace {
+  int tap, column, channel;
+};
+
+__device__ __forceinline__ SumPlace place_of_sums(const ReduceParams& p, int i) {
+  if (!p.tiles) {
+    const int quads = p.padded_depth / 4, depth = i % quads * 4;
+    return {depth / p.padded_channels, i / quads, depth % p.padded_channels};
+  }
+  const int tile = i / 1024, panels = p.padded_channels / 64, thread = i % 64 * 2, rows = i % 1024 / 64;
+  const int row = thread / 32 * 16 + rows % 2 * 8 + thread % 32 / 4;
+  return {tile / panels % p.taps, tile / panels / p.taps * 64 + row, tile % panels * 64 + rows / 2 * 8 + thread % 4 * 2};
+}
+
+// Adds the partial sums up, four a thread, in the same order whatever the device; `parts` rows of threads take every parts-th
+// split each.
 template <class T>
 __global__ void __launch_bounds__(reduce_threads) reduce_kernel(const __grid_constant__ ReduceParams p) {
   __shared__ float4 shares[reduce_threads];
   const int width = reduce_threads / p.parts, part = threadIdx.x / width;
-  const int i = (static_cast<int>(blockIdx.x) * width + static_cast<int>(threadIdx.x) % width) * 4, n = blockIdx.y;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * width + threadIdx.x % width;
   const std::int64_t size = static_cast<std::int64_t>(p.padded_columns) * p.padded_depth;
   float4 sum{};
   wait_for_kernel_before();
-  if (i < p.padded_depth) {
-    const float* const from = p.partial + static_cast<std::int64_t>(n) * p.padded_depth + i;
+  const bool exists = 4 * i < size;
+  if (exists) {
+    const float* const from = p.partial + 4 * i;
 #pragma unroll 8
     for (int split = part; split < p.splits; split += p.parts) {
       const float4 x = *reinterpret_cast<const float4*>(from + split * size);
@@ -80,9 +96,10 @@ __global__ void __launch_bounds__(reduce_threads) reduce_kernel(const __grid_con
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
   }
-  const int tap = i / p.padded_channels, c = i % p.padded_channels;
-  if (tap >= p.taps || c >= p.channels) return;
-  const auto store = [&](void* kernels, std::int64_t column_stride, std::int64_t channel_stride, int at) {
+  if (!exists) return;
+  const auto [tap, n, c] = place_of_sums(p, static_cast<int>(i));
+  if (tap >= p.taps || n >= p.columns || c >= p.channels) return;
+  const auto store = [&, n = n, c = c](void* kernels, std::int64_t column_stride, std::int64_t channel_stride, int at) {
     if (at < 0) return;
     T* const to = static_cast<T*>(kernels) + n * column_stride + c * channel_stride + at;
     if (channel_stride == 1) {

@@ -77,6 +77,7 @@ struct WeightsParams {
 struct ReduceParams {
   const float* partial;
   int splits, padded_columns, padded_depth, padded_channels;  // [splits][padded_columns][padded_depth: taps, padded_channels]
+  bool tiles;                                                 // or in tiles of 64 x 64 (hopper/weights.h)
   int parts;                                                  // see reduce_kernel
   int columns, channels, taps;
   std::int64_t spatial_column, spatial_channel, temporal_column, temporal_channel;

@@ -74,6 +74,10 @@ PROBLEMS = [
     # A last block of 32 channels or fewer; in pairs of blocks.
     (2, 96, 128, (4, 28, 28), (3, 3, 3), 1, "same"),
     (1, 288, 160, (2, 14, 14), (3, 3, 3), 1, "same"),
+    # Gradients of 128 output channels at a time: taps that divide into blocks unevenly; sides of 7 and none.
+    (1, 64, 128, (2, 10, 9), (1, 5, 7), 1, "same"),
+    (2, 72, 128, (9, 14, 14), (5, 3, 3), 1, "same"),
+    (2, 128, 256, (3, 28, 21), (3, 3, 3), (1, 2, 2), "same"),
 ]
 
 
@@ -257,6 +261,7 @@ SMALL = [
     (1, 16, 40, (4, 96, 96), (3, 3, 3), 1, "same"),  # enough positions for tall blocks
     (1, 16, 72, (4, 96, 96), (3, 3, 3), 1, "same"),
     (1, 128, 136, (2, 14, 14), (3, 3, 3), 1, "same"),  # few enough tiles for pairs of blocks
+    (1, 96, 128, (2, 14, 14), (3, 3, 3), 1, "same"),  # a block of 32 channels; deep steps
     (1, 5, 3, (2, 5, 4), (3, 3, 3), 2, "same"),
 ]
 

@@ -25,15 +25,19 @@ struct Box {
   constexpr int rows() const { return line() * h; }
 };
 
-// The box of `rows` positions, its sides powers of two as `rows` is, that covers a grid at the least cost(boxes, rows with
-// halo); w = 0 where none has at most `most_rows` with the halo.
+// Sides of boxes: powers of two, and seven times these for the grids of 7 * 2^n that are common.
+constexpr int box_sides[] = {1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 256};
+
+// The box of `rows` positions that covers a grid at the least cost(boxes, rows with halo); w = 0 where none has at most
+// `most_rows` with the halo.
 template <class Cost>
 Box choose_box(int rows, int most_rows, const std::int64_t grid[3], std::int64_t batch, int halo, const Cost& cost) {
   Box best;
   double least = std::numeric_limits<double>::infinity();
-  for (int h = 1; h <= std::min(rows, 16); h *= 2)
-    for (int b = 1; b * h <= rows; b *= 2)
-      for (int t = 1; t * b * h <= rows; t *= 2) {
+  for (const int h : box_sides)
+    for (const int b : box_sides)
+      for (const int t : box_sides) {
+        if (h > 16 || rows % (t * b * h) != 0) continue;
         const Box box{rows / (t * b * h), t, b, h};
         const int with_halo = box.line() * (h + halo);
         if (with_halo > most_rows || box.line() % 8 != 0) continue;

@@ -1,17 +1,19 @@
 // dW[n, (tap, c)] = sum over positions of dout[position, n] x[position moved by the tap, c] on sm_90a: a product whose depth is
 // the positions, cut into `splits` ranges of boxes whose sums a second kernel adds in order: deterministic, without atomics.
 //
-// Bound: the second-level cache (boxes.h), 24 bytes a cycle and multiprocessor. Therefore a block takes 64 output channels x 64
-// channels for (almost) all taps at once, so that one box of dout serves 11 taps, and a box of x with a halo those of a column
-// of the kernel: 54 KB for 64 positions, 104 FLOPs a byte. The accumulators, 11 x 64 x 64, take most of the registers.
-// (Blocks of a cluster that fetch x for each other by multicast were tried: 10 % slower.)
-// (So were clusters of splits that add up through each other's shared memory before they write: no faster in pairs, and half as
-// fast in fours and eights, which the device's groups of multiprocessors do not hold without leaving some idle.)
+// Bound: the second-level cache (boxes.h), 24 bytes a cycle and multiprocessor, and the registers, which hold 12 accumulators
+// of 64 x 64. A block takes 64 output channels x 64 channels for (almost) all taps at once, so that one box of dout serves 11
+// taps, and a box of x with a halo those of a column of the kernel: 54 KB for 64 positions, 104 FLOPs a byte. Or, where there
+// are enough output channels, 128 of them for half of the taps: 36 and 42 KB, 144 FLOPs a byte. (Blocks of a cluster that fetch
+// x for each other by multicast were tried: 10 % slower.) (So were clusters of splits that add up through each other's shared
+// memory before they write: no faster in pairs, and half as fast in fours and eights, which the device's groups of
+// multiprocessors do not hold without leaving some idle.)
 //
-// Three warpgroups sum up to four taps each, in one or two sequences that read x at equal distances: lines of one box, or boxes
-// of equal size. Both operands stand in shared memory with the positions as rows, and wgmma reads them transposed. Its B
-// operand of 64 columns a panel takes the distance of the taps as that of its panels: the panels overlap, and a sequence is one
-// instruction, m64 n(64 * taps) k16. Positions of a box beyond the grid are zeros in dout.
+// Three warpgroups sum up to four taps of 64 output channels each, in one or two sequences that read x at equal distances:
+// lines of one box, or boxes of equal size. Of 128 output channels two warpgroups take the halves for the same four taps, the
+// third both halves of two more. Both operands stand in shared memory with the positions as rows, and wgmma reads them
+// transposed. Its B operand of 64 columns a panel takes the distance of the taps as that of its panels: the panels overlap, and
+// a sequence is one instruction, m64 n(64 * taps) k16. Positions of a box beyond the grid are zeros in dout.
 #pragma once
 #include <cuda.h>
 
@@ -19,6 +21,7 @@
 
 #include "common/overlap.cuh"
 #include "conv3d/hopper/boxes.h"
+#include "conv3d/hopper/weights.h"
 #include "hopper/pipeline.cuh"
 #include "hopper/wgmma.cuh"
 
@@ -26,19 +29,19 @@ namespace effcore::cuda::conv3d::hopper {
 
 namespace sm90 = effcore::cuda::hopper;
 
-constexpr int depth_of_step = 64, summing_warpgroups = 3, taps_of_warpgroup = 4;
+constexpr int summing_warpgroups = 3, taps_of_warpgroup = 4;
 constexpr int weights_threads = (summing_warpgroups + 1) * 128, summing_registers = 160, fetching_registers = 24;
 constexpr int most_weights_stages = 4, most_tap_blocks = 16;
 
 // A box of x in a stage.
 struct LoadedBox {
-  std::int16_t t, h, w, row;  // offset from a position, and where it stands behind the 64 rows of dout
+  std::int16_t t, h, w, row;  // offset from a position, and where it stands in the stage, behind dout
   bool halo;
 };
 
-// Taps that read rows first, first + distance, ... of a stage.
+// Taps that read rows first, first + distance, ... of a stage, and which 64 of the output channels they meet.
 struct Sequence {
-  std::int16_t first, distance, taps;
+  std::int16_t first, distance, taps, half;
 };
 
 // What one warpgroup sums.
@@ -57,9 +60,9 @@ struct TiledWeightsParams {
   CUtensorMap dout, box, box_with_halo;
   Tiling tiling;
   int stages, stage_bytes;
-  int column_panels, channel_panels, splits;  // panels of 64
-  float* partial;                             // [splits][column_panels * 64][depth]
-  std::int64_t depth;                         // taps * channel_panels * 64
+  int halves, column_panels, channel_panels, splits;  // panels of halves * 64, and of 64
+  float* partial;                                     // PartialSums
+  std::int64_t panel_sums;                            // of 64 output channels: their tiles
   TapBlock tap_block[most_tap_blocks];
 };
 
@@ -74,12 +77,13 @@ template <>
 struct Sums<0> {};
 
 // One sequence's products of a stage.
-template <class T, int Taps>
-__device__ __forceinline__ void multiply_stage(Sums<Taps>& sums, std::uint32_t stage, const Sequence& sequence) {
+template <class T, int Depth, int Taps>
+__device__ __forceinline__ void multiply_stage(Sums<Taps>& sums, std::uint32_t stage, const Sequence& sequence,
+                                               std::uint32_t half) {
   if constexpr (Taps > 0) {
-    const sm90::SharedOperand<true> a(stage, depth_of_step, false);
+    const sm90::SharedOperand<true> a(stage + half, Depth, false);
     const sm90::SharedOperand<true> b(stage + static_cast<std::uint32_t>(sequence.first * 128), sequence.distance, false);
-    sm90::multiply<T, 64 * Taps, depth_of_step / 16, true, true>(sums.of, a, b, true);
+    sm90::multiply<T, 64 * Taps, Depth / 16, true, true>(sums.of, a, b, true);
   }
 }
 
@@ -89,31 +93,36 @@ __device__ __forceinline__ void pin(Sums<Taps>& sums) {
 }
 
 template <int Taps>
-__device__ __forceinline__ void store(const Sums<Taps>& sums, const std::int16_t* number, const TiledWeightsParams& p,
-                                      float* partial) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+__device__ __forceinline__ void store(const Sums<Taps>& sums, const std::uint32_t* offset, float* partial) {
 #pragma unroll
   for (int n = 0; n < 8 * Taps; ++n) {
-    float* const to = partial + row * p.depth + number[n / 8] * (p.channel_panels * 64) + n % 8 * 8 + lane % 4 * 2;
-    *reinterpret_cast<float2*>(to) = make_float2(sums.of[4 * n], sums.of[4 * n + 1]);
-    *reinterpret_cast<float2*>(to + 8 * p.depth) = make_float2(sums.of[4 * n + 2], sums.of[4 * n + 3]);
+    auto* const to = reinterpret_cast<float2*>(partial + offset[n / 8]) + n % 8 * 256;
+    to[0] = make_float2(sums.of[4 * n], sums.of[4 * n + 1]);
+    to[128] = make_float2(sums.of[4 * n + 2], sums.of[4 * n + 3]);
   }
 }
 
-// One warpgroup's sums over `steps` stages, as [64][depth] at `partial`.
-template <class T, int First, int Second>
+// One warpgroup's sums over `steps` stages, as tiles at `partial`.
+template <class T, int Depth, int First, int Second>
 __device__ __forceinline__ void sum_taps(const TiledWeightsParams& p, const Unit& unit, char* memory, WeightsRing& ring,
                                          int steps, float* partial) {
   Sums<First> first{};
   Sums<Second> second{};
   WeightsTurn turn, read;
+  const auto half_of = [&](int which) { return static_cast<std::uint32_t>(unit.sequence[which].half * Depth * 128); };
+  const std::uint32_t halves[2] = {half_of(0), half_of(1)};
+  std::uint32_t offset[First + Second];
+#pragma unroll
+  for (int i = 0; i < First + Second; ++i)
+    offset[i] = static_cast<std::uint32_t>(unit.sequence[i < First ? 0 : 1].half * p.panel_sums +
+                                           unit.number[i] * p.channel_panels * sums_of_tile + threadIdx.x % 128 * 2);
   for (int s = 0; s < steps; ++s) {
     ring.wait_full(turn);
     const std::uint32_t stage = shared_address(memory + turn.stage * p.stage_bytes);
     pin(first), pin(second);
     sm90::wgmma_begin();
-    multiply_stage<T>(first, stage, unit.sequence[0]);
-    multiply_stage<T>(second, stage, unit.sequence[1]);
+    multiply_stage<T, Depth>(first, stage, unit.sequence[0], halves[0]);
+    multiply_stage<T, Depth>(second, stage, unit.sequence[1], halves[1]);
     sm90::wgmma_commit();
     sm90::wgmma_wait<1>();
     if (s > 0 && threadIdx.x % 128 == 0) ring.release(read);  // what the product before has read
@@ -122,11 +131,12 @@ __device__ __forceinline__ void sum_taps(const TiledWeightsParams& p, const Unit
   }
   sm90::wgmma_wait<0>();
   pin(first), pin(second);
-  store(first, unit.number, p, partial);
-  if constexpr (Second > 0) store(second, unit.number + First, p, partial);
+  store(first, offset, partial);
+  if constexpr (Second > 0) store(second, offset + First, partial);
 }
 
-template <class T>
+// Depth: positions of a step.
+template <class T, int Depth>
 __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(const __grid_constant__ TiledWeightsParams p) {
   extern __shared__ __align__(1024) char memory[];
   auto& ring = *reinterpret_cast<WeightsRing*>(memory + p.stages * p.stage_bytes);
@@ -159,7 +169,9 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
         ring.expect(turn, taps.bytes);
         char* const stage = memory + turn.stage * p.stage_bytes;
         sm90::BarrierWord* const full = &ring.full[turn.stage];
-        cute::SM90_TMA_LOAD_5D::copy(&p.dout, full, keep, stage, column_panel * 64, at.w, at.t, at.b, at.h);
+        for (int half = 0; half < p.halves; ++half)
+          cute::SM90_TMA_LOAD_5D::copy(&p.dout, full, keep, stage + half * Depth * 128, (column_panel * p.halves + half) * 64,
+                                       at.w, at.t, at.b, at.h);
         for (int i = 0; i < taps.boxes; ++i) {
           const LoadedBox& box = taps.box[i];
           const CUtensorMap* const map = box.halo ? &p.box_with_halo : &p.box;
@@ -174,11 +186,11 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
     cutlass::arch::warpgroup_reg_alloc<summing_registers>();
     if (warpgroup < taps.units) {
       const Unit& unit = taps.unit[warpgroup];
-      float* const partial = p.partial +
-                             (static_cast<std::int64_t>(blockIdx.y) * p.column_panels + column_panel) * 64 * p.depth +
-                             channel_panel * 64;
+      float* const partial =
+          p.partial + (static_cast<std::int64_t>(blockIdx.y) * p.column_panels + column_panel) * p.halves * p.panel_sums +
+          channel_panel * sums_of_tile;
       const auto sum = [&]<int First, int Second>(std::integer_sequence<int, First, Second>) {
-        sum_taps<T, First, Second>(p, unit, memory, ring, steps, partial);
+        sum_taps<T, Depth, First, Second>(p, unit, memory, ring, steps, partial);
       };
       switch (unit.sequence[0].taps * 4 + unit.sequence[1].taps) {
         case 3 * 4 + 1: sum(std::integer_sequence<int, 3, 1>{}); break;
@@ -186,6 +198,7 @@ __global__ void __launch_bounds__(weights_threads, 1) conv3d_weights_kernel(cons
         case 2 * 4 + 2: sum(std::integer_sequence<int, 2, 2>{}); break;
         case 2 * 4 + 1: sum(std::integer_sequence<int, 2, 1>{}); break;
         case 2 * 4: sum(std::integer_sequence<int, 2, 0>{}); break;
+        case 1 * 4 + 1: sum(std::integer_sequence<int, 1, 1>{}); break;
         default: sum(std::integer_sequence<int, 1, 0>{});
       }
     }

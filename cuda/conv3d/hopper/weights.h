@@ -14,7 +14,11 @@ struct WeightsProblem {
   std::int64_t step[3];
 };
 
-// Partial sums [splits][columns][taps][channels], both padded to multiples of 64.
+// Partial sums [splits][columns / 64][taps][channels / 64] of tiles of 64 columns x 64 channels, both padded to multiples
+// of 64. Tiles lie as warpgroups hold them (wgmma.cuh), [columns / 8][upper and lower rows][threads] of two sums, so that warps
+// write and read whole lines.
+constexpr int sums_of_tile = 64 * 64;
+
 struct PartialSums {
   std::int64_t splits, columns, channels, taps;
 
