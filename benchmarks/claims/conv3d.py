@@ -412,6 +412,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the numbers")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
+    if options.graphs and not cuda:
+        parser.error("--graphs needs a CUDA device")
     batch = options.batch or (2 if not cuda else 4 if options.claim == "unet" else 32)
     dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
     if options.join:
@@ -422,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.claim in TASKS:
         names = options.only or list(METHODS)
         task, first = TASKS[options.claim], not options.channels_last
-        timed = options.rounds, names, options.compile, first, options.graphs and cuda
+        timed = options.rounds, names, options.compile, first, options.graphs
         rows = speed(task, options.device, batch, dtype, *timed)
     elif options.claim == "profile":
         names = options.only or ["Conv3D", "Add"]
