@@ -67,7 +67,7 @@ def test_weights_that_moved_are_read_where_they_are():
     net, tokens, logits = model("fac"), ids(2, 30), []
     with torch.no_grad():
         for moves in (False, True):
-            cache = FlowHNCache(net.config, 40)
+            cache = FlowHNCache(net.config, 42)
             net(tokens, past_key_values=cache)
             for i in range(4):
                 net(tokens[:, i : i + 1], past_key_values=cache)
