@@ -276,6 +276,11 @@ def test_bad_arguments_are_named():
         (lambda: net(ids(1, 4), attention_mask=torch.tensor([[1, 0, 1, 1]])), "attention_mask has a hole"),
         (lambda: net(ids(1, 4), attention_mask=torch.ones(1, 5)), r"attention_mask must be \[1, 4\]"),
         (lambda: net(), "give input_ids or inputs_embeds"),
+        (
+            lambda: net(ids(1, 4), past_key_values=FlowHNCache(config(num_hidden_layers=2))),
+            "for 2 blocks, the model has 3",
+        ),
+        (lambda: net(ids(3, 1), past_key_values=net(ids(2, 4)).past_key_values), "the cache holds 2 rows, got 3"),
     ):
         with pytest.raises(Exception, match=message):
             call()
@@ -283,8 +288,19 @@ def test_bad_arguments_are_named():
         net(ids(1, 4), output_attentions=True)
 
 
-def test_an_empty_text():
-    assert model()(ids(2, 0)).logits.shape == (2, 0, 50)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_short_texts(strategy, tokens):
+    net, text = model(strategy), ids(2, 1 + tokens)
+    assert net(text[:, :tokens]).logits.shape == (2, tokens, 50)
+    with torch.no_grad():  # behind nothing, and with nothing behind
+        cache = FlowHNCache(net.config)
+        parts = [
+            net(text[:, i:j], past_key_values=cache).logits for i, j in ((0, tokens), (tokens, 1 + tokens), (0, 0))
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1), net(text).logits, rtol=1e-4, atol=1e-4)
+    net.train()(text[:, :tokens]).logits.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
 
 
 @pytest.mark.parametrize("size, parameters", [("135M", 135e6), ("350M", 350e6), ("1B", 1e9)])

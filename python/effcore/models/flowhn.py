@@ -69,7 +69,8 @@ class FlowHNModel(FlowHNPreTrainedModel):
             past_key_values: goes on from there.
 
         Raises:
-            ValueError: neither or both of input_ids and inputs_embeds; a mask of another shape or with a hole.
+            ValueError: neither or both of input_ids and inputs_embeds; a mask of another shape or with a hole; a cache of
+                other rows or blocks.
             RuntimeError: gradients behind a static cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -128,6 +129,8 @@ class FlowHNModel(FlowHNPreTrainedModel):
             raise TypeError(
                 f"effcore: past_key_values must be an effcore.models.FlowHNCache, got {type(cache).__name__}"
             )
+        if len(cache.stores) != len(self.layers):
+            raise ValueError(f"effcore: the cache is for {len(cache.stores)} blocks, the model has {len(self.layers)}")
         return cache
 
 
