@@ -1,25 +1,20 @@
-// The forward of the selective scan for up to 16 states: whole channels, or halves of their states, a thread.
+// The forward of the selective scan for up to 16 states: a whole channel a thread.
 //
-// A warp goes alone through a chunk of 32 (or 16) channels, in tiles of 8 (16) tokens, and waits for no other. The rows of the
-// next tile come to shared memory as they are while this one is worked on; a thread makes of them what its channel needs, and
-// keeps it. So only B and C, as floats, are read by more than one thread, and all threads read the same ones at once: half the
-// traffic with shared memory of a tile whose channels and states are spread over threads (forward.cu), and fewer instructions.
-// A token of 32 channels takes about 130 instructions, 80 of them the states' own, where the special functions take 152 cycles
-// on a quarter of a multiprocessor.
-//
-// With `split` 2 a channel's states are two neighbouring threads': they prepare the tokens in turns, and hand each other their
-// part of the sums over states. That is as much work for twice the warps.
+// A warp goes alone through a chunk of 32 channels, in tiles of 8 tokens, and waits for no other. The rows of the next tile
+// come to shared memory as they are while this one is worked on; a thread makes of them what its channel needs, and keeps it.
+// So only B and C, as floats, are read by more than one thread, and all threads read the same ones at once: half the traffic
+// with shared memory of a tile whose channels and states are spread over threads (forward.cu), and fewer instructions. A token
+// of 32 channels takes 137 instructions, 80 of them the states' own, where the special functions take 152 cycles on a quarter
+// of a multiprocessor.
 #pragma once
 #include "common/tile.cuh"
 #include "scan/tiles.cuh"
 
 namespace effcore::cuda::scan {
 
-template <int split_>
-struct Lanes {
-  static constexpr int split = split_, padded = 16;
-  static constexpr int states = padded / split, channels = 32 / split;  // of a thread; of a warp
-  static constexpr int block_channels = warps * channels, tokens = tile * split;
+struct Whole {
+  static constexpr int padded = 16, states = padded, channels = 32;  // of a thread; of a warp
+  static constexpr int block_channels = warps * channels, tokens = tile;
 };
 
 // What a warp has in shared memory.
@@ -73,10 +68,10 @@ struct RowRuns {
   }
 };
 
-// B and C of a tile on their way: a lane's runs of 8 states of one of them.
+// B and C of a tile on their way: a lane's 8 states of one token, of one of them.
 template <class T, class L>
 struct StateRuns {
-  Run<T, 8> held[L::split];
+  Run<T, 8> held;
   const char* at;
   std::int64_t token;
   int row, state;
@@ -88,20 +83,14 @@ struct StateRuns {
     at = from(b, t + row), token = from.token;
   }
   __device__ __forceinline__ void load(int tokens, const ScanParams& p) {
-#pragma unroll
-    for (int i = 0; i < L::split; ++i) {
-      held[i] = load_run<8>(reinterpret_cast<const T*>(at), state, row + 8 * i < tokens ? p.states : 0, p.vector_states);
-      at += 8 * token;
-    }
+    held = load_run<8>(reinterpret_cast<const T*>(at), state, row < tokens ? p.states : 0, p.vector_states);
+    at += L::tokens * token;
   }
   __device__ __forceinline__ void put(float (&B)[L::tokens][L::padded], float (&C)[L::tokens][L::padded]) const {
+    float v[8];
 #pragma unroll
-    for (int i = 0; i < L::split; ++i) {
-      float v[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = held[i][j];
-      store_floats(&(second ? C : B)[row + 8 * i][state], v);
-    }
+    for (int j = 0; j < 8; ++j) v[j] = held[j];
+    store_floats(&(second ? C : B)[row][state], v);
   }
 };
 
@@ -109,16 +98,15 @@ struct StateRuns {
 template <class T, class L, bool outputs>
 __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_constant__ ScanParams p) {
   extern __shared__ __align__(16) char memory[];
-  constexpr int split = L::split, owned = L::states, prepared = L::tokens / split;
-  constexpr int together = 4 / split;  // tokens that a thread prepares at a time
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % split;
+  constexpr int owned = L::states, together = 4;  // tokens that a thread prepares at a time
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto& shared = reinterpret_cast<Lane<T, L>*>(memory)[warp];
   const int blocks = (p.channels + L::block_channels - 1) / L::block_channels, chunk_row = blockIdx.x / blocks;
-  const int first = blockIdx.x % blocks * L::block_channels + warp * L::channels, mine = lane / split, c = first + mine;
+  const int first = blockIdx.x % blocks * L::block_channels + warp * L::channels, c = first + lane;
   Chunks::Chunk chunk;
   if (first >= p.channels || !p.chunks.find(chunk_row, chunk) || (!outputs && chunk.last())) return;
   const bool exists = c < p.channels;
-  const int count = exists ? min(max(p.states - part * owned, 0), owned) : 0;  // of this thread's states
+  const int count = exists ? p.states : 0;
 
   RowRuns<T, L> x(p.x, lane, chunk.batch, chunk.begin, first, p.channels),
       dt(p.dt, lane, chunk.batch, chunk.begin, first, p.channels);
@@ -136,18 +124,16 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
 
   const float bias = exists && p.bias.data != nullptr ? p.bias.at<T>(c) : 0.0f;
   const float D = exists && outputs && p.D.data != nullptr ? p.D.at<T>(c) : 0.0f;
-  // [states][channels] of a chunk or of a piece, this thread's part
-  const auto matrix = [&](float* matrices, std::int64_t row) {
-    return matrices + (row * p.states + part * owned) * p.channels + c;
-  };
+  // [states][channels] of a chunk or of a piece, this thread's column
+  const auto matrix = [&](float* matrices, std::int64_t row) { return matrices + row * p.states * p.channels + c; };
   float A[owned], h[owned], steps = 0.0f;
 #pragma unroll
   for (int n = 0; n < owned; ++n) {
-    A[n] = n < count ? fmaxf(p.A.at<T>(c, part * owned + n) * log2_e, -FLT_MAX) : 0.0f;
+    A[n] = n < count ? fmaxf(p.A.at<T>(c, n) * log2_e, -FLT_MAX) : 0.0f;
     h[n] = 0.0f;
     if (outputs && n < count && !p.single) h[n] = matrix(p.carried, chunk_row)[std::int64_t{n} * p.channels];
     if (outputs && n < count && p.single && p.entering != nullptr)
-      h[n] = p.entering[(std::int64_t{chunk.sequence} * p.channels + c) * p.states + part * owned + n];
+      h[n] = p.entering[(std::int64_t{chunk.sequence} * p.channels + c) * p.states + n];
   }
   const auto store_states = [&](float* to) {
 #pragma unroll
@@ -155,11 +141,12 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
       if (n < count) to[std::int64_t{n} * p.channels] = h[n];
   };
 
-  int turn = 0, keep_at = chunk.begin;  // chunks begin where states are kept
+  int turn = 0, keep_in = 0;  // tokens until states are kept; chunks begin where they are
+  float* kept = outputs && p.kept != nullptr ? matrix(p.kept, kept_row(p, chunk, chunk.begin)) : nullptr;
   for (int t0 = chunk.begin; t0 < chunk.end; t0 += L::tokens, turn ^= 1) {
-    if (outputs && p.kept != nullptr && t0 == keep_at) {
-      store_states(matrix(p.kept, kept_row(p, chunk, t0)));
-      keep_at += p.keep;
+    if (outputs && kept != nullptr) {
+      if (keep_in == 0) store_states(kept), kept += std::int64_t{p.states} * p.channels, keep_in = p.keep;
+      keep_in -= L::tokens;
     }
     async_wait<0>();
     __syncwarp();
@@ -169,17 +156,17 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
     const auto& rows = shared.rows[turn];
     const int left = chunk.end - t0;
 #pragma unroll
-    for (int i0 = 0; i0 < prepared; i0 += together) {
+    for (int i0 = 0; i0 < L::tokens; i0 += together) {
       float step[together], input[together], gate[together], skip[together];
 #pragma unroll
       for (int i = 0; i < together; ++i) {
-        const int t = (i0 + i) * split + part;
-        const float value = to_float(rows.x[t][mine]), sum = to_float(rows.dt[t][mine]) + bias;
+        const int t = i0 + i;
+        const float value = to_float(rows.x[t][lane]), sum = to_float(rows.dt[t][lane]) + bias;
         step[i] = select(p.softplus, softplus_of<T>(sum), sum);
         if (t >= left) step[i] = 0.0f;  // leaves the state as it is
         input[i] = step[i] * value;
         if constexpr (outputs) {
-          const float along = to_float(rows.z[t][mine]);
+          const float along = to_float(rows.z[t][lane]);
           gate[i] = select(gated, along * gate_sigmoid<T>(along), 1.0f), skip[i] = D * value;
         } else {
           steps += step[i];
@@ -187,30 +174,19 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
       }
 #pragma unroll
       for (int i = 0; i < together; ++i) {
-        float y[split];
+        float halves[2] = {};
 #pragma unroll
-        for (int u = 0; u < split; ++u) {
-          const int t = (i0 + i) * split + u;
-          const float s = split == 1 ? step[i] : __shfl_sync(~0u, step[i], u, split);
-          const float in = split == 1 ? input[i] : __shfl_sync(~0u, input[i], u, split);
-          float halves[2] = {};
+        for (int n0 = 0; n0 < owned; n0 += 4) {
+          float from[4], to[4];
+          load_floats(from, &shared.B[i0 + i][n0]);
+          if constexpr (outputs) load_floats(to, &shared.C[i0 + i][n0]);
 #pragma unroll
-          for (int n0 = 0; n0 < owned; n0 += 4) {
-            float from[4], to[4];
-            load_floats(from, &shared.B[t][part * owned + n0]);
-            if constexpr (outputs) load_floats(to, &shared.C[t][part * owned + n0]);
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-              h[n0 + n] = decay(s, A[n0 + n]) * h[n0 + n] + in * from[n];
-              if constexpr (outputs) halves[n % 2] += h[n0 + n] * to[n];
-            }
+          for (int n = 0; n < 4; ++n) {
+            h[n0 + n] = decay(step[i], A[n0 + n]) * h[n0 + n] + input[i] * from[n];
+            if constexpr (outputs) halves[n % 2] += h[n0 + n] * to[n];
           }
-          y[u] = halves[0] + halves[1];
         }
-        if constexpr (outputs) {
-          sum_lanes<1, split, 1>(y, lane);
-          shared.out[(i0 + i) * split + part][mine] = from_float<T>((y[0] + skip[i]) * gate[i]);
-        }
+        if constexpr (outputs) shared.out[i0 + i][lane] = from_float<T>((halves[0] + halves[1] + skip[i]) * gate[i]);
       }
     }
     if constexpr (outputs) {
@@ -219,15 +195,13 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
     }
   }
   if constexpr (outputs) {
-    if (!chunk.last()) return;
-    if (!exists) return;
-    const bool vectors = p.states % owned == 0 && reinterpret_cast<std::uintptr_t>(p.leaving) % 16 == 0;
-    store_run(p.leaving + (std::int64_t{chunk.sequence} * p.channels + c) * p.states, Run<float, owned>::of(h), part * owned,
-              p.states, vectors);
+    if (!chunk.last() || !exists) return;
+    const bool vectors = p.states == owned && reinterpret_cast<std::uintptr_t>(p.leaving) % 16 == 0;
+    store_run(p.leaving + (std::int64_t{chunk.sequence} * p.channels + c) * p.states, Run<float, owned>::of(h), 0, p.states,
+              vectors);
   } else {
     store_states(matrix(p.carried, chunk_row));
-    for (int bit = split / 2; bit > 0; bit /= 2) steps += __shfl_xor_sync(~0u, steps, bit);
-    if (exists && part == 0) p.step_sum[std::int64_t{chunk_row} * p.channels + c] = steps;
+    if (exists) p.step_sum[std::int64_t{chunk_row} * p.channels + c] = steps;
   }
 }
 

@@ -5,11 +5,12 @@
 // Bounds: bytes, x, dt, z and out once each (and the kept states, N / keep floats a token and channel); and instructions: N + 3
 // special functions a token and channel, on 16 lanes of a multiprocessor, and five others a state, on 128.
 //
-// Up to 16 states go through channel_forward.cuh. With more, channels and states are spread over threads (tiles.cuh), and while
-// a tile is worked on the next one is made: step sizes, inputs and gates, in shared memory. That and the tile's first four
-// tokens are one run of instructions without a branch, so that little waits for what stands before it. Threads leave their
-// sums over states in shared memory, and whole rows are written from there.
+// Up to 16 states go through channel_forward.cuh, or spread_forward.cuh where channels are few. With more, channels and states
+// are spread over threads (tiles.cuh), and while a tile is worked on the next one is made: step sizes, inputs and gates, in
+// shared memory. That and the tile's first four tokens are one run of instructions without a branch, so that little waits for
+// what stands before it. Threads leave their sums over states in shared memory, and whole rows are written from there.
 #include "scan/channel_forward.cuh"
+#include "scan/spread_forward.cuh"
 
 namespace effcore::cuda::scan {
 namespace {
@@ -18,7 +19,12 @@ template <class L>
 constexpr int resident = L::padded == 256 ? 2 : 4;  // blocks of a multiprocessor: 128 registers a thread
 
 // Blocks a multiprocessor from which on tokens are gone through once.
-constexpr double whole = 0.75;
+template <class L>
+constexpr double fills = 0.75;
+template <>
+constexpr double fills<Whole> = 2.0;
+template <int split>
+constexpr double fills<Spread<split>> = 0.0;  // in any case
 
 // What the threads of a warp add to the outputs of a tile, a thread's states each. Rows of states and of tokens stand so far
 // apart that neither the threads, which write a token's channels, nor the lanes, which read their share, meet in a bank.
@@ -202,32 +208,40 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
   }
 }
 
-// Calls body(layout{}) with a Tiling for more than 16 states, else with Lanes: of whole channels where these make two warps a
-// scheduler (measured on an H200: as fast by 6 % there, slower by 12 % with one).
+// Calls body(layout{}) with a Tiling for more than 16 states; else with whole channels a thread where these make two warps a
+// scheduler, and spread over 4 or 8 threads where these do. With fewer channels whole ones in chunks are faster (measured on an
+// H200), unless sequences are too short for many chunks.
 template <class Body>
 void with_layout(const Scan& args, const char* function, Body&& body) {
-  const std::int64_t states = args.A.size[1];
+  const std::int64_t states = args.A.size[1], sequences = effcore::scan::sequences(args.x, args.offsets);
   if (states > Tiling<4>::padded) return body(Tiling<16>{});
-  if (states > Lanes<1>::padded) return body(Tiling<4>{});
-  const std::int64_t blocks =
-      ceil_div(args.x.size[2], Lanes<1>::block_channels) * effcore::scan::sequences(args.x, args.offsets);
-  if (blocks >= 2 * device_attribute(cudaDevAttrMultiProcessorCount, function) || args.keep % Lanes<2>::tokens != 0)
-    body(Lanes<1>{});
+  if (states > Whole::padded) return body(Tiling<4>{});
+  const std::int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, function);
+  const auto blocks = [&](std::int64_t channels) { return ceil_div(args.x.size[2], channels) * sequences; };
+  const bool is_short = args.x.size[0] * args.x.size[1] < 512 * sequences;
+  if (blocks(Whole::block_channels) >= 2 * processors || args.keep % Spread<4>::tokens != 0)
+    body(Whole{});
+  else if (10 * blocks(Spread<4>::block_channels) >= 19 * processors)
+    body(Spread<4>{});
+  else if (10 * blocks(Spread<8>::block_channels) >= 15 * processors || is_short)
+    body(Spread<8>{});
   else
-    body(Lanes<2>{});
+    body(Whole{});
 }
 
 ScanParams forward_params(const Scan& args, const char* function) {
   ScanParams p;
-  with_layout(args, function, [&]<class L>(L) { p = params_of<L>(args, resident<L>, whole, function); });
+  with_layout(args, function, [&]<class L>(L) { p = params_of<L>(args, resident<L>, fills<L>, function); });
   return p;
 }
 
 template <class T, class L, bool outputs>
 void launch_pass(const char* f, const ScanParams& p, cudaStream_t stream) {
   const unsigned blocks = grid(p.chunks.rows * ceil_div(p.channels, L::block_channels), f);
-  if constexpr (L::padded == Lanes<1>::padded)
+  if constexpr (std::is_same_v<L, Whole>)
     launch(f, channel_kernel<T, L, outputs>, blocks, threads, warps * sizeof(Lane<T, L>), stream, p);
+  else if constexpr (L::padded == Whole::padded)
+    launch(f, spread_kernel<T, L>, blocks, threads, sizeof(SpreadShared<T, L>), stream, p);
   else
     launch(f, scan_kernel<T, L, outputs>, blocks, threads, sizeof(Shared<L>), stream, p);
 }
@@ -300,7 +314,7 @@ void selective_scan(const Scan& args, const Launch& to) {
   with_type(args.x.dtype, f, [&]<class T>(T) {
     with_layout(args, f, [&]<class L>(L) {
       if (!p.single) {
-        launch_pass<T, L, false>(f, p, stream);
+        if constexpr (fills<L> > 0) launch_pass<T, L, false>(f, p, stream);
         launch(f, carry_kernel<T, false>, grid(ceil_div(p.chunks.sequences * pairs, threads), f), threads, 0, stream, p);
       }
       launch_pass<T, L, true>(f, p, stream);

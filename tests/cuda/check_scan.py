@@ -124,7 +124,8 @@ def scan_leaves(batch, tokens, channels, states, dtype, layout, parts, sequences
     return leaves
 
 
-# batch, tokens, channels, states; cuts of packed sequences. Lengths from 64 on are cut into chunks.
+# batch, tokens, channels, states; cuts of packed sequences. Up to 16 states: a channel over 8 threads; the five last ones over 4
+# threads, and whole ones: in one pass and, from 512 tokens on, in chunks.
 PROBLEMS = [
     (1, 1, 1, 1, None),
     (2, 7, 5, 3, None),
@@ -137,6 +138,11 @@ PROBLEMS = [
     (1, 200, 64, 16, [0, 3, 3, 100, 199, 200]),
     (1, 90, 17, 40, [0, 90]),
     (2, 0, 8, 4, None),
+    (4, 40, 2048, 16, None),
+    (1, 150, 2001, 13, [0, 40, 40, 120, 150]),
+    (17, 20, 2048, 16, None),
+    (1, 650, 70, 16, None),
+    (1, 1200, 33, 9, [0, 530, 1200]),
 ]
 
 
@@ -210,15 +216,19 @@ def check_edges() -> Results:
     leaves["dt"][0, 2, :8], leaves["dt"][0, 3, 8:16], leaves["dt"][0, 1, 16:24] = 6e4, -6e4, 1e-7
     results.append(judge("extreme steps", lambda m, x: m.selective_scan(**x, dt_softplus=True), leaves,
                          [torch.randn(1, 70, 40, device="cuda")]))  # fmt: skip
-    for states in (16, 40):  # what is not a number stays in its channel, and behind its token
-        leaves = scan_leaves(2, 70, 40, states, torch.bfloat16, "plain", True, 2)
+    for tokens, states in (
+        (70, 16),
+        (600, 16),
+        (70, 40),
+    ):  # what is not a number stays in its channel, and behind its token
+        leaves = scan_leaves(2, tokens, 40, states, torch.bfloat16, "plain", True, 2)
         clean = ops.selective_scan(**leaves, dt_softplus=True)
         leaves["dt"][1, 33, 7] = float("nan")
         touched = torch.zeros_like(clean, dtype=torch.bool)
         touched[1, 33:, 7] = True
         out = ops.selective_scan(**leaves, dt_softplus=True)
         good = bool(out[touched].isnan().all()) and torch.equal(out[~touched], clean[~touched])
-        results.append((f"NaN in dt, N={states}", good, ""))
+        results.append((f"NaN in dt, L={tokens} N={states}", good, ""))
     storage = torch.empty((2**31 + 2**20,), dtype=torch.bfloat16, device="cuda")
     big = storage.as_strided((2, 9, 16), (2**31 + 8, 16, 1))
     big.copy_(torch.randn(2, 9, 16))
@@ -431,7 +441,8 @@ def main() -> int:
     report: list[dict[str, Any]] = []
     if options.time:
         for batch, tokens, channels, states in (
-            (8, 2048, 2048, 16), (1, 16384, 2048, 16), (32, 512, 2048, 16), (1, 2048, 2048, 16), (4, 2048, 2048, 64),
+            (8, 2048, 2048, 16), (1, 16384, 2048, 16), (32, 512, 2048, 16), (4, 2048, 2048, 16), (1, 2048, 2048, 16),
+            (4, 2048, 2048, 64),
         ):  # fmt: skip
             time_scan(tokens, channels, batch, states, report)
         time_conv(2048, 2048, 8, report)

@@ -1,0 +1,305 @@
+// The forward of the selective scan for up to 16 states and few channels: a channel's states over 4 or 8 threads of a warp.
+//
+// A sequence can be gone through once, at N + 3 special functions a token and channel, or cut into chunks and gone through
+// twice, at 2 N + 4. Where spreading channels over threads makes enough warps, it does so at less. What it costs are values
+// that several threads need: a token's step size and input, made by one of a channel's threads, and its output, the sum over
+// all of them. They go through shared memory for 16 tokens at once: four tokens' steps are one read, and so are a thread's
+// values of B or C of a token.
+//
+// A turn of the loop works on a tile, makes the steps and inputs of the next one and ends the outputs of the one before. With 8
+// threads a channel there may be one warp a scheduler, and nothing but the warp itself hides what it waits for: there all reads
+// of shared memory stand before all writes, so that none waits for another (`early`: the other order, in fewer registers).
+#pragma once
+#include "common/tile.cuh"
+#include "scan/tiles.cuh"
+
+namespace effcore::cuda::scan {
+
+template <int split_>
+struct Spread {
+  static constexpr bool early = split_ == 4;
+  static constexpr int split = split_, padded = 16, tokens = 16;
+  static constexpr int states = padded / split, channels = 32 / split;  // of a thread; of a warp
+  static constexpr int block_channels = warps * channels;
+  static constexpr int own = tokens / split;  // tokens of a tile that a thread prepares and ends, of its channel
+};
+
+template <class T, class L>
+struct alignas(16) SpreadShared {
+  static constexpr int run = 16 / sizeof(T), row = L::block_channels + run;
+  struct Stage {
+    T rows[3][L::tokens][row];          // x, dt, z
+    T states[2][L::tokens][L::padded];  // B, C
+  };
+  // Rows of 20 floats: 4 or 8 threads that stand at the same token of different rows meet in no bank.
+  struct Warp {
+    float steps[L::channels][L::tokens + 4], inputs[L::channels][L::tokens + 4];
+    float parts[L::channels]
+               [L::split * (L::tokens + 4) + (L::own == 2 ? 16 : 0)];  // of the outputs, a thread's 16 tokens in a row
+  };
+  Stage stages[4];  // of a tile that is ended, of one that is worked on, of one that is made, of one that is on its way
+  float states[2][L::tokens][2 * L::padded];  // of a token: a thread's B and then its C, thread after thread
+  T out[2][L::tokens][row];
+  Warp warp[warps];
+};
+
+// What a thread brings of each tile to shared memory: runs of 16 bytes of x, dt, z, B and C, every fourth warpful of them.
+template <class T, class L>
+struct StageRuns {
+  using Memory = SpreadShared<T, L>;
+  static constexpr int run = Memory::run, of_row = L::block_channels / run, of_states = L::padded / run;
+  static constexpr int quantity = L::tokens * of_row / 32, states = L::tokens * of_states / 32;  // warpfuls of each
+  static constexpr int all = 3 * quantity + 2 * states, mine = (all + warps - 1) / warps;
+  static_assert(quantity * 32 == L::tokens * of_row && states * 32 == L::tokens * of_states);
+  const char* at[mine];  // in the tile to come
+  std::int64_t tile[mine];
+  int place[mine], row[mine];  // elements in a stage; the tile's token, or `none`
+  int first;
+  bool vector;
+  static constexpr int none = 1 << 30;
+
+  __device__ __forceinline__ StageRuns(const ScanParams& p, bool gated, int first, std::int64_t b, int t)
+      : first(first), vector(p.vector && p.vector_states) {
+#pragma unroll
+    for (int i = 0; i < mine; ++i) {
+      const Job job(i);
+      const Rows& from = job.state ? (job.which == 0 ? p.B : p.C) : job.which == 0 ? p.x : job.which == 1 ? p.dt : p.z;
+      const bool any = job.exists() && job.left(p, first) > 0 && (job.state || job.which < 2 || gated);
+      row[i] = any ? job.row : none, tile[i] = L::tokens * from.token;
+      place[i] = (job.state ? 3 * L::tokens * Memory::row + (job.which * L::tokens + job.row) * L::padded
+                            : (job.which * L::tokens + job.row) * Memory::row) +
+                 job.column;
+      at[i] = any ? from(b, t + job.row) + (job.column + (job.state ? 0 : first)) * std::int64_t{sizeof(T)} : p.x.data;
+    }
+  }
+
+  // tokens: left in the chunk; what lies behind them, or behind the row, is 0
+  __device__ __forceinline__ void load(typename Memory::Stage& stage, const ScanParams& p, int tokens) {
+    T* base = &stage.rows[0][0][0];
+#pragma unroll
+    for (int i = 0; i < mine; ++i) {
+      if (all % warps != 0 && i == mine - 1 && !Job(i).exists()) break;
+      const bool any = row[i] < tokens;
+      if (vector)
+        async_copy_16(shared_address(base + place[i]), at[i], any);
+      else
+        *reinterpret_cast<Run<T, run>*>(base + place[i]) =
+            load_run<run>(reinterpret_cast<const T*>(at[i]), 0, any ? Job(i).left(p, first) : 0, false);
+      at[i] += tile[i];
+    }
+    async_commit();
+  }
+
+ private:
+  struct Job {
+    bool state;
+    int number, which, row, column;  // which: of x, dt, z, or of B, C
+    __device__ __forceinline__ explicit Job(int i) {
+      number = threadIdx.x / 32 + i * warps, state = number >= 3 * quantity;
+      which = state ? (number - 3 * quantity) / states : number / quantity;
+      const int k = (state ? (number - 3 * quantity) % states : number % quantity) * 32 + threadIdx.x % 32;
+      const int of = state ? of_states : of_row;
+      row = k / of, column = k % of * run;
+    }
+    __device__ __forceinline__ bool exists() const { return number < all; }
+    __device__ __forceinline__ int left(const ScanParams& p, int first) const {
+      return (state ? p.states : p.channels - first) - column;
+    }
+  };
+};
+
+// Sequences are not cut: p.single.
+template <class T, class L>
+__global__ void __launch_bounds__(threads, L::split == 4 ? 4 : 2) spread_kernel(const __grid_constant__ ScanParams p) {
+  extern __shared__ __align__(16) char memory[];
+  using Memory = SpreadShared<T, L>;
+  constexpr int tokens = L::tokens, own = L::own, states = L::states, run = Memory::run;
+  auto& shared = *reinterpret_cast<Memory*>(memory);
+  // A channel and its neighbour are neighbouring lanes, so that these read the same values of B and C: one access for both.
+  const int lane = threadIdx.x % 32, part = lane / 2 % L::split, mine = lane / (2 * L::split) * 2 + lane % 2,
+            token = part * own;
+  auto& warp = shared.warp[threadIdx.x / 32];
+  const int blocks = (p.channels + L::block_channels - 1) / L::block_channels, chunk_row = blockIdx.x / blocks;
+  const int first = blockIdx.x % blocks * L::block_channels, column = threadIdx.x / 32 * L::channels + mine, c = first + column;
+  Chunks::Chunk chunk;
+  if (!p.chunks.find(chunk_row, chunk)) return;
+  const bool exists = c < p.channels, gated = p.z.data != nullptr;
+  const int count = exists ? min(max(p.states - part * states, 0), states) : 0;  // of this thread's states
+  const int length = chunk.end - chunk.begin;
+
+  using Runs = StageRuns<T, L>;
+  Runs runs(p, gated, first, chunk.batch, chunk.begin);
+#pragma unroll
+  for (int k = 0; k < 2; ++k) runs.load(shared.stages[k], p, length - k * tokens);
+
+  const float bias = exists && p.bias.data != nullptr ? p.bias.at<T>(c) : 0.0f;
+  const float D = exists && p.D.data != nullptr ? p.D.at<T>(c) : 0.0f;
+  float A[states], h[states];
+#pragma unroll
+  for (int n = 0; n < states; ++n) {
+    A[n] = n < count ? fmaxf(p.A.at<T>(c, part * states + n) * log2_e, -FLT_MAX) : 0.0f;
+    h[n] = 0.0f;
+    if (n < count && p.entering != nullptr)
+      h[n] = p.entering[(std::int64_t{chunk.sequence} * p.channels + c) * p.states + part * states + n];
+  }
+
+  // What this thread makes of its tokens of a tile.
+  struct Made {
+    float step[own], input[own];
+  };
+  const auto make = [&](Made& made, const typename Memory::Stage& stage, int left) {
+#pragma unroll
+    for (int u = 0; u < own; ++u) {
+      const float value = to_float(stage.rows[0][token + u][column]), sum = to_float(stage.rows[1][token + u][column]) + bias;
+      made.step[u] = select(p.softplus, softplus_of<T>(sum), sum);
+      if (token + u >= left) made.step[u] = 0.0f;  // leaves the state as it is
+      made.input[u] = made.step[u] * value;
+    }
+  };
+  const auto put = [&](const Made& made) {
+    store_floats(&warp.steps[mine][token], made.step);
+    store_floats(&warp.inputs[mine][token], made.input);
+  };
+  // B and C of a tile as floats: four states of a token a thread.
+  const int state_token = threadIdx.x / 8, of_C = threadIdx.x / 4 % 2, state = threadIdx.x % 4 * 4;
+  const auto put_states = [&](const Run<T, 4>& held, int turn) {
+    float* to = shared.states[turn][state_token] + of_C * states;
+    if constexpr (states == 4) {
+      const float v[4] = {held[0], held[1], held[2], held[3]};
+      store_floats(to + 2 * state, v);
+    } else {
+      const float low[2] = {held[0], held[1]}, high[2] = {held[2], held[3]};
+      store_floats(to + 2 * state, low), store_floats(to + 2 * state + 4, high);
+    }
+  };
+  const auto load_states = [&](const typename Memory::Stage& stage) {
+    return *reinterpret_cast<const Run<T, 4>*>(&stage.states[of_C][state_token][state]);
+  };
+  // The outputs of this thread's tokens of a tile, from what all of the channel's threads left of it.
+  const auto end = [&](float (&y)[own], const typename Memory::Stage& stage) {
+    load_floats(y, &warp.parts[mine][token]);
+#pragma unroll
+    for (int q = 1; q < L::split; ++q) {
+      float other[own];
+      load_floats(other, &warp.parts[mine][q * (tokens + 4) + token]);
+#pragma unroll
+      for (int u = 0; u < own; ++u) y[u] += other[u];
+    }
+#pragma unroll
+    for (int u = 0; u < own; ++u) {
+      const float along = to_float(stage.rows[2][token + u][column]);
+      y[u] = (y[u] + D * to_float(stage.rows[0][token + u][column])) * select(gated, along * gate_sigmoid<T>(along), 1.0f);
+    }
+  };
+  const auto put_outputs = [&](const float (&y)[own], int turn) {
+#pragma unroll
+    for (int u = 0; u < own; ++u) shared.out[turn][token + u][column] = from_float<T>(y[u]);
+  };
+  // Runs of outputs, by the warps that bring fewer rows.
+  constexpr int of_row = L::block_channels / run, stored = tokens * of_row;
+  static_assert(stored <= threads);
+  const int out_run = (threadIdx.x / 32 + warps - Runs::all % warps) % warps * 32 + lane;
+  const int out_row = out_run / of_row, out_column = out_run % of_row * run;
+  const int out_left = out_run < stored ? p.channels - first - out_column : 0;
+  char* out = p.out.data;
+  if (out_left > 0) out = p.out(chunk.batch, chunk.begin + out_row) + (first + out_column) * std::int64_t{sizeof(T)};
+  const auto store_outputs = [&](int k) {  // of tile k, tile after tile
+    if (out_left <= 0 || out_row >= length - k * tokens) return;
+    store_run(reinterpret_cast<T*>(out), *reinterpret_cast<const Run<T, run>*>(&shared.out[k % 2][out_row][out_column]), 0,
+              out_left, p.vector);
+    out += tokens * p.out.token;
+  };
+
+  const int tiles = (length + tokens - 1) / tokens;
+  async_wait<1>();
+  __syncthreads();
+  {
+    Made made;
+    make(made, shared.stages[0], length);
+    put(made), put_states(load_states(shared.stages[0]), 0);
+  }
+  int keep_in = 0;       // tokens until states are kept
+  float* kept = p.kept;  // [states][channels] of the next ones, this thread's part
+  if (kept != nullptr) kept += (kept_row(p, chunk, chunk.begin) * p.states + part * states) * p.channels + c;
+  for (int k = 0; k < tiles; ++k) {
+    async_wait<0>();
+    __syncthreads();  // tile k is made, tile k + 1 is there, the outputs of tile k - 2 are
+    const auto& next = shared.stages[(k + 1) % 4];
+    const int left = length - (k + 1) * tokens;
+    if (kept != nullptr) {
+      if (keep_in == 0) {
+#pragma unroll
+        for (int n = 0; n < states; ++n)
+          if (n < count) kept[std::int64_t{n} * p.channels] = h[n];
+        kept += std::int64_t{p.states} * p.channels, keep_in = p.keep;
+      }
+      keep_in -= tokens;
+    }
+    if (k >= 2) store_outputs(k - 2);
+    runs.load(shared.stages[(k + 2) % 4], p, left - tokens);
+
+    Made made;
+    float y[tokens], ended[own];
+    const Run<T, 4> inputs = load_states(next);
+    end(ended, shared.stages[(k + 3) % 4]);
+    if constexpr (!L::early) make(made, next, left);
+    if constexpr (L::early) {
+      put_outputs(ended, (k + 1) % 2);
+      __syncwarp();
+    }
+#pragma unroll
+    for (int i0 = 0; i0 < tokens; i0 += 4) {
+      float step[4], input[4];
+      load_floats(step, &warp.steps[mine][i0]);
+      load_floats(input, &warp.inputs[mine][i0]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float from[states], to[states];
+        const float* both = &shared.states[k % 2][i0 + i][part * 2 * states];
+        if constexpr (states == 2) {
+          float four[4];
+          load_floats(four, both);
+          from[0] = four[0], from[1] = four[1], to[0] = four[2], to[1] = four[3];
+        } else {
+          load_floats(from, both), load_floats(to, both + states);
+        }
+#pragma unroll
+        for (int n = 0; n < states; ++n) {
+          h[n] = decay(step[i], A[n]) * h[n] + input[i] * from[n];
+          y[i0 + i] = n == 0 ? h[n] * to[n] : y[i0 + i] + h[n] * to[n];
+        }
+      }
+      if constexpr (L::early) {
+        const float four[4] = {y[i0], y[i0 + 1], y[i0 + 2], y[i0 + 3]};
+        store_floats(&warp.parts[mine][part * (tokens + 4) + i0], four);
+      }
+    }
+    if constexpr (L::early) make(made, next, left);
+    __syncwarp();
+    put(made), put_states(inputs, (k + 1) % 2);
+    if constexpr (!L::early) {
+#pragma unroll
+      for (int i0 = 0; i0 < tokens; i0 += 4) {
+        const float four[4] = {y[i0], y[i0 + 1], y[i0 + 2], y[i0 + 3]};
+        store_floats(&warp.parts[mine][part * (tokens + 4) + i0], four);
+      }
+      put_outputs(ended, (k + 1) % 2);
+    }
+  }
+  async_wait<0>();
+  if (tiles > 0) {
+    __syncthreads();
+    if (tiles >= 2) store_outputs(tiles - 2);
+    float ended[own];
+    end(ended, shared.stages[(tiles - 1) % 4]);
+    put_outputs(ended, (tiles - 1) % 2);
+    __syncthreads();
+    store_outputs(tiles - 1);
+  }
+  if (!exists) return;
+  const bool vectors = p.states % states == 0 && reinterpret_cast<std::uintptr_t>(p.leaving) % 16 == 0;
+  store_run(p.leaving + (std::int64_t{chunk.sequence} * p.channels + c) * p.states, Run<float, states>::of(h), part * states,
+            p.states, vectors);
+}
+
+}  // namespace effcore::cuda::scan
