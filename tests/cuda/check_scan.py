@@ -124,8 +124,8 @@ def scan_leaves(batch, tokens, channels, states, dtype, layout, parts, sequences
     return leaves
 
 
-# batch, tokens, channels, states; cuts of packed sequences. Up to 16 states: a channel over 8 threads; the five last ones over 4
-# threads, and whole ones: in one pass and, from 512 tokens on, in chunks.
+# batch, tokens, channels, states; cuts of packed sequences. Up to 16 states: a channel over 8 threads; in the five last ones
+# over 4 threads, and whole ones: in one pass and, from 512 tokens on, in chunks.
 PROBLEMS = [
     (1, 1, 1, 1, None),
     (2, 7, 5, 3, None),
