@@ -22,9 +22,9 @@ constexpr int resident = L::padded == 256 ? 2 : 4;  // blocks of a multiprocesso
 template <class L>
 constexpr double fills = 0.75;
 template <>
-constexpr double fills<Whole> = 2.0;
-template <int split>
-constexpr double fills<Spread<split>> = 0.0;  // in any case
+constexpr double fills<Whole> = 1.9;
+template <int split, int padded>
+constexpr double fills<Spread<split, padded>> = 0.0;  // in any case
 
 // What the threads of a warp add to the outputs of a tile, a thread's states each. Rows of states and of tokens stand so far
 // apart that neither the threads, which write a token's channels, nor the lanes, which read their share, meet in a bank.
@@ -208,25 +208,27 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
   }
 }
 
-// Calls body(layout{}) with a Tiling for more than 16 states; else with whole channels a thread where these make two warps a
-// scheduler, and spread over 4 or 8 threads where these do. With fewer channels whole ones in chunks are faster (measured on an
-// H200), unless sequences are too short for many chunks.
+// Calls body(layout{}). Up to 16 states: whole channels a thread where these make two warps a scheduler, spread over 4 or 8
+// threads where these do. With fewer channels whole ones in chunks are faster (measured on an H200), unless sequences are too
+// short for many chunks. Up to 64 states: spread over 4 threads where these make two warps, else a Tiling, in chunks.
 template <class Body>
 void with_layout(const Scan& args, const char* function, Body&& body) {
   const std::int64_t states = args.A.size[1], sequences = effcore::scan::sequences(args.x, args.offsets);
-  if (states > Tiling<4>::padded) return body(Tiling<16>{});
-  if (states > Whole::padded) return body(Tiling<4>{});
   const std::int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const auto blocks = [&](std::int64_t channels) { return ceil_div(args.x.size[2], channels) * sequences; };
-  const bool is_short = args.x.size[0] * args.x.size[1] < 512 * sequences;
-  if (blocks(Whole::block_channels) >= 2 * processors || args.keep % Spread<4>::tokens != 0)
-    body(Whole{});
-  else if (10 * blocks(Spread<4>::block_channels) >= 19 * processors)
-    body(Spread<4>{});
-  else if (10 * blocks(Spread<8>::block_channels) >= 15 * processors || is_short)
-    body(Spread<8>{});
-  else
-    body(Whole{});
+  const auto fill = [&](std::int64_t block_channels, double wanted) {
+    return static_cast<double>(ceil_div(args.x.size[2], block_channels) * sequences) >=
+           wanted * static_cast<double>(processors);
+  };
+  const bool may_spread = args.keep % Spread<4>::tokens == 0, is_short = args.x.size[0] * args.x.size[1] < 512 * sequences;
+  if (states > Tiling<4>::padded) return body(Tiling<16>{});
+  if (states > Whole::padded) {
+    if (may_spread && fill(Spread<4, 64>::block_channels, 1.9)) return body(Spread<4, 64>{});
+    return body(Tiling<4>{});
+  }
+  if (!may_spread || fill(Whole::block_channels, fills<Whole>)) return body(Whole{});
+  if (fill(Spread<4>::block_channels, 1.9)) return body(Spread<4>{});
+  if (is_short || fill(Spread<8>::block_channels, 1.5)) return body(Spread<8>{});
+  body(Whole{});
 }
 
 ScanParams forward_params(const Scan& args, const char* function) {
@@ -240,7 +242,7 @@ void launch_pass(const char* f, const ScanParams& p, cudaStream_t stream) {
   const unsigned blocks = grid(p.chunks.rows * ceil_div(p.channels, L::block_channels), f);
   if constexpr (std::is_same_v<L, Whole>)
     launch(f, channel_kernel<T, L, outputs>, blocks, threads, warps * sizeof(Lane<T, L>), stream, p);
-  else if constexpr (L::padded == Whole::padded)
+  else if constexpr (fills<L> == 0)
     launch(f, spread_kernel<T, L>, blocks, threads, sizeof(SpreadShared<T, L>), stream, p);
   else
     launch(f, scan_kernel<T, L, outputs>, blocks, threads, sizeof(Shared<L>), stream, p);

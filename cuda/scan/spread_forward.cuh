@@ -15,12 +15,14 @@
 
 namespace effcore::cuda::scan {
 
-template <int split_>
+template <int split_, int padded_ = 16>
 struct Spread {
   static constexpr bool early = split_ == 4;
-  static constexpr int split = split_, padded = 16, tokens = 16;
+  static constexpr int split = split_, padded = padded_, tokens = 16;
   static constexpr int states = padded / split, channels = 32 / split;  // of a thread; of a warp
   static constexpr int block_channels = warps * channels;
+  static constexpr int part = 2 * states + (states == 16 ? 4 : 0);  // floats of a thread's B and C of a token, apart in banks
+  static constexpr int resident = split == 8 ? 2 : padded == 16 ? 4 : 3;  // blocks of a multiprocessor
   static constexpr int own = tokens / split;  // tokens of a tile that a thread prepares and ends, of its channel
 };
 
@@ -38,7 +40,7 @@ struct alignas(16) SpreadShared {
                [L::split * (L::tokens + 4) + (L::own == 2 ? 16 : 0)];  // of the outputs, a thread's 16 tokens in a row
   };
   Stage stages[4];  // of a tile that is ended, of one that is worked on, of one that is made, of one that is on its way
-  float states[2][L::tokens][2 * L::padded];  // of a token: a thread's B and then its C, thread after thread
+  float states[2][L::tokens][L::split * L::part];  // of a token: a thread's B and then its C, thread after thread
   T out[2][L::tokens][row];
   Warp warp[warps];
 };
@@ -110,7 +112,7 @@ struct StageRuns {
 
 // Sequences are not cut: p.single.
 template <class T, class L>
-__global__ void __launch_bounds__(threads, L::split == 4 ? 4 : 2) spread_kernel(const __grid_constant__ ScanParams p) {
+__global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __grid_constant__ ScanParams p) {
   extern __shared__ __align__(16) char memory[];
   using Memory = SpreadShared<T, L>;
   constexpr int tokens = L::tokens, own = L::own, states = L::states, run = Memory::run;
@@ -160,20 +162,30 @@ __global__ void __launch_bounds__(threads, L::split == 4 ? 4 : 2) spread_kernel(
     store_floats(&warp.steps[mine][token], made.step);
     store_floats(&warp.inputs[mine][token], made.input);
   };
-  // B and C of a tile as floats: four states of a token a thread.
-  const int state_token = threadIdx.x / 8, of_C = threadIdx.x / 4 % 2, state = threadIdx.x % 4 * 4;
-  const auto put_states = [&](const Run<T, 4>& held, int turn) {
-    float* to = shared.states[turn][state_token] + of_C * states;
-    if constexpr (states == 4) {
-      const float v[4] = {held[0], held[1], held[2], held[3]};
-      store_floats(to + 2 * state, v);
-    } else {
-      const float low[2] = {held[0], held[1]}, high[2] = {held[2], held[3]};
-      store_floats(to + 2 * state, low), store_floats(to + 2 * state + 4, high);
+  // B and C of a tile as floats: four states of a token of one of them at a time.
+  constexpr int state_runs = L::padded / 4, converted = tokens * 2 * state_runs / threads;
+  using States = Run<T, 4>[converted];
+  const auto load_states = [&](States& held, const typename Memory::Stage& stage) {
+#pragma unroll
+    for (int i = 0; i < converted; ++i) {
+      const int r = threadIdx.x + i * threads;
+      held[i] =
+          *reinterpret_cast<const Run<T, 4>*>(&stage.states[r / state_runs % 2][r / (2 * state_runs)][r % state_runs * 4]);
     }
   };
-  const auto load_states = [&](const typename Memory::Stage& stage) {
-    return *reinterpret_cast<const Run<T, 4>*>(&stage.states[of_C][state_token][state]);
+  const auto put_states = [&](const States& held, int turn) {
+#pragma unroll
+    for (int i = 0; i < converted; ++i) {
+      const int r = threadIdx.x + i * threads, state = r % state_runs * 4;
+      float* to = shared.states[turn][r / (2 * state_runs)] + r / state_runs % 2 * states;
+      if constexpr (states == 2) {
+        const float low[2] = {held[i][0], held[i][1]}, high[2] = {held[i][2], held[i][3]};
+        store_floats(to + state / 2 * L::part, low), store_floats(to + (state / 2 + 1) * L::part, high);
+      } else {
+        const float v[4] = {held[i][0], held[i][1], held[i][2], held[i][3]};
+        store_floats(to + state / states * L::part + state % states, v);
+      }
+    }
   };
   // The outputs of this thread's tokens of a tile, from what all of the channel's threads left of it.
   const auto end = [&](float (&y)[own], const typename Memory::Stage& stage) {
@@ -216,7 +228,9 @@ __global__ void __launch_bounds__(threads, L::split == 4 ? 4 : 2) spread_kernel(
   {
     Made made;
     make(made, shared.stages[0], length);
-    put(made), put_states(load_states(shared.stages[0]), 0);
+    States inputs;
+    load_states(inputs, shared.stages[0]);
+    put(made), put_states(inputs, 0);
   }
   int keep_in = 0;       // tokens until states are kept
   float* kept = p.kept;  // [states][channels] of the next ones, this thread's part
@@ -240,7 +254,8 @@ __global__ void __launch_bounds__(threads, L::split == 4 ? 4 : 2) spread_kernel(
 
     Made made;
     float y[tokens], ended[own];
-    const Run<T, 4> inputs = load_states(next);
+    States inputs;
+    load_states(inputs, next);
     end(ended, shared.stages[(k + 3) % 4]);
     if constexpr (!L::early) make(made, next, left);
     if constexpr (L::early) {
@@ -254,20 +269,25 @@ __global__ void __launch_bounds__(threads, L::split == 4 ? 4 : 2) spread_kernel(
       load_floats(input, &warp.inputs[mine][i0]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float from[states], to[states];
-        const float* both = &shared.states[k % 2][i0 + i][part * 2 * states];
-        if constexpr (states == 2) {
-          float four[4];
-          load_floats(four, both);
-          from[0] = four[0], from[1] = four[1], to[0] = four[2], to[1] = four[3];
-        } else {
-          load_floats(from, both), load_floats(to, both + states);
-        }
+        const float* both = &shared.states[k % 2][i0 + i][part * L::part];
+        constexpr int sums = states == 16 ? 2 : 1;  // so that little waits for the sum before it
+        float sum[sums];
 #pragma unroll
-        for (int n = 0; n < states; ++n) {
-          h[n] = decay(step[i], A[n]) * h[n] + input[i] * from[n];
-          y[i0 + i] = n == 0 ? h[n] * to[n] : y[i0 + i] + h[n] * to[n];
+        for (int n0 = 0; n0 < states; n0 += 4) {
+          float from[4], to[4];
+          load_floats(from, both + n0);
+          if constexpr (states == 2)
+            to[0] = from[2], to[1] = from[3];
+          else
+            load_floats(to, both + states + n0);
+#pragma unroll
+          for (int n = 0; n < min(states, 4); ++n) {
+            h[n0 + n] = decay(step[i], A[n0 + n]) * h[n0 + n] + input[i] * from[n];
+            float& own_sum = sum[n % sums];
+            own_sum = n0 + n < sums ? h[n0 + n] * to[n] : own_sum + h[n0 + n] * to[n];
+          }
         }
+        y[i0 + i] = sums == 1 ? sum[0] : sum[0] + sum[sums - 1];
       }
       if constexpr (L::early) {
         const float four[4] = {y[i0], y[i0 + 1], y[i0 + 2], y[i0 + 3]};
