@@ -55,5 +55,13 @@ def test_plan():
     assert plan["attention_tokens"] + plan["ssm_tokens"] == 1024
     assert abs(plan["balance"] - 1) < 0.05
     assert 1.6 < plan["flop_ratio"]["sequential"] < plan["flop_ratio"]["none"] < plan["block_flop_ratio"]["none"]
-    assert "attention takes" in runner.invoke(app, ["plan", "flowhn", "--size", "135M"]).stdout
+    shown = runner.invoke(app, ["plan", "flowhn", "--size", "135M"]).stdout
+    assert "attention takes" in shown and "predicted balance 1.0" in shown
     assert isinstance(runner.invoke(app, ["plan", "flowhn", "--size", "2B"]).exception, InputError)
+
+
+def test_plan_measures_both_branches():
+    result = runner.invoke(app, ["plan", "flowhn", "--size", "135M", "--length", "64", "--measure", "--json"])
+    measured = json.loads(result.stdout)["measured"]
+    assert measured["balance"] == measured["attention_ms"] / measured["ssm_ms"] > 0
+    assert 0 <= measured["attention_tokens"] <= 64

@@ -46,14 +46,18 @@ def flowhn(
         return
     print(f"FlowHN {size}, {length} tokens: attention takes {n} of them, the SSM {length - n}")
     print(
-        f"  attention {found['attention_gflops']:.2f} GFLOP, SSM {found['ssm_gflops']:.2f} a block and text (forward)"
+        f"  attention {found['attention_gflops']:.2f} GFLOP, SSM {found['ssm_gflops']:.2f} a block and text (forward): "
+        f"predicted balance {found['balance']:.2f}"
     )
     for other, name in (("none", "no split"), ("sequential", "one after the other")):
         ratio, block = found["flop_ratio"][other], found["block_flop_ratio"][other]
         print(f"  against {name}: {ratio:.2f}x fewer FLOPs with embeddings and head, {block:.2f}x in a block")
     if measure:
         m = found["measured"]
-        print(f"  measured: attention {m['attention_ms']:.2f} ms, SSM {m['ssm_ms']:.2f} ms (forward and backward)")
+        print(
+            f"  measured: attention {m['attention_ms']:.2f} ms, SSM {m['ssm_ms']:.2f} ms (forward and backward): "
+            f"balance {m['balance']:.2f}"
+        )
         print(
             f"  balanced by time: {m['attention_tokens']} tokens to attention (attention_tokens={m['attention_tokens']})"
         )
@@ -88,8 +92,10 @@ def _measured(config: Any, batch_size: int) -> dict[str, Any]:
 
     n, length = config.split, config.routing_length
     costs = calibrate(lambda k: milliseconds(block.attention, k), lambda k: milliseconds(block.ssm, k), length)
+    attention, ssm = milliseconds(block.attention, max(n, 1)), milliseconds(block.ssm, max(length - n, 1))
     return {
-        "attention_ms": milliseconds(block.attention, max(n, 1)),
-        "ssm_ms": milliseconds(block.ssm, max(length - n, 1)),
+        "attention_ms": attention,
+        "ssm_ms": ssm,
+        "balance": attention / ssm,
         "attention_tokens": costs.split(length, multiple=16),
     }
