@@ -18,7 +18,7 @@ import effcore
 from benchmarks.claims import _hybrids as hybrids
 from benchmarks.claims import _sharing as sharing
 from benchmarks.claims import epas
-from effcore.models import FlowHNCache
+from effcore.models import FlowHNCache, SharedCache
 
 STEPS = 64  # of the LLaMA, whose steps are alike
 
@@ -76,8 +76,9 @@ def llama(model: Any, batch: int, context: int) -> Iterator[tuple[str, list[floa
     """The same of a LLaMA: with our kernels, nothing shared; transformers' with its growing cache, and one step behind a full
     static cache, captured, compiled or not."""
     ours = effcore.share_activations(model, mode="qk", shared=0, inplace=False).compile_pieces()
-    yield "CUDA graphs, our attention", _milliseconds(epas.Decoding(ours, batch, context), STEPS)
-    del ours
+    cache: Any = SharedCache(ours.config, ours.layout, context + 8)
+    yield "CUDA graphs, our attention", _milliseconds(epas.Decoding(ours, cache, batch, context), STEPS)
+    del ours, cache
     sharing.free()
     model.set_attn_implementation("causal_sdpa_0")
     ids = torch.randint(0, model.config.vocab_size, (batch, context), device=sharing.DEVICE)
@@ -90,7 +91,7 @@ def llama(model: Any, batch: int, context: int) -> Iterator[tuple[str, list[floa
     yield "as it is", _milliseconds(grow, STEPS)
     del growing, grow
     sharing.free()
-    cache: Any = StaticCache(config=model.config, max_cache_len=context + 1)
+    cache = StaticCache(config=model.config, max_cache_len=context + 1)
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     place = torch.full((1, 1), context, device=sharing.DEVICE)
 
