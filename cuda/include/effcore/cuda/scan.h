@@ -1,7 +1,7 @@
 // Convolution and selective scan on NVIDIA GPUs (sm_80 and later): the functions of effcore/scan.h with the same arguments,
 // which the caller has checked, but for the values of offsets. float64 is refused. `keep` is a multiple of 8. The backward for
-// more than 64 states needs 137 KiB of shared memory (sm_80, sm_90), for fewer 50 to 80. Two runs on one GPU give identical
-// bits. A failing launch throws std::runtime_error.
+// more than 64 states needs 137 KiB of shared memory (sm_80, sm_90), for fewer 50 to 80; the forward up to 97. Two runs on one
+// GPU give identical bits. A failing launch throws std::runtime_error.
 #pragma once
 #include <cstddef>
 
