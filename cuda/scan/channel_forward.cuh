@@ -141,12 +141,11 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
       if (n < count) to[std::int64_t{n} * p.channels] = h[n];
   };
 
-  int turn = 0, keep_in = 0;  // tokens until states are kept; chunks begin where they are
-  float* kept = outputs && p.kept != nullptr ? matrix(p.kept, kept_row(p, chunk, chunk.begin)) : nullptr;
+  int turn = 0, keep_at = chunk.begin;  // chunks begin where states are kept
   for (int t0 = chunk.begin; t0 < chunk.end; t0 += L::tokens, turn ^= 1) {
-    if (outputs && kept != nullptr) {
-      if (keep_in == 0) store_states(kept), kept += std::int64_t{p.states} * p.channels, keep_in = p.keep;
-      keep_in -= L::tokens;
+    if (outputs && p.kept != nullptr && t0 == keep_at) {
+      store_states(matrix(p.kept, kept_row(p, chunk, t0)));
+      keep_at += p.keep;
     }
     async_wait<0>();
     __syncwarp();

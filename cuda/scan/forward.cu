@@ -5,10 +5,11 @@
 // Bounds: bytes, x, dt, z and out once each (and the kept states, N / keep floats a token and channel); and instructions: N + 3
 // special functions a token and channel, on 16 lanes of a multiprocessor, and five others a state, on 128.
 //
-// Up to 16 states go through channel_forward.cuh, or spread_forward.cuh where channels are few. With more, channels and states
-// are spread over threads (tiles.cuh), and while a tile is worked on the next one is made: step sizes, inputs and gates, in
-// shared memory. That and the tile's first four tokens are one run of instructions without a branch, so that little waits for
-// what stands before it. Threads leave their sums over states in shared memory, and whole rows are written from there.
+// Up to 16 states go through channel_forward.cuh, or spread_forward.cuh where channels are few, and up to 64 as well where they
+// are many. Else channels and states are spread over threads (tiles.cuh), and while a tile is worked on the next one is made:
+// step sizes, inputs and gates, in shared memory. That and the tile's first four tokens are one run of instructions without a
+// branch, so that little waits for what stands before it. Threads leave their sums over states in shared memory, and whole rows
+// are written from there.
 #include "scan/channel_forward.cuh"
 #include "scan/spread_forward.cuh"
 
@@ -219,7 +220,7 @@ void with_layout(const Scan& args, const char* function, Body&& body) {
     return static_cast<double>(ceil_div(args.x.size[2], block_channels) * sequences) >=
            wanted * static_cast<double>(processors);
   };
-  const bool may_spread = args.keep % Spread<4>::tokens == 0, is_short = args.x.size[0] * args.x.size[1] < 512 * sequences;
+  const bool may_spread = args.keep % Spread<4>::tokens == 0, is_short = args.x.size[0] * args.x.size[1] <= 1024 * sequences;
   if (states > Tiling<4>::padded) return body(Tiling<16>{});
   if (states > Whole::padded) {
     if (may_spread && fill(Spread<4, 64>::block_channels, 1.9)) return body(Spread<4, 64>{});

@@ -1,4 +1,4 @@
-// The forward of the selective scan for up to 16 states and few channels: a channel's states over 4 or 8 threads of a warp.
+// The forward of the selective scan for few channels: up to 16 states over 4 or 8 threads of a warp, up to 64 over 4.
 //
 // A sequence can be gone through once, at N + 3 special functions a token and channel, or cut into chunks and gone through
 // twice, at 2 N + 4. Where spreading channels over threads makes enough warps, it does so at less. What it costs are values
@@ -23,7 +23,9 @@ struct Spread {
   static constexpr int block_channels = warps * channels;
   static constexpr int part = 2 * states + (states == 16 ? 4 : 0);  // floats of a thread's B and C of a token, apart in banks
   static constexpr int resident = split == 8 ? 2 : padded == 16 ? 4 : 3;  // blocks of a multiprocessor
-  static constexpr int own = tokens / split;  // tokens of a tile that a thread prepares and ends, of its channel
+  static constexpr int ahead = split == 8 ? 2 : 1;   // tiles on their way: with few warps one is not enough
+  static constexpr int stages = split == 8 ? 8 : 4;  // a power of two, of at least 3 + ahead
+  static constexpr int own = tokens / split;         // tokens of a tile that a thread prepares and ends, of its channel
 };
 
 template <class T, class L>
@@ -39,7 +41,7 @@ struct alignas(16) SpreadShared {
     float parts[L::channels]
                [L::split * (L::tokens + 4) + (L::own == 2 ? 16 : 0)];  // of the outputs, a thread's 16 tokens in a row
   };
-  Stage stages[4];  // of a tile that is ended, of one that is worked on, of one that is made, of one that is on its way
+  Stage stages[L::stages];                         // of tiles that are ended, worked on, made, and on their way
   float states[2][L::tokens][L::split * L::part];  // of a token: a thread's B and then its C, thread after thread
   T out[2][L::tokens][row];
   Warp warp[warps];
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
   using Runs = StageRuns<T, L>;
   Runs runs(p, gated, first, chunk.batch, chunk.begin);
 #pragma unroll
-  for (int k = 0; k < 2; ++k) runs.load(shared.stages[k], p, length - k * tokens);
+  for (int k = 0; k <= L::ahead; ++k) runs.load(shared.stages[k], p, length - k * tokens);
 
   const float bias = exists && p.bias.data != nullptr ? p.bias.at<T>(c) : 0.0f;
   const float D = exists && p.D.data != nullptr ? p.D.at<T>(c) : 0.0f;
@@ -223,7 +225,7 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
   };
 
   const int tiles = (length + tokens - 1) / tokens;
-  async_wait<1>();
+  async_wait<L::ahead>();
   __syncthreads();
   {
     Made made;
@@ -236,9 +238,9 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
   float* kept = p.kept;  // [states][channels] of the next ones, this thread's part
   if (kept != nullptr) kept += (kept_row(p, chunk, chunk.begin) * p.states + part * states) * p.channels + c;
   for (int k = 0; k < tiles; ++k) {
-    async_wait<0>();
+    async_wait<L::ahead - 1>();
     __syncthreads();  // tile k is made, tile k + 1 is there, the outputs of tile k - 2 are
-    const auto& next = shared.stages[(k + 1) % 4];
+    const auto& next = shared.stages[(k + 1) % L::stages];
     const int left = length - (k + 1) * tokens;
     if (kept != nullptr) {
       if (keep_in == 0) {
@@ -250,13 +252,13 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
       keep_in -= tokens;
     }
     if (k >= 2) store_outputs(k - 2);
-    runs.load(shared.stages[(k + 2) % 4], p, left - tokens);
+    runs.load(shared.stages[(k + 1 + L::ahead) % L::stages], p, left - L::ahead * tokens);
 
     Made made;
     float y[tokens], ended[own];
     States inputs;
     load_states(inputs, next);
-    end(ended, shared.stages[(k + 3) % 4]);
+    end(ended, shared.stages[(k + L::stages - 1) % L::stages]);
     if constexpr (!L::early) make(made, next, left);
     if constexpr (L::early) {
       put_outputs(ended, (k + 1) % 2);
@@ -311,7 +313,7 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
     __syncthreads();
     if (tiles >= 2) store_outputs(tiles - 2);
     float ended[own];
-    end(ended, shared.stages[(tiles - 1) % 4]);
+    end(ended, shared.stages[(tiles - 1) % L::stages]);
     put_outputs(ended, (tiles - 1) % 2);
     __syncthreads();
     store_outputs(tiles - 1);

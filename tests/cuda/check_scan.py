@@ -125,7 +125,7 @@ def scan_leaves(batch, tokens, channels, states, dtype, layout, parts, sequences
 
 
 # batch, tokens, channels, states; cuts of packed sequences. Up to 16 states: a channel over 8 threads; in the seven last ones
-# over 4 threads, and whole ones: in one pass and, from 512 tokens on, in chunks.
+# over 4 threads, and whole ones: in one pass and, from 1025 tokens on, in chunks.
 PROBLEMS = [
     (1, 1, 1, 1, None),
     (2, 7, 5, 3, None),
@@ -141,8 +141,8 @@ PROBLEMS = [
     (4, 40, 2048, 16, None),
     (1, 150, 2001, 13, [0, 40, 40, 120, 150]),
     (17, 20, 2048, 16, None),
-    (1, 650, 70, 16, None),
-    (1, 1200, 33, 9, [0, 530, 1200]),
+    (1, 1100, 70, 16, None),
+    (1, 2200, 33, 9, [0, 930, 2200]),
     (4, 40, 2048, 64, None),
     (1, 90, 2001, 37, [0, 20, 20, 61, 90]),
 ]
