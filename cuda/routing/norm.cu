@@ -2,8 +2,9 @@
 //
 // Bound: memory. Forward: a row is read once, into registers, and written twice. Backward: a row of dx is written once, from
 // the gathered row and its two gradients; then the gathered rows and dnormed are read again for the sums over rows: a block
-// takes 32 columns of some rows, and a second launch adds the blocks' sums up in order. A warp takes a row. Rows that are not
-// aligned, or too long for the registers, are read element by element, from the first-level cache after the first time.
+// takes 32 columns of some rows, and a second launch adds the blocks' sums up in order. A warp takes a row, or two short ones
+// forward. Rows that are not aligned, or too long for the registers, are read element by element, from the first-level cache
+// after the first time.
 #include "effcore/cuda/routing.h"
 #include "routing/inverse.cuh"
 #include "routing/rows.cuh"
@@ -13,9 +14,12 @@ namespace {
 
 constexpr int threads = 128, warps = threads / 32;
 
-__device__ __forceinline__ float warp_sum(float x) {
+// Over so many neighbouring lanes, which all come here.
+template <int lanes = 32>
+__device__ __forceinline__ float lane_sum(float x) {
+  const unsigned mask = lanes == 32 ? ~0u : ((1u << lanes % 32) - 1) << (threadIdx.x % 32 / lanes * lanes);
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(mask, x, offset);
   return x;
 }
 
@@ -51,9 +55,9 @@ struct NormParams {
   bool rms;
 };
 
-// A row in a warp's registers: `vectors` pieces of 16 bytes a lane, or (vectors == 0) element by element from memory.
-template <class T, int vectors>
-struct WarpRow {
+// A row in the registers of some lanes: `vectors` pieces of 16 bytes each, or (vectors == 0) element by element from memory.
+template <class T, int vectors, int lanes = 32>
+struct LaneRow {
   static constexpr int size = Vector<T>::size;
   Vector<T> x[vectors > 0 ? vectors : 1];
   const T* row;
@@ -62,7 +66,7 @@ struct WarpRow {
     row = static_cast<const T*>(from);
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
-      const int c = (v * 32 + lane) * size;
+      const int c = (v * lanes + lane) * size;
       x[v] = Vector<T>::from(c < channels ? *reinterpret_cast<const uint4*>(row + c) : uint4{});
     }
   }
@@ -70,24 +74,24 @@ struct WarpRow {
   template <class Body>
   __device__ __forceinline__ void each(int channels, int lane, const Body& body) {
     if constexpr (vectors == 0) {
-      for (int c = lane; c < channels; c += 32) body(c, to_float(row[c]));
+      for (int c = lane; c < channels; c += lanes) body(c, to_float(row[c]));
     } else {
 #pragma unroll
       for (int v = 0; v < vectors; ++v)
-        if ((v * 32 + lane) * size < channels)
+        if ((v * lanes + lane) * size < channels)
 #pragma unroll
-          for (int i = 0; i < size; ++i) body((v * 32 + lane) * size + i, x[v].x[i]);
+          for (int i = 0; i < size; ++i) body((v * lanes + lane) * size + i, x[v].x[i]);
     }
   }
   // to[channel] = value(channel, x)
   template <class Value>
   __device__ __forceinline__ void store(void* to, int channels, int lane, const Value& value) {
     if constexpr (vectors == 0) {
-      for (int c = lane; c < channels; c += 32) static_cast<T*>(to)[c] = from_float<T>(value(c, to_float(row[c])));
+      for (int c = lane; c < channels; c += lanes) static_cast<T*>(to)[c] = from_float<T>(value(c, to_float(row[c])));
     } else {
 #pragma unroll
       for (int v = 0; v < vectors; ++v) {
-        const int c = (v * 32 + lane) * size;
+        const int c = (v * lanes + lane) * size;
         if (c >= channels) continue;
         Vector<T> out;
 #pragma unroll
@@ -98,22 +102,22 @@ struct WarpRow {
   }
 };
 
-template <class T, int vectors>
+template <class T, int vectors, int lanes>
 __global__ void __launch_bounds__(threads) norm_kernel(const __grid_constant__ NormParams p) {
-  const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * warps + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
+  const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * (threads / lanes) + threadIdx.x / lanes;
+  const int lane = threadIdx.x % lanes;
   if (item >= p.items) return;
   const std::int64_t b = item / p.size, i = item - b * p.size;
   const int token = min(max(p.index(b, i), 0), p.total - 1);  // a bad index reads another token, and no other memory
-  WarpRow<T, vectors> row;
+  LaneRow<T, vectors, lanes> row;
   row.load(p.x(b, token), p.channels, lane);
   float mean = 0.0f, squares = 0.0f;
   if (!p.rms) {
     row.each(p.channels, lane, [&](int, float x) { mean += x; });
-    mean = warp_sum(mean) / p.channels;
+    mean = lane_sum<lanes>(mean) / p.channels;
   }
   row.each(p.channels, lane, [&](int, float x) { squares = fmaf(x - mean, x - mean, squares); });
-  const float rstd = rsqrtf(warp_sum(squares) / p.channels + p.eps);
+  const float rstd = rsqrtf(lane_sum<lanes>(squares) / p.channels + p.eps);
   if (lane == 0) {
     if (!p.rms) p.mean[item] = mean;
     p.rstd[item] = rstd;
@@ -122,7 +126,7 @@ __global__ void __launch_bounds__(threads) norm_kernel(const __grid_constant__ N
   if constexpr (vectors > 0) {
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
-      const int c = (v * 32 + lane) * Vector<T>::size;
+      const int c = (v * lanes + lane) * Vector<T>::size;
       if (c >= p.channels) continue;
       const auto weight = p.weight.vector<T>(c);
       Vector<T> bias{};
@@ -156,7 +160,7 @@ __global__ void __launch_bounds__(threads) norm_backward_kernel(const __grid_con
   if (item >= p.items) return;
   const std::int64_t b = item / p.total;
   char* const to = p.dx(b, item - b * p.total);
-  WarpRow<T, vectors> x, g, direct;
+  LaneRow<T, vectors> x, g, direct;
   std::int32_t i = p.first[item];
   if (i < 0) {
     x.load(to, 0, lane);
@@ -189,7 +193,7 @@ __global__ void __launch_bounds__(threads) norm_backward_kernel(const __grid_con
       const float s = gradient(c);
       level += s, along = fmaf(s, (value - mean) * rstd, along);
     });
-    level = p.rms ? 0.0f : warp_sum(level) / p.channels, along = warp_sum(along) / p.channels;
+    level = p.rms ? 0.0f : lane_sum(level) / p.channels, along = lane_sum(along) / p.channels;
     x.store(to, p.channels, lane, [&](int c, float value) {
       float sum = rstd * (gradient(c) - level - (value - mean) * rstd * along);
       if (p.dtokens.data != nullptr) sum += to_float(direct.row[c]) + (repeated ? others(p.dtokens, c) : 0.0f);
@@ -210,7 +214,7 @@ __global__ void __launch_bounds__(threads) norm_backward_kernel(const __grid_con
         level += g.x[v].x[e], along = fmaf(g.x[v].x[e], x.x[v].x[e], along);
       }
     }
-    level = p.rms ? 0.0f : warp_sum(level) / p.channels, along = warp_sum(along) / p.channels;
+    level = p.rms ? 0.0f : lane_sum(level) / p.channels, along = lane_sum(along) / p.channels;
 #pragma unroll
     for (int v = 0; v < vectors; ++v)
 #pragma unroll
@@ -303,7 +307,7 @@ bool aligned_start(const void* p) {
   return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
 }
 
-// Calls body with how many vectors of 16 bytes a lane holds of a row; 0: element by element.
+// Calls body with how many vectors of 16 bytes each lane of a warp holds of a row; 0: element by element.
 template <class T, class Body>
 void with_vectors(bool aligned, std::int64_t channels, const Body& body) {
   const std::int64_t count = (channels + 32 * Vector<T>::size - 1) / (32 * Vector<T>::size);
@@ -311,6 +315,8 @@ void with_vectors(bool aligned, std::int64_t channels, const Body& body) {
     body(std::integral_constant<int, 0>{});
   else if (count <= 2)
     body(std::integral_constant<int, 2>{});
+  else if (count <= 4)
+    body(std::integral_constant<int, 4>{});
   else
     body(std::integral_constant<int, 8>{});
 }
@@ -342,8 +348,10 @@ void gather_norm(const GatherNorm& args, const Launch& to) {
                        aligned_start(p.bias.data);
   with_type(args.x.dtype, f, [&]<class T>(T) {
     with_vectors<T>(vectors, p.channels, [&](auto count) {
-      launch(f, norm_kernel<T, count>, grid((p.items + warps - 1) / warps, f), threads, 0, static_cast<cudaStream_t>(to.stream),
-             p);
+      // Short rows two to a warp: one of 768 bytes would leave a quarter of a warp's loads empty.
+      constexpr int lanes = count == 2 ? 16 : 32, vectors_each = count == 2 ? 4 : count, rows = threads / lanes;
+      launch(f, norm_kernel<T, vectors_each, lanes>, grid((p.items + rows - 1) / rows, f), threads, 0,
+             static_cast<cudaStream_t>(to.stream), p);
     });
   });
 }

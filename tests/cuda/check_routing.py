@@ -241,12 +241,14 @@ def check_special() -> Results:
         torch.randn(4, 6, 197, 64, device="cuda").bfloat16(),
     )
     weight = torch.randn(384, device="cuda").bfloat16()
+    long = torch.randn(4, 6, 700, 64, device="cuda").bfloat16()  # in two launches
 
     def forward():
         kept, rest = ops.score_partition(q, k, 89, protect=1)
         a, b = ops.separate_tokens(x, kept, rest)
         return [
             kept,
+            *ops.score_partition(q, long, 300),
             ops.merge_tokens(a, kept, b, rest, residual=x),
             *ops.gather_layer_norm(x, kept, weight),
             torch.ops.effcore.gather_tokens_bwd(a, kept, 197),
@@ -257,7 +259,7 @@ def check_special() -> Results:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = forward()
-    x.normal_(), k.normal_()
+    x.normal_(), k.normal_(), long.normal_()
     graph.replay()
     torch.cuda.synchronize()
     results.append(("CUDA graph", all(torch.equal(a, b) for a, b in zip(captured, forward(), strict=True)), ""))
@@ -269,7 +271,7 @@ def check_special() -> Results:
 
 def run_small() -> None:
     """Each kernel on small problems, for compute-sanitizer."""
-    shapes = [(2, 7, 3, 5), (2, 21, 10, 64), (2, 33, 16, 385)]
+    shapes = [(2, 7, 3, 5), (2, 21, 10, 64), (2, 33, 16, 385), (2, 9, 5, 768)]
     check_movement(shapes), check_norms(shapes)
     scores = torch.randn(2, 600, device="cuda")
     ops.partition_tokens(scores, 100, protect=1)
