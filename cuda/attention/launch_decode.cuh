@@ -3,24 +3,10 @@
 #include "attention/decode.cuh"
 #include "attention/launch.h"
 #include "attention/schedule.h"
+#include "common/cluster.cuh"
 #include "common/overlap.cuh"
 
 namespace effcore::cuda::attention {
-
-// Launches clusters of so many blocks.
-template <class Kernel>
-void launch_clusters(const char* function, Kernel* kernel, unsigned blocks, int threads, int shared_bytes, cudaStream_t stream,
-                     const DecodeParams& p, unsigned cluster) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), function);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks, config.blockDim = static_cast<unsigned>(threads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes), config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, p), function);
-}
 
 template <class T, int D, bool from_probs>
 void launch_decode(const DecodeParams& p, const char* function, cudaStream_t stream) {
