@@ -36,8 +36,10 @@ def cases(settings: Settings) -> Iterator[Case]:
     else:
         shapes, dtypes = [(8, 197, 384), (32, 197, 384), (1, 1024, 768)], DTYPES
     for shape in shapes[:1] if settings.quick else shapes:
+        yield _partition(settings, shape)
         for dtype in dtypes:
             yield _trip(settings, shape, dtype, Floor(2.0 if settings.cuda else 1.5))
+            yield _gather(settings, shape, dtype)
             yield _separate(settings, shape, dtype)
             yield _merge(settings, shape, dtype)
             yield _merge_residual(settings, shape, dtype)
@@ -79,6 +81,19 @@ def _wide(index: Tensor, x: Tensor) -> Tensor:
     return index.long()[..., None].expand(-1, -1, x.shape[2])
 
 
+def _by_topk(scores: Tensor, keep: int) -> list[Tensor]:
+    """The partition by two selections."""
+    picks = [scores.topk(keep, 1), scores.topk(scores.shape[1] - keep, 1, largest=False)]
+    return [pick.indices.sort(1).values for pick in picks]
+
+
+def _by_nonzero(scores: Tensor, keep: int) -> list[Tensor]:
+    """The partition by one selection and what it left."""
+    kept = scores.topk(keep, 1).indices.sort(1).values
+    left = torch.ones_like(scores, dtype=torch.bool).scatter_(1, kept, False)
+    return [kept, left.nonzero()[:, 1].view(len(scores), -1)]
+
+
 def _trip(settings: Settings, shape: Shape, dtype: torch.dtype, floor: Floor) -> Case:
     """Partition, separation and merge: what a block region of SkipViT costs besides its blocks."""
     batch, tokens, _ = shape
@@ -89,13 +104,9 @@ def _trip(settings: Settings, shape: Shape, dtype: torch.dtype, floor: Floor) ->
         a, b = ops.separate_tokens(x["x"], kept, rest)
         return [a, ops.merge_tokens(a, kept, b, rest)]
 
-    def smallest(scores: Tensor) -> tuple[Tensor, Tensor]:
-        pick = [scores.topk(keep, 1), scores.topk(tokens - keep, 1, largest=False)]
-        return pick[0].indices.sort(1).values, pick[1].indices.sort(1).values
-
     def by_index(x: Inputs):
         offsets = torch.arange(batch, device=x["x"].device)[:, None] * tokens
-        lists = [(index + offsets).flatten() for index in smallest(x["scores"])]
+        lists = [(index + offsets).flatten() for index in _by_topk(x["scores"], keep)]
         flat = _flat(x)
         parts = [flat.index_select(0, index) for index in lists]
         out = torch.empty_like(flat)
@@ -104,7 +115,7 @@ def _trip(settings: Settings, shape: Shape, dtype: torch.dtype, floor: Floor) ->
         return [parts[0].view(batch, keep, -1), out.view_as(x["x"])]
 
     def by_gather(x: Inputs):
-        lists = [_wide(index, x["x"]) for index in smallest(x["scores"])]
+        lists = [_wide(index, x["x"]) for index in _by_topk(x["scores"], keep)]
         parts = [x["x"].gather(1, index) for index in lists]
         out = torch.empty_like(x["x"])
         for index, part in zip(lists, parts, strict=True):
@@ -120,6 +131,44 @@ def _trip(settings: Settings, shape: Shape, dtype: torch.dtype, floor: Floor) ->
         exact=lambda x: [x["x"].double().gather(1, _wide(x["kept"], x["x"])), x["x"].double()],
         work=Work(bytes=4 * _bytes(shape, dtype)),
         floor=floor,
+    )
+
+
+def _partition(settings: Settings, shape: Shape) -> Case:
+    """The selection alone, by distinct scores."""
+    keep = _keep(shape)
+
+    def inputs() -> Inputs:
+        return {"scores": torch.rand(shape[:2], device=settings.device).argsort(1).float()}
+
+    return Case(
+        name=f"partition float32 B={shape[0]} N={shape[1]}",
+        inputs=inputs,
+        outputs=("kept", "rest"),
+        ours=Candidate("effcore", lambda x: ops.partition_tokens(x["scores"], keep)),
+        peers=(
+            Candidate("topk, sort", lambda x: _by_topk(x["scores"], keep)),
+            Candidate("topk, nonzero", lambda x: _by_nonzero(x["scores"], keep)),
+        ),
+        exact=lambda x: _by_topk(x["scores"].double(), keep),
+        work=Work(bytes=2 * 4 * shape[0] * shape[1]),
+        floor=Floor(2.0) if settings.cuda else None,
+    )
+
+
+def _gather(settings: Settings, shape: Shape, dtype: torch.dtype) -> Case:
+    batch, channels = shape[0], shape[2]
+    return Case(
+        name=_name("gather", shape, dtype),
+        inputs=lambda: _inputs(settings, shape, dtype),
+        outputs=("kept",),
+        ours=Candidate("effcore", lambda x: [ops.gather_tokens(x["x"], x["kept"])]),
+        peers=(
+            Candidate("index_select", lambda x: [_flat(x).index_select(0, x["at_kept"]).view(batch, -1, channels)]),
+            Candidate("gather", lambda x: [x["x"].gather(1, _wide(x["kept"], x["x"]))]),
+        ),
+        exact=lambda x: [x["x"].double().gather(1, _wide(x["kept"], x["x"]))],
+        work=Work(bytes=2 * _keep(shape) * batch * channels * dtype.itemsize),
     )
 
 
@@ -265,7 +314,7 @@ def _norm(settings: Settings, shape: Shape, dtype: torch.dtype) -> Case:
             Candidate("gather, layer_norm", lambda x: composed(x, x["x"].gather(1, _wide(x["kept"], x["x"])))),
         ),
         exact=exact,
-        work=Work(bytes=3 * KEEP * _bytes(shape, dtype)),
+        work=Work(bytes=3 * _keep(shape) * batch * channels * dtype.itemsize),
     )
 
 
@@ -285,16 +334,7 @@ def _scores(
 
     def composed(x: Inputs, pick):
         scores = (x["q"] @ x["k"].mT * dim**-0.5).float().softmax(-1)[:, :, 0].mean(1)
-        return pick(scores)
-
-    def by_topk(scores: Tensor) -> list[Tensor]:
-        pick = [scores.topk(keep, 1), scores.topk(tokens - keep, 1, largest=False)]
-        return [p.indices.sort(1).values for p in pick]
-
-    def by_nonzero(scores: Tensor) -> list[Tensor]:
-        kept = scores.topk(keep, 1).indices.sort(1).values
-        left = torch.ones_like(scores, dtype=torch.bool).scatter_(1, kept, False)
-        return [kept, left.nonzero()[:, 1].view(batch, -1)]
+        return pick(scores, keep)
 
     return Case(
         name=f"score, partition {dtype_name(dtype)} B={batch} H={heads}/{kv_heads} N={tokens} D={dim}",
@@ -302,10 +342,10 @@ def _scores(
         outputs=("kept", "rest"),
         ours=Candidate("effcore", lambda x: ops.score_partition(x["q"], x["k"], keep)),
         peers=(
-            Candidate("softmax, topk, sort", lambda x: composed(x, by_topk)),
-            Candidate("softmax, topk, nonzero", lambda x: composed(x, by_nonzero)),
+            Candidate("softmax, topk, sort", lambda x: composed(x, _by_topk)),
+            Candidate("softmax, topk, nonzero", lambda x: composed(x, _by_nonzero)),
         ),
-        exact=lambda x: composed({name: t.double() for name, t in x.items()}, by_topk),
+        exact=lambda x: composed({name: t.double() for name, t in x.items()}, _by_topk),
         work=Work(bytes=batch * kv_heads * tokens * dim * dtype.itemsize),
         floor=floor,
     )
