@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             kinds=(options.kind,) if options.kind else ("infer", "train"),
             kernels=options.claim == "profile",
             keep=keep,
-            **({} if cuda else {"rounds": 5, "repeats": 1}),
+            **({} if cuda else {"rounds": 5, "repeats": {"infer": 1, "train": 1}}),
         )
     else:
         from benchmarks.claims import _skipvit_accuracy
