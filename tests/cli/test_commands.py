@@ -221,3 +221,15 @@ def test_demo_trains_three_models_and_compares_them(run, tmp_path, monkeypatch):
     assert out.count("│ epas") == 2 and "baseline" in out and "report.md" in out
     assert (tmp_path / "runs/demo/plots/overview.png").is_file()
     assert "| epas kv, " in (tmp_path / "runs/demo/report.md").read_text()
+
+
+def test_results_of_a_benchmark_go_where_the_user_is(run, tmp_path, monkeypatch):
+    """The runner works in the checkout."""
+    commands = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 0)
+    )
+    code, _, err = run("bench", "routing", "--json", "results.json")
+    if "source checkout" in err:
+        pytest.skip("an installed package")
+    assert code == 0 and commands[0][-2:] == ["--json", str(tmp_path / "results.json")]

@@ -32,6 +32,7 @@ def test_trains_on_a_folder_of_pictures(tmp_path):
         "--data", data, "--out", out, "--steps", 4, "--batch-size", 2, "--warmup", 2, "--device", "cpu", "--json", "-q"
     )
     assert result.exit_code == 0, result.output
+    assert result.stderr == ""
     summary = json.loads((out / "summary.json").read_text())
     assert [row["model"] for row in summary["models"]] == ["baseline", "skipvit"]
     assert all(0 <= row["accuracy"] <= 1 for row in summary["models"])

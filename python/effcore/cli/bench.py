@@ -35,7 +35,7 @@ def bench(
         raise InputError(f"no benchmark of {family!r}{nearest(family, families)} (there are: {', '.join(families)})")
     if importlib.util.find_spec("torch") is None:
         raise RunError("the benchmarks need torch, which is not installed")
-    options = [*(["--device", device] if device else []), *(["--json", json_] if json_ else [])]
+    options = [*(["--device", device] if device else []), *(["--json", str(Path(json_).absolute())] if json_ else [])]
     code = subprocess.run([sys.executable, "-m", "benchmarks.run", family, *options], cwd=root, check=False).returncode
     if code:
         raise typer.Exit(code)

@@ -44,6 +44,7 @@ def skipvit(
 
     from effcore.methods.skipvit import SkipWarmup, keep_all_tokens, skip_tokens
     from effcore.training.images import accuracy, small_vit, train_classifier
+    from effcore.training.models import quiet_transformers
 
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device")
@@ -81,7 +82,8 @@ def skipvit(
             keep_all_tokens(model)
             row["accuracy_on_all_patches"] = accuracy(model, test, count=1000, device=device)
         rows.append(row)
-        model.save_pretrained(out / name)  # type: ignore[operator]
+        with quiet_transformers():
+            model.save_pretrained(out / name)  # type: ignore[operator]
     summary = {"drop": drop, "leave": leave, "rejoin": rejoin, "warmup": warmup, "steps": steps, "models": rows}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     if json_:
