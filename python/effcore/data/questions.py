@@ -77,13 +77,17 @@ def read_questions(path: Path) -> list[Question]:
 def next_line_questions(files: Sequence[SourceFile], count: int, *, seed: int = 0, shown: int = 3) -> list[Question]:
     """Which of four lines comes next: the same questions for the same files and seed."""
     rng = random.Random(seed)
+    files = list(files)
+    lines_of: dict[SourceFile, list[str]] = {}
     questions: list[Question] = []
     for _ in range(20 * count):
         if len(questions) == count:
             break
-        file = rng.choice(list(files))
-        lines = [line.rstrip() for line in file.path.read_text(encoding="utf-8", errors="ignore").splitlines()]
-        lines = [line for line in lines if 12 <= len(line.strip()) <= 80]
+        file = rng.choice(files)
+        if file not in lines_of:
+            text = file.path.read_text(encoding="utf-8", errors="ignore")
+            lines_of[file] = [line.rstrip() for line in text.splitlines() if 12 <= len(line.strip()) <= 80]
+        lines = lines_of[file]
         if len(lines) < 12:
             continue
         at = rng.randrange(shown, len(lines))

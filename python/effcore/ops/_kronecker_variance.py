@@ -11,6 +11,8 @@ are sums over pairs of tokens, (a⊥·a⊥′)(g⊥·g⊥′).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -77,51 +79,51 @@ def _add_expert(
     result: Tensor, a: Tensor, g: Tensor, example: Tensor, factors: list[Tensor], precision: Tensor
 ) -> None:
     u, alpha, alpha_rest, v, beta, beta_rest = factors
-    present, number = example.unique(return_inverse=True)  # examples with tokens in this expert
 
     def weight(left: Tensor, right: Tensor) -> Tensor:
         """1 / (1 / s² + left · right), [S, ...]"""
         product = left * right
         return 1 / (precision.view(-1, *[1] * product.dim()) + product)
 
-    def total(left: Tensor, right: Tensor) -> Tensor:
-        """Σ over an example's tokens of left[t, c, j] right[t, i]: [B, C, j, i]"""
-        rows = torch.einsum("tcj,ti->tcji", left, right)
-        return rows.new_zeros((len(present), *rows.shape[1:])).index_add_(0, number, rows)
-
-    p, q = a @ u, g @ v
-    inside = total(q, p)
-    covariance = torch.einsum("bcji,sji,bdji->sbcd", inside, weight(alpha[None, :], beta[:, None]), inside)
     inputs_left, outputs_left = u.shape[0] > u.shape[1], v.shape[0] > v.shape[1]
+    p, q = a @ u, g @ v
     if inputs_left:
         a = a - p @ u.mT
-        y = total(q, a)
-        covariance += torch.einsum("bcji,sj,bdji->sbcd", y, weight(beta, alpha_rest), y)
     if outputs_left:
         g = g - q @ v.mT
-        x = total(g, p)
-        covariance += torch.einsum("bcoi,si,bdoi->sbcd", x, weight(alpha, beta_rest), x)
-    if inputs_left and outputs_left:
-        outside = weight(alpha_rest, beta_rest)
-        covariance += outside[:, None, None, None] * _pair_sums(a, g, number, len(present))
-    result.index_add_(1, present, covariance)
+    for some, token, real in _by_example(example, result.shape[1]):
+        inside_a, inside_g, real = p[token], q[token], real[..., None]
+
+        def total(left: Tensor, right: Tensor) -> Tensor:
+            """Σ over an example's tokens of left[b, t, c, j] right[b, t, i]: [B, C, j, i]"""
+            return (left.flatten(2).mT @ right).unflatten(1, left.shape[2:])
+
+        inside = total(inside_g, inside_a * real)
+        covariance = torch.einsum("bcji,sji,bdji->sbcd", inside, weight(alpha[None, :], beta[:, None]), inside)
+        if inputs_left:
+            outside_a = a[token] * real
+            y = total(inside_g, outside_a)
+            covariance += torch.einsum("bcji,sj,bdji->sbcd", y, weight(beta, alpha_rest), y)
+        if outputs_left:
+            outside_g = g[token]
+            x = total(outside_g, inside_a * real)
+            covariance += torch.einsum("bcoi,si,bdoi->sbcd", x, weight(alpha, beta_rest), x)
+        if inputs_left and outputs_left:
+            pairs = (outside_a @ outside_a.mT @ outside_g.flatten(2)).view_as(outside_g)
+            both = torch.einsum("btco,btdo->bcd", pairs, outside_g)
+            covariance += weight(alpha_rest, beta_rest)[:, None, None, None] * both
+        result[:, some] += covariance
 
 
-def _pair_sums(a: Tensor, g: Tensor, number: Tensor, examples: int) -> Tensor:
-    """Σ over pairs t, u of an example's tokens of (a_t · a_u) g_t g_uᵀ: [B, C, C].
-
-    Examples with about as many tokens are padded to one length and multiplied together; at most half of a row is padding.
-    """
-    order, count = number.argsort(stable=True), torch.bincount(number, minlength=examples)
+def _by_example(example: Tensor, examples: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Tokens by example: ``(some [b], token [b, t], real [b, t])``, for examples with about as many tokens at a time, so that at
+    most half of a row is padding."""
+    order, count = example.argsort(stable=True), torch.bincount(example, minlength=examples)
     first, width = count.cumsum(0) - count, count.double().log2().ceil()
-    result = g.new_empty((examples, g.shape[1], g.shape[1]))
-    for some in [(width == w).nonzero()[:, 0] for w in width.unique()]:
-        place = torch.arange(int(count[some].max()), device=a.device)
-        token = order[(first[some, None] + place).clamp_max(len(order) - 1)]
-        left, right = a[token] * (place < count[some, None])[..., None], g[token]
-        mixed = (left @ left.mT @ right.flatten(2)).view_as(right)
-        result[some] = torch.einsum("btco,btdo->bcd", mixed, right)
-    return result
+    for w in width[count > 0].unique():
+        some = (width == w).nonzero()[:, 0]
+        place = torch.arange(int(count[some].max()), device=example.device)
+        yield some, order[(first[some, None] + place).clamp_max(len(order) - 1)], place < count[some, None]
 
 
 @kron_variance.register_fake

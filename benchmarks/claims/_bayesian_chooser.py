@@ -1,0 +1,134 @@
+"""The models of Bayesian-MoE's claim: a small Qwen2-MoE that learns the text, and then which line comes next.
+
+Parameters are bfloat16, and learn through float32 copies of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.claims._bayesian_text import LENGTH, PAD, VOCABULARY, Batch
+from benchmarks.claims._step import linear_decay
+
+WINDOW = 512  # tokens of a row of text
+
+
+def fresh(seed: int, device: str, *, width: int = 384, layers: int = 6, experts: int = 8) -> Any:
+    import transformers as hf
+
+    torch.manual_seed(seed)
+    config = hf.Qwen2MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 128), num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=width,
+        intermediate_size=2 * width, shared_expert_intermediate_size=width, max_position_embeddings=max(WINDOW, LENGTH),
+        pad_token_id=PAD, tie_word_embeddings=True, router_aux_loss_coef=0.01, norm_topk_prob=True,
+        experts_implementation="grouped_mm" if device.startswith("cuda") else "eager",
+    )  # fmt: skip
+    return hf.Qwen2MoeForCausalLM(config).to(device, torch.bfloat16 if device.startswith("cuda") else torch.float32)
+
+
+class Optimizer:
+    """AdamW on float32 copies of the parameters, with clipping at 1."""
+
+    def __init__(self, model: nn.Module, weight_decay: float):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.copies = [p.detach().float().clone().requires_grad_() for p in self.parameters]
+        self.adamw = torch.optim.AdamW(self.copies, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+
+    def step(self, loss: Tensor, rate: float) -> None:
+        loss.backward()
+        for copy_, p in zip(self.copies, self.parameters, strict=True):
+            copy_.grad = torch.zeros_like(copy_) if p.grad is None else p.grad.float()
+            p.grad = None
+        nn.utils.clip_grad_norm_(self.copies, 1.0)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.copies)
+
+
+def pretrain(model: Any, tokens: np.ndarray, *, steps: int, batch: int, rate: float, seed: int, compiled: bool) -> dict:
+    """Next-token prediction on windows drawn anywhere in the text, and the loss that keeps experts in balance."""
+    device = next(model.parameters()).device
+    text = torch.from_numpy(tokens.astype(np.int32)).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    optimizer, places = Optimizer(model, 0.1), torch.arange(WINDOW + 1, device=device)
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    model.train()
+    began, losses = time.perf_counter(), []
+    for step in range(steps):
+        first = torch.randint(len(text) - WINDOW, (batch, 1), device=device, generator=generator)
+        ids = text[first + places].long()
+        out = model(input_ids=ids[:, :-1], use_cache=False, output_router_logits=True)
+        loss = nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        optimizer.step(loss + model.router_aux_loss_coef * out.aux_loss, linear_decay(step, steps, peak=rate))
+        losses.append(loss.detach())
+        if step % 50 == 0 or step == steps - 1:
+            seconds = time.perf_counter() - began
+            recent = torch.stack(losses[-50:]).mean().item()
+            print(
+                f"pretraining {step + 1} of {steps}: loss {recent:.3f}, balance {float(out.aux_loss.detach()):.3f}, "
+                f"{(step + 1) * batch * WINDOW / 1e6:.1f}M tokens, {seconds:.0f} s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    return {"tokens": steps * batch * WINDOW, "loss": recent, "seconds": time.perf_counter() - began}
+
+
+class Chooser(nn.Module):
+    """Logits [B, 4]: one linear layer on the state of each candidate's last token, as GPT's first version chose answers."""
+
+    def __init__(self, language_model: Any, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = copy.deepcopy(language_model.model)
+        weight = next(self.body.parameters())
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(self.body.config.hidden_size, 1, bias=False).to(weight.device, weight.dtype)
+        for layer in self.body.layers:
+            layer.self_attn.attention_dropout = 0.1
+
+    def forward(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        ids, last = input_ids.flatten(0, 1), last.flatten()
+        states = self.body(input_ids=ids, use_cache=False).last_hidden_state  # padding is behind, where nobody looks
+        state = states[torch.arange(len(ids), device=ids.device), last].view(*input_ids.shape[:2], -1)
+        return self.head(self.dropout(state))[..., 0]
+
+
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    device = next(model.parameters()).device
+    return model(batch["input_ids"].to(device), batch["last"].to(device)).float()
+
+
+def fine_tune(model: Any, data: list[Batch], epochs: int, rate: float, seed: int, each: Any = None) -> Any:
+    """AdamW and linear decay, for so many epochs."""
+    device = next(model.parameters()).device
+    data = [{name: t.to(device) for name, t in batch.items()} for batch in data]
+    optimizer, steps, step = Optimizer(model, 0.01), epochs * len(data), 0
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for epoch in range(epochs):
+        model.train()
+        for batch in rng.sample(data, len(data)):
+            loss = nn.functional.cross_entropy(logits_of(model, batch), batch["labels"])
+            optimizer.step(loss, linear_decay(step, steps, peak=rate))
+            step += 1
+        if each:
+            model.eval()
+            each(epoch, float(loss))
+    return model.eval()
+
+
+@torch.no_grad()
+def all_logits(model: Any, data: list[Batch]) -> Tensor:
+    return torch.cat([logits_of(model, batch) for batch in data]).cpu()
