@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 
+from benchmarks.claims._bayesian_task import Batch
 from effcore.data.questions import Question, next_line_questions
 from effcore.data.sources import SourceFile, list_files, standard_library
 
@@ -27,9 +26,8 @@ VOCABULARY = 8192
 END, PAD = 0, 1  # of a document; behind the last token of a row
 SHOWN = 6  # lines before the four
 LENGTH = 160  # tokens of a row at most; longer ones lose their beginning
+POOL = 16  # batches whose questions are sorted by length
 SAMPLE_BYTES = 24 << 20  # of text, to learn the tokens from
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -105,20 +103,20 @@ def make_questions(sources: Sources, counts: dict[str, int]) -> dict[str, list[Q
 
 
 def batches(tokenizer: Tokenizer, questions: Sequence[Question], size: int) -> list[Batch]:
-    """``input_ids`` [B, 4, L]: the lines and one of the four behind them; ``last`` [B, 4], where its last token stands; ``labels``."""
+    """``input_ids`` [B, 4, L]: the lines and one of the four behind them; ``last`` [B, 4], where its last token stands; and
+    ``labels``. Questions of like length stand together, in an order that hangs on the questions alone."""
     texts = [f"{q.text}\n{choice}\n" for q in questions for choice in q.choices]
     rows = [row.ids[-LENGTH:] for row in tokenizer.encode_batch_fast(texts)]
+    fours = [(rows[4 * i : 4 * i + 4], q.answer) for i, q in enumerate(questions)]
     result = []
-    for begin in range(0, len(questions), size):
-        some = questions[begin : begin + size]
-        of_them = rows[4 * begin : 4 * (begin + len(some))]
-        width = -(-max(map(len, of_them)) // 16) * 16
-        ids = torch.tensor([row + [PAD] * (width - len(row)) for row in of_them])
-        last = torch.tensor([len(row) - 1 for row in of_them])
-        labels = torch.tensor([q.answer for q in some])
-        result.append({"input_ids": ids.view(-1, 4, width), "last": last.view(-1, 4), "labels": labels})
+    for begin in range(0, len(fours), POOL * size):
+        pool = sorted(fours[begin : begin + POOL * size], key=lambda four: max(map(len, four[0])))
+        result += [_batch(pool[i : i + size]) for i in range(0, len(pool), size)]
     return result
 
 
-def all_labels(data: list[Batch]) -> Tensor:
-    return torch.cat([batch["labels"] for batch in data])
+def _batch(fours: Sequence[tuple[list[list[int]], int]]) -> Batch:
+    width = -(-max(len(row) for four, _ in fours for row in four) // 16) * 16
+    ids = torch.tensor([[row + [PAD] * (width - len(row)) for row in four] for four, _ in fours])
+    last = torch.tensor([[len(row) - 1 for row in four] for four, _ in fours])
+    return {"input_ids": ids, "last": last, "labels": torch.tensor([answer for _, answer in fours])}

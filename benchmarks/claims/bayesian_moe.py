@@ -27,12 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.claims._bayesian_data import ANSWERS, Batch, all_labels, make_data
-from benchmarks.claims._bayesian_models import all_logits, dropout, fresh, train, with_adapters
+from benchmarks.claims._bayesian_task import Task
 from effcore.methods.bayesian_moe import laplace
 from effcore.methods.calibration import draw_reliability, fit_temperature, ood_auroc, scores
 from effcore.methods.laplace_file import read_safetensors, write_safetensors
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "lines": {"train": 8000, "test": 4000, "batch": 64, "epochs": 4, "rate": 3e-4, "pretraining": 2000},
+    "packages": {"train": 6000, "test": 4000, "batch": 128, "epochs": 8, "rate": 2e-3},
+}
 TESTS = ("test", "other")
 PICTURED = ("MAP", "temperature", "Bayesian-MoE")
 Predictions = dict[str, Tensor]  # probabilities [N, C] of each test set
@@ -41,8 +44,8 @@ Predictions = dict[str, Tensor]  # probabilities [N, C] of each test set
 class Seed:
     """The record of one seed, on disk after each method."""
 
-    def __init__(self, seed: int, data: dict[str, list[Batch]], options: argparse.Namespace):
-        self.seed, self.data, self.options = seed, data, options
+    def __init__(self, seed: int, task: Task, options: argparse.Namespace):
+        self.seed, self.task, self.options = seed, task, options
         self.began = time.perf_counter()
         self.methods: dict[str, dict[str, Any]] = {}
         self.pictured: dict[str, Tensor] = {}
@@ -51,7 +54,7 @@ class Seed:
         print(f"seed {self.seed}: {what} ({time.perf_counter() - self.began:.0f} s)", file=sys.stderr, flush=True)
 
     def add(self, name: str, p: Predictions, **facts: Any) -> None:
-        row: dict[str, Any] = {part: scores(p[part], all_labels(self.data[part])) for part in TESTS}
+        row: dict[str, Any] = {part: scores(p[part], self.task.labels(part)) for part in TESTS}
         self.methods[name] = row | {"ood_auroc": ood_auroc(p["test"], p["other"])} | facts
         self.say(
             f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in row["test"].items()) + f" {facts or ''}"
@@ -69,29 +72,47 @@ class Seed:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if self.options.device.startswith("cuda") else "cpu",
             "settings": settings,
-            "pieces": {part: len(all_labels(batches)) for part, batches in self.data.items()},
+            "questions": {part: len(self.task.labels(part)) for part in self.task.data},
+            "models": self.task.about,
             "seconds": time.perf_counter() - self.began,
             "methods": self.methods,
         }
         file_of(self.options.out, self.seed).write_text(json.dumps(report, indent=1))
         if complete:
-            tensors = self.pictured | {"labels": all_labels(self.data["test"])}
+            tensors = self.pictured | {"labels": self.task.labels("test")}
             write_safetensors(file_of(self.options.out, self.seed).with_suffix(".safetensors"), tensors, {})
+
+
+def make_task(options: argparse.Namespace) -> Task:
+    names = {
+        "train": "train_on",
+        "test": "test",
+        "batch": "batch",
+        "epochs": "epochs",
+        "rate": "rate",
+        "device": "device",
+    }
+    settings = {theirs: getattr(options, ours) for ours, theirs in names.items()}
+    if options.task == "packages":
+        from benchmarks.claims._bayesian_classifier import packages_task
+
+        return packages_task(**settings)
+    from benchmarks.claims._bayesian_lines import lines_task
+
+    tiny = {"most_bytes": 2 << 20, "windows": 4, "width": 128, "layers": 2} if options.quick else {}
+    return lines_task(options.out, **settings, pretraining=options.pretraining, **tiny)
 
 
 def file_of(folder: Path, seed: int) -> Path:
     return folder / f"seed{seed}.json"
 
 
-def run_seed(seed: int, data: dict[str, list[Batch]], options: argparse.Namespace) -> None:
-    record = Seed(seed, data, options)
+def run_seed(seed: int, task: Task, options: argparse.Namespace) -> None:
+    record = Seed(seed, task, options)
     first = 100 * seed
-
-    def member(number: int) -> Any:
-        return train(fresh(first + number, options.device), data["train"], options.epochs, options.rate, first + number)
-
-    model, held = member(0), all_labels(data["held"])
-    plain = {part: all_logits(model, data[part]) for part in (*TESTS, "held")}
+    model, held = task.member(first), task.labels("held")
+    record.say("trained")
+    plain = {part: task.logits(model, part) for part in (*TESTS, "held")}
     temperature = fit_temperature(plain["held"], held)
     record.add("MAP", {part: plain[part].softmax(1) for part in TESTS})
     record.add("temperature", {part: (plain[part] / temperature).softmax(1) for part in TESTS}, temperature=temperature)
@@ -100,26 +121,25 @@ def run_seed(seed: int, data: dict[str, list[Batch]], options: argparse.Namespac
         "last-layer Laplace": (model, "last"),
     }
     if not options.no_lora:
-        adapted = with_adapters(model, data["train"], max(1, options.epochs // 3), seed)
-        posteriors["Laplace-LoRA"] = (adapted, "lora")
+        posteriors["Laplace-LoRA"] = (task.adapted(model, seed), "lora")
     for name, (network, targets) in posteriors.items():
         start = time.perf_counter()
-        posterior = laplace(network, data["fit"], answers=ANSWERS, targets=targets, rank=options.rank)
+        posterior = laplace(network, task.data["fit"], answers=task.answers, targets=targets, rank=options.rank)
         seconds = time.perf_counter() - start
         for suffix, per_layer in (("", True), (", one prior", False))[: 2 if targets == "experts" else 1]:
-            posterior.fit_heldout(data["held"], per_layer=per_layer)
+            posterior.fit_heldout(task.data["held"], per_layer=per_layer)
             record.add(
                 name + suffix,
-                {part: torch.cat([posterior.predict(b).cpu() for b in data[part]]) for part in TESTS},
+                {part: torch.cat([posterior.predict(b).cpu() for b in task.data[part]]) for part in TESTS},
                 prior_variance=posterior.prior_variance.tolist(),
                 experts_without_tokens=sum(map(len, posterior.unrouted.values())),
                 fit_seconds=seconds,
             )
-    record.add("MC dropout", {part: dropout(model, data[part]) for part in TESTS})
+    record.add("MC dropout", {part: task.dropout(model, part) for part in TESTS})
     total = {part: plain[part].softmax(1) for part in TESTS}
     for number in range(1, options.members):
-        other = member(number)
-        total = {part: total[part] + all_logits(other, data[part]).softmax(1) for part in TESTS}
+        other = task.member(first + number)
+        total = {part: total[part] + task.logits(other, part).softmax(1) for part in TESTS}
         record.say(f"member {number} of the ensemble trained")
     record.add(f"ensemble of {options.members}", {part: total[part] / options.members for part in TESTS})
     record.write(complete=True)
@@ -166,29 +186,38 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.bayesian_moe", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the seeds' files")
+    parser.add_argument("--task", choices=list(DEFAULTS), default="lines")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the seeds' files, and of the pretrained model"
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="which seeds; none: the table alone")
-    parser.add_argument("--train", type=int, default=6000, help="pieces to train on")
-    parser.add_argument("--test", type=int, default=4000, help="pieces of each test set, and to choose the prior")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--train", type=int, help="questions to train on")
+    parser.add_argument("--test", type=int, help="questions of each test set")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--pretraining", type=int, help="steps of 65,536 tokens before the task (lines)")
     parser.add_argument("--members", type=int, default=5, help="models of the ensemble")
     parser.add_argument("--rank", type=int, default=10)
     parser.add_argument("--no-lora", action="store_true", help="leave out Laplace-LoRA")
-    parser.add_argument("--quick", action="store_true", help="a trial of minutes: few pieces; not the claim")
+    parser.add_argument(
+        "--quick", action="store_true", help="a trial of minutes: a tiny model, few questions; not the claim"
+    )
     parser.add_argument("--json", type=Path, help="all complete seeds in one file")
     parser.add_argument("--picture", type=Path, help="reliability diagrams of the first seed")
     options = parser.parse_args(arguments)
+    for name, value in DEFAULTS[options.task].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if options.quick:
-        options.seeds, options.train, options.test, options.epochs, options.members = [0], 1000, 400, 2, 2
-        options.no_lora = True
+        options.seeds, options.train, options.test, options.epochs, options.members = [0], 240, 120, 2, 2
+        options.pretraining = 5
     options.out.mkdir(parents=True, exist_ok=True)
     missing = [s for s in options.seeds if not (_read(file_of(options.out, s)) or {}).get("complete")]
     if missing:
-        data = make_data(options.train, options.test, options.batch)
+        task = make_task(options)
         for seed in missing:
-            run_seed(seed, data, options)
+            run_seed(seed, task, options)
     reports = [report for file in sorted(options.out.glob("seed*.json")) if (report := _read(file))["complete"]]  # type: ignore[index]
     if not reports:
         print(f"{options.out} has no complete seed")

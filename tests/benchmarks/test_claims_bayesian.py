@@ -1,10 +1,16 @@
-"""The claim of Bayesian-MoE: its task, its models and its verdict."""
+"""The claim of Bayesian-MoE: its tasks, its models and its verdict."""
 
+import pytest
 import torch
 
-from benchmarks.claims._bayesian_data import ANSWERS, ASK, LENGTH, PACKAGES, all_labels, make_data, separate
-from benchmarks.claims._bayesian_models import all_logits, fresh
+from benchmarks.claims import _bayesian_lines as lines
+from benchmarks.claims import _bayesian_text as text
+from benchmarks.claims._bayesian_classifier import fresh, logits_of
+from benchmarks.claims._bayesian_packages import ANSWERS, ASK, LENGTH, PACKAGES, make_data, separate
+from benchmarks.claims._bayesian_task import Task, all_labels
 from benchmarks.claims.bayesian_moe import summary
+from effcore.data.questions import Question
+from effcore.methods.bayesian_moe import laplace
 
 
 def test_code_and_prose_are_told_apart():
@@ -29,11 +35,103 @@ def test_the_task_has_all_answers_and_no_piece_in_two_parts():
 
 def test_every_expert_on_every_token_gives_the_model_s_own_logits():
     model = fresh(0, "cpu").eval()
-    batch = [{"input_ids": torch.randint(0, 4096, (3, LENGTH + 1))}]
-    ours = all_logits(model, batch)
+    batch = {"input_ids": torch.randint(0, 4096, (3, LENGTH + 1))}
+    ours = logits_of(model, batch)
     model.config._experts_implementation = "eager"
     assert ours.shape == (3, len(ANSWERS))
-    torch.testing.assert_close(ours, all_logits(model, batch))
+    torch.testing.assert_close(ours, logits_of(model, batch))
+
+
+# ---------------------------------------------------------------- which line comes next
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return text.find_sources(1 << 20)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(sources):
+    return text.learn_tokens(sources.pretraining)
+
+
+def test_no_file_is_in_two_parts(sources):
+    parts = [sources.pretraining, *sources.parts.values()]
+    assert all(parts) and sum(f.size for f in sources.pretraining) < 2 << 20
+    paths = [f.path for part in parts for f in part]
+    assert len(set(paths)) == len(paths)
+    assert {f.path.suffix for f in sources.parts["other"]} <= {".h", ".hpp", ".cuh"}
+
+
+def test_tokens_give_the_text_back(sources, tokenizer):
+    file = sources.pretraining[0]
+    ids = text.encode_files(tokenizer, [file])
+    assert ids[-1] == text.END and ids.max() < text.VOCABULARY
+    assert tokenizer.decode(ids[:-1]) == file.path.read_text(encoding="utf-8", errors="ignore")
+
+
+def test_batches_hold_every_question_once_with_its_answer(tokenizer):
+    questions = [Question("x = 1\n" * n, ("a + b", "c", "d * e * f", f"last {n}"), n % 4) for n in range(1, 12)]
+    found = {}
+    for batch in text.batches(tokenizer, questions, 3):
+        for ids, last, label in zip(*(batch[k].tolist() for k in ("input_ids", "last", "labels")), strict=True):
+            rows = [tokenizer.decode(row[: at + 1]) for row, at in zip(ids, last, strict=True)]
+            assert all(set(row[at + 1 :]) <= {text.PAD} for row, at in zip(ids, last, strict=True))
+            found[rows[3]] = rows, label
+    assert len(found) == 11
+    for q in questions:
+        rows = [f"{q.text}\n{choice}\n" for choice in q.choices]
+        assert found[rows[3]] == (rows, q.answer)
+
+
+def test_padding_does_not_change_what_is_chosen():
+    model = lines.Chooser(lines.fresh(0, "cpu", width=64, layers=2), 0).eval()
+    ids, last = torch.randint(2, 500, (2, 4, 9)), torch.tensor([[8, 5, 6, 7], [3, 8, 8, 2]])
+    padded = torch.nn.functional.pad(ids, (0, 7), value=text.PAD)
+    torch.testing.assert_close(model(ids, last), model(padded, last))
+    assert model(ids, last).shape == (2, 4)
+
+
+def test_a_posterior_of_a_chooser_is_that_of_its_four_rows():
+    """Four rows of tokens are one example: the covariance is the Jacobian's, over the tokens of all of them."""
+    model = lines.Chooser(lines.fresh(1, "cpu", width=64, layers=1, experts=2), 1).eval()
+    batch = {
+        "input_ids": torch.randint(2, 500, (3, 4, 6)),
+        "last": torch.full((3, 4), 5),
+        "labels": torch.tensor([0, 1, 3]),
+    }
+    posterior = laplace(model, [batch], hessian="kron", prior_variance=1e-12)
+    _, covariance = posterior.logit_distribution(batch)
+    weight = model.body.layers[0].mlp.experts.down_proj
+    for b in range(3):
+        one = {k: t[b : b + 1] for k, t in batch.items()}
+        rows = [torch.autograd.grad(lines.logits_of(model, one)[0, c], weight, retain_graph=False)[0] for c in range(4)]
+        jacobian = torch.stack(rows).flatten(1).double()
+        torch.testing.assert_close(covariance[b].double() / 1e-12, jacobian @ jacobian.mT, rtol=1e-3, atol=1e-5)
+
+
+def test_pretraining_learns_and_adapters_leave_the_rest():
+    model = lines.fresh(0, "cpu", width=64, layers=1, experts=2)
+    tokens = (torch.arange(20_000) % 7 + 2).numpy().astype("uint16")
+    about = lines.pretrain(model, tokens, steps=12, batch=1, rate=1e-2, seed=0, compiled=False)
+    assert about["loss"] < 8.5 and about["tokens"] == 12 * lines.WINDOW
+    adapted = lines.with_adapters(model, 0)
+    kept = {name: p.clone() for name, p in adapted.named_parameters()}
+    data = [
+        {"input_ids": torch.randint(2, 9, (2, 4, 5)), "last": torch.full((2, 4), 4), "labels": torch.tensor([1, 2])}
+    ]
+    lines.fine_tune(adapted, data, 2, 1e-2, 0)
+    moved = {name for name, p in adapted.named_parameters() if not torch.equal(p, kept[name])}
+    assert moved and all("lora_" in name or "head.modules_to_save" in name for name in moved)
+
+
+def test_a_task_scores_all_of_a_part():
+    data = {"test": [{"labels": torch.tensor([1, 0])}, {"labels": torch.tensor([2])}]}
+    task = Task(data, None, None, lambda model, batch: model[batch["labels"]])
+    assert torch.equal(task.logits(torch.eye(3), "test").argmax(1), task.labels("test"))
+
+
+# ---------------------------------------------------------------- the verdict
 
 
 def test_the_verdict_counts_misses():

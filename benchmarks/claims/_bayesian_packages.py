@@ -1,4 +1,4 @@
-"""The task of Bayesian-MoE's claim: which of PyTorch's packages a piece of source text comes from, a question with 8 answers.
+"""A task of Bayesian-MoE's claim: which of PyTorch's packages a piece of source text comes from, a question with 8 answers.
 
 Code without comments and strings is what is trained on; comments and docstrings of the same packages are text of another kind,
 whose answers are known too. Files are split before they are cut into pieces.
@@ -14,7 +14,8 @@ import zlib
 from pathlib import Path
 
 import torch
-from torch import Tensor
+
+from benchmarks.claims._bayesian_task import Batch
 
 PACKAGES = ("_inductor", "distributed", "_dynamo", "fx", "nn", "ao", "utils", "onnx")
 WORDS = 4096  # a word is a token: its checksum modulo this
@@ -24,7 +25,6 @@ LENGTH = 24  # words of a piece
 FILES = 96  # of a package, for all parts together
 SHARES = {"train": (0.0, 0.4), "held": (0.4, 0.6), "test": (0.6, 1.0)}  # of a package's files
 
-Batch = dict[str, Tensor]
 Piece = tuple[list[int], int]  # tokens, number of the package
 
 
@@ -88,7 +88,3 @@ def _batches(pieces: list[Piece], size: int) -> list[Batch]:
         labels = torch.tensor([label for _, label in pieces[i : i + size]])
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return batches
-
-
-def all_labels(data: list[Batch]) -> Tensor:
-    return torch.cat([batch["labels"] for batch in data])

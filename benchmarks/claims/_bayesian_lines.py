@@ -1,4 +1,4 @@
-"""The models of Bayesian-MoE's claim: a small Qwen2-MoE that learns the text, and then which line comes next.
+"""A task of Bayesian-MoE's claim: which of four lines comes next, for a small Qwen2-MoE that has learnt the text before.
 
 Parameters are bfloat16, and learn through float32 copies of them.
 """
@@ -9,14 +9,27 @@ import copy
 import random
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from benchmarks.claims._bayesian_text import LENGTH, PAD, VOCABULARY, Batch
+from benchmarks.claims._bayesian_task import Batch, Task
+from benchmarks.claims._bayesian_text import (
+    LENGTH,
+    PAD,
+    VOCABULARY,
+    batches,
+    encode_files,
+    find_sources,
+    learn_tokens,
+    make_questions,
+)
 from benchmarks.claims._step import linear_decay
+from effcore.methods.laplace_file import read_safetensors, write_safetensors
 
 WINDOW = 512  # tokens of a row of text
 
@@ -129,6 +142,41 @@ def fine_tune(model: Any, data: list[Batch], epochs: int, rate: float, seed: int
     return model.eval()
 
 
-@torch.no_grad()
-def all_logits(model: Any, data: list[Batch]) -> Tensor:
-    return torch.cat([logits_of(model, batch) for batch in data]).cpu()
+def with_adapters(language_model: Any, seed: int) -> Any:
+    """A chooser that learns low-rank adapters of its attention, and the linear layer behind it, in place of all weights."""
+    import peft
+
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
+    return peft.get_peft_model(Chooser(language_model, seed), config)
+
+
+def lines_task(
+    folder: Path, *, train_on: int, test: int, batch: int, epochs: int, rate: float, pretraining: int, device: str,
+    most_bytes: int = 170 << 20, windows: int = 128, **size: int,
+) -> Task:  # fmt: skip
+    """The task, on the language model of ``folder``, which is pretrained for so many steps where it is not there yet."""
+    sources = find_sources(most_bytes)
+    tokens_file, weights_file = folder / "tokenizer.json", folder / "pretrained.safetensors"
+    if not tokens_file.exists():
+        learn_tokens(sources.pretraining).save(str(tokens_file))
+    tokenizer = Tokenizer.from_file(str(tokens_file))
+    model = fresh(0, device, **size)
+    if not weights_file.exists():
+        text = encode_files(tokenizer, sources.pretraining)
+        print(f"{len(text) / 1e6:.0f}M tokens of {len(sources.pretraining)} files", file=sys.stderr, flush=True)
+        learner = fresh(0, device, **size)  # its layers are compiled
+        about = pretrain(learner, text, steps=pretraining, batch=windows, rate=2e-3, seed=0, compiled=device != "cpu")
+        about |= {"text_tokens": len(text), "parameters": sum(p.numel() for p in learner.parameters())}
+        write_safetensors(weights_file, learner.state_dict(), about)
+    weights, about = read_safetensors(weights_file)
+    model.load_state_dict(weights)
+    questions = make_questions(sources, {"train": train_on, "held": test // 2, "test": test, "other": test})
+    data = {part: batches(tokenizer, some, batch) for part, some in questions.items()}
+    learnt = data["fit"] = data.pop("train")
+    return Task(
+        data,
+        member=lambda seed: fine_tune(Chooser(model, seed), learnt, epochs, rate, seed),
+        adapted=lambda _, seed: fine_tune(with_adapters(model, seed), learnt, epochs, 4 * rate, seed),
+        logits_of=logits_of,
+        about=about,
+    )

@@ -1,4 +1,4 @@
-"""The models of Bayesian-MoE's claim: a small Qwen2-MoE, its training, and the baselines that need more than logits."""
+"""The models of the packages task of Bayesian-MoE's claim: a small Qwen2-MoE that learns it from scratch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.claims._bayesian_data import ANSWERS, ASK, LENGTH, PAD, Batch
+from benchmarks.claims._bayesian_packages import ANSWERS, ASK, LENGTH, PAD, make_data
+from benchmarks.claims._bayesian_task import Batch, Task
 
 
 def _all_experts(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -63,22 +64,21 @@ def train(model: Any, data: list[Batch], epochs: int, rate: float, seed: int) ->
     return model.eval()
 
 
-@torch.no_grad()
-def all_logits(model: Any, data: list[Batch]) -> Tensor:
-    return torch.cat([logits_of(model, batch) for batch in data]).cpu()
-
-
-def dropout(model: Any, data: list[Batch], passes: int = 20) -> Tensor:
-    """MC dropout: the mean of the softmax over forward passes with dropout on."""
-    model.train()
-    mean = torch.stack([all_logits(model, data).softmax(1) for _ in range(passes)]).mean(0)
-    model.eval()
-    return mean
-
-
 def with_adapters(model: Any, data: list[Batch], epochs: int, seed: int) -> Any:
     """A copy with LoRA adapters on attention, trained on from the same weights."""
     import peft
 
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     return train(peft.get_peft_model(copy.deepcopy(model), config), data, epochs, 1e-3, seed)
+
+
+def packages_task(*, train_on: int, test: int, batch: int, epochs: int, rate: float, device: str) -> Task:
+    data = make_data(train_on, test, batch)
+    learnt = data.pop("train")
+    return Task(
+        data,
+        member=lambda seed: train(fresh(seed, device), learnt, epochs, rate, seed),
+        adapted=lambda model, seed: with_adapters(model, learnt, max(1, epochs // 3), seed),
+        logits_of=logits_of,
+        answers=ANSWERS,
+    )
