@@ -22,6 +22,7 @@ from benchmarks.claims._bayesian_text import (
     LENGTH,
     PAD,
     VOCABULARY,
+    Sources,
     batches,
     encode_files,
     find_sources,
@@ -123,22 +124,19 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     return model(batch["input_ids"].to(device), batch["last"].to(device)).float()
 
 
-def fine_tune(model: Any, data: list[Batch], epochs: int, rate: float, seed: int, each: Any = None) -> Any:
+def fine_tune(model: Any, data: list[Batch], epochs: int, rate: float, seed: int) -> Any:
     """AdamW and linear decay, for so many epochs."""
     device = next(model.parameters()).device
     data = [{name: t.to(device) for name, t in batch.items()} for batch in data]
     optimizer, steps, step = Optimizer(model, 0.01), epochs * len(data), 0
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    for epoch in range(epochs):
-        model.train()
+    model.train()
+    for _ in range(epochs):
         for batch in rng.sample(data, len(data)):
             loss = nn.functional.cross_entropy(logits_of(model, batch), batch["labels"])
             optimizer.step(loss, linear_decay(step, steps, peak=rate))
             step += 1
-        if each:
-            model.eval()
-            each(epoch, float(loss))
     return model.eval()
 
 
@@ -154,13 +152,16 @@ def lines_task(
     folder: Path, *, train_on: int, test: int, batch: int, epochs: int, rate: float, pretraining: int, device: str,
     most_bytes: int = 170 << 20, windows: int = 128, **size: int,
 ) -> Task:  # fmt: skip
-    """The task, on the language model of ``folder``, which is pretrained for so many steps where it is not there yet."""
-    sources = find_sources(most_bytes)
+    """The task, with what ``folder`` holds of it: tokens, questions and the language model, which are made where they are not
+    there yet."""
     tokens_file, weights_file = folder / "tokenizer.json", folder / "pretrained.safetensors"
+    counts = {"train": train_on, "held": test, "test": test, "other": test}
+    made = [tokens_file, weights_file, *(folder / f"{part}.jsonl" for part in counts)]
+    sources = Sources([], {}) if all(file.exists() for file in made) else find_sources(most_bytes)
+    questions = make_questions(folder, sources, counts)
     if not tokens_file.exists():
         learn_tokens(sources.pretraining).save(str(tokens_file))
     tokenizer = Tokenizer.from_file(str(tokens_file))
-    model = fresh(0, device, **size)
     if not weights_file.exists():
         text = encode_files(tokenizer, sources.pretraining)
         print(f"{len(text) / 1e6:.0f}M tokens of {len(sources.pretraining)} files", file=sys.stderr, flush=True)
@@ -169,10 +170,10 @@ def lines_task(
         about |= {"text_tokens": len(text), "parameters": sum(p.numel() for p in learner.parameters())}
         write_safetensors(weights_file, learner.state_dict(), about)
     weights, about = read_safetensors(weights_file)
+    model = fresh(0, device, **size)
     model.load_state_dict(weights)
-    questions = make_questions(sources, {"train": train_on, "held": test // 2, "test": test, "other": test})
-    data = {part: batches(tokenizer, some, batch) for part, some in questions.items()}
-    learnt = data["fit"] = data.pop("train")
+    data = {part: batches(tokenizer, some, 4 * batch) for part, some in questions.items()}
+    data["fit"], learnt = data.pop("train"), batches(tokenizer, questions["train"], batch)
     return Task(
         data,
         member=lambda seed: fine_tune(Chooser(model, seed), learnt, epochs, rate, seed),

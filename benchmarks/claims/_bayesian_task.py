@@ -40,7 +40,7 @@ class Task:
     def logits(self, model: Any, part: str) -> Tensor:
         return torch.cat([self.logits_of(model, batch) for batch in self.data[part]]).cpu()
 
-    def dropout(self, model: Any, part: str, passes: int = 20) -> Tensor:
+    def dropout(self, model: Any, part: str, passes: int = 10) -> Tensor:
         """MC dropout: the mean of the softmax over forward passes with dropout on."""
         model.train()
         mean = torch.stack([self.logits(model, part).softmax(1) for _ in range(passes)]).mean(0)

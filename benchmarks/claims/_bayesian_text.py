@@ -1,15 +1,17 @@
 """The text of Bayesian-MoE's claim, and its questions: which of four lines of a source file comes next.
 
-The text is what every machine with torch has: the Python sources of the standard library and of the installed packages, 100 to
-200 MB. Files that are copies of each other count once. A hash of the name decides what a file is for: nine in ten to pretrain
-on, the others for questions, in three parts that share no file. Text of another kind is the C++ headers that come with torch:
-no model here was trained on any.
+The text is what every machine with torch has: Python sources of the standard library and of the installed packages, and the C++
+headers among these. Files that are copies of each other count once. A hash of the name decides what a file is for: nine in ten
+to pretrain on, the others for questions: Python's in three parts that share no file, and headers as text of another kind, which
+the language model knows, but which none of the questions that are learnt from is of.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +21,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.claims._bayesian_task import Batch
-from effcore.data.questions import Question, next_line_questions
+from effcore.data.questions import Question, next_line_questions, read_questions
 from effcore.data.sources import SourceFile, list_files, standard_library
 
 VOCABULARY = 8192
 END, PAD = 0, 1  # of a document; behind the last token of a row
-SHOWN = 6  # lines before the four
-LENGTH = 160  # tokens of a row at most; longer ones lose their beginning
+SHOWN = 5  # lines before the four
+LENGTH = 112  # tokens of a row at most; longer ones lose their beginning
 POOL = 16  # batches whose questions are sorted by length
+HEADERS = (".h", ".hpp", ".cuh")
 SAMPLE_BYTES = 24 << 20  # of text, to learn the tokens from
 
 
@@ -39,20 +42,23 @@ class Sources:
 
 
 def find_sources(most_bytes: int) -> Sources:
-    packages = Path(torch.__file__).parent.parent
-    python = [*standard_library(), *(f for f in list_files(packages) if f.path.suffix == ".py")]
-    headers = [f for f in list_files(packages / "torch" / "include") if f.path.suffix in (".h", ".hpp", ".cuh")]
-    headers = [f for f in headers if "/ops/" not in f.name]  # generated, thousands of one kind
-    random.Random(0).shuffle(python)
-    unique = {hashlib.sha256(f.path.read_bytes()).digest(): f for f in reversed(python) if 500 <= f.size <= 400_000}
-    sources = Sources([], {"train": [], "held": [], "test": [], "other": headers})
-    total = 0
+    """All files, of which at most so many bytes to pretrain on."""
+    packages = list_files(Path(torch.__file__).parent.parent)
+    headers = [
+        f for f in packages if f.path.suffix in HEADERS and "/ops/" not in f.name
+    ]  # those are generated, by thousands
+    files = [*standard_library(), *(f for f in packages if f.path.suffix == ".py"), *headers]
+    random.Random(0).shuffle(files)
+    unique = {hashlib.sha256(f.path.read_bytes()).digest(): f for f in reversed(files) if 500 <= f.size <= 400_000}
+    sources, total = Sources([], {"train": [], "held": [], "test": [], "other": []}), 0
     for file in unique.values():
         place = _share(file.name)
         if place >= 0.1:
             if total < most_bytes:
                 sources.pretraining.append(file)
                 total += file.size
+        elif file.path.suffix in HEADERS:
+            sources.parts["other"].append(file)
         else:
             sources.parts["train" if place < 0.05 else "held" if place < 0.07 else "test"].append(file)
     return sources
@@ -95,11 +101,19 @@ def encode_files(tokenizer: Tokenizer, files: Sequence[SourceFile]) -> np.ndarra
     return np.concatenate(pieces)
 
 
-def make_questions(sources: Sources, counts: dict[str, int]) -> dict[str, list[Question]]:
-    return {
-        part: next_line_questions(sources.parts[part], count, seed=seed, shown=SHOWN)
-        for seed, (part, count) in enumerate(counts.items())
-    }
+def make_questions(folder: Path, sources: Sources, counts: dict[str, int]) -> dict[str, list[Question]]:
+    """Questions of each part, as they stand in a file of the folder, where they are kept."""
+    questions = {}
+    for seed, (part, count) in enumerate(counts.items()):
+        file = folder / f"{part}.jsonl"
+        if not file.exists():
+            made = next_line_questions(sources.parts[part], count, seed=seed, shown=SHOWN)
+            rows = [{"question": q.text, "choices": q.choices, "answer": q.answer} for q in made]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        questions[part] = read_questions(file)
+        if len(questions[part]) != count:
+            sys.exit(f"{file} holds {len(questions[part])} questions, not {count}: remove it, or give another --out")
+    return questions
 
 
 def batches(tokenizer: Tokenizer, questions: Sequence[Question], size: int) -> list[Batch]:

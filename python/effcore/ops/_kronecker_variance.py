@@ -116,8 +116,8 @@ def _add_expert(
 
 
 def _by_example(example: Tensor, examples: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Tokens by example: ``(some [b], token [b, t], real [b, t])``, for examples with about as many tokens at a time, so that at
-    most half of a row is padding."""
+    """Tokens by example: ``(some [b], token [b, t], real [b, t])``, for examples with about as many tokens at a time: at most
+    half of a row is padding."""
     order, count = example.argsort(stable=True), torch.bincount(example, minlength=examples)
     first, width = count.cumsum(0) - count, count.double().log2().ceil()
     for w in width[count > 0].unique():
