@@ -155,7 +155,7 @@ def lines_task(
     """The task, with what ``folder`` holds of it: tokens, questions and the language model, which are made where they are not
     there yet."""
     tokens_file, weights_file = folder / "tokenizer.json", folder / "pretrained.safetensors"
-    counts = {"train": train_on, "held": test, "test": test, "other": test}
+    counts = {"train": train_on, "held": test // 2, "test": test, "other": test}
     made = [tokens_file, weights_file, *(folder / f"{part}.jsonl" for part in counts)]
     sources = Sources([], {}) if all(file.exists() for file in made) else find_sources(most_bytes)
     questions = make_questions(folder, sources, counts)
