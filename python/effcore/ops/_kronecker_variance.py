@@ -12,10 +12,13 @@ are sums over pairs of tokens, (a⊥·a⊥′)(g⊥·g⊥′).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+MOST = 1 << 27  # numbers that are made at a time
 
 
 def _refuse(
@@ -64,66 +67,92 @@ def kron_variance(
         example,
         [("input_factor", vectors_a, values_a, rest_a), ("output_factor", vectors_b, values_b, rest_b)],
     )
-    classes = g.shape[1]
-    result = a.new_zeros((len(prior_variance), examples, classes, classes))
-    precision = 1 / prior_variance.to(a.dtype)
-    for e, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
-        if begin == end:
-            continue
-        factors = [t[e].to(a.dtype) for t in (vectors_a, values_a, rest_a, vectors_b, values_b, rest_b)]
-        _add_expert(result, a[begin:end], g[begin:end], example[begin:end], factors, precision)
-    return result
+    experts, classes = len(vectors_a), g.shape[1]
+    ends = offsets.tolist()
+    a, g, example = a[ends[0] : ends[-1]], g[ends[0] : ends[-1]], example[ends[0] : ends[-1]]
+    spans = [(e, begin - ends[0], end - ends[0]) for e, (begin, end) in enumerate(pairwise(ends)) if begin < end]
+    p, a_left = _split(a, vectors_a, spans)
+    q, g_left = _split(g, vectors_b, spans)
+    factors = [t.to(p.dtype) for t in (values_a, rest_a, values_b, rest_b)]
+    precision = 1 / prior_variance.to(p.dtype)
+    # By example and expert, each sum in a place of its own: the order in which they are added up is always the same.
+    result = p.new_zeros((len(prior_variance), examples * experts, classes, classes))
+    expert = torch.repeat_interleave(offsets.diff().long(), output_size=len(p))
+    for some, token, real in _groups(example * experts + expert, p, q, a_left, g_left, len(prior_variance)):
+        left, right = (None if t is None else t[token] for t in (a_left, g_left))
+        of_each = [t[some % experts] for t in factors]
+        result[:, some] = _covariances(p[token], q[token], left, right, real[..., None], of_each, precision)
+    return result.unflatten(1, (examples, experts)).sum(2)
 
 
-def _add_expert(
-    result: Tensor, a: Tensor, g: Tensor, example: Tensor, factors: list[Tensor], precision: Tensor
-) -> None:
-    u, alpha, alpha_rest, v, beta, beta_rest = factors
+def _split(x: Tensor, vectors: Tensor, spans: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor | None]:
+    """Of each expert's rows, their coordinates in its basis, and what is orthogonal to it: None where the basis is all of the
+    space."""
+    inside = x.new_empty((*x.shape[:-1], vectors.shape[2]))
+    outside = torch.empty_like(x) if vectors.shape[2] < vectors.shape[1] else None
+    for e, begin, end in spans:
+        basis = vectors[e].to(x.dtype)
+        inside[begin:end] = x[begin:end] @ basis
+        if outside is not None:
+            outside[begin:end] = x[begin:end] - inside[begin:end] @ basis.mT
+    return inside, outside
+
+
+def _groups(
+    key: Tensor, p: Tensor, q: Tensor, a: Tensor | None, g: Tensor | None, variances: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Tokens with equal keys side by side: ``(keys [n], token [n, t], real [n, t])``, for keys with about as many tokens at a
+    time, so that at most half of a row is padding, and so few that ``MOST`` numbers hold what is made of them."""
+    keys, number, count = key.unique(return_inverse=True, return_counts=True)
+    order, first = number.argsort(stable=True), count.cumsum(0) - count
+    width = count.double().log2().ceil()
+    classes, inside = q.shape[1], p.shape[-1] * q.shape[-1]
+    widths = [0 if t is None else t.shape[-1] for t in (a, g)]
+    for w in width.unique().tolist():
+        alike = (width == w).nonzero()[:, 0]
+        place = torch.arange(int(count[alike].max()), device=key.device)
+        numbers = inside * (classes**2 + variances) + len(place) * (p.shape[-1] + classes * q.shape[-1] + len(place))
+        numbers += widths[0] * (len(place) + classes * q.shape[-1]) + widths[1] * classes * (len(place) + p.shape[-1])
+        for some in alike.split(max(1, MOST // numbers)):
+            token = order[(first[some, None] + place).clamp_max(len(order) - 1)]
+            yield keys[some], token, place < count[some, None]
+
+
+def _covariances(
+    p: Tensor, q: Tensor, a: Tensor | None, g: Tensor | None, real: Tensor, factors: list[Tensor], precision: Tensor
+) -> Tensor:
+    """[S, n, C, C] of n groups of tokens: p [n, t, i], q [n, t, c, j], the orthogonal parts a [n, t, I] and g [n, t, c, O]; and
+    each group's factors."""
+    alpha, alpha_rest, beta, beta_rest = factors
+    p = p * real
 
     def weight(left: Tensor, right: Tensor) -> Tensor:
         """1 / (1 / s² + left · right), [S, ...]"""
         product = left * right
         return 1 / (precision.view(-1, *[1] * product.dim()) + product)
 
-    inputs_left, outputs_left = u.shape[0] > u.shape[1], v.shape[0] > v.shape[1]
-    p, q = a @ u, g @ v
-    if inputs_left:
-        a = a - p @ u.mT
-    if outputs_left:
-        g = g - q @ v.mT
-    for some, token, real in _by_example(example, result.shape[1]):
-        inside_a, inside_g, real = p[token], q[token], real[..., None]
+    def total(left: Tensor, right: Tensor) -> Tensor:
+        """Σ over a group's tokens of left[n, t, c, j] right[n, t, i]: [n, c, j, i]"""
+        return (left.flatten(2).mT @ right).unflatten(1, left.shape[2:])
 
-        def total(left: Tensor, right: Tensor) -> Tensor:
-            """Σ over an example's tokens of left[b, t, c, j] right[b, t, i]: [B, C, j, i]"""
-            return (left.flatten(2).mT @ right).unflatten(1, left.shape[2:])
-
-        inside = total(inside_g, inside_a * real)
-        covariance = torch.einsum("bcji,sji,bdji->sbcd", inside, weight(alpha[None, :], beta[:, None]), inside)
-        if inputs_left:
-            outside_a = a[token] * real
-            y = total(inside_g, outside_a)
-            covariance += torch.einsum("bcji,sj,bdji->sbcd", y, weight(beta, alpha_rest), y)
-        if outputs_left:
-            outside_g = g[token]
-            x = total(outside_g, inside_a * real)
-            covariance += torch.einsum("bcoi,si,bdoi->sbcd", x, weight(alpha, beta_rest), x)
-        if inputs_left and outputs_left:
-            pairs = (outside_a @ outside_a.mT @ outside_g.flatten(2)).view_as(outside_g)
-            both = torch.einsum("btco,btdo->bcd", pairs, outside_g)
-            covariance += weight(alpha_rest, beta_rest)[:, None, None, None] * both
-        result[:, some] += covariance
-
-
-def _by_example(example: Tensor, examples: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Tokens by example: ``(some [b], token [b, t], real [b, t])``, for examples with about as many tokens at a time: at most
-    half of a row is padding."""
-    order, count = example.argsort(stable=True), torch.bincount(example, minlength=examples)
-    first, width = count.cumsum(0) - count, count.double().log2().ceil()
-    for w in width[count > 0].unique():
-        some = (width == w).nonzero()[:, 0]
-        place = torch.arange(int(count[some].max()), device=example.device)
-        yield some, order[(first[some, None] + place).clamp_max(len(order) - 1)], place < count[some, None]
+    inside = total(q, p)
+    pairs = inside[:, :, None] * inside[:, None]
+    covariance = torch.einsum("ncdji,snji->sncd", pairs, weight(alpha[:, None, :], beta[:, :, None]))
+    if a is not None:
+        a = a * real
+        y = total(q, a)
+        covariance += torch.einsum(
+            "ncdj,snj->sncd", torch.einsum("ncji,ndji->ncdj", y, y), weight(beta, alpha_rest[:, None])
+        )
+    if g is not None:
+        x = total(g, p)
+        covariance += torch.einsum(
+            "ncdi,sni->sncd", torch.einsum("ncoi,ndoi->ncdi", x, x), weight(alpha, beta_rest[:, None])
+        )
+    if a is not None and g is not None:
+        both = torch.einsum("ntco,ntdo->ncd", (a @ a.mT @ g.flatten(2)).view_as(g), g)
+        covariance += weight(alpha_rest, beta_rest)[..., None, None] * both
+    return covariance
 
 
 @kron_variance.register_fake
