@@ -70,8 +70,11 @@ class Optimizer:
             torch._foreach_copy_(self.parameters, self.copies)
 
 
-def pretrain(model: Any, tokens: np.ndarray, *, steps: int, batch: int, rate: float, seed: int, compiled: bool) -> dict:
-    """Next-token prediction on windows drawn anywhere in the text, and the loss that keeps experts in balance."""
+def pretrain(
+    model: Any, tokens: np.ndarray, *, steps: int, seconds: float, batch: int, rate: float, seed: int, compiled: bool
+) -> dict:
+    """Next-token prediction on windows drawn anywhere in the text, and the loss that keeps experts in balance: for so many
+    steps, or as many as there is time for; the learning rate falls with whichever ends first."""
     device = next(model.parameters()).device
     text = torch.from_numpy(tokens.astype(np.int32)).to(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -80,23 +83,29 @@ def pretrain(model: Any, tokens: np.ndarray, *, steps: int, batch: int, rate: fl
         for layer in model.model.layers:
             layer.compile()
     model.train()
-    began, losses = time.perf_counter(), []
+    losses: list[Tensor] = []
+    began = time.perf_counter()
     for step in range(steps):
+        if step == 1:  # the first has compiled
+            began = time.perf_counter()
+        at = max(step, int(steps * (time.perf_counter() - began) / seconds))
+        if at >= steps:
+            break
         first = torch.randint(len(text) - WINDOW, (batch, 1), device=device, generator=generator)
         ids = text[first + places].long()
         out = model(input_ids=ids[:, :-1], use_cache=False, output_router_logits=True)
         loss = nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-        optimizer.step(loss + model.router_aux_loss_coef * out.aux_loss, linear_decay(step, steps, peak=rate))
+        optimizer.step(loss + model.router_aux_loss_coef * out.aux_loss, linear_decay(at, steps, peak=rate))
         losses.append(loss.detach())
-        if step % 50 == 0 or step == steps - 1:
-            seconds = time.perf_counter() - began
+        if step % 50 == 0:
             recent = torch.stack(losses[-50:]).mean().item()
             print(
                 f"pretraining {step + 1} of {steps}: loss {recent:.3f}, balance {float(out.aux_loss.detach()):.3f}, "
-                f"{(step + 1) * batch * WINDOW / 1e6:.1f}M tokens, {seconds:.0f} s",
+                f"{(step + 1) * batch * WINDOW / 1e6:.1f}M tokens, {time.perf_counter() - began:.0f} s",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
-    return {"tokens": steps * batch * WINDOW, "loss": recent, "seconds": time.perf_counter() - began}
+    loss_at_the_end = torch.stack(losses[-20:]).mean().item()
+    return {"steps": len(losses), "tokens": len(losses) * batch * WINDOW, "loss": loss_at_the_end}
 
 
 class Chooser(nn.Module):
@@ -149,8 +158,8 @@ def with_adapters(language_model: Any, seed: int) -> Any:
 
 
 def lines_task(
-    folder: Path, *, train_on: int, test: int, batch: int, epochs: int, rate: float, pretraining: int, device: str,
-    most_bytes: int = 170 << 20, windows: int = 128, **size: int,
+    folder: Path, *, train_on: int, test: int, batch: int, epochs: int, rate: float, device: str, pretraining: int,
+    seconds: float, most_bytes: int = 170 << 20, windows: int = 128, **size: int,
 ) -> Task:  # fmt: skip
     """The task, with what ``folder`` holds of it: tokens, questions and the language model, which are made where they are not
     there yet."""
@@ -166,7 +175,16 @@ def lines_task(
         text = encode_files(tokenizer, sources.pretraining)
         print(f"{len(text) / 1e6:.0f}M tokens of {len(sources.pretraining)} files", file=sys.stderr, flush=True)
         learner = fresh(0, device, **size)  # its layers are compiled
-        about = pretrain(learner, text, steps=pretraining, batch=windows, rate=2e-3, seed=0, compiled=device != "cpu")
+        about = pretrain(
+            learner,
+            text,
+            steps=pretraining,
+            seconds=seconds,
+            batch=windows,
+            rate=2e-3,
+            seed=0,
+            compiled=device != "cpu",
+        )
         about |= {"text_tokens": len(text), "parameters": sum(p.numel() for p in learner.parameters())}
         write_safetensors(weights_file, learner.state_dict(), about)
     weights, about = read_safetensors(weights_file)

@@ -16,7 +16,8 @@ questions, without training again. Our goals: ECE at least halved against MAP, N
 within 0.3 points, NLL on text of another kind lower than that of temperature scaling.
 
 Each seed is a file FOLDER/seed<n>.json, written again after each method; seeds that are complete there are not run again, so
-that several calls can share the work (after --prepare, side by side). The table is over all complete seeds of FOLDER.
+that several calls can share the work (after --prepare, side by side). The table is over all seeds of FOLDER, and
+the methods that they all have.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from effcore.methods.calibration import draw_reliability, fit_temperature, ood_a
 from effcore.methods.laplace_file import read_safetensors, write_safetensors
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "lines": {"train": 4000, "test": 2400, "batch": 64, "epochs": 5, "rate": 3e-4, "pretraining": 1200},
+    "lines": {"train": 3000, "test": 2400, "batch": 64, "epochs": 5, "rate": 3e-4, "pretraining": 800},
     "packages": {"train": 6000, "test": 4000, "batch": 128, "epochs": 8, "rate": 2e-3},
 }
 TESTS = ("test", "other")
@@ -66,11 +67,15 @@ class Seed:
         )
         if name in PICTURED:
             self.pictured[name] = p["test"]
+            tensors = self.pictured | {"labels": self.task.labels("test")}
+            write_safetensors(file_of(self.options.out, self.seed).with_suffix(".safetensors"), tensors, {})
         self.write(complete=False)
 
     def write(self, *, complete: bool) -> None:
         settings = {
-            k: v for k, v in vars(self.options).items() if not isinstance(v, Path) and k not in ("seeds", "prepare")
+            k: v
+            for k, v in vars(self.options).items()
+            if not isinstance(v, Path) and k not in ("seeds", "prepare", "pretraining_seconds")
         }
         report = {
             "claim": "bayesian_moe",
@@ -85,21 +90,11 @@ class Seed:
             "methods": self.methods,
         }
         file_of(self.options.out, self.seed).write_text(json.dumps(report, indent=1))
-        if complete:
-            tensors = self.pictured | {"labels": self.task.labels("test")}
-            write_safetensors(file_of(self.options.out, self.seed).with_suffix(".safetensors"), tensors, {})
 
 
 def make_task(options: argparse.Namespace) -> Task:
-    names = {
-        "train": "train_on",
-        "test": "test",
-        "batch": "batch",
-        "epochs": "epochs",
-        "rate": "rate",
-        "device": "device",
-    }
-    settings = {theirs: getattr(options, ours) for ours, theirs in names.items()}
+    settings = {name: getattr(options, name) for name in ("test", "batch", "epochs", "rate", "device")}
+    settings["train_on"] = options.train
     if options.task == "packages":
         from benchmarks.claims._bayesian_classifier import packages_task
 
@@ -107,7 +102,9 @@ def make_task(options: argparse.Namespace) -> Task:
     from benchmarks.claims._bayesian_lines import lines_task
 
     tiny = {"most_bytes": 2 << 20, "windows": 4, "width": 128, "layers": 2} if options.quick else {}
-    return lines_task(options.out, **settings, pretraining=options.pretraining, **tiny)
+    return lines_task(
+        options.out, **settings, pretraining=options.pretraining, seconds=options.pretraining_seconds, **tiny
+    )
 
 
 def file_of(folder: Path, seed: int) -> Path:
@@ -123,33 +120,34 @@ def run_seed(seed: int, task: Task, options: argparse.Namespace) -> None:
     temperature = fit_temperature(plain["held"], held)
     record.add("MAP", {part: plain[part].softmax(1) for part in TESTS})
     record.add("temperature", {part: (plain[part] / temperature).softmax(1) for part in TESTS}, temperature=temperature)
-    posteriors: dict[str, tuple[Any, str]] = {
-        "Bayesian-MoE": (model, "experts"),
-        "last-layer Laplace": (model, "last"),
-    }
-    if not options.no_lora:
-        posteriors["Laplace-LoRA"] = (task.adapted(model, seed), "lora")
-    for name, (network, targets) in posteriors.items():
-        start = time.perf_counter()
-        posterior = laplace(network, task.data["fit"], answers=task.answers, targets=targets, rank=options.rank)
-        seconds = time.perf_counter() - start
-        for suffix, per_layer in (("", True), (", one prior", False))[: 2 if targets == "experts" else 1]:
-            posterior.fit_heldout(task.data["held"], per_layer=per_layer)
-            record.add(
-                name + suffix,
-                {part: torch.cat([posterior.predict(b).cpu() for b in task.data[part]]) for part in TESTS},
-                prior_variance=posterior.prior_variance.tolist(),
-                experts_without_tokens=sum(map(len, posterior.unrouted.values())),
-                fit_seconds=seconds,
-            )
-    record.add("MC dropout", {part: task.dropout(model, part) for part in TESTS})
+    score_posterior(record, "Bayesian-MoE", model, "experts")
+    score_posterior(record, "last-layer Laplace", model, "last")
     total = {part: plain[part].softmax(1) for part in TESTS}
     for number in range(1, options.members):
         other = task.member(first + number)
         total = {part: total[part] + task.logits(other, part).softmax(1) for part in TESTS}
         record.say(f"member {number} of the ensemble trained")
     record.add(f"ensemble of {options.members}", {part: total[part] / options.members for part in TESTS})
+    record.add("MC dropout", {part: task.dropout(model, part) for part in TESTS})
+    if not options.no_lora:
+        score_posterior(record, "Laplace-LoRA", task.adapted(model, seed), "lora")
     record.write(complete=True)
+
+
+def score_posterior(record: Seed, name: str, model: Any, targets: str) -> None:
+    """Of experts also with one prior variance for all layers."""
+    task, start = record.task, time.perf_counter()
+    posterior = laplace(model, task.data["fit"], answers=task.answers, targets=targets, rank=record.options.rank)
+    seconds = time.perf_counter() - start
+    for suffix, per_layer in (("", True), (", one prior", False))[: 2 if targets == "experts" else 1]:
+        posterior.fit_heldout(task.data["held"], per_layer=per_layer)
+        record.add(
+            name + suffix,
+            {part: torch.cat([posterior.predict(b).cpu() for b in task.data[part]]) for part in TESTS},
+            prior_variance=posterior.prior_variance.tolist(),
+            experts_without_tokens=sum(map(len, posterior.unrouted.values())),
+            fit_seconds=seconds,
+        )
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -170,14 +168,15 @@ def summary(rows: list[dict[str, Any]]) -> str:
         return found
 
     lines = [f"{'':20s} " + " ".join(f"{title:>15s}" for title in columns)]
-    for name in rows[0]:
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    for name in names:
         cells = []
         for path in columns.values():
             numbers = values(name, path)
             spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
             cells.append(f"{statistics.fmean(numbers):.4f} ±{spread:.4f}")
         lines.append(f"{name:20s} " + " ".join(f"{cell:>15s}" for cell in cells))
-    mean = {name: {title: statistics.fmean(values(name, path)) for title, path in columns.items()} for name in rows[0]}
+    mean = {name: {title: statistics.fmean(values(name, path)) for title, path in columns.items()} for name in names}
     ours, plain, tempered = mean["Bayesian-MoE"], mean["MAP"], mean["temperature"]
     goals = {
         f"ECE at least halved against MAP ({plain['ECE'] / ours['ECE']:.2f} times)": ours["ECE"] <= plain["ECE"] / 2,
@@ -206,6 +205,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--pretraining", type=int, help="steps of 65,536 tokens before the task (lines)")
+    parser.add_argument(
+        "--pretraining-seconds", type=float, default=float("inf"), help="and no longer than this (lines)"
+    )
     parser.add_argument("--members", type=int, default=5, help="models of the ensemble")
     parser.add_argument("--rank", type=int, default=10)
     parser.add_argument("--no-lora", action="store_true", help="leave out Laplace-LoRA")
@@ -230,13 +232,16 @@ def main(arguments: list[str] | None = None) -> int:
         task = make_task(options)
         for seed in missing:
             run_seed(seed, task, options)
-    reports = [report for file in sorted(options.out.glob("seed*.json")) if (report := _read(file))["complete"]]  # type: ignore[index]
-    if not reports:
-        print(f"{options.out} has no complete seed")
+    reports = [json.loads(file.read_text()) for file in sorted(options.out.glob("seed*.json"))]
+    if not reports or any("Bayesian-MoE" not in report["methods"] for report in reports):
+        print(f"{options.out}: there is no seed, or one without Bayesian-MoE's row")
         return 1
     if any(report["settings"] != reports[0]["settings"] for report in reports):
         print(f"{options.out}: the seeds were run with different settings")
         return 1
+    for report in reports:
+        if not report["complete"]:
+            print(f"seed {report['seed']} is not complete: rows that it lacks are left out")
     print(summary([report["methods"] for report in reports]))
     if options.picture:
         tensors, _ = read_safetensors(file_of(options.out, reports[0]["seed"]).with_suffix(".safetensors"))

@@ -113,7 +113,7 @@ def test_a_posterior_of_a_chooser_is_that_of_its_four_rows():
 def test_pretraining_learns_and_adapters_leave_the_rest():
     model = lines.fresh(0, "cpu", width=64, layers=1, experts=2)
     tokens = (torch.arange(20_000) % 7 + 2).numpy().astype("uint16")
-    about = lines.pretrain(model, tokens, steps=12, batch=1, rate=1e-2, seed=0, compiled=False)
+    about = lines.pretrain(model, tokens, steps=12, seconds=1e9, batch=1, rate=1e-2, seed=0, compiled=False)
     assert about["loss"] < 8.5 and about["tokens"] == 12 * lines.WINDOW
     adapted = lines.with_adapters(model, 0)
     kept = {name: p.clone() for name, p in adapted.named_parameters()}
