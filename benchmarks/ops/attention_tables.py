@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def _report(name: str) -> dict[str, Any]:
-    path = RESULTS / f"{name}_h200.json"
+DEVICES = ("h200", "h100")
+
+
+def _report(name: str, device: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}_{device}.json"
     return json.loads(path.read_text()) if path.is_file() else {"rows": []}
 
 
@@ -34,10 +38,12 @@ def _shape(row: dict) -> str:
     return f"{row['dim']}, {row['length']}{'*' if row.get('earlier_build') else ''}"
 
 
-def _peers() -> str:
+def _peers(device: str) -> str:
     """TFLOP/s of a layer that shares nothing, and their share of a large matrix product's."""
-    report = _report("attention_cuda_peers")
-    rows, names = report["rows"], ["effcore", *PEERS]
+    report = _report("attention_cuda_peers", device)
+    rows = report["rows"]
+    theirs = [name for name in PEERS if any(name in row.get("tflops", ()) for row in rows)]
+    names = ["effcore", *theirs]
     lines = []
     for what in ("forward", "forward+backward"):
         for dim, length in _shapes(rows):
@@ -45,16 +51,16 @@ def _peers() -> str:
                 speeds = (row["tflops"].get(name) for name in names)
                 cells = ["" if x is None else f"{x:.0f} ({x / report['matmul_tflops']:.0%})" for x in speeds]
                 lines.append([f"{what}, {_shape(row)}", *cells])
-    return table(["head_dim, S", "effcore", *(f"SDPA {n}" if n in ("flash", "cudnn") else n for n in PEERS)], lines)
+    return table(["head_dim, S", "effcore", *(f"SDPA {n}" if n in ("flash", "cudnn") else n for n in theirs)], lines)
 
 
 def _ratios(row: dict | None, of: str = "ratio_to_best_peer") -> str:
     return "" if row is None else " / ".join(f"{x:.2f}" for x in row[of].values())
 
 
-def _sharing() -> str:
+def _sharing(device: str) -> str:
     """How many times as fast as the fastest peer's full layers: single layers of a group, from lse / with P kept."""
-    rows = _report("attention_cuda_peers")["rows"]
+    rows = _report("attention_cuda_peers", device)["rows"]
     kinds = ["consumer forward", "consumer backward", "group of 4 backward"]
     lines = []
     for dim, length in _shapes(rows):
@@ -65,9 +71,9 @@ def _sharing() -> str:
     return table([*header, "consumer's forward: of the limit"], lines)
 
 
-def _groups() -> str:
+def _groups(device: str) -> str:
     """The same of groups, forward and backward through autograd."""
-    rows = _report("attention_cuda_groups")["rows"]
+    rows = _report("attention_cuda_groups", device)["rows"]
     kinds = [what for what in dict.fromkeys(row["what"] for row in rows) if what != "backward"]
     kinds.sort(key=lambda what: what.startswith("KV"))
     lines = [
@@ -77,8 +83,8 @@ def _groups() -> str:
     return table(["head_dim, S", *kinds, "one layer's backward"], lines)
 
 
-def _decode() -> str:
-    rows = [row for row in _report("attention_cuda_peers")["rows"] if row["what"].startswith("decode")]
+def _decode(device: str) -> str:
+    rows = [row for row in _report("attention_cuda_peers", device)["rows"] if row["what"].startswith("decode")]
     lines = []
     for row in rows:
         ms, speed = row["ms"], row["of_copy"]
@@ -89,21 +95,24 @@ def _decode() -> str:
     return table(["batch, heads, keys, head_dim", *names], lines)
 
 
-def _profile_decode() -> str:
-    rows = [(row["model"], row["microseconds"]) for row in _report("epas_profile_decode")["rows"]]
+def _profile_decode(device: str) -> str:
+    rows = [(row["model"], row["microseconds"]) for row in _report("epas_profile_decode", device)["rows"]]
     steps = [found["kinds"] | {"nothing runs": found["idle"]} for _, found in rows]
     kinds = [kind for kind in steps[0] if any(step[kind] >= 1.5 for step in steps)] if steps else []
     lines = [[kind, *(f"{step[kind]:,.0f}" for step in steps)] for kind in kinds]
     return table(["", *(name for name, _ in rows)], [*lines, ["in all", *(f"{sum(x.values()):,.0f}" for x in steps)]])
 
 
-TABLES: dict[str, Callable[[], str]] = {
+_OF_A_DEVICE = {
     "attention_peers": _peers,
     "attention_sharing": _sharing,
     "attention_groups": _groups,
     "attention_decode": _decode,
-    "epas_profile_decode": _profile_decode,
 }
+TABLES: dict[str, Callable[[], str]] = {
+    f"{name}_{device}": partial(make, device) for name, make in _OF_A_DEVICE.items() for device in DEVICES
+}
+TABLES["epas_profile_decode"] = partial(_profile_decode, "h200")
 PAGES = ("ops.md", "epas.md")
 
 

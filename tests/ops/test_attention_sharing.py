@@ -294,7 +294,7 @@ def test_auto_is_a_function_of_shapes_and_budget(monkeypatch):
     assert ops.plan_keep(q, q, causal=False, consumers=0) == "lse"
 
 
-@pytest.mark.parametrize("kernels", ["CPU", "portable CUDA", "Hopper"])
+@pytest.mark.parametrize("kernels", ["CPU", "portable CUDA", "Hopper", "H100"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_plan_and_its_reason_agree(kernels, head_dim):
     plans = {}
@@ -306,6 +306,22 @@ def test_the_plan_and_its_reason_agree(kernels, head_dim):
             assert chosen == "lse" or num_bytes <= 2 << 30
     small = [plans[n, 1 << 20] for n in (1, 3, 15)]
     assert small == sorted(small)  # from some number of consumers on
+
+
+@pytest.mark.parametrize(
+    "capability,name,kernels",
+    [
+        ((9, 0), "NVIDIA H200", "Hopper"),
+        ((9, 0), "NVIDIA H100 80GB HBM3", "H100"),
+        ((8, 0), "NVIDIA A100", "portable CUDA"),
+    ],
+)
+def test_the_plan_knows_the_card(monkeypatch, capability, name, kernels):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
+    assert plan.kernels_of("cuda", 0) == kernels
+    assert plan.kernels_of("cpu", None) == "CPU"
 
 
 def test_statistics_refuse_another_dtype():

@@ -247,7 +247,7 @@ def _groups(findings: dict[str, Any]) -> list[dict[str, str]]:
                 rows.append(_row(device, text, f"keep {plan.choose(*question)}", plan.explain(*question), "QK group"))
             if plan.sdpa_is_faster(kernels, head_dim, 2048):
                 longer = "" if plan.sdpa_is_faster(kernels, head_dim, 1 << 20) else "; ours for long sequences"
-                rows.append(_row(device, f"head dimension {head_dim}", "SDPA cuDNN", f"faster{longer}", "layer alone"))
+                rows.append(_row(device, f"head dimension {head_dim}", "SDPA", f"faster{longer}", "layer alone"))
     return rows
 
 

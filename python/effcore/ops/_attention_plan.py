@@ -11,12 +11,15 @@ import torch
 _FEWEST_CONSUMERS: dict[str, dict[int, int | None]] = {
     "CPU": {1 << 30: 1},  # reading P costs less than computing it
     "portable CUDA": {64: None, 1 << 30: 2},  # P is written in a pass of its own
-    "Hopper": {64: 7, 128: 1, 1 << 30: 2},  # above 128 the portable kernels serve the backward
+    # Reading P costs bandwidth: an H200 has 4.8 TB/s, an H100 3.4, where both multiply alike. Above 128 the portable kernels
+    # serve the backward.
+    "Hopper": {64: 7, 128: 1, 1 << 30: 2},
+    "H100": {128: None, 1 << 30: 2},
 }
 
-# Up to how many tokens SDPA's cuDNN kernels are faster than ours, forward and backward together, by head dimension. On Hopper
-# they are at no length.
-_SDPA_FASTER_UP_TO: dict[str, dict[int, int]] = {}
+# Up to how many tokens SDPA's kernels (cuDNN's or flash) are faster than ours, forward and backward together, by head dimension.
+# On Hopper they are at no length; than the portable kernels at each (on an H100: cuDNN's 2 times, flash 1.15).
+_SDPA_FASTER_UP_TO: dict[str, dict[int, int]] = {"portable CUDA": {64: 1 << 30, 128: 1 << 30}}
 
 
 @torch.compiler.assume_constant_result
@@ -24,8 +27,9 @@ def kernels_of(device_type: str, index: int | None) -> str:
     """Which kernels serve there, as the table names them."""
     if device_type != "cuda":
         return "CPU"
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(index)[0] == 9
-    return "Hopper" if hopper else "portable CUDA"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(index)[0] != 9:
+        return "portable CUDA"
+    return "H100" if "H100" in torch.cuda.get_device_name(index) else "Hopper"
 
 
 @torch.compiler.assume_constant_result
@@ -37,7 +41,7 @@ def default_budget(device_type: str, index: int | None) -> int:
 
 
 def sdpa_is_faster(kernels: str, head_dim: int, tokens: int) -> bool:
-    """Whether a causal layer that shares nothing is faster with SDPA's cuDNN kernels, in 16 bits and without padding."""
+    """Whether a causal layer that shares nothing is faster with SDPA's kernels, in 16 bits and without padding."""
     return tokens <= _SDPA_FASTER_UP_TO.get(kernels, {}).get(head_dim, 0)
 
 
