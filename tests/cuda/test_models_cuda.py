@@ -1,10 +1,13 @@
 """Models with shared activations on a GPU: the same as on the CPU, compiled, and with a static cache."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import effcore
+from effcore.models import SharedCache, step_graph
 
 pytestmark = pytest.mark.cuda
 
@@ -50,6 +53,91 @@ def test_generation_equals_the_one_without_a_cache(mode, cache):
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "disable_compile": True}
     expected = m.generate(ids, use_cache=False, **options)
     assert torch.equal(m.generate(ids, cache_implementation=cache, **options), expected)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The decoding steps that came from a graph."""
+    replay, counted = torch.cuda.CUDAGraph.replay, []
+
+    def count(graph):
+        counted.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", count)
+    return counted
+
+
+def decode(m, ids, cache, begin):
+    """Logits of tokens ``begin`` .. of ``ids``: the first of them in one pass, the others one by one."""
+    logits = [m(ids[:, :begin], past_key_values=cache).logits]
+    logits += [m(ids[:, i : i + 1], past_key_values=cache).logits for i in range(begin, ids.shape[1])]
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["qk", "kv"])
+def test_replayed_steps_equal_one_pass(mode, compiled, replays):
+    m = model(mode)
+    ids = torch.randint(2, 97, (3, 20), device="cuda")
+    expected = m(ids, use_cache=False).logits
+    if compiled:
+        m.compile_pieces()
+    cache = SharedCache(m.config, m.layout, 24)
+    torch.testing.assert_close(decode(m, ids, cache, 12), expected, rtol=1e-4, atol=1e-4)
+    assert len(replays) == 7  # of 8 steps the first is recorded
+    cache.reset()  # another prompt of another length behind the same buffers
+    torch.testing.assert_close(decode(m, ids.flip(0), cache, 5), expected.flip(0), rtol=1e-4, atol=1e-4)
+    assert len(replays) >= 7 + 13
+    twin = copy.deepcopy(cache)
+    cache.crop(-1), twin.crop(-1)
+    for held in (cache, twin):
+        logits = m(ids.flip(0)[:, -1:], past_key_values=held).logits
+        torch.testing.assert_close(logits[:, 0], expected.flip(0)[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_step_is_recorded_anew_for_what_moved(replays):
+    m = model("qk")
+    ids = torch.randint(2, 97, (2, 20), device="cuda")
+    cache = SharedCache(m.config, m.layout, 24)
+    decode(m, ids[:, :12], cache, 8)
+    assert len(replays) == 3
+    for weight in m.parameters():
+        weight.data = weight.data * 1.25
+    for other in (m, copy.deepcopy(m)):  # weights elsewhere, another model
+        cache.crop(-1)
+        twin = SharedCache(m.config, m.layout, 24)
+        decode(other, ids[:, :11], twin, 10)
+        del replays[:]
+        cache.device_length.fill_(11)
+        for new, old in zip(twin._held, cache._held, strict=True):
+            for a, b in zip(new.buffers(), old.buffers(), strict=True):
+                b.copy_(a)
+        got = other(ids[:, 11:12], past_key_values=cache).logits
+        assert not replays
+        torch.testing.assert_close(got, other(ids[:, 11:12], past_key_values=twin).logits, rtol=1e-4, atol=1e-4)
+    assert step_graph.can_replay(cache, ids[:, :1], None, m)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert not step_graph.can_replay(cache, ids[:, :1], None, m)
+    with torch.enable_grad():
+        assert not step_graph.can_replay(cache, ids[:, :1], None, m)
+    growing = torch.ones(2, 13, device="cuda")
+    assert not step_graph.can_replay(cache, ids[:, :1], growing, m) and not step_graph.can_replay(cache, ids, None, m)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}])
+@pytest.mark.parametrize("mode", ["qk", "kv"])
+def test_generation_replays_steps(mode, options, replays):
+    m = model(mode)
+    ids = torch.randint(2, 97, (3, 17), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    options = options | {"attention_mask": mask, "max_new_tokens": 12}
+    expected = m.generate(ids, use_cache=False, **options)
+    got = m.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(got, expected) and len(replays) >= 9
 
 
 @pytest.mark.parametrize("mode", ["qk", "kv"])

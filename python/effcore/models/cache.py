@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from effcore.models.config import SharedLlamaConfig
 from effcore.models.layout import Layout
+from effcore.models.step_graph import StepGraph
 
 
 class CacheStore:
@@ -45,7 +46,8 @@ class SharedCache(Cache):
 
     Args:
         config: the model's configuration; its mode and layout decide what is stored.
-        max_cache_len: tokens that a *static* cache holds. None: a dynamic cache.
+        max_cache_len: tokens that a *static* cache holds; decoding steps behind it are replayed from a CUDA graph on a GPU.
+            None: a dynamic cache.
 
     A cache belongs to the layout that it was made for: a model with another one refuses it.
     """
@@ -58,6 +60,7 @@ class SharedCache(Cache):
         self.device_length: Tensor | None = None  # static: the same, int64 [] on the device
         self.first_key: Tensor | None = None  # [B] first visible key of the last token (padding, documents)
         self._slots: Tensor | None = None  # static: where the pass writes its tokens, the same in every layer
+        self.graph = StepGraph()
         count = self.layout.num_layers
         self._stores: list[CacheStore | None] = [
             None if self.mode == "kv" and self.layout.is_consumer(i) else CacheStore() for i in range(count)

@@ -20,6 +20,7 @@ from effcore.models.config import SharedLlamaConfig
 from effcore.models.decoder import SharedLlamaModel, SharedLlamaPreTrainedModel
 from effcore.models.generation import SharedGenerationMixin
 from effcore.models.layout import Layout
+from effcore.models.step_graph import can_replay
 
 # What transformers and its Trainer pass along that concerns the loss.
 _LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
@@ -134,6 +135,21 @@ class SharedLlamaForCausalLM(SharedLlamaPreTrainedModel, SharedGenerationMixin):
         unknown = set(kwargs) - _LOSS_ARGUMENTS - _IGNORED_ARGUMENTS
         if unknown:
             raise TypeError(f"effcore: {type(self).__name__}.forward got unexpected arguments {sorted(unknown)}")
+        if (
+            labels is None
+            and inputs_embeds is None
+            and document_ids is None
+            and cu_seqlens is None
+            and cu_seq_lens_q is None
+            and not output_hidden_states
+            and isinstance(logits_to_keep, int)
+            and can_replay(past_key_values, input_ids, attention_mask, self)
+        ):
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+            return CausalLMOutputWithPast(
+                logits=past_key_values.graph.step(self, past_key_values, inputs), past_key_values=past_key_values
+            )
         # The last so many tokens (0: all), or the positions in a tensor.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         last = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None else None
