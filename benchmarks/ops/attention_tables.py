@@ -95,8 +95,43 @@ def _decode(device: str) -> str:
     return table(["batch, heads, keys, head_dim", *names], lines)
 
 
-def _profile_decode(device: str) -> str:
-    rows = [(row["model"], row["microseconds"]) for row in _report("epas_profile_decode", device)["rows"]]
+def _speed(parts: list[tuple[str, list[dict]]]) -> str:
+    """What sharing brings a whole model: a line for each setting, of rows the first of which is the compiled model's."""
+    lines = []
+    for what, rows in parts:
+        by_name = {row["model"]: row for row in rows}
+        plain = next((row for name, row in by_name.items() if name.startswith("compiled")), None)
+        ours = next((row for row in rows if "ratio_to_control" in row and " share " in row["model"]), None)
+        if plain is None or ours is None:
+            continue
+        cells = [f"{row['tokens/s']:,.0f}" for row in (plain, by_name["effcore, nothing shared"], ours)]
+        lines.append([what, *cells, f"{ours['ratio']:.3f}", f"{ours['ratio_to_control']:.3f}"])
+    names = ["compiled, SDPA", "effcore, nothing shared", "sharing", "against the compiled model"]
+    return table(["tokens a second", *names, "against nothing shared"], lines)
+
+
+def _epas() -> str:
+    train, decode = (_report(name, "h200")["rows"] for name in ("epas_train", "epas_decode"))
+    parts = [
+        (f"training, {length} tokens, {2048 // dim} heads of {dim}", [row for row in train if row["length"] == length])
+        for length, dim in sorted({(row["length"], row["head_dim"]) for row in train})
+    ]
+    parts += [(f"decoding behind {row['context']} tokens, batch {row['batch']}", decode) for row in decode[:1]]
+    return _speed(parts)
+
+
+def _echo() -> str:
+    prefill, train = (_report(name, "h200")["rows"] for name in ("echo_prefill", "echo_train"))
+    parts = [
+        (f"first token of {length}, {heads} heads", [row for row in prefill if row["heads"] == heads])
+        for heads, length in sorted({(row["heads"], row["length"]) for row in prefill}, reverse=True)
+    ]
+    parts += [(f"training, {row['length']} tokens", train) for row in train[:1]]
+    return _speed(parts)
+
+
+def _profile(claim: str) -> str:
+    rows = [(row["model"], row["microseconds"]) for row in _report(f"epas_profile_{claim}", "h200")["rows"]]
     steps = [found["kinds"] | {"nothing runs": found["idle"]} for _, found in rows]
     kinds = [kind for kind in steps[0] if any(step[kind] >= 1.5 for step in steps)] if steps else []
     lines = [[kind, *(f"{step[kind]:,.0f}" for step in steps)] for kind in kinds]
@@ -112,8 +147,9 @@ _OF_A_DEVICE = {
 TABLES: dict[str, Callable[[], str]] = {
     f"{name}_{device}": partial(make, device) for name, make in _OF_A_DEVICE.items() for device in DEVICES
 }
-TABLES["epas_profile_decode"] = partial(_profile_decode, "h200")
-PAGES = ("ops.md", "epas.md")
+TABLES |= {f"epas_profile_{claim}": partial(_profile, claim) for claim in ("train", "decode")}
+TABLES |= {"epas_speed": _epas, "echo_speed": _echo}
+PAGES = ("ops.md", "epas.md", "echo-llama.md")
 
 
 def fill(text: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from transformers import TextStreamer, set_seed
 
 from effcore.errors import InputError
-from effcore.models import Layout, SharedLlamaForCausalLM
+from effcore.models import FlowHNForCausalLM, Layout, SharedLlamaForCausalLM
 from effcore.training.models import load_model, quiet_transformers
 
 
@@ -65,6 +65,8 @@ def complete(
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    if device == "cuda" and isinstance(model, (SharedLlamaForCausalLM, FlowHNForCausalLM)):
+        options |= {"cache_implementation": "static", "disable_compile": True}  # their steps come from CUDA graphs
     set_seed(seed)
     began = time.perf_counter()
     with torch.inference_mode(), quiet_transformers():
