@@ -1,4 +1,4 @@
-"""EPAS's claims on one GPU: `python -m benchmarks.claims.epas train | decode | profile_train | profile_decode`.
+"""EPAS's claims on one GPU: `python -m benchmarks.claims.epas train | decode | generate | profile_train | profile_decode`.
 
 train: tokens a second of a training step of a 1.26B LLaMA whose upper two thirds share Q and K, against the same model compiled
 with the best SDPA backend, and against ours with nothing shared; and beside it the saving that measured parts predict: what a
@@ -9,6 +9,9 @@ speed, once as our kernels take it. At length 2048 with 32 heads of 64, and at 8
 decode: tokens a second behind a context of 8192 tokens, batch 32, one CUDA graph a step, against transformers' model with its
 static cache, compiled with the best SDPA backend, and against ours with nothing shared. The paper: up to +29 %; our goal 1.40x
 (bytes allow 1.48x).
+
+generate: `generate()` of the sharing model behind prompts of 512 tokens: with a cache that grows, with a static one (on a GPU
+its steps come from a CUDA graph), and with that and compiled pieces.
 
 profile_train, profile_decode: where the first of those training steps and the decoding step spend their time, kernel by kernel,
 with sharing and without.
@@ -171,6 +174,26 @@ def decode(report: sharing.Report, quick: bool, rounds: int) -> None:
     report.add(sharing.rows_of(times, [plain], batch, "tokens/s", what="decode", context=context, batch=batch))
 
 
+def generate(report: sharing.Report, quick: bool, rounds: int) -> None:
+    length, new = (16, 4) if quick else (512, 64)
+    model = sharing.llama(32, quick=quick, length=length)
+    layers = model.config.num_hidden_layers
+    model.generation_config.eos_token_id = None
+    ours = effcore.share_activations(model, mode="qk", start=sharing.shared_from(layers, FRACTION)).eval()
+    for cache, compiled in [("dynamic", False), ("static", False), ("static", True)]:
+        if compiled:
+            ours.compile_pieces()
+        for batch in (1, 32) if not quick else (2,):
+            ids = torch.randint(2, ours.config.vocab_size, (batch, length), device=sharing.DEVICE)
+            options = {"max_new_tokens": new, "do_sample": False, "cache_implementation": cache, "pad_token_id": 0}
+            call = functools.partial(ours.generate, ids, attention_mask=torch.ones_like(ids), **options)
+            taken = sharing.in_turns({"call": call}, rounds=rounds, repeats=1, warm_up=1)["call"]
+            row = {"what": "generate", "context": length, "batch": batch, "cache": cache, "compiled_pieces": compiled}
+            report.add([row | {"ms_a_token": 1e3 * statistics.median(taken) / new}])
+            made = f"{cache} cache{', compiled pieces' if compiled else ''}"
+            print(f"  {made:<32} batch {batch:3} {report.rows[-1]['ms_a_token']:8.2f} ms a token", flush=True)
+
+
 def profile_train(report: sharing.Report, quick: bool, rounds: int) -> None:
     heads, length, batch = (32, 64, 2) if quick else (32, 2048, 8)
     model = sharing.llama(heads, quick=quick, length=length)
@@ -197,7 +220,7 @@ def profile_decode(report: sharing.Report, quick: bool, rounds: int) -> None:
         sharing.free(compiled=False)
 
 
-CLAIMS = {"train": train, "decode": decode, "profile_train": profile_train, "profile_decode": profile_decode}
+CLAIMS = {f.__name__: f for f in (train, decode, generate, profile_train, profile_decode)}
 
 
 def main(arguments: list[str] | None = None) -> int:

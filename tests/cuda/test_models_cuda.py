@@ -50,7 +50,7 @@ def test_generation_equals_the_one_without_a_cache(mode, cache):
     ids = torch.randint(2, 97, (3, 17), device="cuda")
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "disable_compile": True}
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
     expected = m.generate(ids, use_cache=False, **options)
     assert torch.equal(m.generate(ids, cache_implementation=cache, **options), expected)
 
@@ -136,7 +136,7 @@ def test_generation_replays_steps(mode, options, replays):
     mask[1, :5] = 0
     options = options | {"attention_mask": mask, "max_new_tokens": 12}
     expected = m.generate(ids, use_cache=False, **options)
-    got = m.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    got = m.generate(ids, cache_implementation="static", **options)
     assert torch.equal(got, expected) and len(replays) >= 9
 
 

@@ -42,6 +42,8 @@ class SharedGenerationMixin(GenerationMixin):
             # As in transformers: never smaller than before, so that a compiled decoding step is kept.
             length = max(max_cache_length, generation_config.max_cache_len or 0, getattr(model, "_static_cache_len", 0))
             model._static_cache_len = length
+            if generation_config.compile_config is None:
+                generation_config.disable_compile = True  # on a GPU steps come from a CUDA graph as they are
         model_kwargs["past_key_values"] = SharedCache(model.config, model.layout, length)
 
     def create_masks_for_generate(

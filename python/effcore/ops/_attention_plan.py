@@ -17,8 +17,8 @@ _FEWEST_CONSUMERS: dict[str, dict[int, int | None]] = {
     "H100": {128: None, 1 << 30: 2},
 }
 
-# Up to how many tokens SDPA's kernels (cuDNN's or flash) are faster than ours, forward and backward together, by head dimension.
-# On Hopper they are at no length; than the portable kernels at each (on an H100: cuDNN's 2 times, flash 1.15).
+# Up to how many tokens SDPA's kernels are faster than ours, forward and backward together, by head dimension. On Hopper at no
+# length; than the portable kernels cuDNN's are 2 times as fast at every length, flash 1.15 times (on an H100).
 _SDPA_FASTER_UP_TO: dict[str, dict[int, int]] = {"portable CUDA": {64: 1 << 30, 128: 1 << 30}}
 
 

@@ -66,7 +66,7 @@ def complete(
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     if device == "cuda" and isinstance(model, (SharedLlamaForCausalLM, FlowHNForCausalLM)):
-        options |= {"cache_implementation": "static", "disable_compile": True}  # their steps come from CUDA graphs
+        options["cache_implementation"] = "static"  # their steps come from CUDA graphs
     set_seed(seed)
     began = time.perf_counter()
     with torch.inference_mode(), quiet_transformers():
