@@ -149,6 +149,8 @@ class SharedCache(Cache):
             raise ValueError(
                 f"effcore.SharedCache: holds [batch, heads] = {tuple(buffer.shape[:2])}, got {tuple(new.shape[:2])}"
             )
+        if not held and not torch.is_grad_enabled():
+            return new  # the first tokens as they are: the next that come need a larger buffer anyway
         if buffer is None or not held or end > buffer.shape[2] or buffer.dtype != new.dtype:
             capacity = end if not held else max(end, held + held // 2 + 64)
             grown = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
