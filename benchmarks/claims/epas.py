@@ -155,7 +155,9 @@ def decode(report: sharing.Report, quick: bool, rounds: int) -> None:
     plain = f"compiled, SDPA {backend}"
 
     def baseline() -> Decoding:
-        return BaselineDecoding(theirs, StaticCache(theirs.config, max_cache_len=context + 1), batch, context)
+        cache = StaticCache(theirs.config, max_cache_len=context + 1)
+        cache.early_initialization(batch, heads, width // heads, sharing.DTYPE, torch.device(sharing.DEVICE))
+        return BaselineDecoding(theirs, cache, batch, context)
 
     def shared(layout: int | str) -> Decoding:
         ours.set_layout(layout)

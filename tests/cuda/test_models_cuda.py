@@ -129,14 +129,16 @@ def test_a_step_is_recorded_anew_for_what_moved(replays):
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}])
 @pytest.mark.parametrize("mode", ["qk", "kv"])
-def test_generation_replays_steps(mode, options, replays):
+@pytest.mark.parametrize("inference", [False, True])
+def test_generation_replays_steps(mode, options, inference, replays):
     m = model(mode)
     ids = torch.randint(2, 97, (3, 17), device="cuda")
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     options = options | {"attention_mask": mask, "max_new_tokens": 12}
     expected = m.generate(ids, use_cache=False, **options)
-    got = m.generate(ids, cache_implementation="static", **options)
+    with torch.inference_mode(inference):
+        got = m.generate(ids, cache_implementation="static", **options)
     assert torch.equal(got, expected) and len(replays) >= 9
 
 
