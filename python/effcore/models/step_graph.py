@@ -38,8 +38,8 @@ class StepGraph:
     """The recorded step of one model behind one cache, and the tensors that it reads and writes.
 
     It is recorded anew where those have moved: weights (``model.to``, ``p.data = ...``), the cache's buffers, another layout or
-    other inputs. Hooks on submodules that do not launch kernels, and weights that were replaced by other parameters, are not
-    noticed: take a new cache.
+    other inputs. What else changes between steps is not noticed: weights that other parameters replaced, adapters switched on or
+    off, hooks. Take a new cache then, as each ``generate()`` does.
     """
 
     def __init__(self) -> None:
