@@ -190,6 +190,21 @@ def test_static_buffers_keep_their_addresses():
     assert addresses == [t.data_ptr() for s in cache.layers for t in s.buffers()] + [cache.device_length.data_ptr()]
 
 
+def test_a_prompt_is_kept_as_it_comes():
+    model = shared_model("qk")
+    k, v = torch.randn(2, 5, 2, 4).transpose(1, 2), torch.randn(2, 5, 2, 4).transpose(1, 2)
+    for grad in (False, True):
+        cache = new_cache(model, False)
+        with torch.set_grad_enabled(grad):
+            cache.append_kv(0, k, v)
+        kept = cache.layers[0].keys
+        assert (kept.data_ptr() == k.data_ptr()) == (not grad)  # what a gradient may need is not written to again
+        cache.commit(5, None)
+        keys, _ = cache.append_kv(0, k[:, :, :1], v[:, :, :1])
+        torch.testing.assert_close(keys, torch.cat([k, k[:, :, :1]], 2), rtol=0, atol=0)
+        assert keys.data_ptr() != k.data_ptr()
+
+
 @torch.no_grad()
 def test_a_pass_that_fails_leaves_the_cache_as_it_was(monkeypatch):
     for static in (False, True):

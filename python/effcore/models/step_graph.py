@@ -38,8 +38,8 @@ class StepGraph:
     """The recorded step of one model behind one cache, and the tensors that it reads and writes.
 
     It is recorded anew where those have moved: weights (``model.to``, ``p.data = ...``), the cache's buffers, another layout or
-    other inputs. What else changes between steps is not noticed: weights that other parameters replaced, adapters switched on or
-    off, hooks. Take a new cache then, as each ``generate()`` does.
+    other inputs. What else changes between steps is not noticed: weights that other parameters replaced, adapters that were
+    switched, hooks. Take a new cache then, as each ``generate()`` does.
     """
 
     def __init__(self) -> None:
