@@ -57,8 +57,8 @@ def test_a_decoding_piece_writes_into_the_static_cache(sharing, monkeypatch):
     model.compile_pieces(backend="aot_eager")
     cache = new_cache(model, True)
     got = [model(ids[:, :1], past_key_values=cache).logits]
-    append, appended = cache.append_kv, []
-    monkeypatch.setattr(cache, "append_kv", lambda layer, *a, **k: (appended.append(layer), append(layer, *a, **k))[1])
+    append, appended = cache._append, []
+    monkeypatch.setattr(cache, "_append", lambda layer, *a: (appended.append(layer), append(layer, *a))[1])
     got += [model(part, past_key_values=cache).logits for part in ids[:, 1:].split(1, 1)]
     torch.testing.assert_close(torch.cat(got, 1), want, **CLOSE)
     assert set(appended) <= ({2} if sharing == "kv-projection" else set())  # the K,V that are no layer's own

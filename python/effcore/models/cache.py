@@ -97,11 +97,12 @@ class SharedCache(Cache):
         assert k is not None
         return k, v
 
-    def places(self, layer: int, tokens: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Where a pass of ``tokens`` tokens may write K and V itself: static buffers [B, Hkv, capacity, D] of both, and int64
-        [tokens] slots of their third dimension. None where there are no such buffers (yet), or a gradient is wanted."""
+    def places(self, layer: int, tokens: int) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        """Where a pass of ``tokens`` tokens may write K and V itself: static buffers [B, Hkv, capacity, D] of both (None for the
+        keys of a consumer), and int64 [tokens] slots of their third dimension. None where there are no such buffers (yet), or a
+        gradient is wanted."""
         store = self._stores[layer]
-        if not self.is_static or store is None or store.keys is None or store.values is None or torch.is_grad_enabled():
+        if not self.is_static or store is None or store.values is None or torch.is_grad_enabled():
             return None
         return store.keys, store.values, self._slots_of(tokens, store.values.device)
 

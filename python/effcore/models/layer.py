@@ -142,6 +142,11 @@ def project_v(layer: SharedDecoderLayer, hidden: Tensor) -> Tensor:
     return split_heads(attention.v_proj(layer.input_layernorm(hidden)), attention.head_dim)
 
 
+def project_v_into(layer: SharedDecoderLayer, hidden: Tensor, values: Tensor, slots: Tensor) -> None:
+    """The same while decoding behind a static cache: written to tokens ``slots`` of its buffer [B, Hkv, capacity, D]."""
+    values.index_copy_(2, slots, project_v(layer, hidden).transpose(1, 2))
+
+
 def finish(layer: SharedDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
     """Output projection, residual, MLP."""
     hidden = hidden + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
@@ -155,6 +160,7 @@ class Pieces(NamedTuple):
     project_qkv_into: Callable[..., Tensor] = project_qkv_into
     project_q: Callable[..., Tensor] = project_q
     project_v: Callable[..., Tensor] = project_v
+    project_v_into: Callable[..., None] = project_v_into
     finish: Callable[..., Tensor] = finish
 
 
@@ -195,22 +201,27 @@ class SharedDecoderLayer(GradientCheckpointingLayer):
         """
         layer_idx = self.self_attn.layer_idx
         produced: Any = None
+        places = cache.places(layer_idx, hidden.shape[1]) if cache is not None and seen.decoding else None
         if isinstance(shared, ops.SharedKV):
             (q,) = heads_first(self.pieces.project_q(self, hidden, cos, sin).to(shared.k.dtype))
             attended = _attend_kv(q, shared, seen, self.self_attn.scaling)
         elif shared is not None:
-            (v,) = heads_first(self.pieces.project_v(self, hidden))
-            if cache is not None:
-                v = cache.append_v(layer_idx, v)
+            if places is not None:
+                _, v, slots = places
+                self.pieces.project_v_into(self, hidden, v, slots)
+            else:
+                (v,) = heads_first(self.pieces.project_v(self, hidden))
+                if cache is not None:
+                    v = cache.append_v(layer_idx, v)
             if isinstance(shared, ops.SharedScores):
                 attended = ops.attention_from_scores(shared, v)
             else:
                 assert seen.lengths is not None
                 attended = ops.decode_from_probs(shared, v, seen.lengths)
         else:
-            places = cache.places(layer_idx, hidden.shape[1]) if cache is not None and seen.decoding else None
             if places is not None:
                 k, v, slots = places
+                assert k is not None
                 (q,) = heads_first(self.pieces.project_qkv_into(self, hidden, cos, sin, k, v, slots))
             else:
                 q, k, v = heads_first(*self.pieces.project_qkv(self, hidden, cos, sin))
