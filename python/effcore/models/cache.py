@@ -99,8 +99,9 @@ class SharedCache(Cache):
 
     def places(self, layer: int, tokens: int) -> tuple[Tensor | None, Tensor, Tensor] | None:
         """Where a pass of ``tokens`` tokens may write K and V itself: static buffers [B, Hkv, capacity, D] of both (None for
-        the keys of a consumer), and int64 [tokens] slots of their third dimension. None where there are no such buffers (yet), or a
-        gradient is wanted."""
+        a consumer's keys), and int64 [tokens] slots of their third dimension. None where there are no such buffers yet, or a
+        gradient is wanted.
+        """
         store = self._stores[layer]
         if not self.is_static or store is None or store.values is None or torch.is_grad_enabled():
             return None
