@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--long-shares",
         type=float,
         nargs="+",
-        default=[0.0, 1e-4, 3e-4, 1e-3, 3e-3],
+        default=[0.0, 1e-4, 3e-4, 1e-3, 2e-3],
         help="of problems as long as the queries in base training; of several the one is taken whose base model answers "
         "nearest to half of the validation queries",
     )
