@@ -57,7 +57,7 @@ def test_run_folder_report_and_merged_model(places):
     }
     from effcore.training.models import load_model
 
-    load_model(places / "run" / "model")
+    load_model(places / "run")  # its model/, as of any run folder
     assert isinstance(invoke(places).exception, InputError)
     again = invoke(places, "--threshold", 0.1, "--resume", "--json")
     assert json.loads(again.output)["selected"] == [5]
@@ -100,7 +100,8 @@ def test_a_verifier_that_returns_nan_is_one_line_and_loses_nothing(places):
     "arguments, message",
     [
         (["--queries", "nowhere.jsonl"], "no such file"),
-        (["--verifier", "nowhere"], "no model here"),
+        (["--verifier", "nowhere"], "--verifier nowhere: no model here"),
+        (["--max-new-tokens", "5000"], "more than the model's"),
         (["--verifier-kind", "oracle"], "must be classifier or process"),
         (["--compare", "taste"], "must be number or text"),
         (["--threshold", "2"], "threshold must be from 0 to 1"),
@@ -125,3 +126,11 @@ def test_bad_queries(content, message, places):
     (places / "queries.jsonl").write_text(content)
     result = invoke(places)
     assert isinstance(result.exception, InputError) and message in str(result.exception)
+
+
+def test_only_a_run_is_overwritten(places):
+    before = sorted(path.name for path in (places / "model").iterdir())
+    for place, message in (("model", "holds no run of this command"), ("queries.jsonl", "not a folder")):
+        result = invoke(places, "--out", places / place, "--overwrite")
+        assert isinstance(result.exception, InputError) and message in str(result.exception)
+    assert sorted(path.name for path in (places / "model").iterdir()) == before

@@ -127,6 +127,7 @@ def test_train_generate_compare(run, text, tmp_path):
         (["generate", "missing", "--prompt", "x"], "missing: no such model"),
         (["generate", "broken", "--prompt", ""], "the text to continue is empty"),
         (["compare", "nowhere"], "nowhere: no finished run here"),
+        (["compare", "nowhere", "--out", "broken.gguf"], "--out broken.gguf: not a folder"),
         (["bench", "atention"], "did you mean 'attention'|part of the source checkout"),
     ],
 )

@@ -74,3 +74,26 @@ def test_nothing_is_written_over(folder, tmp_path, capsys):
     assert code == 2 and "the model is there" in err
     (tmp_path / "file").touch()
     assert run(capsys, folder, "--ratio", "2", "-o", tmp_path / "file")[0] == 2
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("mine")
+    for more in ((), ("--overwrite",)):
+        code, _, err = run(capsys, folder, "--ratio", "2", "-o", other, *more)
+        assert code == 2 and "the folder is not empty and holds no result" in err
+    assert [p.name for p in other.iterdir()] == ["config.json"]
+    code, _, err = run(capsys, folder, "--ratio", "2", "-o", tmp_path / "file" / "inside")
+    assert code == 2 and "is not a folder" in err
+
+
+def test_an_interrupted_save_leaves_what_was_there(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert run(capsys, folder, "--ratio", "2", "-o", out, "-q")[0] == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("effcore.methods.low_rank_report.DecompositionReport.plot", interrupted)
+    code, _, err = run(capsys, folder, "--error", "0.9", "-o", out, "--overwrite", "-q")
+    assert (code, err) == (130, "effcore: interrupted\n")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before

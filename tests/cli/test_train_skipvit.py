@@ -31,8 +31,7 @@ def test_trains_on_a_folder_of_pictures(tmp_path):
     result = invoke(
         "--data", data, "--out", out, "--steps", 4, "--batch-size", 2, "--warmup", 2, "--device", "cpu", "--json", "-q"
     )
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
+    assert (result.exit_code, result.stderr) == (0, "")
     summary = json.loads((out / "summary.json").read_text())
     assert [row["model"] for row in summary["models"]] == ["baseline", "skipvit"]
     assert all(0 <= row["accuracy"] <= 1 for row in summary["models"])
@@ -44,7 +43,7 @@ def test_trains_on_a_folder_of_pictures(tmp_path):
 def test_a_folder_that_cannot_be_made_is_found_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     result = invoke("--data", pictures(tmp_path / "data"), "--out", tmp_path / "file" / "run", "--steps", 1)
-    assert isinstance(result.exception, OSError) and "loss" not in result.output
+    assert isinstance(result.exception, InputError) and "loss" not in result.output
 
 
 @pytest.mark.parametrize(

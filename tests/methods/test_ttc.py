@@ -310,8 +310,6 @@ def test_the_loop_stops_and_its_log_lets_it_go_on(tmp_path):
 def test_a_full_disk_loses_no_decision(tmp_path, monkeypatch):
     import errno
 
-    from effcore.training import folder
-
     log = tmp_path / "runs" / "decisions.jsonl"
     learner = Learner()
     stopper = effcore.TTCEarlyStopping(learner.evaluate, budget=100, log=log)
@@ -322,7 +320,7 @@ def test_a_full_disk_loses_no_decision(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "write_atomically", full)
+        patch.setattr("effcore.methods.ttc.write_atomically", full)
         with pytest.warns(UserWarning, match=r"decisions.jsonl cannot be written \(No space left on device\)"):
             stopper.check(None, 10)
         assert len(log.read_text().splitlines()) == 1

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from effcore.errors import InputError
+from effcore.files import staged
 from effcore.training import checkpoint
 from effcore.training.metrics_file import read_metrics, truncate_metrics
 from effcore.training.recipe import Recipe, TrainingSettings, built_in_recipes, load_recipe, recipe_from_dict
@@ -140,13 +141,13 @@ def make_checkpoint(folder, step, content):
 
 def test_staging_publishes_whole_folders_or_none(tmp_path):
     run = tmp_path / "run"
-    with checkpoint.staged(run, is_main=True, barrier=lambda: None) as staging:
+    with staged(run) as staging:
         make_checkpoint(staging, 4, "old")
         assert checkpoint.checkpoints(run) == []
-    with checkpoint.staged(run, is_main=True, barrier=lambda: None) as staging:
+    with staged(run) as staging:
         make_checkpoint(staging, 4, "new")
     assert (run / "checkpoint-4" / "trainer_state.json").read_text() == "new"
-    with pytest.raises(OSError), checkpoint.staged(run, is_main=True, barrier=lambda: None) as staging:
+    with pytest.raises(OSError), staged(run) as staging:
         make_checkpoint(staging, 4, "broken")
         raise OSError("disk full")
     assert [path.name for path in run.iterdir()] == ["checkpoint-4"]

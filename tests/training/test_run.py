@@ -120,7 +120,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tiny, text, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)
     assert [path.name for path in checkpoints(out)] == ["checkpoint-4"]
-    assert not (out / ".checkpoint-in-progress").exists()
+    assert not (out / ".in-progress").exists()
     train(config("epas", tiny, text), tmp_path / "whole")
     train(RunConfig("epas", load_recipe("fresh")), out, resume=True)
     assert losses(out) == losses(tmp_path / "whole")

@@ -67,7 +67,17 @@ def run(arguments: list[str] | None = None) -> NoReturn:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except SystemExit as ended:
+        if _was_interrupted(ended):  # typer makes of Ctrl-C a silent exit
+            _fail("interrupted", 130)
+        raise
     sys.exit(0)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _fail(message: object, code: int) -> NoReturn:

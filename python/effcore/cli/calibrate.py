@@ -34,7 +34,8 @@ def calibrate(
     from effcore.cli.output import check_free
     from effcore.errors import InputError
 
-    check_free(out, "scores.json", overwrite=overwrite or resume)
+    unfinished = ("fit.safetensors", "fit.safetensors.part")
+    check_free(out, "scores.json", overwrite=overwrite or resume, unfinished=unfinished)
     fit_file = out / "fit.safetensors"
     if fit_file.exists() and not resume:
         if not overwrite:
@@ -87,6 +88,7 @@ def _calibrate(
     from effcore.data.questions import answer_tokens, batches, next_line_questions, read_questions
     from effcore.data.sources import standard_library
     from effcore.errors import InputError
+    from effcore.files import staged
     from effcore.methods._tracked import tracked
     from effcore.methods.bayesian_moe import laplace
     from effcore.methods.calibration import draw_reliability, fit_temperature, scores
@@ -111,7 +113,6 @@ def _calibrate(
         **settings,
     )
     posterior.fit_heldout(tracked(held, "batch", None if quiet else lines("prior")))
-    posterior.save(out / "posterior.safetensors")
 
     def logits(part: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         return torch.cat([posterior.logit_distribution(b)[0].cpu() for b in part])
@@ -126,14 +127,16 @@ def _calibrate(
         f"temperature {temperature:.2f}": (plain / temperature).softmax(1),
         "posterior": torch.cat([posterior.predict(b).cpu() for b in test]),
     }
-    draw_reliability(out / "reliability.png", {name: (p, truth) for name, p in predictions.items()})
     result = {
         "scores": {name: scores(p, truth) for name, p in predictions.items()},
         "questions": {"fit": first, "prior": second - first, "test": len(questions) - second},
         "prior_variance": posterior.prior_variance.tolist(),
         "unrouted": posterior.unrouted,
     }
-    (out / "scores.json").write_text(json.dumps(result, indent=1))
+    with staged(out) as folder:
+        posterior.save(folder / "posterior.safetensors")
+        draw_reliability(folder / "reliability.png", {name: (p, truth) for name, p in predictions.items()})
+        (folder / "scores.json").write_text(json.dumps(result, indent=1))
     return result
 
 

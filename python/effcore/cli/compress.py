@@ -35,13 +35,14 @@ def compress(
     from effcore.cli.output import check_free
     from effcore.cli.progress import lines
     from effcore.errors import InputError
+    from effcore.files import staged
     from effcore.methods import low_rank
     from effcore.methods.low_rank_checkpoint import save_decomposed
     from effcore.training.models import load_model
 
-    check_free(out, "report.json", overwrite=overwrite)
     if out.resolve() == Path(model).resolve():
         raise InputError(f"--out {out}: the model is there")
+    check_free(out, "report.json", overwrite=overwrite)
     network, tokenizer = load_model(model)
     network.eval()
     if torch.cuda.is_available():  # layers are timed where the model is, and factored there
@@ -67,8 +68,9 @@ def compress(
     except ValueError as bad:
         raise InputError(str(bad).removeprefix("effcore.decompose: ")) from bad
     result = low_rank.report(network)
-    save_decomposed(network, out)
-    tokenizer.save_pretrained(out)
-    result.write_json(out / "report.json")
-    result.plot(out / "report.png")
+    with staged(out) as folder:
+        save_decomposed(network, folder)
+        tokenizer.save_pretrained(folder)
+        result.write_json(folder / "report.json")
+        result.plot(folder / "report.png")
     print(json.dumps(result.as_dict()) if json_ else result.table())

@@ -42,6 +42,7 @@ def skipvit(
 
     import torch
 
+    from effcore.files import staged
     from effcore.methods.skipvit import SkipWarmup, keep_all_tokens, skip_tokens
     from effcore.training.images import accuracy, small_vit, train_classifier
     from effcore.training.models import quiet_transformers
@@ -59,7 +60,6 @@ def skipvit(
         skip_tokens(models["skipvit"], drop, leave, rejoin, warmup=start)
     except ValueError as error:
         raise InputError(str(error).removeprefix("effcore.skip_tokens: ")) from error
-    out.mkdir(parents=True, exist_ok=True)  # fails before the training, not after
     rows: list[dict[str, Any]] = []
     for name, model in models.items():
         speed = train_classifier(
@@ -82,10 +82,11 @@ def skipvit(
             keep_all_tokens(model)
             row["accuracy_on_all_patches"] = accuracy(model, test, count=1000, device=device)
         rows.append(row)
-        with quiet_transformers():
-            model.save_pretrained(out / name)  # type: ignore[operator]
     summary = {"drop": drop, "leave": leave, "rejoin": rejoin, "warmup": warmup, "steps": steps, "models": rows}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with staged(out) as folder, quiet_transformers():
+        for name, model in models.items():
+            model.save_pretrained(folder / name)  # type: ignore[operator]
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     if json_:
         print(json.dumps(summary))
     elif not quiet:

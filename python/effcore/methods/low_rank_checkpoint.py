@@ -8,7 +8,6 @@ folder/config.json         Hugging Face models: their configuration, which says 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from effcore.errors import InputError
+from effcore.files import write_atomically
 from effcore.methods.low_rank_layers import replace
 from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
 
@@ -71,9 +71,7 @@ def save_decomposed(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / WEIGHTS))
-    partial = folder / (DESCRIPTION + ".partial")
-    partial.write_text(json.dumps({"version": 1, "layers": describe(model)}, indent=1), encoding="utf-8")
-    os.replace(partial, folder / DESCRIPTION)
+    write_atomically(folder / DESCRIPTION, json.dumps({"version": 1, "layers": describe(model)}, indent=1))
     config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
         if not getattr(config, "architectures", None):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from effcore.files import write_atomically
 from effcore.methods.low_rank_layers import Rank
 
 
@@ -77,9 +77,7 @@ class DecompositionReport:
         return asdict(self) | {"ratio": self.ratio}
 
     def write_json(self, path: str | Path) -> None:
-        partial = Path(path).with_suffix(".partial")
-        partial.write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(Path(path), json.dumps(self.as_dict(), indent=1))
 
     def plot(self, path: str | Path) -> None:
         """Parameters with ranks, errors and, where layers were timed, milliseconds before and after (PNG or SVG)."""

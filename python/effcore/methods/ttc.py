@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from effcore.files import write_atomically
 from effcore.methods._gather import Processes
 from effcore.methods.ttc_accuracy import METRICS, Samples
 from effcore.methods.ttc_curves import Curve, Estimate, TooFew, binomial, fit_samples, fit_training
@@ -361,8 +362,6 @@ class TTCEarlyStopping:
         """All decisions, whole or not at all. Where the disk is full training goes on: the next checkpoint writes them."""
         if self.log is None or Processes().rank != 0:
             return
-        from effcore.training.folder import write_atomically
-
         lines = [json.dumps({"items": self.plan.items, **decision.as_json()}) + "\n" for decision in self.decisions]
         try:
             write_atomically(self.log, "".join(lines))

@@ -12,13 +12,12 @@ summary.json          counts of each iteration
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from effcore.errors import InputError
+from effcore.files import staged, write_atomically
 
 Row = dict[str, Any]
 
@@ -41,9 +40,7 @@ class Journal:
         if path is not None and path.is_file():
             for row in _whole_lines(path):
                 self.rows[row["query"]] = row
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()), encoding="utf-8")
-            os.replace(partial, path)
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows.values()))
 
     def add(self, row: Row) -> None:
         if self.path is not None:
@@ -58,6 +55,14 @@ def _whole_lines(path: Path) -> Iterator[Row]:
             yield json.loads(line)
         except json.JSONDecodeError:
             return
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run's config.json lies there, and not a model's."""
+    try:
+        return "queries" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 class RunFiles:
@@ -90,9 +95,7 @@ class RunFiles:
 
     def write(self, name: str, content: Row) -> None:
         if self.path is not None:
-            partial = self.path / f"{name}.partial"
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, self.path / name)
+            write_atomically(self.path / name, json.dumps(content, indent=1) + "\n")
 
     def adapter(self, iteration: int) -> Path | None:
         """The adapter of an iteration where it is complete."""
@@ -100,20 +103,8 @@ class RunFiles:
         return folder if folder is not None and (folder / "adapter_config.json").is_file() else None
 
     def publish(self, name: str, save: Any) -> None:
-        """``save(folder)`` writes to a folder beside its place, which is renamed when it is whole."""
-        if self.path is None:
-            return
-        partial, target = self.path / f"{name}.partial", self.path / name
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            save(partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        old = self.path / f"{name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        """The folder ``name`` as ``save(folder)`` writes it, once it is whole."""
+        if self.path is not None:
+            with staged(self.path) as staging:
+                (staging / name).mkdir()
+                save(staging / name)

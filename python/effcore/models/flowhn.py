@@ -185,7 +185,8 @@ class FlowHNForCausalLM(FlowHNPreTrainedModel, GenerationMixin):
         Raises:
             TypeError: an argument that this model does not know.
         """
-        if unknown := set(kwargs) - _LOSS_ARGUMENTS:
+        unknown = {name for name, value in kwargs.items() if value not in (None, False)} - _LOSS_ARGUMENTS
+        if unknown:
             raise TypeError(f"effcore: FlowHNForCausalLM.forward got unexpected arguments {sorted(unknown)}")
         if (
             labels is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
@@ -14,10 +15,11 @@ import torch
 from safetensors import SafetensorError
 
 from effcore.errors import InputError, RunError, disk_is_full
+from effcore.files import staged, write_atomically
 from effcore.methods.vds_report import measure, table
+from effcore.methods.vds_run import is_run
 from effcore.methods.vds_ttt import VerifierTTT
 from effcore.methods.verifiers import ClassifierVerifier, ProcessRewardVerifier, Verifier, VerifierError
-from effcore.training.folder import write_atomically
 from effcore.training.models import load_model, quiet_transformers
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -86,6 +88,28 @@ def load_verifier(path: str, kind: str, device: str) -> Verifier:
     return ClassifierVerifier(model, tokenizer)
 
 
+def _check_free(out: Path, *, overwrite: bool) -> None:
+    """Raises InputError where a new run would hit something; only a run is ever overwritten."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: not a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not is_run(out):
+            raise InputError(f"--out {out}: the folder is not empty and holds no run of this command; choose another")
+        if not overwrite:
+            raise InputError(f"--out {out}: a run is here; continue it with --resume or replace it with --overwrite")
+
+
+def _check_lengths(model: Any, tokenizer: Any, queries: list[str], new: int) -> None:
+    """Raises InputError where a query and its response have more tokens than the model has positions."""
+    limit = model.config.max_position_embeddings
+    length = max(len(ids) for ids in tokenizer(queries)["input_ids"])
+    if length + new > limit:
+        raise InputError(
+            f"the longest query has {length} tokens; with --max-new-tokens {new} that is more than the model's {limit} "
+            "positions"
+        )
+
+
 def adapt(
     model_path: str,
     queries: Path,
@@ -114,23 +138,21 @@ def adapt(
     sets = {"adapted queries": (prompts, answers)}
     if held_out is not None:
         sets["held out"] = read_queries(held_out)
-    if (out / "config.json").is_file() and not resume:
-        if not overwrite:
-            raise InputError(f"--out {out}: a run is here; continue it with --resume or replace it with --overwrite")
-        import shutil
-
-        shutil.rmtree(out)
     if resume and not (out / "config.json").is_file():
         raise InputError(f"--resume {out}: no run here (no config.json)")
+    if not resume:
+        _check_free(out, overwrite=overwrite)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(model_path, dtype=torch.float32 if device == "cpu" else None)
     model = model.to(device)
+    judge = load_verifier(verifier, verifier_kind, device)
     try:
-        learner = VerifierTTT(
-            model, tokenizer, load_verifier(verifier, verifier_kind, device), run=out, listener=listener, **settings
-        )
+        learner = VerifierTTT(model, tokenizer, judge, run=out, listener=listener, **settings)
     except ValueError as error:
-        raise InputError(str(error).split(": ", 1)[-1]) from error
+        raise InputError(str(error).removeprefix("effcore.VerifierTTT: ")) from error
+    _check_lengths(model, tokenizer, [q for asked, _ in sets.values() for q in asked], learner.max_new_tokens)
+    if out.is_dir() and not resume:
+        shutil.rmtree(out)
     extract = EXTRACT[compare]
     rows: dict[str, dict[str, float]] = {}
 
@@ -154,9 +176,9 @@ def adapt(
             evaluate("before", adapted)
         evaluate("after", adapted)
         if merge and changed:
-            with quiet_transformers():
-                adapted.merge_and_unload().save_pretrained(out / "model")
-                tokenizer.save_pretrained(out / "model")
+            with quiet_transformers(), staged(out) as folder:
+                adapted.merge_and_unload().save_pretrained(folder / "model")
+                tokenizer.save_pretrained(folder / "model")
         report = {"selected": learner.selected, "queries": len(prompts), "changed": changed, "accuracy": rows}
         write_atomically(out / "report.json", json.dumps(report, indent=1) + "\n")
         if rows:

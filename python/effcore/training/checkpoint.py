@@ -1,14 +1,11 @@
-"""Training state in safetensors files, without pickle, and checkpoint folders that appear whole or not at all."""
+"""Training state in safetensors files, without pickle, and the checkpoint folders of a run."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,47 +125,6 @@ def scatter_model(model: nn.Module, folder: Path) -> None:
     for file in folder.glob("model*.safetensors"):
         weights |= load_file(file)
     distributed.set_model_state_dict(model, weights, options=_WHOLE)
-
-
-@contextmanager
-def staged(run: Path, *, is_main: bool, barrier: Any) -> Iterator[Path]:
-    """A folder to write checkpoints to. When the block ends well they are moved into ``run``, replacing any of the same name;
-    when it fails, or the process dies, ``run`` keeps what it had.
-
-    All processes of a run enter together; ``barrier`` waits for all of them.
-    """
-    staging = run / ".checkpoint-in-progress"
-    if is_main:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    barrier()
-    try:
-        yield staging
-    except BaseException:
-        if is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    barrier()
-    if is_main:
-        for folder in staging.iterdir():
-            _flush(folder)
-            target = run / folder.name
-            if target.exists():
-                target.rename(staging / f"old-{folder.name}")
-            folder.rename(target)
-        shutil.rmtree(staging, ignore_errors=True)
-    barrier()
-
-
-def _flush(folder: Path) -> None:
-    """Waits until a folder's files are on the disk: a rename must not overtake what it publishes."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
 
 def checkpoints(run: Path) -> list[Path]:

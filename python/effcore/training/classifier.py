@@ -21,10 +21,10 @@ from transformers import (
 
 from effcore.data.labelled import LabelledTexts, load_labelled
 from effcore.errors import InputError
+from effcore.files import staged, write_atomically
 from effcore.methods.swiftlearn import SwiftLearnSampler
 from effcore.training import models
-from effcore.training.checkpoint import staged
-from effcore.training.folder import RunConfig, RunFolder, write_atomically
+from effcore.training.folder import RunConfig, RunFolder
 from effcore.training.interruption import Interruption
 from effcore.training.metrics import MetricsCallback
 from effcore.training.metrics_file import Row, truncate_metrics

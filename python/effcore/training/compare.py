@@ -24,8 +24,11 @@ def compare_runs(paths: Sequence[Path], *, rounds: int = 5, out: Path | None = N
         out: where ``report.md`` and ``plots/`` go; None writes nothing.
 
     Raises:
-        InputError: not a finished run, or runs on windows of different lengths, whose numbers do not compare.
+        InputError: ``out`` is a file; not a finished run, or runs on windows of different lengths, whose numbers do not
+            compare.
     """
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: not a folder")
     folders = [RunFolder(path) for path in paths]
     summaries: list[Summary] = []
     for folder in folders:

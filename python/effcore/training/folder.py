@@ -11,7 +11,6 @@ report.md       the same for people, with plots/
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from effcore.errors import InputError
+from effcore.files import write_atomically
 from effcore.training.metrics_file import Row, read_metrics
 from effcore.training.recipe import Recipe, recipe_from_dict
 
@@ -117,10 +117,3 @@ class RunFolder:
             return json.loads(self.summary_file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise InputError(f"{self.summary_file}: damaged ({error.msg})") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file beside its place and renames it: readers see the old text or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -8,9 +8,10 @@ trained on so far.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from effcore.files import write_atomically
 
 Row = dict[str, Any]
 
@@ -30,7 +31,5 @@ def read_metrics(path: Path) -> list[Row]:
 def truncate_metrics(path: Path, last_step: int) -> list[Row]:
     """Forgets the rows after ``last_step``, which a resumed run writes again; returns those that stay."""
     rows = [row for row in read_metrics(path) if row["step"] <= last_step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

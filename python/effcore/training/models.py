@@ -125,10 +125,10 @@ def _resolve(path: Path) -> tuple[Path, dict[str, Any]]:
         return path.parent, {"gguf_file": path.name}
     if not path.is_dir():
         raise InputError(f"{path}: no such model (expected a folder, a run folder of effcore train, or a .gguf file)")
-    if (path / "config.json").is_file():
-        return path, {}
-    inside = [path / "model"] if (path / "model" / "config.json").is_file() else checkpoints(path)
-    if inside:
+    for folder in (path / "model", path):  # a run's own config.json is no model's
+        if (folder / "config.json").is_file():
+            return folder, {}
+    if inside := checkpoints(path):
         return inside[-1], {}
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:

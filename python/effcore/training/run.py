@@ -19,12 +19,13 @@ import effcore
 from effcore.data import Corpus, PackedTokens, load_corpus
 from effcore.data.packing import spread
 from effcore.errors import InputError, RunError, disk_is_full
+from effcore.files import staged, write_atomically
 from effcore.methods.echo_llama import ECHOSchedule
 from effcore.methods.epas import EPASSchedule, StaticSchedule
 from effcore.methods.sharing import SharingSchedule
 from effcore.training import models, plots
-from effcore.training.checkpoint import checkpoints, staged
-from effcore.training.folder import RunConfig, RunFolder, write_atomically
+from effcore.training.checkpoint import checkpoints
+from effcore.training.folder import RunConfig, RunFolder
 from effcore.training.interruption import Interruption
 from effcore.training.metrics import MetricsCallback
 from effcore.training.metrics_file import Row, truncate_metrics

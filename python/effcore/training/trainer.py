@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from effcore.errors import InputError
+from effcore.files import staged
 from effcore.training import checkpoint
 from effcore.training.recipe import TrainingSettings
 
@@ -35,7 +36,7 @@ class CheckpointTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run = Path(str(self.args.output_dir))
         barrier = self.accelerator.wait_for_everyone
-        with checkpoint.staged(run, is_main=self.args.should_save, barrier=barrier) as self._staging:
+        with staged(run, is_main=self.args.should_save, barrier=barrier) as self._staging:
             try:
                 super()._save_checkpoint(model, trial)
             finally:
