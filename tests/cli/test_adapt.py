@@ -64,6 +64,8 @@ def test_run_folder_report_and_merged_model(places):
     assert "(threshold differ)" in str(invoke(places, "--threshold", 0.2, "--resume").exception)
     result = invoke(places, "--threshold", 1.0, "--overwrite")
     assert result.exit_code == 0 and "the model is unchanged" in result.output
+    with pytest.raises(InputError, match="with --merge it also saves the model"):
+        load_model(places / "run")
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(places, monkeypatch):

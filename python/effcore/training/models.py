@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 import effcore.models
 from effcore.data import byte_tokenizer
 from effcore.errors import InputError
+from effcore.methods.vds_run import is_run
 from effcore.models import (
     FlowHNConfig,
     FlowHNForCausalLM,
@@ -125,9 +126,12 @@ def _resolve(path: Path) -> tuple[Path, dict[str, Any]]:
         return path.parent, {"gguf_file": path.name}
     if not path.is_dir():
         raise InputError(f"{path}: no such model (expected a folder, a run folder of effcore train, or a .gguf file)")
-    for folder in (path / "model", path):  # a run's own config.json is no model's
-        if (folder / "config.json").is_file():
-            return folder, {}
+    if (path / "model" / "config.json").is_file():
+        return path / "model", {}
+    if is_run(path):
+        raise InputError(f"{path}: no model here, but what effcore adapt keeps; with --merge it also saves the model")
+    if (path / "config.json").is_file():
+        return path, {}
     if inside := checkpoints(path):
         return inside[-1], {}
     ggufs = sorted(path.glob("*.gguf"))
