@@ -120,6 +120,7 @@ def test_wrong_input_is_one_line(arguments, message, places):
     [
         ("", "holds no queries"),
         ("{oops\n", "line 1: not valid JSON"),
+        ("5\n", "line 1: expected an object, got int"),
         ('{"text": "a"}\n', "a text in the field 'prompt'"),
         ('{"prompt": "a", "answer": 1}\n{"prompt": "b"}\n', "1 of 2 queries have an answer"),
     ],

@@ -56,7 +56,8 @@ def test_bad_files_are_named(folder, tmp_path):
     row = {"question": "q", "choices": ["x", "y"], "answer": 0}
     for text, message in {
         "": "holds no questions",
-        "{": "line 1: expected",
+        "{": "line 1: not valid JSON",
+        "{}": "line 1: expected",
         json.dumps(row | {"answer": 2}): "line 1: answer must be from 0 to 1, got 2",
         json.dumps(row | {"choices": ["x"]}): "expected 2 to 26 choices, got 1",
         f"{json.dumps(row)}\n{json.dumps(row | {'choices': ['x', 'y', 'z']})}": "line 2: 3 choices, but the first.* has 2",

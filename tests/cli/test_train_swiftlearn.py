@@ -124,6 +124,7 @@ def test_labelled_texts_of_every_form(texts, tmp_path):
         ),
         ("t.jsonl", "{oops\n", "line 1: not valid JSON"),
         ("t.jsonl", "[1]\n", "line 1: expected an object"),
+        ("t.csv", "text,label\n\udcff,a\n", "not a CSV file"),
         ("t.jsonl", '{"text": "a", "label": "x"}\n' * 5, r"needs at least 2 classes, found \['x'\]"),
         ("t.jsonl", "", "found no texts"),
         ("t.csv", "text\na\n", "row 1: no field 'label'"),
@@ -133,6 +134,6 @@ def test_labelled_texts_of_every_form(texts, tmp_path):
     ],
 )
 def test_bad_labelled_texts(name, content, message, tmp_path):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(InputError, match=message):
         load_labelled(tmp_path / name)

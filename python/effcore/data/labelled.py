@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import random
 import re
 import sys
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effcore.data.corpus import held_out
+from effcore.data.json_lines import json_lines
 from effcore.errors import InputError
 
 Row = tuple[str, str, str]  # text, label, document: rows of one document go to the same side of the split
@@ -96,21 +96,15 @@ def _table(path: Path, text_field: str, label_field: str) -> Iterator[Row]:
 
 
 def _jsonl(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-                yield row
+    return (row for _, row in json_lines(path))
 
 
 def _csv(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8", newline="") as stream:
-        yield from csv.DictReader(stream)
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            yield from csv.DictReader(stream)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV file ({error})") from error
 
 
 def _parquet(path: Path) -> Iterator[dict]:

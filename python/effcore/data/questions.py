@@ -7,7 +7,6 @@ file.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from effcore.data.json_lines import json_lines
 from effcore.data.sources import SourceFile
 from effcore.errors import InputError
 
@@ -46,29 +46,23 @@ def read_questions(path: Path) -> list[Question]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     questions: list[Question] = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-                text, choices, answer = row["question"], tuple(row["choices"]), row["answer"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise InputError(
-                    f'{place}: expected {{"question": ..., "choices": [...], "answer": n}} ({error!r})'
-                ) from None
-            if not isinstance(text, str) or not all(isinstance(c, str) for c in choices):
-                raise InputError(f"{place}: question and choices must be strings")
-            if not 2 <= len(choices) <= len(LETTERS):
-                raise InputError(f"{place}: expected 2 to {len(LETTERS)} choices, got {len(choices)}")
-            if questions and len(choices) != len(questions[0].choices):
-                raise InputError(
-                    f"{place}: {len(choices)} choices, but the first question has {len(questions[0].choices)}"
-                )
-            if not isinstance(answer, int) or not 0 <= answer < len(choices):
-                raise InputError(f"{place}: answer must be from 0 to {len(choices) - 1}, got {answer!r}")
-            questions.append(Question(text, choices, answer))
+    for number, row in json_lines(path):
+        place = f"{path}, line {number}"
+        try:
+            text, choices, answer = row["question"], tuple(row["choices"]), row["answer"]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f'{place}: expected {{"question": ..., "choices": [...], "answer": n}} ({error!r})'
+            ) from None
+        if not isinstance(text, str) or not all(isinstance(c, str) for c in choices):
+            raise InputError(f"{place}: question and choices must be strings")
+        if not 2 <= len(choices) <= len(LETTERS):
+            raise InputError(f"{place}: expected 2 to {len(LETTERS)} choices, got {len(choices)}")
+        if questions and len(choices) != len(questions[0].choices):
+            raise InputError(f"{place}: {len(choices)} choices, but the first question has {len(questions[0].choices)}")
+        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise InputError(f"{place}: answer must be from 0 to {len(choices) - 1}, got {answer!r}")
+        questions.append(Question(text, choices, answer))
     if not questions:
         raise InputError(f"{path}: holds no questions")
     return questions

@@ -6,12 +6,12 @@ pieces, so that no more than a few MB are in memory at a time.
 
 from __future__ import annotations
 
-import json
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from effcore.data.json_lines import json_lines
 from effcore.errors import InputError
 
 PIECE_BYTES = 1 << 20
@@ -148,21 +148,11 @@ def _read_text(file: SourceFile) -> Iterator[Piece]:
 
 
 def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Piece]:
-    with file.path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            place = f"{file.path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{place}: expected an object with a field {text_field!r}, got {type(row).__name__}")
-            if not isinstance(row.get(text_field), str):
-                found = type(row[text_field]).__name__ if text_field in row else f"only {sorted(row)}"
-                raise InputError(f"{place}: expected a string in field {text_field!r}, got {found}")
-            yield Piece(f"{file.name}:{number}", row[text_field])
+    for number, row in json_lines(file.path):
+        if not isinstance(row.get(text_field), str):
+            found = type(row[text_field]).__name__ if text_field in row else f"only {sorted(row)}"
+            raise InputError(f"{file.path}, line {number}: expected a string in field {text_field!r}, got {found}")
+        yield Piece(f"{file.name}:{number}", row[text_field])
 
 
 def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Piece]:

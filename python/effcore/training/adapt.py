@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from effcore.data.json_lines import json_lines
 from effcore.errors import InputError, RunError, disk_is_full
 from effcore.files import staged, write_atomically
 from effcore.methods.vds_report import measure, table
@@ -32,22 +33,16 @@ def read_queries(path: Path) -> tuple[list[str], list[str] | None]:
         InputError: naming the file and the line.
     """
     if not path.is_file():
-        raise InputError(f"--queries {path}: no such file")
+        raise InputError(f"{path}: no such file")
     prompts, answers = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-            raise InputError(f"{path}, line {number}: expected an object with a text in the field 'prompt'")
+    for number, row in json_lines(path):
+        if not isinstance(row.get("prompt"), str) or not row["prompt"]:
+            raise InputError(f"{path}, line {number}: expected a text in the field 'prompt'")
         prompts.append(row["prompt"])
         if row.get("answer") is not None:
             answers.append(str(row["answer"]))
     if not prompts:
-        raise InputError(f"--queries {path}: the file holds no queries")
+        raise InputError(f"{path}: the file holds no queries")
     if answers and len(answers) != len(prompts):
         raise InputError(
             f"{path}: {len(answers)} of {len(prompts)} queries have an answer; give all of them one, or none"
