@@ -126,6 +126,7 @@ def test_train_generate_compare(run, text, tmp_path):
         (["train", "epas", "--against", "nowhere"], "--against nowhere: no finished run here"),
         (["generate", "missing", "--prompt", "x"], "missing: no such model"),
         (["generate", "broken", "--prompt", ""], "the text to continue is empty"),
+        (["generate", "broken", "--prompt", "\udcff"], "the text to continue is not UTF-8"),
         (["compare", "nowhere"], "nowhere: no finished run here"),
         (["compare", "nowhere", "--out", "broken.gguf"], "--out broken.gguf: not a folder"),
         (["bench", "atention"], "did you mean 'attention'|part of the source checkout"),

@@ -199,9 +199,15 @@ def test_folders_are_not_overwritten_by_accident(tiny, text, tmp_path):
         train(settings, tmp_path / "nothing", resume=True)
 
 
-def test_resuming_on_changed_text_is_refused(tiny, text, tmp_path):
+def test_resuming_from_damaged_weights_or_on_changed_text_is_refused(tiny, text, tmp_path):
     with pytest.raises(Interrupted):
         train(config("baseline", tiny, text), tmp_path / "run", listener=stop_at(2))
+    weights = next((tmp_path / "run").glob("checkpoint-*/model.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    with pytest.raises(InputError, match=r"checkpoint-\d+: the model's file is damaged"):
+        train(RunConfig("baseline", load_recipe("fresh")), tmp_path / "run", resume=True)
+    weights.write_bytes(whole)
     text.write_text(text.read_text() + "more\n")
     with pytest.raises(InputError, match="has changed since the run began"):
         train(RunConfig("baseline", load_recipe("fresh")), tmp_path / "run", resume=True)

@@ -32,7 +32,11 @@ def generate(
 
     from effcore.errors import InputError
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()  # other bytes of a command line become lone surrogates
+    except UnicodeError:
+        raise InputError("--prompt: the text to continue is not UTF-8") from None
     if not text:
         raise InputError("--prompt: the text to continue is empty")
     from effcore.training.generation import complete
