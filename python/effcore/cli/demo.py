@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ def demo(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
     ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
 ) -> None:
     """Trains a small LLaMA three times, as it is and with EPAS in modes qk and kv; about three minutes on two cores.
@@ -36,6 +38,9 @@ def demo(
     from effcore.training.compare import compare_runs
 
     summaries = compare_runs([out / name for _, name, _ in _RUNS], out=out)
+    if json_:
+        print(json.dumps(summaries))
+        return
     print_table(summaries)
     print(
         f"Report: {out / 'report.md'}   plots: {out / 'plots'}   try: effcore generate {out / 'epas-qk'} --prompt 'def '"
