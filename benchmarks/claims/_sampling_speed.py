@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,7 +19,7 @@ from benchmarks.claims._small_lm import fresh
 from effcore.methods.sampling import sample_tokens
 
 
-def _large(length: int) -> LlamaForCausalLM:
+def _large(length: int) -> Any:
     """TinyLlama's shape (1.1 billion parameters), random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -30,7 +32,8 @@ def _large(length: int) -> LlamaForCausalLM:
         max_position_embeddings=length,
     )
     with torch.device("cuda"):
-        return LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16)
 
 
 def sampling(device: str, rounds: int) -> Iterator[dict]:
@@ -41,7 +44,7 @@ def sampling(device: str, rounds: int) -> Iterator[dict]:
     cases = ((2048, 32, 16), (4096, 64, 16)) if cuda else ((256, 16, 8), (256, 64, 8))
     for prompt, new, n in cases:
         for sharing in (None, "qk", "kv"):
-            model = _large(max(c[0] + c[1] for c in cases)) if cuda else fresh(0, layers=6, width=256)
+            model: Any = _large(max(c[0] + c[1] for c in cases)) if cuda else fresh(0, layers=6, width=256)
             model = model.to(device).eval()
             model.config.max_position_embeddings = 8192
             model.generation_config.eos_token_id = None  # every sample has the same length
@@ -57,15 +60,15 @@ def sampling(device: str, rounds: int) -> Iterator[dict]:
                 with torch.no_grad():
                     model.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=n, **settings)
 
-            def reading(count, model=model, ids=ids):
+            def reading(count=1, model=model, ids=ids):
                 with torch.no_grad():
                     model(ids.repeat_interleave(count, 0), use_cache=True, logits_to_keep=1)
 
-            calls = {
+            calls: dict[str, Callable[[], None]] = {
                 "ours": ours,
                 "peer": peer,
-                "read": lambda r=reading: r(1),
-                "read all": lambda r=reading, n=n: r(n),
+                "read": reading,
+                "read all": partial(reading, n),
             }
             times: dict[str, list[float]] = {name: [] for name in calls}
             for round_ in range(rounds + 1):
@@ -80,7 +83,7 @@ def sampling(device: str, rounds: int) -> Iterator[dict]:
             decode = middle["peer"] - middle["read all"]
             allowed = middle["peer"] / (middle["read"] + decode)
             ratio = statistics.median(p / o for p, o in zip(times["peer"], times["ours"], strict=True))
-            row = {
+            row: dict[str, Any] = {
                 "model": sharing or "plain",
                 "prompt": prompt,
                 "new": new,

@@ -23,7 +23,9 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,13 +147,11 @@ def one(seed: int, options: argparse.Namespace) -> dict:
         seed=seed,
     )
 
-    def report(now) -> dict[str, dict]:
-        return {
-            name: measure(
-                learner, now, queries, lambda i, text, q=queries: task.is_right(q[i], text), lambda text: text
-            )
-            for name, queries in sets.items()
-        }
+    def accuracies(now: Any, queries: Sequence[str]) -> dict[str, float]:
+        return measure(learner, now, queries, lambda i, text: task.is_right(queries[i], text), lambda text: text)
+
+    def report(now: Any) -> dict[str, dict]:
+        return {name: accuracies(now, queries) for name, queries in sets.items()}
 
     before = report(model)
     began = time.perf_counter()
@@ -174,7 +174,7 @@ def one(seed: int, options: argparse.Namespace) -> dict:
 
 def summarise(runs: list[dict]) -> tuple[dict, dict]:
     """Means over the seeds with the standard error over them, and the two differences that the paper claims."""
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
     for name in runs[0]["rows"]:
         rows[name] = {}
         for column in COLUMNS:
@@ -202,8 +202,8 @@ def draw(path: Path, runs: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = {"figsize": (4.2 * len(runs), 4.2), "sharey": True, "squeeze": False, "constrained_layout": True}
-    figure, panels = pyplot.subplots(1, len(runs), **size)
+    size = (4.2 * len(runs), 4.2)
+    figure, panels = pyplot.subplots(1, len(runs), figsize=size, sharey=True, squeeze=False, layout="constrained")
     colors = {"before, adapted": "#9ecae1", "after, adapted": "#0072B2"}
     colors |= {"before, held out": "#fdd0a2", "after, held out": "#D55E00"}
     for axes, run in zip(panels[0], runs, strict=True):
@@ -265,11 +265,11 @@ def main(arguments: list[str] | None = None) -> int:
         options.seeds = options.seeds[:1]
         options.batch, options.verifier_problems, options.rounds, options.long_shares = 32, 200, 1, [0.01, 0.03]
     if options.sampling:
-        rows = []
+        timed = []
         for row in sampling(options.device, options.rounds):
-            rows.append(row)
-            _runs.write(options.json, _runs.describe(options) | {"rows": rows})
-        print(sampling_table(rows))
+            timed.append(row)
+            _runs.write(options.json, _runs.describe(options) | {"rows": timed})
+        print(sampling_table(timed))
         return 0
     head = _runs.describe(options)
     runs = _runs.kept(options.json, head)

@@ -21,12 +21,11 @@ Shape = tuple[int, int, int]  # in, rank, out
 
 
 def cases(settings: Settings) -> Iterator[Case]:
+    dtypes = (torch.bfloat16,) if settings.cuda else DTYPES
+    rows = (4096, 16384, 65536) if settings.cuda else (1, 4, 16, 64, 256)
+    shapes: list[Shape] = [(768, 128, 3072), (2048, 512, 2048), (576, 96, 1536)]
     if settings.cuda:
-        rows, dtypes = (4096, 16384, 65536), (torch.bfloat16,)
-        shapes: list[Shape] = [(768, r, 3072) for r in (64, 128, 256, 512)] + [(3072, 256, 768), (4096, 512, 4096)]
-    else:
-        rows, dtypes = (1, 4, 16, 64, 256), DTYPES
-        shapes = [(768, 128, 3072), (2048, 512, 2048), (576, 96, 1536)]
+        shapes = [(768, r, 3072) for r in (64, 128, 256, 512)] + [(3072, 256, 768), (4096, 512, 4096)]
     for shape in shapes[:1] if settings.quick else shapes:
         for dtype in dtypes:
             for n in rows:
