@@ -73,8 +73,8 @@ class Opposite(SwiftLearnSampler):
 
     def _drawn(self, epoch: int) -> Tensor:
         if epoch == self.warmup_epochs:
-            self._share()
-            self._change = -usual(self)[1]
+            self._changes.share()
+            self._changes.change = -usual(self)[1]
             self.detrend = False
         return super()._drawn(epoch)
 
@@ -82,7 +82,8 @@ class Opposite(SwiftLearnSampler):
 def usual(sampler: SwiftLearnSampler) -> tuple[Tensor, Tensor]:
     """What the warm-up recorded, as it is and detrended."""
     last = (sampler.warmup_epochs - 2, sampler.warmup_epochs - 1)
-    return sampler._change, importance.detrended(sampler._change, [sampler._places(epoch) for epoch in last])
+    change = sampler._changes.change
+    return change, importance.detrended(change, [sampler._places(epoch) for epoch in last])
 
 
 class Learner:
@@ -236,7 +237,7 @@ class Task:
             if self.timed:
                 self._wait()  # so that drawing is not charged for the steps before it
             elif epoch == sampler.warmup_epochs and sampler.keep < 1:
-                sampler._share()
+                sampler._changes.share()
                 noted = self.describe(sampler)
             before = time.perf_counter()
             order = sampler.order(epoch)

@@ -84,7 +84,7 @@ def test_recordings_that_wait_are_stored_as_if_one_by_one(again, monkeypatch):
             for ids in batches[epoch]:
                 sampler.record(ids, values[epoch][ids])
             if not again:
-                sampler._share()
+                sampler._changes.share()
         states.append(sampler.state_dict())
     for name in ("values", "change", "recordings"):
         assert torch.equal(states[0][name], states[1][name]), name

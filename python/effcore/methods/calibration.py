@@ -39,16 +39,19 @@ def _checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nll(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean negative log-likelihood in nats of labels [N] under probabilities [N, C]."""
     p, y = _checked(probabilities, labels)
     return float(-p.gather(1, y[:, None]).clamp_min(1e-12).log().mean())
 
 
 def brier(probabilities: Tensor, labels: Tensor) -> float:
+    """Brier score of probabilities [N, C] and labels [N], from 0 to 2."""
     p, y = _checked(probabilities, labels)
     return float((p - torch.nn.functional.one_hot(y, p.shape[1])).square().sum(1).mean())
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """The share of rows of probabilities [N, C] that are greatest at their label [N]."""
     p, y = _checked(probabilities, labels)
     return float((p.argmax(1) == y).double().mean())
 
@@ -65,7 +68,7 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> tupl
 
 
 def ece(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error."""
+    """Expected calibration error of probabilities [N, C] and labels [N], from 0 to 1."""
     confidence, right, share = reliability(probabilities, labels, bins)
     return float(((right - confidence).abs() * share).nan_to_num().sum())
 
@@ -84,12 +87,18 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """accuracy, nll, ece and brier of probabilities [N, C] and labels [N]."""
     functions = {"accuracy": accuracy, "nll": nll, "ece": ece, "brier": brier}
     return {name: function(probabilities, labels) for name, function in functions.items()}
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T > 0 whose softmax(logits / T) has the least NLL, on data that the model was not trained on."""
+    """The temperature T > 0 whose softmax(logits / T) has the least NLL, on data that the model was not trained on.
+
+    Args:
+        logits: [N, C].
+        labels: integers [N].
+    """
     wide, y = logits.detach().double().cpu(), labels.detach().long().cpu()
     _checked(wide.softmax(1), y)
     log_inverse = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -106,7 +115,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def draw_reliability(path: str | Path, predictions: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """A reliability diagram for each entry, side by side: accuracy over confidence, the diagonal, and how many predictions."""
+    """A reliability diagram for each entry, (probabilities [N, C], labels [N]) by name, side by side: accuracy over confidence,
+    the diagonal, and how many predictions."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -117,6 +117,7 @@ def by_size(layer: Layer, rank: Rank, multiple: int, timer: Timer) -> Choice:
 
 
 def by_ratio(layers: Iterable[Layer], ratio: float, multiple: int | None, timer: Timer) -> list[Choice]:
+    """The rank at which each layer has ``ratio`` times fewer parameters, or a faster one near it where layers are timed."""
     return [by_size(x, x.rank_at(ratio), multiple or default_multiple(x), timer) for x in layers]
 
 

@@ -30,6 +30,8 @@ class LayerReport:
 
 @dataclass
 class DecompositionReport:
+    """What :func:`effcore.decompose` did to a model for a target ("ratio 2.0"), layer by layer and in all."""
+
     target: str
     layers: list[LayerReport] = field(default_factory=list)
     parameters_before: int = 0  # of the model

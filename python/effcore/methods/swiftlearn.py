@@ -24,7 +24,7 @@ records are gathered at the borders of epochs, one process draws, all follow.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from effcore.methods import importance
+from effcore.methods._changes import Changes
 from effcore.methods._gather import Processes
-from effcore.methods._recordings import Recording, Recordings
+from effcore.methods._numbered import CollateNumbered, Numbered, WithSampleId
 
 Scores = Tensor | tuple[Tensor, Tensor]  # values [B, W], or values and token counts [B]
 
@@ -90,11 +91,7 @@ class SwiftLearnSampler(Sampler[int]):
         self._score_batch = 256
         self._orders: dict[int, Tensor] = {}  # of the epochs after the warm-up, as drawn
         self._standard = importance.Standard(0.0, 0.0, 0.0)
-        self._values = torch.empty(self.samples, 0)  # P_i as recorded last
-        self._change = torch.full((self.samples,), torch.nan)
-        self._recordings = torch.zeros(self.samples, dtype=torch.uint8)
-        self._fresh = torch.zeros(self.samples, dtype=torch.bool)  # recorded here, unknown to the other processes
-        self._recorded = Recordings()  # on their way to the tensors above
+        self._changes = Changes(self.samples, self._processes, None if self._uses_visits else warmup_epochs)
         self._steps = 0  # given out by batches()
         self._measured = 0  # the last epoch before which samples were measured by forward passes
         self._warned = False
@@ -187,24 +184,24 @@ class SwiftLearnSampler(Sampler[int]):
     def _drawn(self, epoch: int) -> Tensor:
         if self.select == "random":
             order = importance.draw(
-                self._change, self.kept, select="random", sigma=0.0, generator=self._generator(epoch)
+                self._changes.change, self.kept, select="random", sigma=0.0, generator=self._generator(epoch)
             )
             return self._processes.broadcast(order)
-        self._share()
+        self._changes.share()
         if epoch == self.warmup_epochs and self.recording == "training" and self.detrend:
             last = (self.warmup_epochs - 2, self.warmup_epochs - 1)
-            self._change = importance.detrended(self._change, [self._places(e) for e in last])
-        self._standard = importance.Standard.of(self._change, self.sigma)
+            self._changes.change = importance.detrended(self._changes.change, [self._places(e) for e in last])
+        self._standard = importance.Standard.of(self._changes.change, self.sigma)
         if self._standard.is_constant and self.keep < 1 and not self._warned:
             self._warned = True
-            why = "no sample has two recordings" if self._change.isnan().all() else "all importances are equal"
+            why = "no sample has two recordings" if self._changes.change.isnan().all() else "all importances are equal"
             warnings.warn(f"effcore.SwiftLearnSampler: {why}; the draw is uniform", stacklevel=4)
         if self.select == "topk" and epoch > self.warmup_epochs and not self._refreshes(epoch):
             order = self._orders[epoch - 1]  # the same subset in another order
             order = order[torch.randperm(len(order), generator=self._generator(epoch))]
         else:
             order = importance.draw(
-                self._change, self.kept, select=self.select, sigma=self.sigma, generator=self._generator(epoch)
+                self._changes.change, self.kept, select=self.select, sigma=self.sigma, generator=self._generator(epoch)
             )
         return self._processes.broadcast(order)
 
@@ -219,9 +216,11 @@ class SwiftLearnSampler(Sampler[int]):
         """Whether :meth:`record` still uses what it is given; a loop may skip it otherwise."""
         if self.select == "random" or self.keep == 1:
             return False
-        if self.refresh_every is not None and self.refresh == "visited":
-            return True
-        return self.recording == "training" and not self._orders
+        return self._uses_visits or (self.recording == "training" and not self._orders)
+
+    @property
+    def _uses_visits(self) -> bool:
+        return self.refresh_every is not None and self.refresh == "visited"
 
     def record(self, ids: Tensor, values: Tensor, counts: Tensor | None = None) -> None:
         """Notes the outputs of a training step; cheap, and copied to the host only now and then.
@@ -241,70 +240,13 @@ class SwiftLearnSampler(Sampler[int]):
             )
         if not self.wants_records:
             return
-        self._recorded.add(ids, values, counts)
-        self._take(self._recorded.arrived())
+        self._changes.record(ids, values, counts)
 
     def record_language(self, ids: Tensor, logits: Tensor, labels: Tensor) -> None:
         """:meth:`record` for a causal language model: logits [B, S, vocabulary], labels [B, S] with −100 for no label."""
         if self.wants_records:
             with torch.no_grad():
                 self.record(ids, *importance.token_log_probs(logits, labels))
-
-    def _take(self, recordings: Iterable[Recording]) -> None:
-        visited = self.refresh_every is not None and self.refresh == "visited"
-        for ids, values, counts in recordings:
-            ids, values = ids.long(), values.float()
-            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.samples:
-                raise ValueError(
-                    f"effcore.SwiftLearnSampler.record: sample numbers must be from 0 to {self.samples - 1}, got "
-                    f"{int(ids.min())} to {int(ids.max())}"
-                )
-            if not visited:  # a sample of a drawn epoch that arrives late, or a duplicate that fills up a batch
-                due = self._recordings[ids] < self.warmup_epochs
-                ids, values, counts = ids[due], values[due], None if counts is None else counts[due]
-            self._store(ids, values, counts)
-
-    def _store(self, ids: Tensor, values: Tensor, counts: Tensor | None) -> None:
-        finite = values.isfinite().all(1)
-        if not finite.all():
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"effcore.SwiftLearnSampler: outputs of sample {int(ids[~finite][0])} are not finite; "
-                    "such recordings are left out",
-                    stacklevel=4,
-                )
-            ids, values, counts = ids[finite], values[finite], None if counts is None else counts.cpu()[finite]
-        self._widen(values.shape[1])
-        if values.shape[1] < self._values.shape[1]:
-            values = torch.nn.functional.pad(values, (0, self._values.shape[1] - values.shape[1]))
-        known = self._recordings[ids] > 0
-        again = ids[known]
-        tokens = None if counts is None else counts.cpu()[known]
-        self._change[again] = importance.squared_change(values[known], self._values[again], tokens)
-        self._values[ids] = values
-        self._recordings[ids] = (self._recordings[ids] + 1).clamp(max=254)
-        self._fresh[ids] = True
-
-    def _widen(self, width: int) -> None:
-        held = self._values.shape[1]
-        if width > held:
-            wider = torch.zeros(self.samples, width)
-            wider[:, :held] = self._values
-            self._values = wider
-
-    def _share(self) -> None:
-        """All processes learn what each has recorded."""
-        self._take(self._recorded.everything())
-        if self._processes.count == 1:
-            return
-        ids = self._fresh.nonzero().flatten()
-        self._widen(self._processes.maximum(self._values.shape[1]))
-        ids, values, change, recordings = self._processes.gather(
-            ids, self._values[ids], self._change[ids], self._recordings[ids]
-        )
-        self._values[ids], self._change[ids], self._recordings[ids] = values, change, recordings
-        self._fresh.zero_()
 
     # ---------------------------------------------------------------- measuring by forward passes
 
@@ -336,9 +278,9 @@ class SwiftLearnSampler(Sampler[int]):
             for ids in mine.split(self._score_batch):
                 scored = self._score(ids)
                 values, counts = scored if isinstance(scored, tuple) else (scored, None)
-                self._store(ids, values.detach().float().cpu(), counts)
+                self._changes.store(ids, values.detach().float().cpu(), counts)
         if 0 < epoch <= self.warmup_epochs or due:
-            self._share()
+            self._changes.share()
 
     # ---------------------------------------------------------------- weights of the loss
 
@@ -346,7 +288,7 @@ class SwiftLearnSampler(Sampler[int]):
         """min(1/(N·Pr_i), max_weight), float32 [B] on ids' device; ones during the warm-up or where ``max_weight`` is None."""
         if self.max_weight is None or not self._orders or self._standard.is_constant:
             return torch.ones(ids.shape, device=ids.device)
-        logits = self.sigma * self._standard.scores(self._change[ids.cpu().long()])
+        logits = self.sigma * self._standard.scores(self._changes.change[ids.cpu().long()])
         weights = (self._standard.log_total - logits).exp() / self.samples
         return weights.clamp(max=self.max_weight).to(ids.device)
 
@@ -390,9 +332,9 @@ class SwiftLearnSampler(Sampler[int]):
             mine = torch.cat([order, order[: share * count - size]])[rank::count]
             chunks = [chunk.tolist() for chunk in mine.split(batch_size)]
             loader = DataLoader(
-                _Numbered(dataset),
+                Numbered(dataset),
                 batch_sampler=chunks[self._steps - first :],  # type: ignore[arg-type]
-                collate_fn=_CollateNumbered(collate_fn),
+                collate_fn=CollateNumbered(collate_fn),
                 num_workers=num_workers,
             )
             first += steps
@@ -402,19 +344,17 @@ class SwiftLearnSampler(Sampler[int]):
 
     def indexed(self, dataset: Dataset) -> Dataset:
         """The dataset with ``sample_id`` in each item (a dict): how ids reach the step where the loader is not ours."""
-        return _WithSampleId(dataset)
+        return WithSampleId(dataset)
 
     # ---------------------------------------------------------------- saving
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on: plain numbers and tensors. All processes call it together."""
-        self._share()
+        self._changes.share()
         return {
             "samples": self.samples,
             "settings": self._settings(),
-            "values": self._values if self.wants_records or self.needs_scoring else self._values[:, :0],
-            "change": self._change,
-            "recordings": self._recordings,
+            **self._changes.state_dict(with_values=self.wants_records or self.needs_scoring),
             "orders": {str(epoch): order.to(torch.int32) for epoch, order in self._orders.items()},
             "standard": [self._standard.mean, self._standard.deviation, self._standard.log_total],
             "steps": self._steps,
@@ -431,13 +371,10 @@ class SwiftLearnSampler(Sampler[int]):
             raise ValueError(
                 f"effcore.SwiftLearnSampler: the state was made with {state['settings']}, this sampler with {self._settings()}"
             )
-        self._values, self._change = state["values"].clone(), state["change"].clone()
-        self._recordings = state["recordings"].clone()
+        self._changes.load_state_dict(state)
         self._orders = {int(epoch): order.long() for epoch, order in state["orders"].items()}
         self._standard = importance.Standard(*state["standard"])
         self._steps, self._measured = state["steps"], state["measured"]
-        self._recorded.clear()
-        self._fresh.zero_()
 
     def _settings(self) -> dict[str, Any]:
         names = (
@@ -454,32 +391,3 @@ class SwiftLearnSampler(Sampler[int]):
             "seed",
         )
         return {name: getattr(self, name) for name in names}
-
-
-class _Numbered(Dataset):
-    """(number, item)."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.dataset[index]
-
-
-class _CollateNumbered:
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]):
-        self.collate_fn = collate_fn
-
-    def __call__(self, items: list[tuple[int, Any]]) -> tuple[Tensor, Any]:
-        return torch.tensor([number for number, _ in items]), self.collate_fn([item for _, item in items])
-
-
-class _WithSampleId(Dataset):
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], "sample_id": index}

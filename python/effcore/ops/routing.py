@@ -70,7 +70,15 @@ def class_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 def score_partition(
     q: Tensor, k: Tensor, keep: int, *, protect: int = 0, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`partition_tokens` of :func:`class_scores`, in one launch up to 4096 tokens a row."""
+    """:func:`partition_tokens` of :func:`class_scores`, in one launch up to 4096 tokens a row.
+
+    Args:
+        q: [B, H, 1, D], the class token's query; k: [B, Hkv, N, D].
+        keep, protect: as in :func:`partition_tokens`.
+
+    Returns:
+        kept int32 [B, keep] and rest int32 [B, N - keep], both ascending.
+    """
     return _autograd.score_partition(q, k, keep, protect, scale)
 
 
@@ -174,7 +182,8 @@ def gather_layer_norm(
 
 
 def gather_rms_norm(x: Tensor, index: Tensor, weight: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """:func:`gather_layer_norm` with the root mean square: x · rsqrt(mean(x²) + eps) · weight."""
+    """:func:`gather_layer_norm` with the root mean square, x · rsqrt(mean(x²) + eps) · weight: of x [B, N, C] and index [B, K]
+    two tensors [B, K, C]."""
     _debug_list("gather_rms_norm", index, x.shape[1])
     return _autograd.gather_norm(x, index, weight, None, eps, True)[:2]
 
