@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -38,7 +39,7 @@ def measure(device: str, dtypes: Iterable[torch.dtype], *, rounds: int = 7) -> C
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         c = torch.empty_like(a)
-        best = min(clock(lambda a=a, b=b, c=c: torch.mm(a, b, out=c)) for _ in range(rounds + 1))
+        best = min(clock(partial(torch.mm, a, b, out=c)) for _ in range(rounds + 1))
         matmul[dtype_name(dtype)] = 2.0 * n**3 / best
     size = min(max(4 * cache_bytes(device), 256 << 20), 1 << 30)
     source = torch.randint(0, 127, (size // 4,), dtype=torch.int32, device=device)

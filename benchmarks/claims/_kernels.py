@@ -28,4 +28,5 @@ def of_a_step(steps: Callable[[int], Any], count: int) -> list[tuple[str, float,
         of_name = sums.setdefault(name[:120], [0.0, 0.0])
         of_name[0] += 1 / count
         of_name[1] += (end - start) / count
-    return sorted(((name, *of_name) for name, of_name in sums.items()), key=lambda kernel: -kernel[2])
+    found = ((name, launches, microseconds) for name, (launches, microseconds) in sums.items())
+    return sorted(found, key=lambda kernel: -kernel[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def prepare(path: Path, model: Path, length: int, most: int | None) -> None:
 
     texts = load_labelled(None, validation_fraction=0.2, most=most)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    arrays: dict[str, np.ndarray] = {"classes": np.array(texts.classes)}
+    arrays: dict[str, Any] = {"classes": np.array(texts.classes)}
     splits = {"train": texts.train, "validation": texts.validation[::2], "test": texts.validation[1::2]}
     for name, rows in splits.items():
         ids = tokenizer([t for t, _ in rows], truncation=True, max_length=length, padding="max_length")["input_ids"]
@@ -50,7 +51,8 @@ def shrink(tokens: Path, model: Path, folder: Path) -> None:
     encoder = BertModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.bfloat16)
     words, places = encoder.embeddings.word_embeddings, encoder.embeddings.position_embeddings
     encoder.config.vocab_size, encoder.config.max_position_embeddings = len(used), held[names[0]].shape[1]
-    small = BertModel(encoder.config, add_pooling_layer=False).to(torch.bfloat16)
+    small: Any = BertModel(encoder.config, add_pooling_layer=False)
+    small = small.to(torch.bfloat16)
     weights = encoder.state_dict()
     weights["embeddings.word_embeddings.weight"] = words.weight[torch.from_numpy(used.astype(np.int64))]
     weights["embeddings.position_embeddings.weight"] = places.weight[: encoder.config.max_position_embeddings]

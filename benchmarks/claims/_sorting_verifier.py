@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def verifier(
     torch.manual_seed(0)
     config = copy.deepcopy(base.config)
     config.num_hidden_layers, config.num_labels = base.config.num_hidden_layers + 2, 2
-    model = LlamaForTokenClassification(config)
+    model: Any = LlamaForTokenClassification(config)
     model.model.load_state_dict(base.model.state_dict(), strict=False)
     device = base.device
     model.to(device).train()

@@ -133,7 +133,7 @@ class WarmUp:
             if sampler.wants_records:
                 sampler.record(ids, arm.recorded(logits))
         for epoch, logits in enumerate(self.evaluated, start=1):
-            sampler.score_with(lambda ids, held=logits: arm.recorded(held[ids]), batch_size=1024)
+            sampler.score_with(arm.recorded(logits).__getitem__, batch_size=1024)
             sampler.order(epoch)
 
 

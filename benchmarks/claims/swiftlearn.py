@@ -27,6 +27,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def selection(samples: int, rounds: int) -> list[dict]:
     def probabilities() -> Tensor:
         return Standard.of(importance, 1.0).scores(importance).softmax(0)
 
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "ours": lambda: draw(importance, count, select="gumbel", sigma=1.0, generator=generator),
         "ours, fixed subset": lambda: draw(importance, count, select="topk", sigma=1.0, generator=generator),
         "torch.multinomial": lambda: torch.multinomial(probabilities(), count, generator=generator),

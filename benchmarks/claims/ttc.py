@@ -186,7 +186,8 @@ class Trial:
         budget = self.steps * self.tokens_per_step
         seen = [point for point in seen if point[0] <= 0.3 * budget * (1 + 1e-9)]
         try:
-            found = fit_training(*np.array(seen).T, self.options.items)(budget)
+            tokens, accuracies = np.array(seen).T
+            found = fit_training(tokens, accuracies, self.options.items)(budget)
         except TooFew:
             return {"points_to_30": seen}
         return {
@@ -277,8 +278,8 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = {"figsize": (4.2 * len(rows), 4.0), "sharey": True, "squeeze": False, "constrained_layout": True}
-    figure, panels = pyplot.subplots(1, len(rows), **size)
+    size = (4.2 * len(rows), 4.0)
+    figure, panels = pyplot.subplots(1, len(rows), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes, row in zip(panels[0], rows, strict=True):
         at = [100 * d["tokens"] / row["budget"] for d in row["decisions"]]
         for k, color in (("1", "#0072B2"), ("2", "#56B4E9"), ("4", "#E69F00"), ("8", "#D55E00")):

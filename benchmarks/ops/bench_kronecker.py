@@ -22,10 +22,10 @@ Shape = tuple[int, int, int]  # experts, tokens, features
 
 def cases(settings: Settings) -> Iterator[Case]:
     # The floors are the project's.
+    dtypes = (torch.bfloat16,) if settings.cuda else DTYPES
+    shapes = [(8, 8192, 1024), (60, 16384, 704), (16, 4096, 256)]
     if settings.cuda:
-        shapes, dtypes = [(60, 131072, 1408), (8, 32768, 4096)], (torch.bfloat16,)
-    else:
-        shapes, dtypes = [(8, 8192, 1024), (60, 16384, 704), (16, 4096, 256)], DTYPES
+        shapes = [(60, 131072, 1408), (8, 32768, 4096)]
     for shape in shapes[:1] if settings.quick else shapes:
         for dtype in dtypes:
             yield _gram(settings, shape, dtype, skewed=False)
