@@ -36,7 +36,7 @@ PAPER = {
     "FlowHN, FA": (7901, 47.5, 38.50),
     "FlowHN, FAC": (7926, 47.6, 41.97),
 }
-QUICK = {
+QUICK: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 176,
     "num_hidden_layers": 2,
@@ -55,11 +55,11 @@ def _like(size: str) -> dict[str, Any]:
     """The fields of a FlowHN configuration that every model has."""
     c = config(size, "none", 1024)
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    return {n: getattr(c, n) for n in names} | {"tie_word_embeddings": True}
+    return {n: getattr(c, n) for n in names} | {"tie_word_embeddings": True, "attn_implementation": "sdpa"}
 
 
 def _llama(size: str, layers: int) -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(**_like(size), num_hidden_layers=layers, attn_implementation="sdpa"))
+    return LlamaForCausalLM(LlamaConfig(**_like(size), num_hidden_layers=layers))
 
 
 def _falcon(size: str, layers: int) -> nn.Module:
@@ -68,14 +68,14 @@ def _falcon(size: str, layers: int) -> nn.Module:
     inner = 2 * fields["hidden_size"]
     fields |= {"mamba_d_ssm": inner, "mamba_n_heads": inner // 32, "mamba_d_head": 32, "mamba_d_state": 16}
     fields |= {"num_hidden_layers": layers, "mamba_n_groups": 1, "mamba_chunk_size": 128}
-    return FalconH1ForCausalLM(FalconH1Config(**fields, attn_implementation="sdpa"))
+    return FalconH1ForCausalLM(FalconH1Config(**fields))
 
 
 def _jamba(size: str, layers: int) -> nn.Module:
     """Mamba-1 and attention layers in turns, no experts."""
     fields = _like(size) | {"num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
     fields |= {"mamba_dt_rank": fields["hidden_size"] // 16, "num_hidden_layers": layers}
-    return JambaForCausalLM(JambaConfig(**fields, attn_implementation="sdpa"))
+    return JambaForCausalLM(JambaConfig(**fields))
 
 
 OTHERS: dict[str, Callable[[str, int], nn.Module]] = {
@@ -101,7 +101,8 @@ def other(name: str, size: str, length: int, device: str, dtype: torch.dtype) ->
 
 def flowhn(strategy: str, size: str, length: int, device: str, dtype: torch.dtype) -> nn.Module:
     with torch.device(device):
-        return effcore.FlowHNForCausalLM(config(size, strategy, length)).to(dtype)
+        model: nn.Module = effcore.FlowHNForCausalLM(config(size, strategy, length))
+    return model.to(dtype)
 
 
 def layers_of(model: Any) -> Iterator[nn.Module]:

@@ -121,7 +121,8 @@ def progressive(
             num_hidden_layers=layers,
             num_attention_heads=width // 32,
         )
-        dense = transformers.LlamaForCausalLM(config).to(device)
+        dense: Any = transformers.LlamaForCausalLM(config)
+        dense.to(device)
         _train(dense, train, steps, batch, 1e-3)
         dense_perplexity = perplexity(dense, held)
         options = {"include": ["mlp"], "multiple": 1}

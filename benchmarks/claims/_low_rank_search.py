@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +30,21 @@ def _llama(device: str) -> tuple[nn.Module, Tensor]:
         tie_word_embeddings=True,
     )
     with torch.device(device):
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-        return model, torch.randint(0, config.vocab_size, (4, 2048))
+        model: Any = transformers.LlamaForCausalLM(config)
+        return model.to(torch.bfloat16), torch.randint(0, config.vocab_size, (4, 2048))
 
 
 def _resnet(device: str) -> tuple[nn.Module, Tensor]:
     with torch.device(device):
-        model = resnet(152).to(torch.bfloat16, memory_format=torch.channels_last)
+        model: Any = resnet(152)
+        model.to(torch.bfloat16, memory_format=torch.channels_last)
         x = torch.randn(256, 3, 224, 224, dtype=torch.bfloat16)
     return model, x.to(memory_format=torch.channels_last)
 
 
 def search(device: str) -> Iterator[dict[str, Any]]:
-    for weighted, measure in ((True, "inference"), (False, "training")):
+    passes: tuple[tuple[bool, Literal["inference", "training"]], ...] = ((True, "inference"), (False, "training"))
+    for weighted, measure in passes:
         for name, make in (("LLaMA 1.2B", _llama), ("ResNet-152", _resnet)):
             torch.manual_seed(0)
             model, x = make(device)

@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def llama(heads: int, *, quick: bool, length: int) -> LlamaForCausalLM:
     """A LLaMA of 22 layers and width 2048 with as many kv heads as query heads: 1.26B parameters (``quick``: a toy)."""
     torch.manual_seed(0)
     sizes = (256, 512, 4, 512) if quick else (2048, 5632, 22, 32000)
+    options: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = LlamaConfig(
         hidden_size=sizes[0],
         intermediate_size=sizes[1],
@@ -48,10 +50,11 @@ def llama(heads: int, *, quick: bool, length: int) -> LlamaForCausalLM:
         vocab_size=sizes[3],
         num_attention_heads=heads // 8 if quick else heads,
         max_position_embeddings=2 * length,
-        attn_implementation="sdpa",
+        **options,
     )
     with torch.device(DEVICE):
-        return LlamaForCausalLM(config).to(DTYPE)
+        model: Any = LlamaForCausalLM(config)
+    return model.to(DTYPE)
 
 
 def shared_from(layers: int, fraction: float) -> int:
@@ -164,8 +167,8 @@ def attention_seconds(batch: int, heads: int, length: int, dim: int) -> dict[str
     found = {}
     for name, backend in BACKENDS.items():
         with sdpa_kernel(backend):
-            forward = seconds(lambda: F.scaled_dot_product_attention(*leaves, is_causal=True))
-            out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+            forward = seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         backward = seconds(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))  # noqa: B023
         found[name] = forward, backward
     return found
@@ -179,7 +182,7 @@ def decode_seconds(batch: int, heads: int, keys: int, dim: int) -> dict[str, flo
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 
-    return {name: seconds(lambda backend=backend: attend(backend)) for name, backend in BACKENDS.items()}
+    return {name: seconds(partial(attend, backend)) for name, backend in BACKENDS.items()}
 
 
 def group_seconds(batch: int, heads: int, length: int, dim: int, layers: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def measure(
         for seed in range(seeds):
             torch.manual_seed(seed)
             model = vit(source, training)
-            runs.append(Run(name, model, seed, {steps // 10: lambda convert=convert, model=model: convert(model)}))
+            runs.append(Run(name, model, seed, {steps // 10: partial(convert, model)}))
 
     def show(step: int, losses: list[float]) -> None:
         print(f"step {step} of {steps}: loss {min(losses):.3f} to {max(losses):.3f}", file=sys.stderr, flush=True)

@@ -44,7 +44,8 @@ def make_model(width: int, inner: int, layers: int, device: str, dtype: torch.dt
         intermediate_size=4 * inner, shared_expert_intermediate_size=4 * inner, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device(device):
-        return hf.Qwen2MoeForCausalLM(config).to(dtype).eval()
+        model: Any = hf.Qwen2MoeForCausalLM(config)
+    return model.to(dtype).eval()
 
 
 class LoopedExperts(nn.Module):
@@ -148,7 +149,8 @@ class Report:
     """What was measured, on the screen and in the file as it comes."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.parts = options, {}
+        self.options = options
+        self.parts: dict[str, dict[str, Any]] = {}
 
     def measure(self, part: str, name: str, run: Callable[[], Any]) -> tuple[float, Any]:
         seconds, peak, result = measured(run, self.options.device)
@@ -201,7 +203,10 @@ def memory(report: Report) -> None:
     for width in (options.width // 2, options.width):
         model = make_model(width, options.inner * width // options.width, 2, options.device, dtype)
         batches = make_batches(options, 1)
-        for name, settings in (*((f"rank {k}", {"rank": k}) for k in (10, 20, 40)), ("kron", {"hessian": "kron"})):
+        kinds: dict[str, dict[str, Any]] = {f"rank {k}": {"rank": k} for k in (10, 20, 40)} | {
+            "kron": {"hessian": "kron"}
+        }
+        for name, settings in kinds.items():
             fit = functools.partial(laplace, model, batches, answers=ANSWERS, **settings)
             fit()
             report.measure("memory", f"width {width}, {name}", fit)

@@ -31,10 +31,10 @@ SCORES = [
 
 def cases(settings: Settings) -> Iterator[Case]:
     # The floors are the project's.
-    dtypes = (torch.bfloat16,) if settings.cuda else DTYPES
-    shapes = [(8, 197, 384), (32, 197, 384), (1, 1024, 768)]
     if settings.cuda:
-        shapes = [(256, 1024, 384), (64, 2048, 2048), (256, 197, 384), (256, 1024, 385)]
+        shapes, dtypes = [(256, 1024, 384), (64, 2048, 2048), (256, 197, 384), (256, 1024, 385)], (torch.bfloat16,)
+    else:
+        shapes, dtypes = [(8, 197, 384), (32, 197, 384), (1, 1024, 768)], DTYPES
     for shape in shapes[:1] if settings.quick else shapes:
         yield _partition(settings, shape)
         for dtype in dtypes:
