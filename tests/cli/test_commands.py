@@ -54,6 +54,14 @@ def test_help_is_fast_and_imports_nothing_heavy():
     assert "train" in result.stdout and "generate" in result.stdout
 
 
+@pytest.mark.parametrize("missing, command", [("typer", "doctor"), ("transformers", "generate here --prompt x")])
+def test_a_missing_package_is_one_line(missing, command):
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom effcore.cli import main\nmain({command.split()!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert f"effcore: {missing} is not installed" in result.stderr
+
+
 @pytest.mark.parametrize(
     "command", [[], ["train"], ["train", "epas"], ["generate"], ["doctor"], ["bench"], ["compare"], ["demo"]]
 )

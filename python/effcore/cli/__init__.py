@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs ``effcore`` and exits: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
-    from effcore.cli.app import run
+    try:
+        from effcore.cli.app import run
 
-    run(arguments)
+        run(arguments)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "effcore").partition(".")[0]
+        if missing == "effcore":
+            raise
+        print(
+            f"effcore: {missing} is not installed; the commands need pip install 'effcore[cli,models]'", file=sys.stderr
+        )
+        sys.exit(1)
