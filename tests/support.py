@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import torch
 from torch import Tensor
 
@@ -53,3 +55,10 @@ def heads(batch: int, n: int, tokens: int, dim: int, dtype: torch.dtype, layout:
 
 
 LAYOUTS = ("head", "token", "sliced", "expanded")
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

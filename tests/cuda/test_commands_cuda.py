@@ -6,7 +6,6 @@ what these commands do.
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from effcore.cli import main
+from tests.support import free_port
 from tests.training.tiny import TINY, text
 
 __all__ = ["text"]
@@ -40,10 +40,16 @@ def effcore(capsys, monkeypatch, tmp_path):
 
 
 def torchrun(*arguments, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", PROCESSES, "--master-port", port, "-m", "effcore"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        PROCESSES,
+        "--master-port",
+        free_port(),
+        "-m",
+        "effcore",
+    ]
     command = [sys.executable, *map(str, launch), *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,7 +1,6 @@
 """Two gloo processes record half of the samples each and draw what one process would have drawn."""
 
 import os
-import socket
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch.multiprocessing as mp
 
 import effcore
 from tests.methods.test_swiftlearn import Items
+from tests.support import free_port
 
 CASES = [
     {},
@@ -68,8 +68,5 @@ def worker(rank, port, expected):
 
 @pytest.mark.slow
 def test_two_processes_draw_what_one_draws():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     expected = [drawn(options)[0] for options in CASES]
-    mp.spawn(worker, args=(port, expected), nprocs=2, join=True)
+    mp.spawn(worker, args=(free_port(), expected), nprocs=2, join=True)

@@ -1,7 +1,6 @@
 """FSDP2 on two gloo processes: the same loss and gradients as the unsharded model, the log-sum-exp in float32."""
 
 import os
-import socket
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from effcore.models import layer as layer_module
 from tests.models.tiny import assert_same_gradients, gradients, shared_model, tokens
+from tests.support import free_port
 
 CASES = [
     (sharing, policy, checkpointing)
@@ -92,7 +92,4 @@ def worker(rank, port):
 
 @pytest.mark.slow
 def test_fsdp2_equals_the_unsharded_model():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port,), nprocs=2, join=True)
+    mp.spawn(worker, args=(free_port(),), nprocs=2, join=True)

@@ -1,7 +1,6 @@
 """FSDP2 on two gloo processes: a model and its optimizer go to files and come back, and the next step is the same."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from effcore.training import checkpoint
 from tests.models.tiny import shared_model, tokens
+from tests.support import free_port
 
 
 def sharded(sharing):
@@ -74,7 +74,4 @@ def worker(rank, port, folder):
 
 @pytest.mark.slow
 def test_round_trip(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, tmp_path), nprocs=2, join=True)
+    mp.spawn(worker, args=(free_port(), tmp_path), nprocs=2, join=True)
