@@ -1,27 +1,27 @@
-"""A sharing schedule inside the Hugging Face Trainer; a file of its own, because importing transformers takes seconds."""
+"""Schedules inside the Hugging Face Trainer; a file of its own, because importing transformers takes seconds."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-if TYPE_CHECKING:
-    from effcore.methods.sharing import SharingSchedule
 
+class EachStep(TrainerCallback):
+    """Calls ``change(model, state, optimizer)`` when training begins and before each optimizer step.
 
-class ScheduleCallback(TrainerCallback):
-    """Applies a schedule before each optimizer step. The Trainer's step is the schedule's, so a resumed run needs no more."""
+    Step and epoch are the Trainer's (``state.global_step``, ``state.epoch``), so a resumed run needs no more. The optimizer is
+    the user's, not what Accelerate makes of it.
+    """
 
-    def __init__(self, schedule: SharingSchedule):
-        self.schedule = schedule
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.schedule.apply(kwargs["model"], kwargs.get("optimizer"), state.global_step)
+    def __init__(self, change: Callable[[Any, TrainerState, Any], object]):
+        self.change = change
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.schedule.apply(kwargs["model"], kwargs.get("optimizer"), state.global_step)
+        optimizer = kwargs.get("optimizer")
+        self.change(kwargs["model"], state, getattr(optimizer, "optimizer", optimizer))
+
+    on_train_begin = on_step_begin

@@ -64,9 +64,9 @@ class _Schedule(ABC):
 
     def callback(self) -> Any:
         """As a ``TrainerCallback``."""
-        from effcore.methods.low_rank_trainer import ScheduleCallback
+        from effcore.methods.callback import EachStep
 
-        return ScheduleCallback(self)
+        return EachStep(lambda model, at, optimizer: self.apply(model, at.global_step, at.epoch or 0.0, optimizer))
 
 
 @dataclass

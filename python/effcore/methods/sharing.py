@@ -92,9 +92,9 @@ class SharingSchedule(ABC):
 
     def callback(self) -> TrainerCallback:
         """This schedule as a callback of the Hugging Face Trainer."""
-        from effcore.methods.callback import ScheduleCallback
+        from effcore.methods.callback import EachStep
 
-        return ScheduleCallback(self)
+        return EachStep(lambda model, at, optimizer: self.apply(model, optimizer, at.global_step))
 
     def state_dict(self) -> dict[str, Any]:
         """The step that comes next, and the settings, to be compared on loading."""

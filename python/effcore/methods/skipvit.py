@@ -344,9 +344,9 @@ class SkipWarmup:
 
     def callback(self) -> TrainerCallback:
         """This warm-up as a callback of the Hugging Face Trainer."""
-        from effcore.methods.skipvit_callback import WarmupCallback
+        from effcore.methods.callback import EachStep
 
-        return WarmupCallback(self)
+        return EachStep(lambda model, at, _: self.apply(model, at.global_step, at.epoch or 0.0))
 
     def state_dict(self) -> dict[str, Any]:
         return {"next_step": self._next_step}
