@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from effcore.errors import disk_is_full
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -22,6 +25,9 @@ def staged(target: Path, *, is_main: bool = True, barrier: Callable[[], object] 
     of the same name; when it fails, or the process dies, ``target`` keeps what it had.
 
     Where several processes write together all of them enter; ``barrier`` waits for all, and the main one moves.
+
+    Raises:
+        OSError: the disk is full.
     """
     staging = target / ".in-progress"
     if is_main:
@@ -30,9 +36,11 @@ def staged(target: Path, *, is_main: bool = True, barrier: Callable[[], object] 
     barrier()
     try:
         yield staging
-    except BaseException:
+    except BaseException as error:
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)
+        if disk_is_full(error):  # safetensors and torch say it in exceptions of their own
+            raise OSError(errno.ENOSPC, "the disk is full", str(target)) from error
         raise
     barrier()
     if is_main:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from effcore.errors import InputError
 from effcore.files import staged
@@ -147,9 +148,9 @@ def test_staging_publishes_whole_folders_or_none(tmp_path):
     with staged(run) as staging:
         make_checkpoint(staging, 4, "new")
     assert (run / "checkpoint-4" / "trainer_state.json").read_text() == "new"
-    with pytest.raises(OSError), staged(run) as staging:
+    with pytest.raises(OSError, match="the disk is full"), staged(run) as staging:
         make_checkpoint(staging, 4, "broken")
-        raise OSError("disk full")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert [path.name for path in run.iterdir()] == ["checkpoint-4"]
     assert (run / "checkpoint-4" / "trainer_state.json").read_text() == "new"
 

@@ -64,7 +64,8 @@ def run(arguments: list[str] | None = None) -> NoReturn:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
+        reason = error.strerror or error
+        _fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except SystemExit as ended:

@@ -9,6 +9,7 @@ import torch
 
 from effcore.data import PackedTokens, load_corpus
 from effcore.errors import InputError
+from effcore.files import staged
 from effcore.training import models
 from effcore.training.folder import RunFolder
 from effcore.training.report import Summary
@@ -57,6 +58,6 @@ def compare_runs(paths: Sequence[Path], *, rounds: int = 5, out: Path | None = N
         summary["forward_ms"], summary["backward_ms"] = 1e3 * cost.forward_seconds, 1e3 * cost.backward_seconds
         summary["backward_share"] = cost.backward_share
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_report(folders, RunFolder(out), summaries)
+        with staged(out) as place:
+            write_report(folders, RunFolder(place), summaries)
     return summaries
