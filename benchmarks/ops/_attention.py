@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def peers(
         backends |= {"cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
     backends["math"] = SDPBackend.MATH
     found = [
-        Candidate(f"sdpa {name}", use(_sdpa(causal)), lambda backend=backend: sdpa_kernel(backend))
+        Candidate(f"sdpa {name}", use(_sdpa(causal)), partial(sdpa_kernel, backend))
         for name, backend in backends.items()
     ]
     if compiled and settings.compiled:

@@ -42,7 +42,7 @@ def time_all(contenders: dict, rounds: int) -> dict[str, float]:
     flush = torch.zeros(
         64 << 20, dtype=torch.int32, device="cuda"
     )  # read, not written: dirty lines would be written back on our time
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contenders}
     for name in list(contenders):
         try:
             for _ in range(2):

@@ -51,9 +51,9 @@ def qk_group(peers: dict[str, Peer], q, k, values, douts) -> dict:
 
     def theirs(peer: Peer) -> Callable:
         leaves, grads = peer.inputs(q, k, *values), peer.inputs(*douts)
-        return lambda: torch.autograd.grad([peer.attend(*leaves[:2], v) for v in leaves[2:]], leaves, grads)
+        return lambda: torch.autograd.grad([peer.attend(leaves[0], leaves[1], v) for v in leaves[2:]], leaves, grads)
 
-    return {keep: (lambda keep=keep: ours(keep)) for keep in ("lse", "probs")} | {
+    return {keep: partial(ours, keep) for keep in ("lse", "probs")} | {
         name: theirs(peer) for name, peer in peers.items()
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,8 +180,8 @@ def _qk_group(settings: Settings, shape: Shape, dtype: torch.dtype, keep: str, f
 def _keep_note(settings: Settings, shape: Shape, dtype: torch.dtype) -> str:
     """What ``keep="auto"`` takes for a group of this shape, and why."""
     q = torch.empty(1, dtype=dtype, device=settings.device).expand(shape)
-    question = {"causal": True, "consumers": LAYERS - 1}
-    return f"keep={ops.plan_keep(q, q, **question)!r}: {ops.explain_keep(q, q, **question)}"
+    keep = ops.plan_keep(q, q, causal=True, consumers=LAYERS - 1)
+    return f"keep={keep!r}: {ops.explain_keep(q, q, causal=True, consumers=LAYERS - 1)}"
 
 
 def _kv_group(settings: Settings, shape: Shape, dtype: torch.dtype, floor: Floor | None = None) -> Case:
@@ -238,13 +239,17 @@ def _cache_bytes(shape: Shape, dtype: torch.dtype) -> float:
     return float(batch * kv_heads * tokens * dim * dtype.itemsize)
 
 
+def _decoded(x: Inputs, values: str) -> list[Any]:
+    return [ops.decode_attention(x["q"], x["k"], x[values], x["lengths"])]
+
+
 def _decode(settings: Settings, shape: Shape, dtype: torch.dtype, floor: Floor | None = None) -> Case:
     """Every key is valid, so that SDPA needs no mask."""
     return Case(
         name=_name("decode_attention", shape, dtype),
         inputs=lambda: {name: t for name, t in _cache(settings, shape, dtype).items() if name != "w"},
         outputs=("out",),
-        ours=Candidate("effcore", lambda x: [ops.decode_attention(x["q"], x["k"], x["v"], x["lengths"])]),
+        ours=Candidate("effcore", lambda x: _decoded(x, "v")),
         peers=peers(settings, lambda attend: lambda x: [attend(x["q"], x["k"], x["v"])], causal=False),
         exact=lambda x: exact_attention(x["q"], x["k"], [x["v"]], causal=False)[0],
         work=Work(bytes=2 * _cache_bytes(shape, dtype), dtype=dtype_name(dtype)),
@@ -264,9 +269,7 @@ def _decode_from_probs(settings: Settings, shape: Shape, dtype: torch.dtype, flo
     def ours(x: Inputs):
         return [ops.decode_from_probs(ops.DecodeProbs(x["weights"], x["scales"], None), x["w"], x["lengths"])]
 
-    whole = Candidate(
-        "effcore decode_attention", lambda x: [ops.decode_attention(x["q"], x["k"], x["w"], x["lengths"])]
-    )
+    whole = Candidate("effcore decode_attention", lambda x: _decoded(x, "w"))
     others = peers(settings, lambda attend: lambda x: [attend(x["q"], x["k"], x["w"])], causal=False, compiled=False)
     probs_bytes = shape[0] * shape[1] * shape[3] * dtype.itemsize
     return Case(
