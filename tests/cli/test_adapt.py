@@ -137,3 +137,17 @@ def test_only_a_run_is_overwritten(places):
         result = invoke(places, "--out", places / place, "--overwrite")
         assert isinstance(result.exception, InputError) and message in str(result.exception)
     assert sorted(path.name for path in (places / "model").iterdir()) == before
+
+
+def test_an_interruption_says_how_to_go_on(places, monkeypatch, capsys):
+    from effcore.cli import main
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("effcore.methods.vds_ttt.VerifierTTT._transductive", interrupted)
+    arguments = ["adapt", places / "model", "--queries", places / "queries.jsonl", "--verifier", places / "verifier"]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments), "--out", str(places / "run"), "-q", "--max-new-tokens", "4"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "effcore: interrupted; the same command with --resume goes on\n"

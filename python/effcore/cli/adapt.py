@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -65,35 +66,42 @@ def adapt(
         if value not in known:
             raise InputError(f"{option} must be {' or '.join(known)}, got {value}")
     from effcore.cli.progress import lines
+    from effcore.methods.vds_run import is_run
     from effcore.methods.vds_ttt import LoraSettings
     from effcore.training.adapt import adapt as run
 
-    report = run(
-        model,
-        queries,
-        verifier,
-        out,
-        verifier_kind=verifier_kind,
-        held_out=held_out,
-        compare=compare,
-        merge=merge,
-        resume=resume,
-        overwrite=overwrite,
-        listener=None if quiet else lines("adapt"),
-        num_samples=num_samples,
-        threshold=threshold,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        lora=LoraSettings(rank, 2.0 * rank),
-        learning_rate=learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
-        mode=mode,
-        online_steps=online_steps,
-        iterations=iterations,
-        generation_batch=generation_batch,
-        seed=seed,
-    )
+    try:
+        report = run(
+            model,
+            queries,
+            verifier,
+            out,
+            verifier_kind=verifier_kind,
+            held_out=held_out,
+            compare=compare,
+            merge=merge,
+            resume=resume,
+            overwrite=overwrite,
+            listener=None if quiet else lines("adapt"),
+            num_samples=num_samples,
+            threshold=threshold,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            lora=LoraSettings(rank, 2.0 * rank),
+            learning_rate=learning_rate,
+            epochs=epochs,
+            batch_size=batch_size,
+            mode=mode,
+            online_steps=online_steps,
+            iterations=iterations,
+            generation_batch=generation_batch,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        if not is_run(out):
+            raise
+        print("effcore: interrupted; the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
     if json_:
         print(json.dumps(report))
         return
