@@ -17,15 +17,20 @@ from benchmarks.ops.lowrank_cuda import ceilings, times
 
 # (channels, of the block, pixels a side, the dense width and ranks near half of the parameters)
 STAGES = (
-    (64, 256, 56, (64, 32, 40, 48)),
-    (128, 512, 28, (128, 64, 72, 80, 96)),
-    (256, 1024, 14, (256, 128, 144, 152, 160, 192)),
-    (512, 2048, 7, (512, 256, 288, 304, 312, 320)),
+    (64, 256, 56, (64, 32, 40)),
+    (128, 512, 28, (128, 64, 72)),
+    (256, 1024, 14, (256, 128, 152)),
+    (512, 2048, 7, (512, 256, 304)),
 )
 
 
-def layers(batch: int) -> Iterator[dict[str, Any]]:
-    """Forward, and the gradients of input and weight, of each."""
+def layers(batch: int, plans: int) -> Iterator[dict[str, Any]]:
+    """Forward, and the gradients of input and weight, of each.
+
+    Args:
+        plans: so many of cuDNN's kernels are tried for each; 0 tries all.
+    """
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, plans
     flush = torch.zeros(64 << 20, device="cuda")
     rates, _ = ceilings(flush)
 
@@ -49,6 +54,7 @@ def layers(batch: int) -> Iterator[dict[str, Any]]:
         flops = 2.0 * y.numel() * features * size * size
         work = Work(flops=flops, bytes=2.0 * (x.numel() + y.numel() + weight.numel()), dtype="bfloat16")
         row: dict[str, Any] = {"in": features, "out": out, "kernel": size, "side": side, "stride": stride}
+        row["plans"] = plans
         row |= {"bound": 1e6 * rates.seconds(work)} | times(ways, flush)
         print(
             f"{size}x{size} {features:4} -> {out:4} on {side}x{side} stride {stride}: forward {row['forward']:6.1f} us "

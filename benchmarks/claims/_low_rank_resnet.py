@@ -42,12 +42,10 @@ SEQUENTIAL = {
     "sequential freezing": ("freezing", "freezing, inner"),
     "timed ranks, sequential freezing": ("timed ranks, freezing", "timed ranks, freezing, inner"),
 }
-# In the order in which they are measured.
+# In the order in which they are measured. Those of one group compile together.
 GROUPS = (
-    ("merging", "vanilla"),
-    ("timed ranks", "branching"),
-    ("freezing", "freezing, inner"),
-    ("timed ranks, freezing", "timed ranks, freezing, inner"),
+    ("merging", "timed ranks", "timed ranks, freezing", "timed ranks, freezing, inner"),
+    ("freezing", "freezing, inner", "branching", "timed ranks, branching", "vanilla"),
     ("multiples", "merging, timed", "cores only, timed"),
 )
 
@@ -77,6 +75,10 @@ def variants(cuda: bool, training: bool) -> dict[str, Callable[[nn.Module, dict[
     def given(model: nn.Module, ranks: dict[str, Any]) -> None:
         low_rank.decompose(model, ranks=ranks)
 
+    def given_branched(model: nn.Module, ranks: dict[str, Any]) -> None:
+        given(model, ranks)
+        branch(model, 4)
+
     def given_frozen(model: nn.Module, ranks: dict[str, Any], inner: bool = False) -> None:
         given(model, ranks)
         freeze(model, inner=inner)
@@ -96,6 +98,7 @@ def variants(cuda: bool, training: bool) -> dict[str, Callable[[nn.Module, dict[
         "merging": lambda model, ranks: merge(model, 2.0, multiple=multiple),
         "merging, timed": lambda model, ranks: merge(model, ranks=ranks),
         "branching": branched,
+        "timed ranks, branching": given_branched,
         **(trained if training else {}),
     }
 
@@ -133,7 +136,7 @@ def made(spec: Spec) -> tuple[nn.Module, Tensor]:
     return model, x
 
 
-def _rates(device: str) -> ceilings.Ceilings:
+def rates_of(device: str) -> ceilings.Ceilings:
     if device == "cuda":
         return lowrank_cuda.ceilings(torch.zeros(64 << 20, device=device))[0]
     return ceilings.measure(device, [torch.float32])
@@ -180,7 +183,7 @@ def measure(
                     specs = [Spec(depth, "dense", training, device, images), *specs]
                 workers |= start(specs, at_once)
                 if not warm:
-                    yield from _rows(workers, rounds, _rates(device))
+                    yield from _rows(workers, rounds, rates_of(device))
                 for name in [n for n in workers if n != "dense"]:
                     workers.pop(name).end()
         finally:
@@ -189,8 +192,10 @@ def measure(
 
 
 def _ranked(spec: Spec, ranks: dict[str, dict[str, Any]], save: Callable[[], None]) -> Spec:
-    """With the ranks that timing finds for it: freezing's are those of the variant that it freezes."""
-    of = dataclasses.replace(spec, variant=spec.variant.split(", freezing")[0])
+    """With the ranks that timing finds for it; those of the variant that it freezes or branches."""
+    of = dataclasses.replace(
+        spec, variant=spec.variant.removesuffix(", inner").removesuffix(", freezing").removesuffix(", branching")
+    )
     found = ranks.get(str(of)) or searched(of)
     if found is None:
         return spec

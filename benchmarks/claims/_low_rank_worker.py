@@ -1,4 +1,7 @@
-"""A variant of a ResNet in a process of its own: it compiles at once with the others, and runs when it is asked to."""
+"""A variant of a ResNet in a process of its own: it compiles at once with the others, and runs when it is asked to.
+
+Before any of them compiles, each runs a step alone: cuDNN chooses among its kernels by timing each of them once.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -47,7 +51,7 @@ class Worker:
         self.process = context.Process(target=_serve, args=(other, spec), daemon=False)
         self.process.start()
         other.close()
-        self.facts: dict[str, Any] = self._answer()  # once it has compiled
+        self.facts: dict[str, Any] = self._answer()  # once it has run a step
 
     def _answer(self) -> Any:
         try:
@@ -58,16 +62,16 @@ class Worker:
             raise RuntimeError(f"{self.spec}: {value}")
         return value
 
-    def _ask(self, what: str, argument: Any = None) -> Any:
+    def ask(self, what: str, argument: Any = None) -> Any:
         self.connection.send((what, argument))
         return self._answer()
 
     def seconds(self) -> float:
         """Of one step, after an untimed one."""
-        return float(self._ask("seconds"))
+        return float(self.ask("seconds"))
 
     def roofline(self, rates: Ceilings) -> float:
-        return float(self._ask("roofline", rates))
+        return float(self.ask("roofline", rates))
 
     def end(self) -> None:
         with contextlib.suppress(OSError):
@@ -78,18 +82,28 @@ class Worker:
 def start(specs: list[Spec], at_once: int) -> dict[str, Worker]:
     """Workers that have compiled, ``at_once`` at a time, by variant; those that failed left out."""
 
-    def make(spec: Spec) -> Worker | None:
+    def attempt(spec: Spec, what: Callable[[], Any]) -> Any:
         try:
-            worker = Worker(spec)
+            return what()
         except RuntimeError as error:
             print(error, flush=True)
             return None
-        print(f"{spec}: compiled in {worker.facts['seconds_to_compile']:.0f} s", flush=True)
-        return worker
+
+    made = {s.variant: attempt(s, lambda s=s: Worker(s)) for s in specs}
+    made = {variant: worker for variant, worker in made.items() if worker is not None}
+
+    def compiled(worker: Worker) -> bool:
+        seconds = attempt(worker.spec, lambda: worker.ask("compile"))
+        if seconds is not None:
+            print(
+                f"{worker.spec}: ready in {worker.facts['seconds_to_start']:.0f} s, compiled in {seconds:.0f} s",
+                flush=True,
+            )
+        return seconds is not None
 
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        made = dict(zip((s.variant for s in specs), pool.map(make, specs), strict=True))
-    return {variant: worker for variant, worker in made.items() if worker is not None}
+        good = list(pool.map(compiled, made.values()))
+    return {variant: worker for (variant, worker), ok in zip(made.items(), good, strict=True) if ok}
 
 
 def _compile(model: nn.Module) -> None:
@@ -157,7 +171,12 @@ def _patiently(model: nn.Module, x: Tensor, training: bool) -> None:
     """The first step, among other processes that make theirs: where memory is short, later."""
     for _ in range(20):
         try:
-            return _step(model, x, training)
+            _step(model, x, training)
+            if x.is_cuda:  # leave the memory to the others
+                torch.cuda.synchronize()
+                model.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+            return
         except torch.OutOfMemoryError:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -180,33 +199,42 @@ def _gflops(model: nn.Module, x: Tensor) -> float:
 
 def _serve(connection: Connection, spec: Spec) -> None:
     from benchmarks.claims import _low_rank_resnet as claim
-    from benchmarks.claims import _low_rank_roofline as roofline
     from benchmarks.run import use_carried_libraries
 
     try:
         use_carried_libraries()
         low_rank_factor._leading = _any_basis  # times do not depend on the weights
+        begin = time.perf_counter()
         model, x = claim.made(spec)
         facts = {"gflops": _gflops(model, x)}
         facts["parameters"] = sum(p.numel() for p in model.parameters())
-        begin = time.perf_counter()
-        if x.is_cuda:
-            _compile(model)
         _patiently(model, x, spec.training)
-        if x.is_cuda:
-            model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-        facts["seconds_to_compile"] = time.perf_counter() - begin
+        facts["seconds_to_start"] = time.perf_counter() - begin
         connection.send(("ready", facts))
         while (request := connection.recv())[0] != "end":
-            if request[0] == "seconds":
-                connection.send(("seconds", _seconds(model, x, spec.training)))
-            else:
-                with torch.compiler.set_stance("force_eager"):  # its hooks are not to be compiled
-                    predicted = roofline.seconds(model, x, spec.training, request[1])
-                connection.send(("roofline", predicted))
+            connection.send((request[0], _answer_to(request, spec, model, x)))
     except EOFError:
         pass
     except Exception as error:
         connection.send(("failed", f"{type(error).__name__}: {error}"))
         raise
+
+
+def _answer_to(request: tuple[str, Any], spec: Spec, model: nn.Module, x: Tensor) -> Any:
+    from benchmarks.claims import _low_rank_profile, _low_rank_roofline
+
+    what, rates = request
+    if what == "compile":
+        begin = time.perf_counter()
+        if x.is_cuda:
+            _compile(model)
+        _patiently(model, x, spec.training)
+        return time.perf_counter() - begin
+    if what == "seconds":
+        return _seconds(model, x, spec.training)
+    if what == "kernels":
+        return _low_rank_profile.kernels(lambda: _step(model, x, spec.training))
+    with torch.compiler.set_stance("force_eager"):  # its hooks are not to be compiled
+        if what == "granted":
+            return _low_rank_profile.granted(model, x, spec.training, rates)
+        return _low_rank_roofline.seconds(model, x, spec.training, rates)

@@ -1,8 +1,9 @@
 """The CUDA kernel of the lowrank family against the reference, on a GPU.
 
 `python tests/cuda/check_lowrank.py`. Every problem is run twice (the bits must agree) in memory filled with NaN; errors may be
-at most twice those of the same-dtype PyTorch computation. `--sanitize` runs small problems under compute-sanitizer's memcheck.
-The table comes last; numbers go to $OUT/lowrank_check.json, if OUT is set. Times: `benchmarks/ops/lowrank_cuda.py`.
+at most twice those of the same-dtype PyTorch computation. `--sanitize` runs small problems under compute-sanitizer's memcheck,
+and under its racecheck one problem a process. The table comes last; numbers go to $OUT/lowrank_check.json, if OUT is set.
+Times: `benchmarks/ops/lowrank_cuda.py`.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def results(function, leaves: list[torch.Tensor], dout: torch.Tensor) -> list[to
     return [value.detach(), *torch.autograd.grad(value, leaves, dout.to(value.dtype))]
 
 
-def check(small: bool) -> list[tuple[str, bool]]:
+def check(small: bool, only: list[int] | None = None) -> list[tuple[str, bool]]:
     rows = []
+    count = 0
     shapes = [
         (2048, 64, 8, 72),
         (2049, 136, 64, 128),
@@ -62,6 +64,9 @@ def check(small: bool) -> list[tuple[str, bool]]:
     for dtype in (torch.bfloat16, torch.float16):
         for shape in shapes[:3] if small else shapes:
             for code, activation in enumerate(ops.ACTIVATIONS):
+                count += 1
+                if only is not None and count - 1 not in only:
+                    continue
                 leaves = problem(*shape, dtype)
                 dout = torch.randn(shape[0], shape[3], device="cuda").to(dtype)
                 torch.full((1 << 26,), float("nan"), device="cuda")  # into the allocator's free memory
@@ -86,18 +91,29 @@ def check(small: bool) -> list[tuple[str, bool]]:
     return rows
 
 
+# Of the small problems: each shape plain, and one with an activation whose argument is kept; bfloat16.
+RACES = [*(len(ops.ACTIVATIONS) * i for i in range(3)), 2 * len(ops.ACTIVATIONS) + 2]
+
+
+def sanitized(tool: str, options: list[str]) -> bool:
+    """Of this library's kernels alone: racecheck reports races in cuBLAS's."""
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=lowrank"]
+    return subprocess.run([*command, sys.executable, __file__, "--small", *options]).returncode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    rows = check(options.small)
+    rows = check(options.small, options.only)
     if options.sanitize:
-        # racecheck ends in an internal error of its own on this kernel; of cuBLAS's it reports races.
-        where = "--kernel-name=kernel_substring=lowrank"
-        command = ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=9", where]
-        done = subprocess.run([*command, sys.executable, __file__, "--small"])
-        rows.append(("compute-sanitizer memcheck", done.returncode == 0))
+        rows.append(("compute-sanitizer memcheck", sanitized("memcheck", [])))
+        for index in RACES:
+            rows.append(
+                (f"compute-sanitizer racecheck, problem {index}", sanitized("racecheck", ["--only", str(index)]))
+            )
     for what, good in rows:
         print("ok  " if good else "BAD ", what)
     if folder := os.environ.get("OUT"):

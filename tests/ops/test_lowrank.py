@@ -74,6 +74,20 @@ def test_the_op_takes_every_size(problem):
         assert_accurate(a, b, c, what=name, terms=4.0 * (c.abs().max().item() if c.numel() else 1.0))
 
 
+@pytest.mark.parametrize("rows", [4, 7, 16])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_float32_beyond_the_cache(rows, activation):
+    """Small float32 factors are torch's; these are the kernel's."""
+    x, down, up, bias = torch.randn(rows, 1001), torch.randn(301, 1001) / 32, torch.randn(2103, 301), torch.randn(2103)
+    (box,) = ops._boxes(False, torch.float32)
+    assert down.numel() + up.numel() >= box[2], "no longer what this test is for"
+    problem = x, down, up, bias, activation
+    with poisoned_memory():
+        (ours,) = run(ops.lowrank_linear, problem, grad=False)
+    (same,), (exact,) = (run(ref.lowrank_linear, problem, d, grad=False) for d in (None, torch.float64))
+    assert_accurate(ours, same, exact, terms=4.0 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 @pytest.mark.parametrize("rows", [3, 40])
 def test_gradcheck(activation, rows):

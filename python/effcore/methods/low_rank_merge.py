@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from effcore.methods.low_rank_factor import KernelFactors, relative_error, reorder, tucker_ranks
 from effcore.methods.low_rank_layers import Layer, as_laid_out, replace
 from effcore.methods.low_rank_measure import Clock, observe, shape_key
-from effcore.methods.low_rank_ranks import fastest_near, snap
+from effcore.methods.low_rank_ranks import default_multiple, fastest_near, snap
 from effcore.nn.low_rank import LowRankConv2d
 
 Pair = tuple[int, int]
@@ -110,7 +110,7 @@ def merge(
     model: nn.Module,
     ratio: float = 2.0,
     *,
-    multiple: int = 8,
+    multiple: int | None = None,
     include: Iterable[Bottleneck] | None = None,
     ranks: Mapping[str, Pair] | None = None,
 ) -> dict[str, float]:
@@ -118,7 +118,7 @@ def merge(
 
     Args:
         ratio: of the k×k kernels (the ranks of Tucker-2); the 1×1s around them shrink with the ranks. 1 keeps full ranks.
-        multiple: ranks are multiples of it.
+        multiple: ranks are multiples of it; by default of 64 on a GPU, where convolutions' times have such steps, else of 16.
         ranks: instead, (r1, r2) by the name of the k×k convolution, as :func:`timed_ranks` finds them; other bottlenecks stay.
 
     Raises:
@@ -129,7 +129,7 @@ def merge(
         raise ValueError(f"effcore.merge: ratio must be at least 1, got {ratio}")
     blocks = _blocks(model, include)
     if ranks is None:
-        ranks = {b.convs[1]: _wanted(model, b, ratio, multiple) for b in blocks}
+        ranks = {b.convs[1]: _wanted(model, b, ratio, multiple or _multiple(model, b)) for b in blocks}
     for name, pair in ranks.items():
         if name not in {b.convs[1] for b in blocks}:
             raise ValueError(f"effcore.merge: ranks names {name!r}, which is not the k×k convolution of a bottleneck")
@@ -167,6 +167,11 @@ def _blocks(model: nn.Module, include: Iterable[Bottleneck] | None) -> list[Bott
     return blocks
 
 
+def _multiple(model: nn.Module, block: Bottleneck) -> int:
+    name = block.convs[1]
+    return default_multiple(Layer(name, model.get_submodule(name), "conv"))
+
+
 def _wanted(model: nn.Module, block: Bottleneck, ratio: float, multiple: int) -> Pair:
     conv: Any = model.get_submodule(block.convs[1])
     out, features, *kernel = conv.weight.shape
@@ -183,7 +188,7 @@ def timed_ranks(
     ratio: float,
     data: Iterable[Any],
     *,
-    multiple: int = 8,
+    multiple: int | None = None,
     measure: Literal["inference", "training"] = "inference",
     include: Iterable[Bottleneck] | None = None,
 ) -> dict[str, Pair]:
@@ -232,8 +237,9 @@ def timed_ranks(
     for block in blocks:
         if any(n not in seen for n in block.convs):
             continue
-        wanted = _wanted(model, block, ratio, multiple)
-        pair, ms = fastest_near(wanted, multiple, partial(merged, block), partial(size, block))
+        step = multiple or _multiple(model, block)
+        wanted = _wanted(model, block, ratio, step)
+        pair, ms = fastest_near(wanted, step, partial(merged, block), partial(size, block))
         assert isinstance(pair, tuple)
         if ms < dense(block):
             result[block.convs[1]] = pair

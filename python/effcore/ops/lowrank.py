@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from effcore.ops import _lowrank_autograd as _autograd
 from effcore.reference.lowrank import activate
@@ -20,8 +21,10 @@ __all__ = ["ACTIVATIONS", "lowrank_linear"]
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# By dtype, on CUDA and elsewhere: the most rows of any box, and the boxes.
-_LIMITS: dict[bool, dict[torch.dtype, tuple[int, tuple[tuple[int, ...], ...]]]] = {False: {}, True: {}}
+# What the boxes of shapes that a kernel serves have in common, to tell in short that none fits: the least and the most rows,
+# the least numbers of both factors; and the boxes. By dtype, on CUDA and elsewhere.
+_Limits = tuple[int, int, int, tuple[tuple[int, ...], ...]]
+_LIMITS: dict[bool, dict[torch.dtype, _Limits]] = {False: {}, True: {}}
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
@@ -44,16 +47,16 @@ def lowrank_linear(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    code = _CODES.get(activation)
-    if code is None:
+    if activation not in _CODES:
         raise ValueError(
             f"effcore.lowrank_linear: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
-    if not torch.compiler.is_compiling() and _left_to_torch(x, down, up):
+    if not is_compiling() and _left_to_torch(x, down, up):
         # The op would make the same two products; torch's own entry points cost less a call. Compiled code keeps the op, whose
         # choice at run time takes no guard on the number of rows.
         try:
-            return activate(F.linear(F.linear(x, down), up, bias), activation)
+            out = F.linear(F.linear(x, down), up, bias)
+            return out if activation is None else activate(out, activation)
         except RuntimeError:
             pass  # a bad argument: the op refuses it by name
     device = x.device.type
@@ -61,7 +64,7 @@ def lowrank_linear(
         dtype = torch.get_autocast_dtype(device)
         x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return _autograd.lowrank_linear(x, down, up, bias, code)
+    return _autograd.lowrank_linear(x, down, up, bias, _CODES[activation])
 
 
 def stays_on_chip(x: Tensor, down: Tensor, up: Tensor) -> bool:
@@ -73,18 +76,25 @@ def stays_on_chip(x: Tensor, down: Tensor, up: Tensor) -> bool:
 
 def _left_to_torch(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Whether two products of torch's are the faster way. Called for each call of a layer, so it looks at little."""
-    if not (x.is_cpu or x.is_cuda):
-        return False
-    limits = _LIMITS[x.is_cuda].get(x.dtype)
+    limits = _LIMITS[x.is_cuda].get(x.dtype) or _limits(x)
     if limits is None:
-        if x.dtype not in _DTYPES:
-            return False
-        boxes = _boxes(x.is_cuda, x.dtype)
-        limits = _LIMITS[x.is_cuda][x.dtype] = max((box[1] for box in boxes), default=0), boxes
+        return False
     shape, numbers = x.shape, x.numel()
     if numbers == 0 or not shape:
         return bool(shape) and shape[-1] > 0
-    return numbers > limits[0] * shape[-1] or not _within(limits[1], x, down, up)
+    least_rows, most_rows, least_numbers, boxes = limits
+    if not least_rows * shape[-1] <= numbers <= most_rows * shape[-1]:
+        return True
+    return down.numel() + up.numel() < least_numbers or not _within(boxes, x, down, up)
+
+
+def _limits(x: Tensor) -> _Limits | None:
+    if x.dtype not in _DTYPES or not (x.is_cpu or x.is_cuda):
+        return None
+    boxes = _boxes(x.is_cuda, x.dtype)
+    least_rows, most_rows = min((b[0] for b in boxes), default=1), max((b[1] for b in boxes), default=0)
+    least_numbers = min((b[2] for b in boxes), default=0)
+    return _LIMITS[x.is_cuda].setdefault(x.dtype, (least_rows, most_rows, least_numbers, boxes))
 
 
 def _within(boxes: tuple[tuple[int, ...], ...], x: Tensor, down: Tensor, up: Tensor) -> bool:

@@ -1,0 +1,99 @@
+"""Where a step of a compiled ResNet goes, dense and merged: microseconds of its convolutions by shape and of its other kernels.
+
+Beside each kind what the roofline of `speed` grants it, so that what a variant loses against its prediction can be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.ceilings import Ceilings
+from benchmarks.claims import _low_rank_roofline as roofline
+
+KINDS = ("k x k", "1 x 1", "stem", "norms, activations, pools", "other")
+CONVOLUTIONS = ("aten::cudnn_convolution", "aten::convolution_backward")
+
+
+def _kind(size: list[int]) -> str:
+    """Of a convolution with a weight [out, in, height, width]."""
+    return "stem" if size[1] == 3 else "1 x 1" if size[2] == 1 else "k x k"
+
+
+def kernels(step: Callable[[], Any], count: int = 3) -> list[dict[str, Any]]:
+    """What a GPU did in one step: convolutions by the shapes of what they are called with, other kernels by name."""
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiler:
+        for _ in range(count):
+            step()
+        torch.cuda.synchronize()
+    rows = []
+    convolved = 0.0
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.key in CONVOLUTIONS:
+            x, weight = event.input_shapes[:2] if event.key == CONVOLUTIONS[0] else event.input_shapes[1:3]
+            us = event.device_time_total / count
+            convolved += us
+            what = "backward" if event.key == CONVOLUTIONS[1] else "forward"
+            rows.append(
+                {"kind": _kind(weight), "what": what, "x": x, "weight": weight, "calls": event.count / count, "us": us}
+            )
+    total = 0.0
+    for event in profiler.key_averages():
+        if event.device_type.name != "CUDA":
+            continue
+        us = event.self_device_time_total / count
+        total += us
+        if event.key.startswith("triton"):
+            rows.append({"kind": KINDS[3], "what": event.key[:120], "calls": event.count / count, "us": us})
+    named = sum(row["us"] for row in rows)
+    rows.append({"kind": "other", "what": "all else", "calls": 0, "us": total - named})
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def granted(model: nn.Module, x: Tensor, training: bool, rates: Ceilings) -> dict[str, float]:
+    """The roofline's microseconds by kind."""
+    sums = dict.fromkeys(KINDS, 0.0)
+    for name, seconds in roofline.layers(model, x, training, rates).items():
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Conv2d):
+            kind = _kind(list(module.weight.shape))
+        else:
+            kind = "other" if isinstance(module, nn.Linear) else KINDS[3]
+        sums[kind] += seconds * 1e6
+    return sums
+
+
+def steps(depth: int, batch: int, variants: tuple[str, ...], passes: tuple[bool, ...]) -> Iterator[dict[str, Any]]:
+    """A row for each pass and variant: microseconds and the roofline's by kind, and the longest kernels."""
+    from benchmarks.claims._low_rank_resnet import rates_of
+    from benchmarks.claims._low_rank_worker import Spec, start
+
+    for training in passes:
+        specs = [Spec(depth, variant, training, "cuda", batch) for variant in variants]
+        workers = start(specs, len(specs))
+        try:
+            rates = rates_of("cuda")
+            for variant, worker in workers.items():
+                found = worker.ask("kernels")
+                sums = {kind: sum(r["us"] for r in found if r["kind"] == kind) for kind in KINDS}
+                row = {
+                    "model": f"ResNet-{depth}",
+                    "what": "training" if training else "inference",
+                    "variant": variant,
+                    "us": sums,
+                    "roofline_us": worker.ask("granted", rates),
+                    "step_us": worker.seconds() * 1e6,
+                    "kernels": found,
+                }
+                spent = "  ".join(f"{kind} {us:,.0f} ({row['roofline_us'][kind]:,.0f})" for kind, us in sums.items())
+                print(f"{row['model']} {row['what']:9} {variant:10} step {row['step_us']:,.0f} us: {spent}", flush=True)
+                yield row
+        finally:
+            for worker in workers.values():
+                worker.end()
