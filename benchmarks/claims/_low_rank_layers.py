@@ -24,13 +24,14 @@ STAGES = (
 )
 
 
-def layers(batch: int, plans: int) -> Iterator[dict[str, Any]]:
+def layers(batch: int, plans: int | None) -> Iterator[dict[str, Any]]:
     """Forward, and the gradients of input and weight, of each.
 
     Args:
-        plans: so many of cuDNN's kernels are tried for each; 0 tries all.
+        plans: so many of cuDNN's kernels are tried for each, 0 for all; or it chooses one itself.
     """
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, plans
+    if plans is not None:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, plans
     flush = torch.zeros(64 << 20, device="cuda")
     rates, _ = ceilings(flush)
 

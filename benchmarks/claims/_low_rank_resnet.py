@@ -2,7 +2,8 @@
 
 Beside each: what the paper gained, and what a roofline of every layer predicts on this chip (_low_rank_roofline). Each variant
 lives in a process of its own (_low_rank_worker): a few compile at once, then they and the dense model run in turns, one at a
-time, and their rows are written before the next few compile.
+time, and their rows are written before the next few compile. cuDNN chooses its kernels itself: where it
+times ten for each convolution (torch.backends.cudnn.benchmark) the dense model's take a little longer (`layers --plans 10`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import freeze
 from effcore.methods.low_rank_layers import find
 from effcore.methods.low_rank_measure import observe
-from effcore.methods.low_rank_merge import branch, merge, timed_ranks
+from effcore.methods.low_rank_merge import branch, faster_branches, merge, timed_ranks
 from effcore.methods.low_rank_ranks import Timer, by_ratio
 
 DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
@@ -50,6 +51,9 @@ GROUPS = (
 )
 
 
+BRANCHES = 4
+
+
 def resnet(depth: int) -> nn.Module:
     import transformers
 
@@ -70,14 +74,17 @@ def variants(cuda: bool, training: bool) -> dict[str, Callable[[nn.Module, dict[
 
     def branched(model: nn.Module, ranks: dict[str, Any]) -> None:
         low_rank.decompose(model, 2.0, multiple=multiple)
-        branch(model, 4)
+        branch(model, BRANCHES)
 
     def given(model: nn.Module, ranks: dict[str, Any]) -> None:
         low_rank.decompose(model, ranks=ranks)
 
     def given_branched(model: nn.Module, ranks: dict[str, Any]) -> None:
-        given(model, ranks)
-        branch(model, 4)
+        """A core that is to be branched has a third number."""
+        split = [name for name, rank in ranks.items() if isinstance(rank, tuple) and len(rank) == 3]
+        given(model, {name: rank[:2] if name in split else rank for name, rank in ranks.items()})
+        if split:
+            branch(model, BRANCHES, include=split)
 
     def given_frozen(model: nn.Module, ranks: dict[str, Any], inner: bool = False) -> None:
         given(model, ranks)
@@ -120,7 +127,6 @@ def searched(spec: Spec) -> dict[str, Any] | None:
 
 
 def _dense(spec: Spec) -> tuple[nn.Module, Tensor]:
-    torch.backends.cudnn.benchmark = True  # dense and decomposed convolutions alike get the fastest kernels
     torch.manual_seed(0)
     dtype = torch.bfloat16 if spec.device == "cuda" else torch.float32
     with torch.device(spec.device):
@@ -193,16 +199,29 @@ def measure(
 
 def _ranked(spec: Spec, ranks: dict[str, dict[str, Any]], save: Callable[[], None]) -> Spec:
     """With the ranks that timing finds for it; those of the variant that it freezes or branches."""
-    of = dataclasses.replace(
-        spec, variant=spec.variant.removesuffix(", inner").removesuffix(", freezing").removesuffix(", branching")
-    )
-    found = ranks.get(str(of)) or searched(of)
-    if found is None:
-        return spec
-    ranks[str(of)] = found
-    save()
-    pairs = ((name, tuple(rank) if isinstance(rank, list) else rank) for name, rank in found.items())
-    return dataclasses.replace(spec, ranks=tuple(pairs))
+
+    def cached(spec: Spec, search: Callable[[Spec], dict[str, Any] | None]) -> Spec:
+        found = ranks.get(str(spec)) or search(spec)
+        if found is None:
+            return spec
+        ranks[str(spec)] = found
+        save()
+        pairs = ((name, tuple(rank) if isinstance(rank, list) else rank) for name, rank in found.items())
+        return dataclasses.replace(spec, ranks=tuple(pairs))
+
+    whole = spec.variant.removesuffix(", inner").removesuffix(", freezing").removesuffix(", branching")
+    of = cached(dataclasses.replace(spec, variant=whole), searched)
+    of = dataclasses.replace(of, variant=spec.variant)
+    return cached(of, _branched) if of.ranks and spec.variant.endswith(", branching") else of
+
+
+def _branched(spec: Spec) -> dict[str, Any]:
+    """Its ranks, and a third number where branching is the faster way."""
+    model, x = _dense(spec)
+    ranks = dict(spec.ranks or ())
+    low_rank.decompose(model, ranks=ranks)
+    split = faster_branches(model, BRANCHES, [x], measure="training" if spec.training else "inference")
+    return {name: (*rank, BRANCHES) if name in split else rank for name, rank in ranks.items()}
 
 
 def _rows(workers: dict[str, Worker], rounds: int, rates: ceilings.Ceilings) -> Iterator[dict[str, Any]]:

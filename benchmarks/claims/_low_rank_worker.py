@@ -1,7 +1,4 @@
-"""A variant of a ResNet in a process of its own: it compiles at once with the others, and runs when it is asked to.
-
-Before any of them compiles, each runs a step alone: cuDNN chooses among its kernels by timing each of them once.
-"""
+"""A variant of a ResNet in a process of its own: it compiles at once with the others, and runs when it is asked to."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -51,7 +47,7 @@ class Worker:
         self.process = context.Process(target=_serve, args=(other, spec), daemon=False)
         self.process.start()
         other.close()
-        self.facts: dict[str, Any] = self._answer()  # once it has run a step
+        self.facts: dict[str, Any] = self._answer()  # once it has compiled
 
     def _answer(self) -> Any:
         try:
@@ -82,28 +78,18 @@ class Worker:
 def start(specs: list[Spec], at_once: int) -> dict[str, Worker]:
     """Workers that have compiled, ``at_once`` at a time, by variant; those that failed left out."""
 
-    def attempt(spec: Spec, what: Callable[[], Any]) -> Any:
+    def make(spec: Spec) -> Worker | None:
         try:
-            return what()
+            worker = Worker(spec)
         except RuntimeError as error:
             print(error, flush=True)
             return None
-
-    made = {s.variant: attempt(s, lambda s=s: Worker(s)) for s in specs}
-    made = {variant: worker for variant, worker in made.items() if worker is not None}
-
-    def compiled(worker: Worker) -> bool:
-        seconds = attempt(worker.spec, lambda: worker.ask("compile"))
-        if seconds is not None:
-            print(
-                f"{worker.spec}: ready in {worker.facts['seconds_to_start']:.0f} s, compiled in {seconds:.0f} s",
-                flush=True,
-            )
-        return seconds is not None
+        print(f"{spec}: compiled in {worker.facts['seconds_to_compile']:.0f} s", flush=True)
+        return worker
 
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        good = list(pool.map(compiled, made.values()))
-    return {variant: worker for (variant, worker), ok in zip(made.items(), good, strict=True) if ok}
+        made = dict(zip((s.variant for s in specs), pool.map(make, specs), strict=True))
+    return {variant: worker for variant, worker in made.items() if worker is not None}
 
 
 def _compile(model: nn.Module) -> None:
@@ -204,12 +190,14 @@ def _serve(connection: Connection, spec: Spec) -> None:
     try:
         use_carried_libraries()
         low_rank_factor._leading = _any_basis  # times do not depend on the weights
-        begin = time.perf_counter()
         model, x = claim.made(spec)
         facts = {"gflops": _gflops(model, x)}
         facts["parameters"] = sum(p.numel() for p in model.parameters())
+        begin = time.perf_counter()
+        if x.is_cuda:
+            _compile(model)
         _patiently(model, x, spec.training)
-        facts["seconds_to_start"] = time.perf_counter() - begin
+        facts["seconds_to_compile"] = time.perf_counter() - begin
         connection.send(("ready", facts))
         while (request := connection.recv())[0] != "end":
             connection.send((request[0], _answer_to(request, spec, model, x)))
@@ -224,12 +212,6 @@ def _answer_to(request: tuple[str, Any], spec: Spec, model: nn.Module, x: Tensor
     from benchmarks.claims import _low_rank_profile, _low_rank_roofline
 
     what, rates = request
-    if what == "compile":
-        begin = time.perf_counter()
-        if x.is_cuda:
-            _compile(model)
-        _patiently(model, x, spec.training)
-        return time.perf_counter() - begin
     if what == "seconds":
         return _seconds(model, x, spec.training)
     if what == "kernels":

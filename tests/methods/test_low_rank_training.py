@@ -10,7 +10,7 @@ from effcore.methods import low_rank_merge
 from effcore.methods.low_rank_callbacks import Freezing, ProgressiveDecomposition, SequentialFreezing, shrink
 from effcore.methods.low_rank_checkpoint import DESCRIPTION, load_decomposed, save_decomposed
 from effcore.methods.low_rank_factor import reorder
-from effcore.methods.low_rank_merge import bottlenecks, branch, merge, timed_ranks
+from effcore.methods.low_rank_merge import bottlenecks, branch, faster_branches, merge, timed_ranks
 from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
 from tests.methods.test_low_rank import MODELS, hugging_face
 
@@ -230,6 +230,24 @@ def test_saved_and_loaded_without_the_original(kind, tmp_path):
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     if kind == "llama":
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("measure", ["inference", "training"])
+def test_only_what_is_faster_branches(measure, monkeypatch):
+    model = nn.Sequential(*(LowRankConv2d(32, 32, 3, (r, 16), padding=1) for r in (16, 8, 10)))
+    groups = {16: 1.0, 8: 2.0}  # milliseconds of a core with groups; of a whole one always 1.5
+    monkeypatch.setattr(
+        low_rank_merge.Clock,
+        "__call__",
+        lambda self, key, module, seen: groups[seen.shape[1]] if module.groups > 1 else 1.5,
+    )
+    names = faster_branches(model, 4, [torch.randn(2, 32, 8, 8)], measure=measure)
+    assert names == ["0"], "the second is slower, 4 does not divide the third's ranks"
+    assert list(branch(model, 4, include=names)) == ["0"] and [c.branches for c in model] == [4, 1, 1]
+    monkeypatch.undo()
+    assert set(faster_branches(model, 2, [torch.randn(2, 32, 8, 8)], measure=measure)) <= {"1", "2"}
+    with pytest.raises(ValueError, match="branches must be at least 2"):
+        faster_branches(model, 1, [])
 
 
 def test_merged_and_branched_models_are_saved_too(tmp_path):

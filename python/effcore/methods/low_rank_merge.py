@@ -247,23 +247,24 @@ def timed_ranks(
 
 
 @torch.no_grad()
-def branch(model: nn.Module, branches: int) -> dict[str, float]:
+def branch(model: nn.Module, branches: int, *, include: Iterable[str] | None = None) -> dict[str, float]:
     """Splits the core of every LowRankConv2d into groups, in place. Returns each core's relative error by what was dropped.
 
     Cores whose ranks ``branches`` does not divide are left as they are, and are not in the result.
 
+    Args:
+        include: names of the low-rank convolutions to split, as :func:`faster_branches` finds them.
+
     Raises:
         ValueError: branches below 2, or no core that it divides.
     """
-    if branches < 2:
-        raise ValueError(f"effcore.branch: branches must be at least 2, got {branches}")
     errors: dict[str, float] = {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, LowRankConv2d) or module.core is None or module.branches != 1:
+    wanted = None if include is None else set(include)
+    for name, module in _divided(model, branches):
+        if wanted is not None and name not in wanted:
             continue
+        assert module.core is not None
         r1, r2 = module.ranks
-        if r1 % branches or r2 % branches:
-            continue
         core = module.core.weight
         rows, columns = (
             order.to(core.device) for order in reorder(core.detach().double().square().sum((2, 3)), branches)
@@ -282,3 +283,63 @@ def branch(model: nn.Module, branches: int) -> dict[str, float]:
     if not errors:
         raise ValueError(f"effcore.branch: no low-rank convolution has a core whose ranks {branches} divides")
     return errors
+
+
+def _divided(model: nn.Module, branches: int) -> list[tuple[str, LowRankConv2d]]:
+    """The low-rank convolutions with a whole core that can be split so."""
+    if branches < 2:
+        raise ValueError(f"effcore.branch: branches must be at least 2, got {branches}")
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankConv2d)
+        and module.core is not None
+        and module.branches == 1
+        and not any(r % branches for r in module.ranks)
+    ]
+
+
+@torch.no_grad()
+def faster_branches(
+    model: nn.Module, branches: int, data: Iterable[Any], *, measure: Literal["inference", "training"] = "inference"
+) -> list[str]:
+    """Names of the low-rank convolutions whose core runs faster in groups than whole, on the shapes that batches show.
+
+    A GPU's library may well be slower with groups, for all that they compute less.
+
+    Args:
+        branches: as for :func:`branch`.
+        data: a few batches, as :func:`effcore.decompose` takes them.
+        measure: what is timed, inference or training.
+
+    Raises:
+        ValueError: branches below 2; data without a batch.
+    """
+    cores = {name: Layer(f"{name}.core", module.core, "conv") for name, module in _divided(model, branches)}  # type: ignore[arg-type]
+    seen = observe(model, list(cores.values()), data, moments=False)
+    clock = Clock(training=measure == "training")
+    faster = []
+    for name, layer in cores.items():
+        if layer.name not in seen:
+            continue
+        whole: Any = layer.module
+        split = Conv(
+            whole.in_channels,
+            whole.out_channels,
+            whole.kernel_size,
+            whole.stride,
+            whole.padding,
+            whole.dilation,
+            branches,
+            bias=False,
+            padding_mode=whole.padding_mode,
+            device=whole.weight.device,
+            dtype=whole.weight.dtype,
+        )
+        split = as_laid_out(whole.weight, split)
+        times = [
+            clock((shape_key(layer), n), module, seen[layer.name]) for n, module in ((1, whole), (branches, split))
+        ]
+        if times[1] < times[0]:
+            faster.append(name)
+    return faster
