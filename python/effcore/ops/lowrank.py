@@ -25,6 +25,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # the least numbers of both factors; and the boxes. By dtype, on CUDA and elsewhere.
 _Limits = tuple[int, int, int, tuple[tuple[int, ...], ...]]
 _LIMITS: dict[bool, dict[torch.dtype, _Limits]] = {False: {}, True: {}}
+_EVERYTHING: _Limits = (0, 1 << 62, 0, ((0, 1 << 62, 0, *(0, 1 << 62) * 3),))  # for the op to refuse
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
@@ -51,13 +52,21 @@ def lowrank_linear(
         raise ValueError(
             f"effcore.lowrank_linear: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
-    if not is_compiling() and _left_to_torch(x, down, up):
-        # The op would make the same two products; torch's own entry points cost less a call. Compiled code keeps the op, whose
+    if not is_compiling():
+        # Beyond what a kernel serves, the op would make the same two products; torch's own entry points cost less a call. The
+        # choice is made for each call of a layer, so it looks at little, and stands here. Compiled code keeps the op, whose
         # choice at run time takes no guard on the number of rows.
+        least_rows, most_rows, least_numbers, boxes = _LIMITS[x.is_cuda].get(x.dtype) or _limits(x)
         try:
-            out = F.linear(F.linear(x, down), up, bias)
-            return out if activation is None else activate(out, activation)
-        except RuntimeError:
+            numbers, features = x.numel(), x.shape[-1]
+            if features and (
+                not least_rows * features <= numbers <= most_rows * features
+                or down.numel() + up.numel() < least_numbers
+                or not _within(boxes, x, down, up)
+            ):
+                out = F.linear(F.linear(x, down), up, bias)
+                return out if activation is None else activate(out, activation)
+        except (IndexError, RuntimeError):
             pass  # a bad argument: the op refuses it by name
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -74,23 +83,9 @@ def stays_on_chip(x: Tensor, down: Tensor, up: Tensor) -> bool:
     return _within(_boxes(True, x.dtype), x, down, up)
 
 
-def _left_to_torch(x: Tensor, down: Tensor, up: Tensor) -> bool:
-    """Whether two products of torch's are the faster way. Called for each call of a layer, so it looks at little."""
-    limits = _LIMITS[x.is_cuda].get(x.dtype) or _limits(x)
-    if limits is None:
-        return False
-    shape, numbers = x.shape, x.numel()
-    if numbers == 0 or not shape:
-        return bool(shape) and shape[-1] > 0
-    least_rows, most_rows, least_numbers, boxes = limits
-    if not least_rows * shape[-1] <= numbers <= most_rows * shape[-1]:
-        return True
-    return down.numel() + up.numel() < least_numbers or not _within(boxes, x, down, up)
-
-
-def _limits(x: Tensor) -> _Limits | None:
+def _limits(x: Tensor) -> _Limits:
     if x.dtype not in _DTYPES or not (x.is_cpu or x.is_cuda):
-        return None
+        return _EVERYTHING
     boxes = _boxes(x.is_cuda, x.dtype)
     least_rows, most_rows = min((b[0] for b in boxes), default=1), max((b[1] for b in boxes), default=0)
     least_numbers = min((b[2] for b in boxes), default=0)
