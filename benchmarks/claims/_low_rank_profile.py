@@ -5,7 +5,7 @@ Beside each kind what the roofline of `speed` grants it, so that what a variant 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,31 +69,10 @@ def granted(model: nn.Module, x: Tensor, training: bool, rates: Ceilings) -> dic
     return sums
 
 
-def steps(depth: int, batch: int, variants: tuple[str, ...], passes: tuple[bool, ...]) -> Iterator[dict[str, Any]]:
-    """A row for each pass and variant: microseconds and the roofline's by kind, and the longest kernels."""
-    from benchmarks.claims._low_rank_resnet import rates_of
-    from benchmarks.claims._low_rank_worker import Spec, start
-
-    for training in passes:
-        specs = [Spec(depth, variant, training, "cuda", batch) for variant in variants]
-        workers = start(specs, len(specs))
-        try:
-            rates = rates_of("cuda")
-            for variant, worker in workers.items():
-                found = worker.ask("kernels")
-                sums = {kind: sum(r["us"] for r in found if r["kind"] == kind) for kind in KINDS}
-                row = {
-                    "model": f"ResNet-{depth}",
-                    "what": "training" if training else "inference",
-                    "variant": variant,
-                    "us": sums,
-                    "roofline_us": worker.ask("granted", rates),
-                    "step_us": worker.seconds() * 1e6,
-                    "kernels": found,
-                }
-                spent = "  ".join(f"{kind} {us:,.0f} ({row['roofline_us'][kind]:,.0f})" for kind, us in sums.items())
-                print(f"{row['model']} {row['what']:9} {variant:10} step {row['step_us']:,.0f} us: {spent}", flush=True)
-                yield row
-        finally:
-            for worker in workers.values():
-                worker.end()
+def spent(model: nn.Module, x: Tensor, training: bool, rates: Ceilings, step: Callable[[], Any]) -> dict[str, Any]:
+    """Microseconds of a step by kind, the roofline's, and the longest kernels."""
+    found = kernels(step)
+    with torch.compiler.set_stance("force_eager"):  # the roofline's hooks are not to be compiled
+        predicted = granted(model, x, training, rates)
+    by_kind = {kind: sum(r["us"] for r in found if r["kind"] == kind) for kind in KINDS}
+    return {"us": by_kind, "roofline_us": predicted, "longest": found[:40]}

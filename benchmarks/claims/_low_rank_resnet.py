@@ -180,16 +180,18 @@ def measure(
                 names = [n for n in names if (f"ResNet-{depth}", what, n) not in done]
                 if not names:
                     continue
-                if warm:
-                    names = [n for n in names if "timed" not in n]
                 specs = [Spec(depth, n, training, device, images) for n in names]
-                if not warm:
-                    specs = [_ranked(spec, ranks, save) for spec in specs]
+                if warm:
+                    specs = [s for s in specs if "timed" not in s.variant or str(_searched_for(s)) in ranks]
+                specs = [_ranked(spec, ranks, save) for spec in specs]
                 if "dense" not in workers:
                     specs = [Spec(depth, "dense", training, device, images), *specs]
                 workers |= start(specs, at_once)
                 if not warm:
-                    yield from _rows(workers, rounds, rates_of(device))
+                    rates = rates_of(device)
+                    yield from _rows(workers, rounds, rates)
+                    if device == "cuda" and "merging" in workers:
+                        yield _spent(workers, rates)
                 for name in [n for n in workers if n != "dense"]:
                     workers.pop(name).end()
         finally:
@@ -209,10 +211,14 @@ def _ranked(spec: Spec, ranks: dict[str, dict[str, Any]], save: Callable[[], Non
         pairs = ((name, tuple(rank) if isinstance(rank, list) else rank) for name, rank in found.items())
         return dataclasses.replace(spec, ranks=tuple(pairs))
 
-    whole = spec.variant.removesuffix(", inner").removesuffix(", freezing").removesuffix(", branching")
-    of = cached(dataclasses.replace(spec, variant=whole), searched)
+    of = cached(_searched_for(spec), searched)
     of = dataclasses.replace(of, variant=spec.variant)
     return cached(of, _branched) if of.ranks and spec.variant.endswith(", branching") else of
+
+
+def _searched_for(spec: Spec) -> Spec:
+    variant = spec.variant.removesuffix(", inner").removesuffix(", freezing").removesuffix(", branching")
+    return dataclasses.replace(spec, variant=variant)
 
 
 def _branched(spec: Spec) -> dict[str, Any]:
@@ -266,6 +272,18 @@ def _rows(workers: dict[str, Worker], rounds: int, rates: ceilings.Ceilings) -> 
         }
         print(_line(r), flush=True)
         yield r
+
+
+def _spent(workers: dict[str, Worker], rates: ceilings.Ceilings) -> dict[str, Any]:
+    """Where a step goes, dense and merged."""
+    spec = workers["merging"].spec
+    row: dict[str, Any] = {"model": f"ResNet-{spec.depth}", "variant": "spent"}
+    row["what"] = "training" if spec.training else "inference"
+    for name in ("dense", "merging"):
+        row[name] = workers[name].ask("spent", rates)
+        kinds = "  ".join(f"{k} {us:,.0f} ({row[name]['roofline_us'][k]:,.0f})" for k, us in row[name]["us"].items())
+        print(f"{row['model']} {row['what']} {name}, us of a step and the roofline's: {kinds}", flush=True)
+    return row
 
 
 def _line(r: dict[str, Any]) -> str:

@@ -8,40 +8,12 @@ from typing import Any
 
 
 def table(path: Path) -> str:
-    """Markdown for a file of `low_rank speed | layers | profile | search` or of benchmarks/ops/lowrank_cuda.py."""
+    """Markdown for a file of `low_rank speed | layers | search` or of benchmarks/ops/lowrank_cuda.py."""
     report = json.loads(path.read_text())
     rows = report["rows"]
     if report.get("claim") == "speed":
-        return _lines(
-            (
-                "model",
-                "what",
-                "variant",
-                "M parameters",
-                "images/s",
-                "dense",
-                "gained",
-                "roofline",
-                "of its gain",
-                "of its ms",
-                "paper",
-            ),
-            [
-                (
-                    r["model"],
-                    r["what"],
-                    r["variant"],
-                    f"{r['parameters'] / 1e6:.1f}",
-                    f"{r['images_s']:.0f}",
-                    f"{r['images_s_dense']:.0f}",
-                    f"{r['ratio']:.2f}x",
-                    f"{r['ratio_roofline']:.2f}x",
-                    "" if r["of_the_roofline_gain"] is None else f"{r['of_the_roofline_gain']:.0%}",
-                    _of_the_milliseconds(r),
-                    "" if r["paper_gain_percent"] is None else f"{1 + r['paper_gain_percent'] / 100:.2f}x",
-                )
-                for r in rows
-            ],
+        return _gains([r for r in rows if r["variant"] != "spent"]) + _steps(
+            [r for r in rows if r["variant"] == "spent"]
         )
     if report.get("claim") == "layers":
         return _lines(
@@ -55,21 +27,6 @@ def table(path: Path) -> str:
                     f"{r['bound'] / r['forward']:.0%}",
                     f"{r['input']:.1f}",
                     f"{r['weight']:.1f}",
-                )
-                for r in rows
-            ],
-        )
-    if report.get("claim") == "profile":
-        kinds = list(rows[0]["us"])
-        return _lines(
-            ("model", "what", "variant", "step, us", *(f"{kind} (roofline)" for kind in kinds)),
-            [
-                (
-                    r["model"],
-                    r["what"],
-                    r["variant"],
-                    f"{r['step_us']:.0f}",
-                    *(f"{r['us'][kind]:.0f} ({r['roofline_us'][kind]:.0f})" for kind in kinds),
                 )
                 for r in rows
             ],
@@ -117,6 +74,60 @@ def table(path: Path) -> str:
     )
 
 
+def _gains(rows: list[dict[str, Any]]) -> str:
+    return _lines(
+        (
+            "model",
+            "what",
+            "variant",
+            "M parameters",
+            "images/s",
+            "dense",
+            "gained",
+            "roofline",
+            "of its gain",
+            "of its ms",
+            "paper",
+        ),
+        [
+            (
+                r["model"],
+                r["what"],
+                r["variant"],
+                f"{r['parameters'] / 1e6:.1f}",
+                f"{r['images_s']:.0f}",
+                f"{r['images_s_dense']:.0f}",
+                f"{r['ratio']:.2f}x",
+                f"{r['ratio_roofline']:.2f}x",
+                "" if r["of_the_roofline_gain"] is None else f"{r['of_the_roofline_gain']:.0%}",
+                _of_the_milliseconds(r),
+                "" if r["paper_gain_percent"] is None else f"{1 + r['paper_gain_percent'] / 100:.2f}x",
+            )
+            for r in rows
+        ],
+    )
+
+
+def _steps(rows: list[dict[str, Any]]) -> str:
+    """Microseconds of a step by kind of kernel, and the roofline's."""
+    if not rows:
+        return ""
+    kinds = list(rows[0]["dense"]["us"])
+    return "\n\n" + _lines(
+        ("model", "what", "variant", *(f"{kind}, us (roofline)" for kind in kinds)),
+        [
+            (
+                r["model"],
+                r["what"],
+                name,
+                *(f"{us:.0f} ({r[name]['roofline_us'][kind]:.0f})" for kind, us in r[name]["us"].items()),
+            )
+            for r in rows
+            for name in ("dense", "merging")
+        ],
+    )
+
+
 def _of_the_milliseconds(r: dict[str, Any]) -> str:
     """The time that a variant of `speed` saves, beside what the roofline says it saves."""
     saved = r["images"] * (1 / r["images_s_dense"] - 1 / r["images_s"])
@@ -132,7 +143,7 @@ def picture(path: Path, image: Path) -> None:
     """Of a file of `low_rank speed`: each variant's gain, the roofline's and the paper's."""
     from matplotlib.figure import Figure
 
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    rows: list[dict[str, Any]] = [r for r in json.loads(path.read_text())["rows"] if r["variant"] != "spent"]
     groups = sorted({(r["model"], r["what"]) for r in rows})
     figure = Figure(figsize=(4.5 * len(groups), 3.6), layout="constrained")
     axes: Any = figure.subplots(1, len(groups), squeeze=False)[0]

@@ -214,9 +214,7 @@ def _answer_to(request: tuple[str, Any], spec: Spec, model: nn.Module, x: Tensor
     what, rates = request
     if what == "seconds":
         return _seconds(model, x, spec.training)
-    if what == "kernels":
-        return _low_rank_profile.kernels(lambda: _step(model, x, spec.training))
+    if what == "spent":
+        return _low_rank_profile.spent(model, x, spec.training, rates, lambda: _step(model, x, spec.training))
     with torch.compiler.set_stance("force_eager"):  # its hooks are not to be compiled
-        if what == "granted":
-            return _low_rank_profile.granted(model, x, spec.training, rates)
         return _low_rank_roofline.seconds(model, x, spec.training, rates)

@@ -1,12 +1,10 @@
 """Low rank's claims: `python -m benchmarks.claims.low_rank speed | layers | search | progressive | smollm | table`.
 
 speed: ResNets at 2× against the same model (on a GPU in bfloat16, channels_last, compiled), images a second of training and of
-inference, beside the paper's gains (arXiv 2407.20266). Random weights: speed does not depend on them. Rows that the file of
---json has already are not measured again.
+inference, beside the paper's gains (arXiv 2407.20266), and where a step goes. Random weights: speed does not depend on them.
+Rows that the file of --json has already are not measured again.
 
 layers: their convolutions one by one, at dense and at reduced widths, beside the roofline's times.
-
-profile: where a step of the first depth goes, dense and merged, by kind of kernel, beside the roofline's times.
 
 search: how long `decompose` takes on a ResNet-152 and on a LLaMA of 1.2 G parameters.
 
@@ -37,21 +35,21 @@ from benchmarks.run import use_carried_libraries  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.low_rank", description=__doc__)
-    parser.add_argument("claim", choices=("speed", "layers", "profile", "search", "progressive", "smollm", "table"))
+    parser.add_argument("claim", choices=("speed", "layers", "search", "progressive", "smollm", "table"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--depths", type=int, nargs="+", default=[50], choices=(50, 101, 152))
     parser.add_argument(
         "--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu); sequences (progressive; default 8)"
     )
     parser.add_argument("--rounds", type=int, default=7, help="(speed)")
-    parser.add_argument("--only", nargs="+", default=[], help="some variants: merging freezing (speed, profile)")
+    parser.add_argument("--only", nargs="+", default=[], help="some variants: merging freezing (speed)")
     parser.add_argument("--warm", action="store_true", help="compile for the caches and measure nothing (speed)")
     parser.add_argument("--at-once", type=int, default=2, help="processes that compile at a time (speed)")
     parser.add_argument(
         "--plans", type=int, default=10, help="cuDNN's kernels that are tried for a convolution (layers)"
     )
-    parser.add_argument("--no-training", action="store_true", help="inference alone (speed, profile)")
-    parser.add_argument("--no-inference", action="store_true", help="training alone (speed, profile)")
+    parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
+    parser.add_argument("--no-inference", action="store_true", help="training alone (speed)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the dense model (progressive)")
     parser.add_argument("--recovery", type=int, default=200, help="training steps after decomposing (progressive)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(progressive)")
@@ -100,13 +98,7 @@ def _rows(
     ranks: dict[str, dict[str, Any]],
     save: Callable[[], None],
 ) -> Iterable[dict[str, Any]]:
-    from benchmarks.claims import (
-        _low_rank_language,
-        _low_rank_layers,
-        _low_rank_profile,
-        _low_rank_resnet,
-        _low_rank_search,
-    )
+    from benchmarks.claims import _low_rank_language, _low_rank_layers, _low_rank_resnet, _low_rank_search
 
     if options.claim == "progressive":
         return _low_rank_language.progressive(
@@ -128,9 +120,6 @@ def _rows(
     if options.claim == "search":
         return _low_rank_search.search(options.device)
     passes = [training for training, no in ((False, options.no_inference), (True, options.no_training)) if not no]
-    if options.claim == "profile":
-        variants = tuple(options.only or ("dense", "merging"))
-        return _low_rank_profile.steps(options.depths[0], options.batch or 256, variants, tuple(passes))
     return _low_rank_resnet.measure(
         options.depths,
         options.device,
