@@ -182,7 +182,7 @@ def measure(
                     continue
                 specs = [Spec(depth, n, training, device, images) for n in names]
                 if warm:
-                    specs = [s for s in specs if "timed" not in s.variant or str(_searched_for(s)) in ranks]
+                    specs = [s for s in specs if _needs_no_timing(s, ranks)]
                 specs = [_ranked(spec, ranks, save) for spec in specs]
                 if "dense" not in workers:
                     specs = [Spec(depth, "dense", training, device, images), *specs]
@@ -190,8 +190,8 @@ def measure(
                 if not warm:
                     rates = rates_of(device)
                     yield from _rows(workers, rounds, rates)
-                    if device == "cuda" and "merging" in workers:
-                        yield _spent(workers, rates)
+                    if device == "cuda" and "merging" in workers and (row := _spent(workers, rates)):
+                        yield row
                 for name in [n for n in workers if n != "dense"]:
                     workers.pop(name).end()
         finally:
@@ -219,6 +219,10 @@ def _ranked(spec: Spec, ranks: dict[str, dict[str, Any]], save: Callable[[], Non
 def _searched_for(spec: Spec) -> Spec:
     variant = spec.variant.removesuffix(", inner").removesuffix(", freezing").removesuffix(", branching")
     return dataclasses.replace(spec, variant=variant)
+
+
+def _needs_no_timing(spec: Spec, ranks: dict[str, dict[str, Any]]) -> bool:
+    return "timed" not in spec.variant or ("branching" not in spec.variant and str(_searched_for(spec)) in ranks)
 
 
 def _branched(spec: Spec) -> dict[str, Any]:
@@ -274,13 +278,17 @@ def _rows(workers: dict[str, Worker], rounds: int, rates: ceilings.Ceilings) -> 
         yield r
 
 
-def _spent(workers: dict[str, Worker], rates: ceilings.Ceilings) -> dict[str, Any]:
-    """Where a step goes, dense and merged."""
+def _spent(workers: dict[str, Worker], rates: ceilings.Ceilings) -> dict[str, Any] | None:
+    """Where a step goes, merged and dense; None where the profiler fails."""
     spec = workers["merging"].spec
     row: dict[str, Any] = {"model": f"ResNet-{spec.depth}", "variant": "spent"}
     row["what"] = "training" if spec.training else "inference"
-    for name in ("dense", "merging"):
-        row[name] = workers[name].ask("spent", rates)
+    for name in ("merging", "dense"):
+        try:
+            row[name] = workers[name].ask("spent", rates)
+        except RuntimeError as error:
+            print(error, flush=True)
+            return None
         kinds = "  ".join(f"{k} {us:,.0f} ({row[name]['roofline_us'][k]:,.0f})" for k, us in row[name]["us"].items())
         print(f"{row['model']} {row['what']} {name}, us of a step and the roofline's: {kinds}", flush=True)
     return row
