@@ -4,8 +4,8 @@
 //   P = exp(S - lse);   dv = P^T dout_0;   dP = sum_l dout_l v_l^T;   dS = P * (dP - delta)
 //   dk = scale dS^T q;   dq = scale dS k
 //
-// Bound: 4 + layers products of 2 * queries * keys * dim FLOPs (half causal). Where P is kept, or many layers share it, dS goes
-// through device memory instead (backward_scores.cuh).
+// Bound: 4 + layers products of 2 * queries * keys * dim FLOPs (half causal). Where many layers share P, and where it is kept
+// at D = 128, dS goes through device memory instead (backward_scores.cuh).
 //
 // Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T: a warpgroup owns 64 keys, and P^T and dS^T leave the
 // accumulators as the A operand of the products that give dv and dk, which stay in registers. dS alone passes through shared
