@@ -108,7 +108,7 @@ struct OwnerParams {
   Tensor4 dk_sum, dv_sum;
   float* dq_sums;
   int *turns, *ticket;
-  CUtensorMap q, k, dout[max_layers], v[max_layers];
+  CUtensorMap q, k, dk_map, dv_map, dout[max_layers], v[max_layers];  // dk, dv: in boxes of 16 keys, in the inputs' dtype
 };
 
 struct ValuesParams {
@@ -248,6 +248,32 @@ __device__ __forceinline__ void exponentiate(float* s, float scale_log2, Lse&& l
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[4 * n + i] = exp2_approx(fmaf(s[4 * n + i], scale_log2, -(i % 2 == 0 ? shift.x : shift.y)));
   }
+}
+
+// dk or dv of a warp's 16 keys in the inputs' dtype, by TMA from `rows` of panels that nobody reads any more. Before the block
+// ends, cute::tma_store_wait.
+template <class T, int D>
+__device__ __forceinline__ void send_keys(const CUtensorMap& map, char* rows, int panel_bytes, const float (&x)[D / 2],
+                                          float scale, int key, int head, int batch) {
+  const int lane = threadIdx.x % 32, row = lane % 16, across = lane / 16;
+  const std::uint32_t to = shared_address(rows) + row * panel_row_bytes;
+#pragma unroll
+  for (int j = 0; j < D / 16; ++j) {
+    std::uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = cuda::pack<T>(x[8 * j + 2 * i] * scale, x[8 * j + 2 * i + 1] * scale);
+    const std::uint32_t at = to + j / 4 * panel_bytes + ((2 * (j % 4) + across) ^ (row % 8)) * 16;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a[0]), "r"(a[1]), "r"(a[2]),
+                 "r"(a[3])
+                 : "memory");
+  }
+  fence_async();
+  __syncwarp();
+  if (lane != 0) return;
+#pragma unroll
+  for (int panel = 0; panel < D / panel_columns; ++panel)
+    cute::SM90_TMA_STORE_4D::copy(&map, rows + panel * panel_bytes, panel * panel_columns, key, head, batch);
+  cute::tma_store_arrive();
 }
 
 // dk or dv of a warp's 16 keys: in the inputs' dtype, or in float32 and then added to `sum`, if there is one. What is added is
