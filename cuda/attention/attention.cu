@@ -188,7 +188,7 @@ std::size_t workspace_bytes(const SharedForward&) {
   return on_hopper(shared_name) ? sizeof(int) : 0;
 }
 std::size_t workspace_bytes(const SharedBackward&) {
-  return 0;
+  return on_hopper(shared_backward_name) ? sizeof(int) : 0;
 }
 std::size_t workspace_bytes(const Backward& args) {
   return dispatch(args.problem, backward_name,
@@ -263,6 +263,7 @@ void shared_backward(const SharedBackward& args, const Launch& launch) {
   params.dout[0] = delta.dout;
   params.dv = tensor(args.dv);
   params.float_dv = args.dv.dtype == DType::float32;
+  params.ticket = static_cast<int*>(launch.workspace);
   dispatch(p, shared_backward_name, [&](auto kernels) {
     kernels.delta(delta, shared_backward_name, stream_of(launch));
     const auto take = [&](auto hopper) { hopper.values(params, shared_backward_name, stream_of(launch)); };

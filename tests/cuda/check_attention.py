@@ -382,10 +382,13 @@ def run_small() -> None:
             )
             ops.decode_from_probs(probs, values[1].detach(), lengths)
     many = Case(
-        batch=1, heads=140, kv_heads=70, queries=70, keys=70, dim=128, value_dim=128
+        batch=1, heads=280, kv_heads=140, queries=70, keys=70, dim=128, value_dim=128
     )  # more blocks than processors
-    q, k = tensor(many, 140, 70, 128), tensor(many, 70, 70, 128)
-    values, grads = [tensor(many, 70, 70, 128) for _ in range(2)], [tensor(many, 140, 70, 128, False) for _ in range(2)]
+    q, k = tensor(many, 280, 70, 128), tensor(many, 140, 70, 128)
+    values, grads = (
+        [tensor(many, 140, 70, 128) for _ in range(2)],
+        [tensor(many, 280, 70, 128, False) for _ in range(2)],
+    )
     group(ops, q, k, values, grads, "probs", causal=True)
     torch.cuda.synchronize()
 

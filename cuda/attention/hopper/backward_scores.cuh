@@ -3,7 +3,7 @@
 //   dS = P * (dP - delta),   dP = sum_l dout_l v_l^T,   P read where it is kept, else exp(S - lse), stored like dS
 //
 // What follows are three products with a kept matrix: dq = scale dS k is a consumer's forward from probabilities
-// (forward_probs.cuh), dk = scale dS^T q and dv = P^T dout_0 are a consumer's backward (backward_values.cuh).
+// (forward_probs.cuh), dk = scale dS^T q and dv = P^T dout_0 are a consumer's backward (backward_probs.cuh).
 //
 // Bound: layers products of 2 * queries * keys * D FLOPs (half causal), one more from lse; P is read or written and dS written
 // once beside them. The owner in one kernel (backward.cuh) keeps dk and dv in registers, which leaves a block 64 x 128 of dP at

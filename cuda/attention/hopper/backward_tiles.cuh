@@ -117,8 +117,7 @@ struct ValuesParams {
   const float* lse;
   Tensor4 dv;
   bool float_dv;
-  float factor;
-  CUtensorMap q, k, probs, dout;
+  CUtensorMap q, k, dout;
 };
 
 // Loads `rows` tokens (as many as the map's box has) from `token` on, D columns.

@@ -1,30 +1,23 @@
 // Backward of a consumer's layer on sm_90a: dv = P^T dout, summed over the query heads of a kv head, D = Dv = 64 or 128,
-// 16-bit.
+// 16-bit; P from lse (from kept P: backward_probs.cuh).
 //
-// P from lse: 2 products of 2 * queries * keys * dim FLOPs (half causal). A warpgroup owns 64 keys and computes their scores
+// Bound: 2 products of 2 * queries * keys * dim FLOPs (half causal). A warpgroup owns 64 keys and computes their scores
 // transposed, S^T = K Q^T, so that P^T is the A operand of the product that gives dv. The next step's S^T is started together
 // with this step's P^T dout, and exponentiated while that runs. Shared memory: K [128 keys x D], a ring of Q and dout [128 x
 // D].
-//
-// P kept: bound by reading P once. With dS and Q in place of P and dout, and a factor, this is also dk (backward_scores.cuh). A
-// block owns 256 keys, 128 a warpgroup, so that dout, which comes out of L2 once for each block, is half as much as P (at D =
-// 128). P's tiles are the A operand as they lie in memory. Shared memory: a ring of P [64 queries x 256 keys] and dout [64 x
-// D], 192 KiB of it on its way.
 #pragma once
 #include "attention/hopper/backward_tiles.cuh"
 
 namespace effcore::cuda::hopper {
 
-template <int D, bool from_probs>
+template <int D>
 struct ValuesTiles {
-  static constexpr int keys = from_probs ? 256 : 128, queries = from_probs ? 64 : 128;
+  static constexpr int keys = 128, queries = 128;
   using Registers = hopper::Registers<24, 240>;
-  static constexpr int keys_bytes = from_probs ? 0 : keys * D * 2, queries_bytes = queries * D * 2;
-  static constexpr int scores_bytes = from_probs ? queries * keys * 2 : queries_bytes;  // of P, or of Q in its place
-  static constexpr int stages = from_probs ? (D == 64 ? 5 : 4) : (D == 64 ? 4 : 3);
-  static constexpr int scores_at = keys_bytes, dout_at = scores_at + stages * scores_bytes;
+  static constexpr int keys_bytes = keys * D * 2, queries_bytes = queries * D * 2, stages = D == 64 ? 4 : 3;
+  static constexpr int q_at = keys_bytes, dout_at = q_at + stages * queries_bytes;
   static constexpr int lse_at = dout_at + stages * queries_bytes;  // [stage][queries], times log2 e
-  static constexpr int control_at = lse_at + (from_probs ? 0 : stages * queries * 4);
+  static constexpr int control_at = lse_at + stages * queries * 4;
   static constexpr int shared_bytes = control_at + 256;
   static_assert(shared_bytes <= shared_limit);
 };
@@ -37,18 +30,17 @@ struct ValuesControl {
   bool more[Tiles::stages];
 };
 
-template <class T, int D, bool from_probs>
-__device__ __forceinline__ void values_produce(const ValuesParams& p, char* shared,
-                                               ValuesControl<ValuesTiles<D, from_probs>>& control, const Visibility& seen,
-                                               int batch, int kv_head, int block) {
-  using Tiles = ValuesTiles<D, from_probs>;
+template <class T, int D>
+__device__ __forceinline__ void values_produce(const ValuesParams& p, char* shared, ValuesControl<ValuesTiles<D>>& control,
+                                               const Visibility& seen, int batch, int kv_head, int block) {
+  using Tiles = ValuesTiles<D>;
   constexpr int queries = Tiles::queries, keys = Tiles::keys;
   constexpr float log2e = 1.4426950408889634f;
   const Shape& s = p.shape;
   const int lane = threadIdx.x % 32, key0 = block * keys;
   attention::Steps<queries, keys> steps(seen, s.queries, s.group, block);
   attention::Step step = steps.next();
-  if (!from_probs && step.exists() && lane == 0) {
+  if (step.exists() && lane == 0) {
     Barrier::arrive_and_expect_tx(&control.k, Tiles::keys_bytes);
     load_panels<D>(p.k, &control.k, shared, keys, key0, kv_head, batch, Keep::first);
   }
@@ -57,28 +49,23 @@ __device__ __forceinline__ void values_produce(const ValuesParams& p, char* shar
     const int head = kv_head * s.group + step.head, query0 = step.block * queries, row = batch * s.heads + head;
     control.ring.wait_empty(item);
     BarrierWord* const full = &control.ring.full[item.stage];
-    char* const scores = shared + Tiles::scores_at + item.stage * Tiles::scores_bytes;
     if (lane == 0) {
-      if constexpr (from_probs)
-        load_probs_tiles(p.probs, full, scores, s, row, query0, key0, queries, keys);
-      else
-        load_panels<D>(p.q, full, scores, queries, query0, head, batch, Keep::last);
+      load_panels<D>(p.q, full, shared + Tiles::q_at + item.stage * Tiles::queries_bytes, queries, query0, head, batch,
+                     Keep::last);
       load_panels<D>(p.dout, full, shared + Tiles::dout_at + item.stage * Tiles::queries_bytes, queries, query0, head, batch,
                      Keep::last);
       const bool masked = key0 + keys > seen.end(query0) || key0 < seen.begin(min(query0 + queries, s.queries) - 1);
       control.info[item.stage] = {0, query0, masked ? step_masked : 0};
       control.more[item.stage] = true;
     }
-    if constexpr (!from_probs) {
-      float* const statistics = reinterpret_cast<float*>(shared + Tiles::lse_at) + item.stage * queries;
+    float* const statistics = reinterpret_cast<float*>(shared + Tiles::lse_at) + item.stage * queries;
 #pragma unroll
-      for (int i = lane; i < queries; i += 32) {
-        const int query = query0 + i;
-        const float lse = query < s.queries ? p.lse[static_cast<std::int64_t>(row) * s.queries + query] : -INFINITY;
-        statistics[i] = lse == -INFINITY ? INFINITY : lse * log2e;
-      }
+    for (int i = lane; i < queries; i += 32) {
+      const int query = query0 + i;
+      const float lse = query < s.queries ? p.lse[static_cast<std::int64_t>(row) * s.queries + query] : -INFINITY;
+      statistics[i] = lse == -INFINITY ? INFINITY : lse * log2e;
     }
-    control.ring.expect_by_warp(item, Tiles::scores_bytes + Tiles::queries_bytes);
+    control.ring.expect_by_warp(item, 2 * Tiles::queries_bytes);
   }
   control.ring.wait_empty(item);
   if (lane == 0) control.more[item.stage] = false;
@@ -86,10 +73,9 @@ __device__ __forceinline__ void values_produce(const ValuesParams& p, char* shar
 }
 
 template <class T, int D>
-__device__ __forceinline__ void values_from_lse(const ValuesParams& p, char* shared,
-                                                ValuesControl<ValuesTiles<D, false>>& control, const Visibility& seen,
-                                                int batch, int kv_head, int block) {
-  using Tiles = ValuesTiles<D, false>;
+__device__ __forceinline__ void values_consume(const ValuesParams& p, char* shared, ValuesControl<ValuesTiles<D>>& control,
+                                               const Visibility& seen, int batch, int kv_head, int block) {
+  using Tiles = ValuesTiles<D>;
   constexpr int queries = Tiles::queries, keys = Tiles::keys;
   const Shape& s = p.shape;
   const int thread = threadIdx.x - helper_threads, warpgroup = thread / 128, warp = thread / 32 % 4, lane = threadIdx.x % 32;
@@ -104,8 +90,8 @@ __device__ __forceinline__ void values_from_lse(const ValuesParams& p, char* sha
   const auto start_scores = [&] {
     pin(st);
     wgmma_begin();
-    multiply<T, queries, D / 16>(
-        st, k_rows, SharedOperand<false>(base + Tiles::scores_at + item.stage * Tiles::scores_bytes, queries), false);
+    multiply<T, queries, D / 16>(st, k_rows,
+                                 SharedOperand<false>(base + Tiles::q_at + item.stage * Tiles::queries_bytes, queries), false);
     wgmma_commit();
   };
   control.ring.wait_full(item);
@@ -144,47 +130,12 @@ __device__ __forceinline__ void values_from_lse(const ValuesParams& p, char* sha
     wgmma_wait<0>();
     pin(dv);
   }
-  store_keys<T, D>(p.dv, p.float_dv, {}, batch, kv_head, key0, s.keys, dv, p.factor);
+  store_keys<T, D>(p.dv, p.float_dv, {}, batch, kv_head, key0, s.keys, dv, 1.0f);
 }
 
 template <class T, int D>
-__device__ __forceinline__ void values_from_probs(const ValuesParams& p, char* shared,
-                                                  ValuesControl<ValuesTiles<D, true>>& control, int batch, int kv_head,
-                                                  int block) {
-  using Tiles = ValuesTiles<D, true>;
-  constexpr int queries = Tiles::queries, tile_bytes = 64 * panel_row_bytes;
-  const int thread = threadIdx.x - helper_threads, warpgroup = thread / 128, warp = thread / 32 % 4, lane = threadIdx.x % 32;
-  const int key0 = block * Tiles::keys + 128 * warpgroup + 16 * warp;
-  const std::uint32_t base = shared_address(shared);
-  float low[D / 2], high[D / 2];  // dv of the first and of the second 64 keys
-#pragma unroll
-  for (int i = 0; i < D / 2; ++i) low[i] = 0.0f, high[i] = 0.0f;
-  Turn<Tiles::stages> item;
-  int before = -1;
-  control.ring.wait_full(item);
-  while (control.more[item.stage]) {
-    const std::uint32_t tiles = base + Tiles::scores_at + item.stage * Tiles::scores_bytes + 2 * warpgroup * tile_bytes;
-    const SharedOperand<true> dout(base + Tiles::dout_at + item.stage * Tiles::queries_bytes, queries);
-    wgmma_begin();
-    multiply<T, D, queries / 16>(low, SharedOperand<true>(tiles, queries), dout, true);
-    multiply<T, D, queries / 16>(high, SharedOperand<true>(tiles + tile_bytes, queries), dout, true);
-    wgmma_commit();
-    wgmma_wait<1>();
-    __syncwarp();  // every lane has read whether there is more
-    if (before >= 0 && lane == 0) Barrier::arrive(&control.ring.empty[before]);
-    before = item.stage;
-    item.next();
-    control.ring.wait_full(item);
-  }
-  wgmma_wait<0>();
-  pin(low), pin(high);
-  store_keys<T, D>(p.dv, p.float_dv, {}, batch, kv_head, key0, p.shape.keys, low, p.factor);
-  store_keys<T, D>(p.dv, p.float_dv, {}, batch, kv_head, key0 + 64, p.shape.keys, high, p.factor);
-}
-
-template <class T, int D, bool from_probs>
 __global__ void __launch_bounds__(backward_threads, 1) values_kernel(const __grid_constant__ ValuesParams p) {
-  using Tiles = ValuesTiles<D, from_probs>;
+  using Tiles = ValuesTiles<D>;
   extern __shared__ __align__(1024) char shared[];
   auto& control = *reinterpret_cast<ValuesControl<Tiles>*>(shared + Tiles::control_at);
   static_assert(sizeof(control) <= 256);
@@ -199,13 +150,10 @@ __global__ void __launch_bounds__(backward_threads, 1) values_kernel(const __gri
   const Visibility seen(p.shape, batch);
   if (threadIdx.x < helper_threads) {
     cutlass::arch::warpgroup_reg_dealloc<Tiles::Registers::helper>();
-    if (threadIdx.x < 32) values_produce<T, D, from_probs>(p, shared, control, seen, batch, kv_head, work.block);
+    if (threadIdx.x < 32) values_produce<T, D>(p, shared, control, seen, batch, kv_head, work.block);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();
-    if constexpr (from_probs)
-      values_from_probs<T, D>(p, shared, control, batch, kv_head, work.block);
-    else
-      values_from_lse<T, D>(p, shared, control, seen, batch, kv_head, work.block);
+    values_consume<T, D>(p, shared, control, seen, batch, kv_head, work.block);
   }
 }
 

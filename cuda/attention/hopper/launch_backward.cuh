@@ -4,6 +4,7 @@
 
 #include "attention/hopper/backward.cuh"
 #include "attention/hopper/backward.h"
+#include "attention/hopper/backward_probs.cuh"
 #include "attention/hopper/backward_scores.cuh"
 #include "attention/hopper/backward_values.cuh"
 #include "attention/hopper/launch.h"
@@ -81,35 +82,50 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
          Tiles::shared_bytes(p.layers), stream, params);
 }
 
-// dv = factor P^T dout of one layer, or dk = factor dS^T q.
-struct ValuesOperands {
+// dv = P^T dout of one layer, P from lse.
+template <class T, int D>
+void launch_values(const BackwardParams& p, const char* function, cudaStream_t stream) {
+  using Tiles = ValuesTiles<D>;
+  const Shape& s = p.shape;
+  ValuesParams params;
+  params.shape = s;
+  params.schedule = heads_together(s.batch * s.kv_heads, attention::ceil_div(s.keys, Tiles::keys), 12, function);
+  params.lse = p.lse;
+  params.dv = p.dv;
+  params.float_dv = p.float_dv;
+  const Maps<T> maps(s, function);
+  params.q = maps.of_queries(p.q, Tiles::queries);
+  params.k = maps.of_keys(p.k, Tiles::keys);
+  params.dout = maps.of_queries(p.dout[0], Tiles::queries);
+  launch(function, values_kernel<T, D>, attention::blocks_of(params.schedule), backward_threads, Tiles::shared_bytes, stream,
+         params);
+}
+
+// dv = factor P^T dout from a kept matrix.
+struct ProbsOperands {
   const void* probs;
   const Tensor4 &dout, &dv;
   bool float_dv;
   float factor;
 };
 
-template <class T, int D, bool from_probs>
-void launch_values(const BackwardParams& p, const ValuesOperands& operands, const char* function, cudaStream_t stream) {
-  using Tiles = ValuesTiles<D, from_probs>;
+template <class T, int D>
+void launch_values_from_probs(const BackwardParams& p, const ProbsOperands& operands, const char* function,
+                              cudaStream_t stream) {
+  using Tiles = ProbsValuesTiles<D>;
   const Shape& s = p.shape;
-  ValuesParams params;
+  ProbsValuesParams params;
   params.shape = s;
   params.schedule = heads_together(s.batch * s.kv_heads, attention::ceil_div(s.keys, Tiles::keys), 12, function);
-  params.lse = p.lse;
   params.dv = operands.dv;
   params.float_dv = operands.float_dv;
   params.factor = operands.factor;
+  params.ticket = p.ticket;
   const Maps<T> maps(s, function);
-  if constexpr (from_probs) {
-    params.probs = maps.of_probs(operands.probs);
-  } else {
-    params.q = maps.of_queries(p.q, Tiles::queries);
-    params.k = maps.of_keys(p.k, Tiles::keys);
-  }
+  params.probs = maps.of_probs(operands.probs);
   params.dout = maps.of_queries(operands.dout, Tiles::queries);
-  launch(function, values_kernel<T, D, from_probs>, attention::blocks_of(params.schedule), backward_threads,
-         Tiles::shared_bytes, stream, params);
+  const unsigned blocks = staying_blocks(attention::blocks_of(params.schedule), params.ticket, function, stream);
+  launch(function, values_from_probs_kernel<T, D>, blocks, backward_threads, Tiles::shared_bytes, stream, params);
 }
 
 // The owner's backward in four kernels (backward_scores.cuh).
@@ -136,8 +152,8 @@ void launch_scores(const BackwardParams& p, const void* probs, void* ds, const c
          params);
 
   const float scale = s.negative ? -s.scale : s.scale;
-  launch_values<T, D, true>(p, {probs, p.dout[0], p.dv, p.float_dv, 1.0f}, function, stream);
-  launch_values<T, D, true>(p, {ds, p.q, p.dk, p.float_dk, scale}, function, stream);
+  launch_values_from_probs<T, D>(p, {probs, p.dout[0], p.dv, p.float_dv, 1.0f}, function, stream);
+  launch_values_from_probs<T, D>(p, {ds, p.q, p.dk, p.float_dk, scale}, function, stream);
   const attention::ForwardParams forward{s, {}, {}, {}, p.k, p.dq, nullptr, ds, p.ticket};
   if (!attention::hopper::Kernels<T, D>::forward_probs(forward, scale, function, stream))
     throw std::runtime_error(std::string("effcore.") + function + ": the CUDA driver refused a tensor map");
@@ -225,9 +241,10 @@ void BackwardKernels<T, D>::owner(const BackwardParams& p, const char* function,
 
 template <class T, int D>
 void BackwardKernels<T, D>::values(const BackwardParams& p, const char* function, cudaStream_t stream) {
-  const tiled::ValuesOperands operands{p.probs, p.dout[0], p.dv, p.float_dv, 1.0f};
-  p.probs != nullptr ? tiled::launch_values<T, D, true>(p, operands, function, stream)
-                     : tiled::launch_values<T, D, false>(p, operands, function, stream);
+  if (p.probs != nullptr)
+    tiled::launch_values_from_probs<T, D>(p, {p.probs, p.dout[0], p.dv, p.float_dv, 1.0f}, function, stream);
+  else
+    tiled::launch_values<T, D>(p, function, stream);
 }
 
 }  // namespace effcore::cuda::attention::hopper

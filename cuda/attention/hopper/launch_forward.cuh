@@ -18,16 +18,6 @@ inline std::int64_t probs_tiles_of(const Shape& s) {
   return probs_elements_of(s) / (probs_tile * probs_tile) * s.batch * s.heads;
 }
 
-// The blocks to launch: where there is more work than processors and a counter for it, which is zeroed here, one a processor.
-inline unsigned staying_blocks(const Schedule& schedule, int*& ticket, const char* function, cudaStream_t stream) {
-  const unsigned all = blocks_of(schedule);
-  const auto processors = static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount, function));
-  if (all <= processors) ticket = nullptr;
-  if (ticket == nullptr) return all;
-  check(cudaMemsetAsync(ticket, 0, sizeof(int), stream), function);
-  return processors;
-}
-
 template <class T, int D>
 bool Kernels<T, D>::forward(const ForwardParams& p, bool known_lse, void* probs, const char* function, cudaStream_t stream) {
   using Tiles = tiled::ForwardTiles<D>;
@@ -41,7 +31,7 @@ bool Kernels<T, D>::forward(const ForwardParams& p, bool known_lse, void* probs,
   params.args.schedule = row_schedule<T>(s, Tiles::rows, true);
   const auto run = [&]<Forward forward>() {
     static_assert(sizeof(tiled::ForwardShared<T, D, forward>) <= 227 * 1024);
-    const unsigned blocks = staying_blocks(params.args.schedule, params.ticket, function, stream);
+    const unsigned blocks = tiled::staying_blocks(blocks_of(params.args.schedule), params.ticket, function, stream);
     launch(function, tiled::forward_kernel<T, D, forward>, blocks, Tiles::threads, sizeof(tiled::ForwardShared<T, D, forward>),
            stream, params);
     return true;
@@ -62,7 +52,7 @@ bool Kernels<T, D>::forward_probs(const ForwardParams& p, float factor, const ch
     return false;
   static_assert(sizeof(tiled::ForwardProbsShared<T, D>) <= 227 * 1024);
   params.args.schedule = row_schedule<T>(s, Tiles::rows, false);
-  const unsigned blocks = staying_blocks(params.args.schedule, params.ticket, function, stream);
+  const unsigned blocks = tiled::staying_blocks(blocks_of(params.args.schedule), params.ticket, function, stream);
   launch(function, tiled::forward_probs_kernel<T, D>, blocks, Tiles::threads, sizeof(tiled::ForwardProbsShared<T, D>), stream,
          params);
   return true;

@@ -2,6 +2,7 @@
 // fetches what comes next. Pieces are numbered; a block begins with its own number and draws the others from a counter in
 // device memory. Without a counter a block does its own piece alone.
 #pragma once
+#include "common/error.h"
 #include "hopper/pipeline.cuh"
 #include "hopper/wgmma.cuh"
 
@@ -70,5 +71,15 @@ class WorkSink {
   const int all_;
   Turn<2> turn_;
 };
+
+// The blocks to launch for `all` pieces: where there are more than processors and a counter for them, which is zeroed here, one
+// a processor.
+inline unsigned staying_blocks(unsigned all, int*& ticket, const char* function, cudaStream_t stream) {
+  const auto processors = static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount, function));
+  if (all <= processors) ticket = nullptr;
+  if (ticket == nullptr) return all;
+  check(cudaMemsetAsync(ticket, 0, sizeof(int), stream), function);
+  return processors;
+}
 
 }  // namespace effcore::cuda::hopper
