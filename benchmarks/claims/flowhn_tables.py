@@ -7,6 +7,7 @@ missing stays empty.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -107,6 +108,42 @@ def _scan(name: str) -> str:
     return table(header, rows)
 
 
+def _profiled(name: str) -> str:
+    """Of the scan's forward by Nsight Compute: what a token of 32 channels takes. A kernel's part of the file begins with
+    `# kernel; B x L x E, N`."""
+    path = RESULTS / f"{name}_h200.txt"
+    rows = []
+    for part in path.read_text().split("\n# ")[1:] if path.is_file() else []:
+        kernel, shape = part.splitlines()[0].split("; ")
+        batch, tokens, channels, _ = (int(n.replace(",", "")) for n in re.split(" x |, ", shape))
+        found = dict(re.findall(r"^ +(\S.*?) {2,}(?:\S+ +)?([\d,.]+) *$", part, re.M))
+        value = {k: float(v.replace(",", "")) for k, v in found.items()}
+        works = batch * tokens * channels / 32
+        wavefronts = value["l1tex__data_pipe_lsu_wavefronts.sum"] / works
+        special = 8 * value["smsp__inst_executed_pipe_xu.sum"] / (528 * value["Elapsed Cycles"])
+        cells = [kernel, shape, f"{value['Active Warps Per Scheduler']:.1f}"]
+        cells += [
+            f"{value['Executed Instructions'] / works:.0f}",
+            f"{value['Issue Slots Busy']:.0f}%",
+            f"{wavefronts:.0f}",
+        ]
+        cells += [
+            f"{value['l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed']:.0f}%",
+            f"{special:.0%}",
+        ]
+        rows.append(cells)
+    header = [
+        "",
+        "B x L x E, N",
+        "warps a scheduler",
+        "instructions",
+        "slots busy",
+        "accesses to shared memory",
+        "its path busy",
+    ]
+    return table([*header, "special functions busy"], rows)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "flowhn_train": _speed,
     "flowhn_train_135M": _speed,
@@ -118,6 +155,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "flowhn_decode": _decode,
     "flowhn_loss": _loss,
     "scan_check": _scan,
+    "scan_forward_ncu": _profiled,
 }
 
 
