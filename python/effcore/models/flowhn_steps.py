@@ -12,25 +12,22 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
+from effcore.models.step_graph import is_recordable_step
+
 if TYPE_CHECKING:
     from effcore.models.flowhn_cache import FlowHNCache
 
 
-def can_replay(cache: Any, ids: Tensor, mask: Tensor | None, model: Any) -> TypeGuard[FlowHNCache]:
-    """Whether these tokens are one step of equal rows behind a static cache, on one GPU, without gradients. What the model
-    would refuse (a mask of another shape, a cache beside gradient checkpointing) is left for it to refuse.
+def can_replay(cache: Any, ids: Tensor | None, mask: Tensor | None, model: Any) -> TypeGuard[FlowHNCache]:
+    """Whether this is one step of equal rows behind a static cache. What the model would refuse (a mask of another shape, a
+    cache beside gradient checkpointing) is left for it to refuse.
     """
-    if not ids.is_cuda or ids.dim() != 2 or ids.shape[1] != 1 or not getattr(cache, "is_static", False):
+    if not is_recordable_step(ids, cache, model):
         return False
     if mask is not None and tuple(mask.shape) != (ids.shape[0], cache.length + 1):
         return False
-    devices = getattr(model, "hf_device_map", None) or {}
-    if (model.model.gradient_checkpointing and model.training) or len(set(devices.values())) > 1:
-        return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
-        return False
     alike = len(cache.positions) == ids.shape[0] and len(set(cache.positions)) == 1
-    return alike and cache.positions[0] < cache.max_cache_len and not torch.cuda.is_current_stream_capturing()
+    return alike and cache.positions[0] < cache.max_cache_len
 
 
 class StepGraphs:

@@ -15,23 +15,30 @@ if TYPE_CHECKING:
     from effcore.models.cache import SharedCache
 
 
-def can_replay(cache: Any, ids: Tensor | None, mask: Tensor | None, model: Any) -> TypeGuard[SharedCache]:
-    """Whether these tokens are one step behind a static cache that holds a prompt, on one GPU, without gradients. What the
-    model would refuse is left for it to refuse."""
+def is_recordable_step(ids: Tensor | None, cache: Any, model: Any) -> TypeGuard[Tensor]:
+    """Whether these ids are one token a row behind a static cache, on one GPU, and nothing is on that a recorded step would not
+    see: gradients, autocast, a compiler, another capture."""
     if ids is None or not ids.is_cuda or ids.dim() != 2 or ids.shape[1] != 1 or not getattr(cache, "is_static", False):
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
+        return False
+    devices = getattr(model, "hf_device_map", None) or {}
+    if (model.model.gradient_checkpointing and model.training) or len(set(devices.values())) > 1:
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def can_replay(cache: Any, ids: Tensor | None, mask: Tensor | None, model: Any) -> TypeGuard[SharedCache]:
+    """Whether this is one step behind a static cache that holds a prompt. What the model would refuse is left for it to
+    refuse."""
+    if not is_recordable_step(ids, cache, model):
         return False
     if mask is not None and tuple(mask.shape) != (ids.shape[0], cache.max_cache_len):  # it would grow from step to step
         return False
     rope = str(model.model.rotary_emb.rope_type)
     if "dynamic" in rope or rope == "longrope":  # these look at the positions on the host
         return False
-    devices = getattr(model, "hf_device_map", None) or {}
-    if (model.model.gradient_checkpointing and model.training) or len(set(devices.values())) > 1:
-        return False
-    filled = cache.batch_size == ids.shape[0] and cache.layout == model.layout
-    return filled and not torch.cuda.is_current_stream_capturing()
+    return cache.batch_size == ids.shape[0] and cache.layout == model.layout
 
 
 class StepGraph:
