@@ -34,8 +34,8 @@ def _row(rows: list[dict], what: str, dim: int, length: int) -> dict | None:
 
 
 def _shape(row: dict) -> str:
-    """A star where the row is from an earlier build of the library."""
-    return f"{row['dim']}, {row['length']}{'*' if row.get('earlier_build') else ''}"
+    """A star where the row is from another run, of a later build of the library."""
+    return f"{row['dim']}, {row['length']}{'*' if row.get('other_run') else ''}"
 
 
 def _peers(device: str) -> str:
@@ -49,7 +49,8 @@ def _peers(device: str) -> str:
         for dim, length in _shapes(rows):
             if row := _row(rows, what, dim, length):
                 speeds = (row["tflops"].get(name) for name in names)
-                cells = ["" if x is None else f"{x:.0f} ({x / report['matmul_tflops']:.0%})" for x in speeds]
+                most = row.get("matmul_tflops", report["matmul_tflops"])
+                cells = ["" if x is None else f"{x:.0f} ({x / most:.0%})" for x in speeds]
                 lines.append([f"{what}, {_shape(row)}", *cells])
     return table(["head_dim, S", "effcore", *(f"SDPA {n}" if n in ("flash", "cudnn") else n for n in theirs)], lines)
 
@@ -105,6 +106,7 @@ def _speed(parts: list[tuple[str, list[dict]]]) -> str:
         if plain is None or ours is None:
             continue
         cells = [f"{row['tokens/s']:,.0f}" for row in (plain, by_name["effcore, nothing shared"], ours)]
+        what += "*" if ours.get("earlier_build") else ""
         lines.append([what, *cells, f"{ours['ratio']:.3f}", f"{ours['ratio_to_control']:.3f}"])
     names = ["compiled, SDPA", "effcore, nothing shared", "sharing", "against the compiled model"]
     return table(["tokens a second", *names, "against nothing shared"], lines)
