@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import effcore.ops.kronecker as ops
+from effcore.cli.app import app
 from effcore.methods.bayesian_moe import Posterior, laplace
 from tests.cli.test_calibrate import folder, questions_file
-from tests.cuda.test_commands_cuda import effcore
 from tests.methods.laplace_toys import ANSWERS, moe, text
 
 __all__ = ["folder"]
@@ -85,7 +86,19 @@ def test_an_interrupted_fit_goes_on_with_the_same_bits(tmp_path):
 
 def test_calibrate(folder, tmp_path):
     data = questions_file(tmp_path / "q.jsonl")
-    output = effcore("calibrate", folder, "--out", "out", "--data", data, "--rank", 3, "--json", "-q", folder=tmp_path)
+    arguments = [
+        "calibrate",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--data",
+        str(data),
+        "--rank",
+        "3",
+        "--json",
+        "-q",
+    ]
+    output = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
     scores = json.loads(output[output.index("{") :])["scores"]
     assert {"MAP", "posterior"} <= set(scores) and all(row["nll"] < 20 for row in scores.values())
     assert (tmp_path / "out" / "posterior.safetensors").exists()

@@ -121,6 +121,17 @@ class LinearExperts(nn.Module):
         return self.head(out.view_as(x).mean(1))
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "mixtral", "deepseek"])
+def test_low_rank_at_full_rank_equals_kron_where_tokens_are_few(kind):
+    """Directions that no token of an expert has keep the prior variance."""
+    model, loader = moe(kind, torch.float64), [text(seed=s) for s in range(3)]
+    full = laplace(model, loader, answers=ANSWERS, hessian="kron", prior_variance=0.1)
+    low = laplace(model, loader, answers=ANSWERS, hessian="lowrank", rank=16, prior_variance=0.1)
+    torch.testing.assert_close(
+        low.logit_distribution(loader[0]), full.logit_distribution(loader[0]), rtol=1e-6, atol=1e-9
+    )
+
+
 def test_linear_experts():
     torch.manual_seed(0)
     model = LinearExperts().double()

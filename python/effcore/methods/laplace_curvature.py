@@ -80,12 +80,14 @@ class LayerCurvature:
             values, vectors = torch.linalg.eigh(self.tensors[f"{side}.sum"])
             return Factor(vectors, values.clamp_min(0), values.new_zeros(self.experts))
         basis = self.tensors[f"{side}.basis"]
+        if basis.shape[1] == basis.shape[2]:  # all of the space: also the directions in which there was no token
+            values, vectors = torch.linalg.eigh(basis @ basis.mT)
+            return Factor(vectors, values.clamp_min(0), values.new_zeros(self.experts))
         values = basis.square().sum(1)
         # Columns whose length is rounding alone are no directions.
         real = values > values.amax(1, keepdim=True) * 10 * torch.finfo(values.dtype).eps ** 1.5
         vectors = torch.where(real[:, None], basis / values.sqrt().clamp_min(1e-30)[:, None], 0)
-        left = basis.shape[1] - basis.shape[2]
-        rest = self.tensors[f"{side}.discarded"] / left if left else torch.zeros_like(values[:, 0])
+        rest = self.tensors[f"{side}.discarded"] / (basis.shape[1] - basis.shape[2])
         return Factor(vectors, torch.where(real, values, 0), rest)
 
 
