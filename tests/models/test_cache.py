@@ -162,7 +162,7 @@ def test_reorder_crop_reset_and_repeat(sharing, static):
     torch.testing.assert_close(after, want[:, 9:], **CLOSE)
     cache.crop(0)
     with pytest.raises(ValueError, match="minus the number of tokens"):
-        cache.crop(3)
+        cache.crop(-2)
 
     cache.reset()
     assert int(cache.get_seq_length()) == 0
@@ -203,6 +203,14 @@ def test_a_prompt_is_kept_as_it_comes():
         keys, _ = cache.append_kv(0, k[:, :, :1], v[:, :, :1])
         torch.testing.assert_close(keys, torch.cat([k, k[:, :, :1]], 2), rtol=0, atol=0)
         assert keys.data_ptr() != k.data_ptr()
+    given = k.clone()  # the first tokens as they came: written to once the cache gave some back
+    with torch.no_grad():
+        cache = new_cache(model, False)
+        cache.append_kv(0, given, v)
+        cache.commit(5, None)
+        cache.crop(-2)
+        keys, _ = cache.append_kv(0, k[:, :, :1], v[:, :, :1])
+    torch.testing.assert_close(keys, torch.cat([k[:, :, :3], k[:, :, :1]], 2), rtol=0, atol=0)
 
 
 @torch.no_grad()

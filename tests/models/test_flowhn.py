@@ -284,8 +284,9 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(Exception, match=message):
             call()
-    with pytest.raises(TypeError, match="unexpected arguments"):
-        net(ids(1, 4), output_attentions=True)
+    for value in (True, 0, torch.zeros(1), ids(1, 4)):
+        with pytest.raises(TypeError, match="unexpected arguments"):
+            net(ids(1, 4), output_attentions=value)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

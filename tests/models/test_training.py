@@ -104,6 +104,16 @@ def test_whole_model_with_inductor(sharing):
     assert_same_gradients({n.removeprefix("_orig_mod."): g for n, g in got.items()}, want, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [{"mode": "reduce-overhead"}, {"mode": "max-autotune"}, {"options": {"triton.cudagraphs": True}}]
+)
+def test_pieces_are_no_cuda_graphs(options):
+    model = share_activations(hf_model(), mode="qk", shared=2)
+    with pytest.raises(ValueError, match="the next call overwrites"):
+        model.compile_pieces(**options)
+    assert all(layer.pieces is layer_module.PIECES for layer in model.model.layers)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", ["qk", "kv"])
 def test_a_growing_region_compiles_nothing_anew(mode, checkpointing):

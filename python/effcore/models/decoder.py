@@ -129,6 +129,13 @@ class SharedLlamaModel(SharedLlamaPreTrainedModel):
     def compile_pieces(self, **options: Any) -> None:
         """See :meth:`SharedLlamaForCausalLM.compile_pieces`."""
         options.setdefault("fullgraph", True)
+        if options.get("mode") in ("reduce-overhead", "max-autotune") or "triton.cudagraphs" in options.get(
+            "options", ()
+        ):
+            raise ValueError(
+                "effcore: pieces cannot be CUDA graphs of their own, whose outputs the next call overwrites while caches keep "
+                "them: take mode='max-autotune-no-cudagraphs'; behind a static cache whole steps are CUDA graphs"
+            )
         compiled = Pieces(**{name: torch.compile(piece, **options) for name, piece in PIECES._asdict().items()})
         for layer in self.layers:
             layer.pieces = compiled  # type: ignore[assignment]

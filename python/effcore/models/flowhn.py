@@ -185,7 +185,7 @@ class FlowHNForCausalLM(FlowHNPreTrainedModel, GenerationMixin):
         Raises:
             TypeError: an argument that this model does not know.
         """
-        unknown = {name for name, value in kwargs.items() if value not in (None, False)} - _LOSS_ARGUMENTS
+        unknown = {name for name, value in kwargs.items() if value is not None and value is not False} - _LOSS_ARGUMENTS
         if unknown:
             raise TypeError(f"effcore: FlowHNForCausalLM.forward got unexpected arguments {sorted(unknown)}")
         if (

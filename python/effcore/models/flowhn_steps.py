@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
-from effcore.models.step_graph import is_recordable_step
+from effcore.models.step_graph import is_recordable_step, record
 
 if TYPE_CHECKING:
     from effcore.models.flowhn_cache import FlowHNCache
@@ -87,20 +87,15 @@ class StepGraphs:
         cache.positions = [positions[0] - 1] * len(positions)
         if self._stream is None:
             self._stream = torch.cuda.Stream(ids.device)
-        graph, stream = torch.cuda.CUDAGraph(), self._stream
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        stream.wait_stream(torch.cuda.current_stream(ids.device))
+        inputs, out = self._ids, self._logits
+
+        def step() -> None:
+            out.copy_(model.lm_head(model.model(inputs, None, cache, use_cache=True).last_hidden_state))
+
         try:
-            with torch.cuda.stream(stream), torch.no_grad():
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    hidden = model.model(self._ids, None, cache, use_cache=True).last_hidden_state
-                    self._logits.copy_(model.lm_head(hidden))
-                finally:
-                    graph.capture_end()  # raises where something in the step cannot be captured
+            return record(step, self._stream, pool)
         finally:
             for store, lengths, counted in held:
                 store.lengths, store._counted = lengths, counted
             cache.length, cache.positions = length, positions
-        torch.cuda.current_stream(ids.device).wait_stream(stream)
-        return graph

@@ -39,7 +39,7 @@ class SharedGenerationMixin(GenerationMixin):
         model: Any = self
         length = None
         if implementation == "static":
-            # As in transformers: never smaller than before, so that a compiled decoding step is kept.
+            # As in transformers: never smaller than before, so that a step that somebody compiles is kept.
             length = max(max_cache_length, generation_config.max_cache_len or 0, getattr(model, "_static_cache_len", 0))
             model._static_cache_len = length
             if generation_config.compile_config is None:

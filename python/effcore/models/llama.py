@@ -95,6 +95,9 @@ class SharedLlamaForCausalLM(SharedLlamaPreTrainedModel, SharedGenerationMixin):
 
         Args:
             options: for :func:`torch.compile`; ``fullgraph=True`` unless given.
+
+        Raises:
+            ValueError: a mode that makes each piece a CUDA graph.
         """
         self.model.compile_pieces(**options)
         self.loss_function = torch.compile(self.loss_function, **options)

@@ -6,6 +6,8 @@ the device. So the first step is recorded, and the host does one launch for each
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -41,12 +43,33 @@ def can_replay(cache: Any, ids: Tensor | None, mask: Tensor | None, model: Any) 
     return cache.batch_size == ids.shape[0] and cache.layout == model.layout
 
 
+def record(run: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """What ``run`` does on the device of this stream, as a graph; nothing runs. The stream is the caller's, since torch's own
+    for captures belongs to whichever device came first.
+
+    Raises:
+        RuntimeError: something in ``run`` cannot be recorded.
+    """
+    current = torch.cuda.current_stream(stream.device)
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream), torch.no_grad():
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
+    current.wait_stream(stream)
+    return graph
+
+
 class StepGraph:
     """The recorded step of one model behind one cache, and the tensors that it reads and writes.
 
     It is recorded anew where those have moved: weights (``model.to``, ``p.data = ...``), the cache's buffers, another layout or
     other inputs. What else changes between steps is not noticed: weights that other parameters replaced, adapters that were
-    switched, hooks. Take a new cache then, as each ``generate()`` does.
+    switched, hooks. Take a new cache then, as each ``generate()`` does. A step that cannot be recorded (a hook that looks at
+    a value on the host) is done as it is, and so are all after it.
     """
 
     def __init__(self) -> None:
@@ -56,6 +79,7 @@ class StepGraph:
         self._model: Any = None
         self._weights: list[Tensor] = []
         self._recorded: Any = None
+        self._unrecordable: Any = None  # the model whose step could not be recorded
 
     def __deepcopy__(self, memo: Any) -> StepGraph:
         return StepGraph()  # a copy of the cache has buffers of its own
@@ -65,7 +89,8 @@ class StepGraph:
         if self._graph is None or self._model is not model or self._recorded != self._state(cache, inputs):
             self._graph = None
             logits = self._run(model, cache, inputs)  # as it is, which also sets up what a capture may not
-            self._record(model, cache, inputs, logits)
+            if self._unrecordable is not model:
+                self._record(model, cache, inputs, logits)
             return logits
         assert self._logits is not None
         for name, tensor in inputs.items():
@@ -86,8 +111,14 @@ class StepGraph:
         """Records the step that was just done; nothing runs."""
         self._model, self._weights = model, [*model.parameters(), *model.buffers()]
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        self._logits = logits.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._logits.copy_(self._run(model, cache, self._inputs))
-        self._graph, self._recorded = graph, self._state(cache, inputs)
+        self._logits = out = logits.clone()
+        first_key = cache.first_key
+        try:
+            self._graph = record(
+                lambda: out.copy_(self._run(model, cache, self._inputs)), torch.cuda.Stream(logits.device)
+            )
+        except RuntimeError as error:
+            warnings.warn(f"effcore: a decoding step cannot be recorded, and is done as it is: {error}", stacklevel=4)
+            self._unrecordable = model
+            cache.first_key = first_key
+        self._recorded = self._state(cache, inputs)
