@@ -1,4 +1,4 @@
-"""Decoding steps that cannot be recorded, with stand-ins for CUDA graphs; those that can are in tests/cuda/test_models_cuda.py."""
+"""Decoding steps that cannot be recorded, with stand-ins for CUDA graphs; the others: tests/cuda/test_models_cuda.py."""
 
 import contextlib
 
