@@ -1,8 +1,6 @@
 // Which tokens stay: the class token's scores and their partition. One block a batch row and one launch in all, unless there
-// are so few rows that their heads are shared out among blocks; then a second launch adds up and selects. (Not faster for 64
-// rows of 16 heads and 2048 or 4096 tokens on an H200: more parts than fill the GPU once; a row's parts as a cluster that adds
-// up in shared memory, 2 % for two blocks of 1024 threads, far slower for four or eight, which do not all find their places at
-// once; a second launch that begins early; keys loaded a step ahead.)
+// are so few rows that their heads are shared out among blocks, no more than fill the GPU once; then a second launch adds up
+// and selects.
 //
 //   scores[n] = 1/heads · sum over h of softmax_n(scale · q_h · k_g(h),n)
 //

@@ -2,10 +2,10 @@
 // order.
 //
 // A score becomes an unsigned integer of the same order (NaN 0, protected tokens the greatest). The least key that stays is
-// found by counting: the range of all keys is cut into 2048 equal parts, the one with the last key that stays into 2048 again,
-// and so on. Two rounds are the rule, and three are enough for any 32 bits. Each warp then takes tokens that follow each other,
-// and they find their places from how many before them stay. The only atomics are counts, whose order does not matter; nothing
-// is sorted.
+// found by counting: the range that the keys have is cut into 256 equal parts at most, the one with the last key that stays
+// again, and so on, until a part is one key or all that are left stay. Four rounds are enough for any 32 bits. Each warp then
+// takes tokens that follow each other, and they find their places from how many before them stay. The only atomics are
+// counts, whose order does not matter; nothing is sorted.
 #pragma once
 #include <cstdint>
 

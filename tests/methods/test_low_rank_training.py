@@ -245,9 +245,30 @@ def test_only_what_is_faster_branches(measure, monkeypatch):
     assert names == ["0"], "the second is slower, 4 does not divide the third's ranks"
     assert list(branch(model, 4, include=names)) == ["0"] and [c.branches for c in model] == [4, 1, 1]
     monkeypatch.undo()
-    assert set(faster_branches(model, 2, [torch.randn(2, 32, 8, 8)], measure=measure)) <= {"1", "2"}
+    clock, times = low_rank_merge.Clock.__call__, {}
+
+    def noted(self, key, module, seen):
+        return times.setdefault((seen.shape[1], module.groups), clock(self, key, module, seen))
+
+    monkeypatch.setattr(low_rank_merge.Clock, "__call__", noted)
+    names = faster_branches(model, 2, [torch.randn(2, 32, 8, 8)], measure=measure)
+    assert set(times) == {(8, 1), (8, 2), (10, 1), (10, 2)} and min(times.values()) > 0
+    assert names == [n for n, r in (("1", 8), ("2", 10)) if times[r, 2] < times[r, 1]]
     with pytest.raises(ValueError, match="branches must be at least 2"):
         faster_branches(model, 1, [])
+
+
+def test_branching_nothing_and_what_is_not_there(monkeypatch):
+    model = nn.Sequential(LowRankConv2d(24, 32, 3, (16, 24), padding=1), nn.Conv2d(32, 8, 1))
+    monkeypatch.setattr(low_rank_merge.Clock, "__call__", lambda self, key, module, seen: float(module.groups))
+    names = faster_branches(model, 4, [torch.randn(2, 24, 8, 8)])
+    assert names == [] and branch(model, 4, include=names) == {} and model[0].branches == 1
+    for absent in ("1", "2"):
+        with pytest.raises(ValueError, match=f"include names '{absent}', which is not a low-rank convolution"):
+            branch(model, 4, include=["0", absent])
+    assert model[0].branches == 1
+    with pytest.raises(ValueError, match="branches must be at least 2"):
+        branch(model, 1, include=[])
 
 
 def test_merged_and_branched_models_are_saved_too(tmp_path):

@@ -213,7 +213,7 @@ struct Activations {
 
 // Against torch on 2 cores with AVX-512: float16 gains 1.3-1.9x from 4 rows to 16, 1.0-1.2x at one. MKL multiplies a few rows
 // of float32 out of the cache as fast as they come; it loses from 4 rows on where the factors do not fit (0.94-1.1x at 2
-// to 2.5 MiB, 1.05-1.2x at 4 to 6, 1.3-1.4x at 8).
+// to 2.5 MiB, 1.05-1.2x at 4 to 6, 1.3-1.4x at 8). The limit lies between what was measured at 2.5 and at 4 MiB.
 template <class Storage, class T>
 constexpr Limits limits =
     sizeof(Storage) == 2 ? Limits{.most_rows = 16} : Limits{.least_rows = 4, .most_rows = 16, .least_bytes = 3 << 20};

@@ -14,8 +14,7 @@
 // dropped. For 3 x 3 + 2 taps that is 1.14 + 2 boxes instead of the 11 that taps read one by one.
 //
 // Where there are fewer tiles than half of the device, a cluster of two blocks shares one: each sums half of the channels,
-// gives the other its sums of half of the positions through distributed shared memory, and stores the other half. (Clusters
-// that part the positions instead and fetch the weights for each other by multicast were tried: 5 % slower.)
+// gives the other its sums of half of the positions through distributed shared memory, and stores the other half.
 //
 // Kernels with their channels inside (channels_last_3d) are read where they lie, as rows of input channels for the gradient of
 // the data, which wgmma then reads transposed. The middle of the cross has two kernels: both come, and are added in float32 and

@@ -4,10 +4,7 @@
 // Bound: the second-level cache (boxes.h), 24 bytes a cycle and multiprocessor, and the registers, which hold 12 accumulators
 // of 64 x 64. A block takes 64 output channels x 64 channels for (almost) all taps at once, so that one box of dout serves 11
 // taps, and a box of x with a halo those of a column of the kernel: 54 KB for 64 positions, 104 FLOPs a byte. Or, where there
-// are enough output channels, 128 of them for half of the taps: 36 and 42 KB, 144 FLOPs a byte. (Blocks of a cluster that fetch
-// x for each other by multicast were tried: 10 % slower.) (So were clusters of splits that add up through each other's shared
-// memory before they write: no faster in pairs, and half as fast in fours and eights, which the device's groups of
-// multiprocessors do not hold without leaving some idle.)
+// are enough output channels, 128 of them for half of the taps: 36 and 42 KB, 144 FLOPs a byte.
 //
 // Three warpgroups sum up to four taps of 64 output channels each, in one or two sequences that read x at equal distances:
 // lines of one box, or boxes of equal size. Of 128 output channels two warpgroups take the halves for the same four taps, the

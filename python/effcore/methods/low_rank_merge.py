@@ -253,16 +253,24 @@ def branch(model: nn.Module, branches: int, *, include: Iterable[str] | None = N
     Cores whose ranks ``branches`` does not divide are left as they are, and are not in the result.
 
     Args:
-        include: names of the low-rank convolutions to split, as :func:`faster_branches` finds them.
+        include: names of the low-rank convolutions to split, as :func:`faster_branches` finds them; it may find none.
 
     Raises:
-        ValueError: branches below 2, or no core that it divides.
+        ValueError: branches below 2, no core that it divides, or include names what is no low-rank convolution of the model.
     """
     errors: dict[str, float] = {}
-    wanted = None if include is None else set(include)
-    for name, module in _divided(model, branches):
-        if wanted is not None and name not in wanted:
-            continue
+    divided = _divided(model, branches)
+    if include is not None:
+        wanted = set(include)
+        if not wanted:
+            return errors
+        known = {name for name, module in model.named_modules() if isinstance(module, LowRankConv2d)}
+        if unknown := sorted(wanted - known):
+            raise ValueError(
+                f"effcore.branch: include names {unknown[0]!r}, which is not a low-rank convolution of the model"
+            )
+        divided = [(name, module) for name, module in divided if name in wanted]
+    for name, module in divided:
         assert module.core is not None
         r1, r2 = module.ranks
         core = module.core.weight
