@@ -150,7 +150,6 @@ TABLES: dict[str, Callable[[str], str]] = {
     "flowhn_train_1B": _speed,
     "flowhn_blocks": _speed,
     "flowhn_peers": _peers,
-    "flowhn_peers_installed": _peers,
     "flowhn_profile": _profile,
     "flowhn_decode": _decode,
     "flowhn_loss": _loss,
