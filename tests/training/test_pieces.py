@@ -12,7 +12,8 @@ import yaml
 from safetensors import SafetensorError
 
 from effcore.errors import InputError
-from effcore.files import staged
+from effcore.files import staged, write_atomically
+from effcore.methods.vds_run import RunFiles
 from effcore.training import checkpoint
 from effcore.training.metrics_file import read_metrics, truncate_metrics
 from effcore.training.recipe import Recipe, TrainingSettings, built_in_recipes, load_recipe, recipe_from_dict
@@ -153,6 +154,55 @@ def test_staging_publishes_whole_folders_or_none(tmp_path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert [path.name for path in run.iterdir()] == ["checkpoint-4"]
     assert (run / "checkpoint-4" / "trainer_state.json").read_text() == "new"
+
+
+def test_a_death_between_two_moves_loses_no_folder(tmp_path, monkeypatch):
+    with staged(tmp_path) as staging:
+        make_checkpoint(staging, 4, "old")
+    rename, moves = Path.rename, []
+
+    def dying(path, place):
+        moves.append(place)
+        if len(moves) > 1:
+            raise KeyboardInterrupt
+        return rename(path, place)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path) as staging:
+        make_checkpoint(staging, 4, "new")
+    monkeypatch.undo()
+    assert checkpoint.checkpoints(tmp_path) == []  # it is aside
+    with staged(tmp_path):
+        assert (tmp_path / "checkpoint-4" / "trainer_state.json").read_text() == "old"
+
+
+def test_a_run_of_vds_ttt_finds_the_state_that_was_aside(tmp_path):
+    RunFiles(tmp_path, {"queries": "hash"})
+    (tmp_path / ".in-progress" / ".replaced" / "online").mkdir(parents=True)
+    RunFiles(tmp_path, {"queries": "hash"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "online"]
+
+
+def test_files_are_moved_after_folders(tmp_path, monkeypatch):
+    rename, moved = Path.rename, []
+    monkeypatch.setattr(Path, "rename", lambda path, place: (moved.append(path.name), rename(path, place)))
+    with staged(tmp_path) as staging:
+        (staging / "a.json").write_text("")
+        make_checkpoint(staging, 4, "")
+        (staging / "b").mkdir()
+    assert moved == ["b", "checkpoint-4", "a.json"]
+
+
+def test_a_failed_write_keeps_the_old_text_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    write_atomically(tmp_path / "a.json", "old")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
 
 
 def test_checkpoints_are_ordered_by_step_and_incomplete_ones_ignored(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from effcore.errors import InputError
-from effcore.files import staged, write_atomically
+from effcore.files import recover, staged, write_atomically
 
 Row = dict[str, Any]
 
@@ -84,6 +84,7 @@ class RunFiles:
                 raise InputError(
                     f"{path}: a run with other settings is here ({', '.join(changed)} differ); choose another folder"
                 )
+            recover(path)  # online/ is replaced after each accepted query
         elif path.is_dir() and any(entry.suffix != ".partial" for entry in path.iterdir()):
             raise InputError(f"{path}: the folder is not empty and holds no run; choose another")
         else:
