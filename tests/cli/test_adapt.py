@@ -115,6 +115,19 @@ def test_wrong_input_is_one_line(arguments, message, places):
     assert isinstance(result.exception, InputError) and message in str(result.exception)
 
 
+def test_a_model_without_positions_takes_any_length():
+    from types import SimpleNamespace
+
+    from transformers import MambaConfig
+
+    from effcore.training.adapt import _check_lengths
+    from effcore.training.models import check_length
+
+    model = SimpleNamespace(config=MambaConfig())
+    _check_lengths(model, byte_tokenizer(), ["1+1="], 10**6)
+    check_length(model, 10**6)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -95,8 +95,10 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
 
 
 def _check_lengths(model: Any, tokenizer: Any, queries: list[str], new: int) -> None:
-    """Raises InputError where a query and its response have more tokens than the model has positions."""
-    limit = model.config.max_position_embeddings
+    """Raises InputError where a query and its response have more tokens than the model has positions, if it has any."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        return
     length = max(len(ids) for ids in tokenizer(queries)["input_ids"])
     if length + new > limit:
         raise InputError(

@@ -207,7 +207,7 @@ def describe(model: Any, cache_dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check_length(model: Any, length: int) -> None:
-    """Raises InputError where windows are longer than the model's positions."""
-    limit = model.config.max_position_embeddings
-    if length > limit:
+    """Raises InputError where windows are longer than the model's positions, if it has any."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
         raise InputError(f"data.length is {length}, but the model has positions for {limit} tokens")
