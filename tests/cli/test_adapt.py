@@ -164,3 +164,18 @@ def test_an_interruption_says_how_to_go_on(places, monkeypatch, capsys):
         main([*map(str, arguments), "--out", str(places / "run"), "-q", "--max-new-tokens", "4"])
     assert ended.value.code == 130
     assert capsys.readouterr().err == "effcore: interrupted; the same command with --resume goes on\n"
+
+
+def test_an_interruption_before_the_old_run_is_replaced_gives_no_hint(places, monkeypatch, capsys):
+    from effcore.cli import main
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    (places / "run").mkdir()
+    (places / "run" / "config.json").write_text('{"queries": "of the old run"}')
+    monkeypatch.setattr("effcore.training.adapt.load_model", interrupted)
+    arguments = ["adapt", places / "model", "--queries", places / "queries.jsonl", "--verifier", places / "verifier"]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments), "--out", str(places / "run"), "--overwrite", "-q"])
+    assert ended.value.code == 130 and capsys.readouterr().err == "effcore: interrupted\n"

@@ -66,7 +66,6 @@ def adapt(
         if value not in known:
             raise InputError(f"{option} must be {' or '.join(known)}, got {value}")
     from effcore.cli.progress import lines
-    from effcore.methods.vds_run import is_run
     from effcore.methods.vds_ttt import LoraSettings
     from effcore.training.adapt import adapt as run
 
@@ -97,10 +96,10 @@ def adapt(
             generation_batch=generation_batch,
             seed=seed,
         )
-    except KeyboardInterrupt:
-        if not is_run(out):
+    except KeyboardInterrupt as error:
+        if not (hints := getattr(error, "__notes__", [])):
             raise
-        print("effcore: interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("; ".join(["effcore: interrupted", *hints]), file=sys.stderr)
         raise typer.Exit(130) from None
     if json_:
         print(json.dumps(report))

@@ -182,6 +182,10 @@ def adapt(
             write_atomically(
                 out / "report.md", f"# VDS-TTT\n\nN = {learner.num_samples}, τ = {learner.threshold}\n\n{table(rows)}\n"
             )
+    except KeyboardInterrupt as error:
+        if is_run(out):
+            error.add_note("the same command with --resume goes on")
+        raise
     except VerifierError as error:
         raise InputError(f"--verifier {verifier}: {error}; what was drawn is in {out}") from error
     except (OSError, RuntimeError, SafetensorError) as error:
