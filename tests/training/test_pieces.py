@@ -16,6 +16,7 @@ from effcore.files import staged, write_atomically
 from effcore.methods.vds_run import RunFiles
 from effcore.training import checkpoint
 from effcore.training.metrics_file import read_metrics, truncate_metrics
+from effcore.training.models import _resolve
 from effcore.training.recipe import Recipe, TrainingSettings, built_in_recipes, load_recipe, recipe_from_dict
 from effcore.training.report import markdown_table, title
 from effcore.training.trainer import training_arguments
@@ -250,3 +251,13 @@ def test_titles():
         == "epas qk, 2 of 4 layers share"
     )
     assert title({"method": "baseline", "mode": None, "layout": "0_1", "shared_layers": 0}) == "baseline"
+
+
+def test_a_model_comes_before_a_folder_in_it_that_is_called_model(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert _resolve(tmp_path)[0] == tmp_path / "model"
+    (tmp_path / "config.json").write_text("{}")
+    assert _resolve(tmp_path)[0] == tmp_path
+    (tmp_path / "config.json").write_text('{"queries": "of a run"}')
+    assert _resolve(tmp_path)[0] == tmp_path / "model"

@@ -126,7 +126,7 @@ def _resolve(path: Path) -> tuple[Path, dict[str, Any]]:
         return path.parent, {"gguf_file": path.name}
     if not path.is_dir():
         raise InputError(f"{path}: no such model (expected a folder, a run folder of effcore train, or a .gguf file)")
-    if (path / "model" / "config.json").is_file():
+    if (path / "model" / "config.json").is_file() and (is_run(path) or not (path / "config.json").is_file()):
         return path / "model", {}
     if is_run(path):
         raise InputError(f"{path}: no model here, but what effcore adapt keeps; with --merge it also saves the model")
