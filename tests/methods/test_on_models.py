@@ -180,3 +180,14 @@ def test_finish_drops_the_projections_from_the_checkpoint(tmp_path):
     again = type(model).from_pretrained(tmp_path).eval()
     ids = windows(1)[0]["input_ids"][None]
     assert torch.equal(model.eval()(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
+def test_the_callback_unwraps_no_wrapper_of_the_user():
+    from types import SimpleNamespace
+
+    from effcore.methods.callback import EachStep
+
+    seen, wrapper = [], SimpleNamespace(optimizer="inner")
+    each = EachStep(lambda model, state, optimizer: seen.append(optimizer))
+    each.on_step_begin(None, None, None, model=None, optimizer=wrapper)
+    assert seen == [wrapper]

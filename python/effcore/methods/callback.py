@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -22,6 +23,8 @@ class EachStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer = kwargs.get("optimizer")
-        self.change(kwargs["model"], state, getattr(optimizer, "optimizer", optimizer))
+        if isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        self.change(kwargs["model"], state, optimizer)
 
     on_train_begin = on_step_begin
