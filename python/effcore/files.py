@@ -9,7 +9,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from effcore.errors import disk_is_full
+from effcore.errors import InputError, disk_is_full
+
+
+def check_place(out: Path) -> None:
+    """Refuses a place where no folder can be written, before anything is computed; makes nothing.
+
+    Raises:
+        InputError: ``out`` or what it lies in is no folder, or cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: not a folder")
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"--out {out}: {above} is {'not writable' if above.is_dir() else 'not a folder'}")
 
 
 def write_atomically(path: Path, text: str) -> None:

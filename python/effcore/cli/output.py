@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from effcore.errors import InputError
+from effcore.files import check_place
 
 
 def check_free(out: Path, result: str, *, overwrite: bool, unfinished: Sequence[str] = ()) -> None:
@@ -20,11 +20,7 @@ def check_free(out: Path, result: str, *, overwrite: bool, unfinished: Sequence[
     Raises:
         InputError: ``out`` is a file, cannot be written, holds a result, or is somebody's folder of other things.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: not a folder")
-    above = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"--out {out}: {above} is {'not writable' if above.is_dir() else 'not a folder'}")
+    check_place(out)
     if (out / result).exists():
         if not overwrite:
             raise InputError(f"--out {out}: a result is here; --overwrite replaces it")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from effcore.data.json_lines import json_lines
 from effcore.errors import InputError, RunError, disk_is_full
-from effcore.files import staged, write_atomically
+from effcore.files import check_place, staged, write_atomically
 from effcore.methods.vds_report import measure, table
 from effcore.methods.vds_run import is_run
 from effcore.methods.vds_ttt import VerifierTTT
@@ -85,8 +85,7 @@ def load_verifier(path: str, kind: str, device: str) -> Verifier:
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
     """Raises InputError where a new run would hit something; only a run is ever overwritten."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: not a folder")
+    check_place(out)
     if out.is_dir() and any(out.iterdir()):
         if not is_run(out):
             raise InputError(f"--out {out}: the folder is not empty and holds no run of this command; choose another")
