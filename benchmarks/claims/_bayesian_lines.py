@@ -159,14 +159,16 @@ def with_adapters(language_model: Any, seed: int) -> Any:
 
 def lines_task(
     folder: Path, *, train_on: int, test: int, batch: int, epochs: int, rate: float, device: str, pretraining: int,
-    seconds: float, most_bytes: int = 170 << 20, windows: int = 128, **size: int,
+    seconds: float, development: bool = False, most_bytes: int = 170 << 20, windows: int = 128, **size: int,
 ) -> Task:  # fmt: skip
     """The task, with what ``folder`` holds of it: tokens, questions and the language model, which are made where they are not
-    there yet."""
+    there yet. ``development``: "test" and "other" are of files that are not scored otherwise."""
     tokens_file, weights_file = folder / "tokenizer.json", folder / "pretrained.safetensors"
     counts = {"train": train_on, "held": test // 2, "test": test, "other": test}
     made = [tokens_file, weights_file, *(folder / f"{part}.jsonl" for part in counts)]
-    sources = Sources([], {}) if all(file.exists() for file in made) else find_sources(most_bytes)
+    sources = (
+        Sources([], {}) if all(file.exists() for file in made) else find_sources(most_bytes, development=development)
+    )
     questions = make_questions(folder, sources, counts)
     if not tokens_file.exists():
         learn_tokens(sources.pretraining).save(str(tokens_file))

@@ -41,8 +41,9 @@ class Sources:
     parts: dict[str, list[SourceFile]]  # "train", "held", "test", "other"
 
 
-def find_sources(most_bytes: int) -> Sources:
-    """All files, of which at most so many bytes to pretrain on."""
+def find_sources(most_bytes: int, *, development: bool = False) -> Sources:
+    """All files, of which at most so many bytes to pretrain on. Some are for development alone: in place of those of "test" and
+    "other"."""
     packages = list_files(Path(torch.__file__).parent.parent)
     headers = [
         f for f in packages if f.path.suffix in HEADERS and "/ops/" not in f.name
@@ -53,15 +54,24 @@ def find_sources(most_bytes: int) -> Sources:
     sources, total = Sources([], {"train": [], "held": [], "test": [], "other": []}), 0
     for file in unique.values():
         place = _share(file.name)
-        if place >= 0.1:
+        part = _part(place, file.path.suffix in HEADERS)
+        if part == "pretraining":
             if total < most_bytes:
                 sources.pretraining.append(file)
                 total += file.size
-        elif file.path.suffix in HEADERS:
-            sources.parts["other"].append(file)
-        else:
-            sources.parts["train" if place < 0.05 else "held" if place < 0.07 else "test"].append(file)
+        elif part in ("train", "held") or part.startswith("development ") == development:
+            sources.parts[part.removeprefix("development ")].append(file)
     return sources
+
+
+def _part(place: float, is_header: bool) -> str:
+    """Of a file at this place among all, from 0 to 1."""
+    if place >= 0.1:
+        return "pretraining"
+    if is_header:
+        return "other" if place < 0.07 else "development other"
+    ends = {0.05: "train", 0.07: "held", 0.09: "test", 0.1: "development test"}
+    return next(part for end, part in ends.items() if place < end)
 
 
 def _share(name: str) -> float:

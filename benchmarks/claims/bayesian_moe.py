@@ -9,15 +9,19 @@ A small Qwen2-MoE answers questions with one right answer of several:
 Then MAP, temperature scaling, MC dropout, an ensemble of five, a last-layer Laplace approximation, Laplace-LoRA and
 Bayesian-MoE are scored by accuracy, NLL, ECE (15 bins) and Brier, on files that were not trained on, and on text of another
 kind. OOD AUROC tells the two kinds apart by confidence. Temperatures and priors, one for each layer, are chosen on files of
-their own.
+their own; posteriors over experts also with one prior for all layers, and together with a temperature.
 
 The paper (arXiv:2511.08968) reports lower ECE and NLL than its baselines for Qwen1.5-MoE and DeepSeek-MoE on common-sense
 questions, without training again. Our goals: ECE at least halved against MAP, NLL lower than MAP on both kinds, accuracy
 within 0.3 points, NLL on text of another kind lower than that of temperature scaling.
 
 Each seed is a file FOLDER/seed<n>.json, written again after each method; seeds that are complete there are not run again, so
-that several calls can share the work (after --prepare, side by side). The table is over all seeds of FOLDER, and
-the methods that they all have.
+that several calls can share the work (after --prepare, side by side). The ensemble of seed n are models n to n + 4: seeds
+share them, and --only-members trains some for others to find. The table is over all seeds of FOLDER, and the methods that they
+all have.
+
+What is not a matter of course (epochs, pretraining) is tried out with --development, on files that are not scored otherwise,
+and a seed that is not reported.
 """
 
 from __future__ import annotations
@@ -38,11 +42,17 @@ from effcore.methods.bayesian_moe import laplace
 from effcore.methods.calibration import draw_reliability, fit_temperature, ood_auroc, scores
 from effcore.methods.laplace_file import read_safetensors, write_safetensors
 
+# fmt: off
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "lines": {"train": 3000, "test": 2400, "batch": 64, "epochs": 5, "rate": 3e-4, "pretraining": 800},
-    "packages": {"train": 6000, "test": 4000, "batch": 128, "epochs": 8, "rate": 2e-3},
+    "lines": {
+        "seeds": [1, 2, 3], "train": 8000, "test": 4000, "batch": 64, "epochs": 3, "rate": 3e-4, "pretraining": 1200,
+    },
+    "packages": {"seeds": [0, 1, 2], "train": 6000, "test": 4000, "batch": 128, "epochs": 8, "rate": 2e-3},
 }
+# fmt: on
 TESTS = ("test", "other")
+PARTS = (*TESTS, "held")
+GRID = torch.logspace(-6, 6, 31).tolist()  # prior variances
 PICTURED = ("MAP", "temperature", "Bayesian-MoE")
 Predictions = dict[str, Tensor]  # probabilities [N, C] of each test set
 
@@ -72,24 +82,25 @@ class Seed:
         self.write(complete=False)
 
     def write(self, *, complete: bool) -> None:
-        settings = {
-            k: v
-            for k, v in vars(self.options).items()
-            if not isinstance(v, Path) and k not in ("seeds", "prepare", "pretraining_seconds")
-        }
         report = {
             "claim": "bayesian_moe",
             "seed": self.seed,
             "complete": complete,
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if self.options.device.startswith("cuda") else "cpu",
-            "settings": settings,
+            "settings": settings_of(self.options),
             "questions": {part: len(self.task.labels(part)) for part in self.task.data},
             "models": self.task.about,
             "seconds": time.perf_counter() - self.began,
             "methods": self.methods,
         }
         file_of(self.options.out, self.seed).write_text(json.dumps(report, indent=1))
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What results hang on."""
+    others = ("seeds", "prepare", "pretraining_seconds", "only_members")
+    return {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k not in others}
 
 
 def make_task(options: argparse.Namespace) -> Task:
@@ -103,48 +114,72 @@ def make_task(options: argparse.Namespace) -> Task:
 
     tiny = {"most_bytes": 2 << 20, "windows": 4, "width": 128, "layers": 2} if options.quick else {}
     return lines_task(
-        options.out, **settings, pretraining=options.pretraining, seconds=options.pretraining_seconds, **tiny
-    )
+        options.out, **settings, pretraining=options.pretraining, seconds=options.pretraining_seconds,
+        development=options.development, **tiny,
+    )  # fmt: skip
 
 
 def file_of(folder: Path, seed: int) -> Path:
     return folder / f"seed{seed}.json"
 
 
+def member(number: int, task: Task, options: argparse.Namespace) -> tuple[Any, Predictions]:
+    """A trained model and its logits, which stay in a file for the ensembles of other seeds."""
+    model = task.member(number)
+    logits = {part: task.logits(model, part) for part in PARTS}
+    write_safetensors(member_file(options, number), logits, {"settings": settings_of(options)})
+    return model, logits
+
+
+def logits_of_member(number: int, task: Task, options: argparse.Namespace) -> Predictions:
+    """Of the file, where there is one of these settings."""
+    if member_file(options, number).exists():
+        logits, about = read_safetensors(member_file(options, number))
+        if about["settings"] == settings_of(options):
+            return logits
+    return member(number, task, options)[1]
+
+
+def member_file(options: argparse.Namespace, number: int) -> Path:
+    return options.out / f"member{number}.safetensors"
+
+
 def run_seed(seed: int, task: Task, options: argparse.Namespace) -> None:
     record = Seed(seed, task, options)
-    first = 100 * seed
-    model, held = task.member(first), task.labels("held")
+    model, plain = member(seed, task, options)
     record.say("trained")
-    plain = {part: task.logits(model, part) for part in (*TESTS, "held")}
-    temperature = fit_temperature(plain["held"], held)
+    temperature = fit_temperature(plain["held"], task.labels("held"))
     record.add("MAP", {part: plain[part].softmax(1) for part in TESTS})
     record.add("temperature", {part: (plain[part] / temperature).softmax(1) for part in TESTS}, temperature=temperature)
     score_posterior(record, "Bayesian-MoE", model, "experts")
-    score_posterior(record, "last-layer Laplace", model, "last")
-    total = {part: plain[part].softmax(1) for part in TESTS}
-    for number in range(1, options.members):
-        other = task.member(first + number)
-        total = {part: total[part] + task.logits(other, part).softmax(1) for part in TESTS}
-        record.say(f"member {number} of the ensemble trained")
-    record.add(f"ensemble of {options.members}", {part: total[part] / options.members for part in TESTS})
     record.add("MC dropout", {part: task.dropout(model, part) for part in TESTS})
+    score_posterior(record, "last-layer Laplace", model, "last")
     if not options.no_lora:
         score_posterior(record, "Laplace-LoRA", task.adapted(model, seed), "lora")
+    all_logits = [plain] + [logits_of_member(seed + i, task, options) for i in range(1, options.members)]
+    mean = {part: torch.stack([logits[part].softmax(1) for logits in all_logits]).mean(0) for part in TESTS}
+    record.add(f"ensemble of {options.members}", mean)
     record.write(complete=True)
 
 
 def score_posterior(record: Seed, name: str, model: Any, targets: str) -> None:
-    """Of experts also with one prior variance for all layers."""
+    """With a prior variance a layer; of experts also with one for all layers, and with a temperature."""
     task, start = record.task, time.perf_counter()
     posterior = laplace(model, task.data["fit"], answers=task.answers, targets=targets, rank=record.options.rank)
     seconds = time.perf_counter() - start
-    for suffix, per_layer in (("", True), (", one prior", False))[: 2 if targets == "experts" else 1]:
-        posterior.fit_heldout(task.data["held"], per_layer=per_layer)
+    tables = {part: posterior.tabulate(task.data[part], GRID) for part in PARTS}
+    kinds = {
+        "": {"per_layer": True},
+        ", one prior": {},
+        ", temperature": {"per_layer": True, "temperature": True},
+    }
+    for suffix, how in kinds.items() if targets == "experts" else [("", kinds[""])]:
+        choice = tables["held"].choose(**how)
         record.add(
             name + suffix,
-            {part: torch.cat([posterior.predict(b).cpu() for b in task.data[part]]) for part in TESTS},
-            prior_variance=posterior.prior_variance.tolist(),
+            {part: tables[part].probabilities(choice).cpu() for part in TESTS},
+            prior_variance=[GRID[i] for i in choice.variances],
+            temperature=choice.temperature,
             experts_without_tokens=sum(map(len, posterior.unrouted.values())),
             fit_seconds=seconds,
         )
@@ -167,7 +202,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
             found.append(value)
         return found
 
-    lines = [f"{'':20s} " + " ".join(f"{title:>15s}" for title in columns)]
+    lines = [f"{'':25s} " + " ".join(f"{title:>15s}" for title in columns)]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     for name in names:
         cells = []
@@ -175,7 +210,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
             numbers = values(name, path)
             spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
             cells.append(f"{statistics.fmean(numbers):.4f} ±{spread:.4f}")
-        lines.append(f"{name:20s} " + " ".join(f"{cell:>15s}" for cell in cells))
+        lines.append(f"{name:25s} " + " ".join(f"{cell:>15s}" for cell in cells))
     mean = {name: {title: statistics.fmean(values(name, path)) for title, path in columns.items()} for name in names}
     ours, plain, tempered = mean["Bayesian-MoE"], mean["MAP"], mean["temperature"]
     goals = {
@@ -197,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the seeds' files, and of the pretrained model"
     )
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="which seeds; none: the table alone")
+    parser.add_argument("--seeds", type=int, nargs="*", help="which seeds; none: the table alone")
     parser.add_argument("--prepare", action="store_true", help="make questions and the pretrained model, and no more")
     parser.add_argument("--train", type=int, help="questions to train on")
     parser.add_argument("--test", type=int, help="questions of each test set")
@@ -209,6 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--pretraining-seconds", type=float, default=float("inf"), help="and no longer than this (lines)"
     )
     parser.add_argument("--members", type=int, default=5, help="models of the ensemble")
+    parser.add_argument("--only-members", type=int, nargs="+", metavar="N", help="train these models, and no more")
+    parser.add_argument("--development", action="store_true", help="score other files, to try things (lines)")
     parser.add_argument("--rank", type=int, default=10)
     parser.add_argument("--no-lora", action="store_true", help="leave out Laplace-LoRA")
     parser.add_argument(
@@ -224,8 +261,10 @@ def main(arguments: list[str] | None = None) -> int:
         options.seeds, options.train, options.test, options.epochs, options.members = [0], 96, 48, 2, 2
         options.pretraining = 5
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.prepare:
-        make_task(options)
+    if options.prepare or options.only_members:
+        task = make_task(options)
+        for number in options.only_members or []:
+            logits_of_member(number, task, options)
         return 0
     missing = [s for s in options.seeds if not (_read(file_of(options.out, s)) or {}).get("complete")]
     if missing:

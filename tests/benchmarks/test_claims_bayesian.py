@@ -63,6 +63,13 @@ def test_no_file_is_in_two_parts(sources):
     assert {f.path.suffix for f in sources.parts["other"]} <= {".h", ".hpp", ".cuh"}
 
 
+def test_files_for_development_are_not_scored(sources):
+    others = text.find_sources(1 << 20, development=True)
+    for part in ("test", "other"):
+        assert others.parts[part] and not set(others.parts[part]) & set(sources.parts[part])
+    assert others.pretraining == sources.pretraining and others.parts["held"] == sources.parts["held"]
+
+
 def test_tokens_give_the_text_back(sources, tokenizer):
     file = sources.pretraining[0]
     ids = text.encode_files(tokenizer, [file])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from effcore.methods.bayesian_moe import laplace
+from effcore.methods.bayesian_moe import Posterior, laplace
 from effcore.reference.kronecker import dense_factor
 from tests.methods.laplace_toys import batches, data, toy
 
@@ -129,6 +129,31 @@ def test_heldout_tuning_is_no_worse_than_any_of_its_grid():
     torch.testing.assert_close(
         posterior.predict(held, samples=2000), model(held[0]).detach().softmax(-1), rtol=0, atol=1e-3
     )
+
+
+def test_a_temperature_goes_with_the_prior(tmp_path):
+    """Of labels that follow the MAP at a third of its logits it is found, and the pair is no worse than either alone."""
+    model, (x, y) = toy(), data()
+    with torch.no_grad():
+        model[-1].weight *= 10
+    posterior = laplace(model, batches(x, y, 6), targets="last", rank=2)
+    torch.manual_seed(1)
+    held = torch.randn(4000, 3, dtype=torch.float64)
+    logits = model(held).detach()
+    labels = torch.distributions.Categorical(logits=logits / 3).sample()
+
+    def nll(p):
+        return -p.gather(1, labels[:, None]).log().mean()
+
+    posterior.fit_heldout([(held, labels)], temperature=True)
+    assert 2.5 < posterior.temperature < 3.5
+    p = posterior.predict((held,), samples=256)
+    posterior.save(tmp_path / "p.safetensors")
+    again = Posterior.load(tmp_path / "p.safetensors", model)
+    assert torch.equal(again.predict((held,), samples=256), p)
+    assert nll(p) < nll((logits / 3).softmax(1)) + 2e-3
+    posterior.fit_heldout([(held, labels)])
+    assert posterior.temperature == 1 and nll(p) < nll(posterior.predict((held,), samples=256))
 
 
 def test_prediction_averages_the_softmax():

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from effcore.errors import InputError
 from effcore.methods.laplace_file import read_safetensors, write_safetensors
 from effcore.methods.laplace_layer import LayerPosterior
+from effcore.methods.laplace_table import PriorTable, minimum, sampled
 from effcore.methods.laplace_taps import Batch, LayerTokens, Tap, find_taps, gradients, listening, logits_of
 from effcore.ops.kronecker import Factor
-
-JITTER = 1e-6  # added to the covariance of logits
 
 
 @dataclass
@@ -30,6 +29,7 @@ class Posterior:
 
     Attributes:
         prior_variance: s² of each layer, [layers]. :meth:`fit_evidence` and :meth:`fit_heldout` set it.
+        temperature: what :meth:`predict` divides logits by. :meth:`fit_heldout` sets it where it is asked to.
         log_likelihood: of the training labels at the MAP, or None where batches had no labels.
         unrouted: for each layer, the experts that no token reached. They keep the prior variance.
     """
@@ -44,6 +44,7 @@ class Posterior:
     log_likelihood: float | None = None
     examples: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
 
     @property
     def taps(self) -> list[Tap]:
@@ -98,10 +99,12 @@ class Posterior:
                 variance = torch.tensor(math.exp(log_variance), dtype=torch.float64)
                 return -sum(float(self._evidence_of(i, variance)) for i in group)
 
-            self.prior_variance[group] = math.exp(_minimum(loss, math.log(bounds[0]), math.log(bounds[1])))
+            self.prior_variance[group] = math.exp(minimum(loss, math.log(bounds[0]), math.log(bounds[1])))
         return self
 
-    def fit_heldout(self, loader: Any, *, per_layer: bool = False, grid: Sequence[float] | None = None) -> Posterior:
+    def fit_heldout(
+        self, loader: Any, *, per_layer: bool = False, temperature: bool = False, grid: Sequence[float] | None = None
+    ) -> Posterior:
         """Sets the prior variance where the negative log-likelihood of labels that the fit has not seen is least.
 
         One pass over ``loader`` takes the covariances for every variance of the grid; the choice costs no more passes.
@@ -109,8 +112,18 @@ class Posterior:
         Args:
             loader: batches with labels, of data other than that of the fit.
             per_layer: one variance a layer, by coordinate descent from the best shared one.
+            temperature: together with a temperature T: logits are N(f / T, Σ / T²) then. A prior variance near 0 makes that
+                temperature scaling.
             grid: candidate variances (default: 41 from 1e-8 to 1e4, evenly in the logarithm).
         """
+        table = self.tabulate(loader, grid)
+        choice = table.choose(per_layer=per_layer, temperature=temperature)
+        self.prior_variance, self.temperature = table.variances[list(choice.variances)].clone(), choice.temperature
+        return self
+
+    def tabulate(self, loader: Any, grid: Sequence[float] | None = None) -> PriorTable:
+        """One pass over ``loader``: its logits and what each layer adds to their covariance, for every prior variance of
+        ``grid`` (default: 41 from 1e-8 to 1e4, evenly in the logarithm). The posterior stays as it is."""
         variances = torch.tensor(grid or torch.logspace(-8, 4, 41).tolist(), dtype=self.prior_variance.dtype)
         if not bool((variances > 0).all()):
             raise InputError("effcore.laplace: prior variances must be positive")
@@ -122,21 +135,7 @@ class Posterior:
             labels.append(_checked_labels(batch, mean, number))
         if not means:
             raise InputError("effcore.laplace: the held-out loader is empty")
-        mean, label = torch.cat(means), torch.cat(labels)
-        each = torch.cat(covariances, 2)  # [layers, S, N, C, C]
-
-        def loss(choice: Sequence[int]) -> float:
-            covariance = sum(each[i, s] for i, s in enumerate(choice))
-            probabilities = _sampled(mean, covariance, 256, 0)  # type: ignore[arg-type]
-            return float(-probabilities.gather(1, label[:, None]).clamp_min(1e-12).log().mean())
-
-        shared = min(range(len(variances)), key=lambda s: loss([s] * len(self.layers)))
-        choice = [shared] * len(self.layers)
-        for _ in range(2 if per_layer else 0):
-            for i in range(len(self.layers)):
-                choice[i] = min(range(len(variances)), key=lambda s, i=i: loss([*choice[:i], s, *choice[i + 1 :]]))  # type: ignore[misc]
-        self.prior_variance = variances[choice].clone()
-        return self
+        return PriorTable(variances, torch.cat(means), torch.cat(covariances, 2), torch.cat(labels))
 
     # ---------------------------------------------------------------- prediction
 
@@ -153,12 +152,13 @@ class Posterior:
                 / 8)) with v the variance of each logit (MacKay 1992), with no draws.
         """
         mean, covariance = self.logit_distribution(batch)
+        mean, covariance = mean / self.temperature, covariance / self.temperature**2
         if method == "probit":
             variance = covariance.diagonal(dim1=1, dim2=2)
             return (mean / (1 + math.pi / 8 * variance).sqrt()).softmax(-1)
         if method != "sampling":
             raise InputError(f'effcore.laplace: method must be "sampling" or "probit", got {method!r}')
-        return _sampled(mean, covariance, samples, seed)
+        return sampled(mean, covariance, samples, seed)
 
     def _covariances(self, batch: Batch, variances: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
         """Logits [B, C] and each layer's covariances [layers, S, B, C, C] (S = 1: with its own prior variance)."""
@@ -215,6 +215,7 @@ class Posterior:
             "log_likelihood": self.log_likelihood,
             "examples": self.examples,
             "settings": self.settings,
+            "temperature": self.temperature,
         }
         write_safetensors(Path(path), tensors, about)
 
@@ -255,6 +256,7 @@ class Posterior:
             about["log_likelihood"],
             about["examples"],
             about["settings"],
+            about.get("temperature", 1.0),  # files of before have none
         )
 
 
@@ -310,30 +312,3 @@ def check_labels(labels: Tensor, examples: int, classes: int, *, number: int) ->
             f"effcore.laplace: labels of batch {number} go from {int(labels.min())} to {int(labels.max())}, "
             f"but the model gives {classes} classes"
         )
-
-
-def _sampled(mean: Tensor, covariance: Tensor, samples: int, seed: int) -> Tensor:
-    """The mean of the softmax, not the softmax of the mean."""
-    generator = torch.Generator().manual_seed(seed)
-    wide, identity = covariance.double(), torch.eye(mean.shape[1], dtype=torch.float64, device=mean.device)
-    root = torch.linalg.cholesky(
-        (wide + wide.mT) / 2 + JITTER * identity * (1 + wide.diagonal(dim1=1, dim2=2).amax(1)[:, None, None])
-    )
-    noise = torch.randn(samples, mean.shape[1], generator=generator, dtype=torch.float64).to(mean.device)
-    total = torch.zeros_like(mean, dtype=torch.float64)
-    for some in noise.split(128):
-        total += (mean.double() + torch.einsum("bcd,sd->sbc", root, some)).softmax(-1).sum(0)
-    return (total / samples).to(mean.dtype)
-
-
-def _minimum(loss: Any, low: float, high: float) -> float:
-    """Of a function with one valley in most cases: a grid first, golden sections in the best cell's neighbourhood then."""
-    points = torch.linspace(low, high, 49, dtype=torch.float64).tolist()
-    values = [loss(x) for x in points]
-    best = values.index(min(values))
-    a, b = points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)]
-    ratio = (math.sqrt(5) - 1) / 2
-    while b - a > 1e-6:
-        c, d = b - ratio * (b - a), a + ratio * (b - a)
-        a, b = (a, d) if loss(c) < loss(d) else (c, b)
-    return (a + b) / 2
