@@ -70,15 +70,20 @@ class Seed:
         print(f"seed {self.seed}: {what} ({time.perf_counter() - self.began:.0f} s)", file=sys.stderr, flush=True)
 
     def add(self, name: str, p: Predictions, **facts: Any) -> None:
+        """``gained`` and ``lost``: answers that are right where MAP's were wrong, and the other way round."""
         row: dict[str, Any] = {part: scores(p[part], self.task.labels(part)) for part in TESTS}
-        self.methods[name] = row | {"ood_auroc": ood_auroc(p["test"], p["other"])} | facts
         self.say(
-            f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in row["test"].items()) + f" {facts or ''}"
-        )
+            f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in row["test"].items())
+            + f", other NLL {row['other']['nll']:.4f} {facts or ''}"
+        )  # fmt: skip
+        labels = self.task.labels("test")
         if name in PICTURED:
             self.pictured[name] = p["test"]
-            tensors = self.pictured | {"labels": self.task.labels("test")}
+            tensors = self.pictured | {"labels": labels}
             write_safetensors(file_of(self.options.out, self.seed).with_suffix(".safetensors"), tensors, {})
+        before, now = (q.argmax(1) == labels for q in (self.pictured["MAP"], p["test"]))
+        changed = {"gained": int((now & ~before).sum()), "lost": int((before & ~now).sum())}
+        self.methods[name] = row | {"ood_auroc": ood_auroc(p["test"], p["other"])} | changed | facts
         self.write(complete=False)
 
     def write(self, *, complete: bool) -> None:
@@ -213,11 +218,12 @@ def summary(rows: list[dict[str, Any]]) -> str:
         lines.append(f"{name:25s} " + " ".join(f"{cell:>15s}" for cell in cells))
     mean = {name: {title: statistics.fmean(values(name, path)) for title, path in columns.items()} for name in names}
     ours, plain, tempered = mean["Bayesian-MoE"], mean["MAP"], mean["temperature"]
+    changed = ", ".join(f"{sum(row['Bayesian-MoE'][key] for row in rows)} answers {key}" for key in ("gained", "lost"))
     goals = {
         f"ECE at least halved against MAP ({plain['ECE'] / ours['ECE']:.2f} times)": ours["ECE"] <= plain["ECE"] / 2,
         "NLL lower than MAP": ours["NLL"] < plain["NLL"],
         "NLL lower than MAP on text of another kind": ours["other: NLL"] < plain["other: NLL"],
-        f"accuracy within 0.3 points ({100 * (ours['accuracy'] - plain['accuracy']):+.2f})": (
+        f"accuracy within 0.3 points ({100 * (ours['accuracy'] - plain['accuracy']):+.2f}; {changed})": (
             abs(ours["accuracy"] - plain["accuracy"]) <= 0.003
         ),
         "NLL on text of another kind lower than temperature scaling's": ours["other: NLL"] < tempered["other: NLL"],

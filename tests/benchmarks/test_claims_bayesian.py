@@ -144,7 +144,7 @@ def test_a_task_scores_all_of_a_part():
 def test_the_verdict_counts_misses():
     def row(accuracy, nll, ece, other):
         scores = {"accuracy": accuracy, "nll": nll, "ece": ece, "brier": 0.5}
-        return {"test": scores, "other": scores | {"nll": other}, "ood_auroc": 0.6}
+        return {"test": scores, "other": scores | {"nll": other}, "ood_auroc": 0.6, "gained": 3, "lost": 2}
 
     good = {"MAP": row(0.5, 2, 0.3, 3), "temperature": row(0.5, 1.5, 0.1, 2), "Bayesian-MoE": row(0.501, 1.4, 0.1, 1.9)}
     assert "MISSED" not in summary([good, good])
