@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.claims._bayesian_task import Task
-from effcore.methods.bayesian_moe import laplace
+from effcore.methods.bayesian_moe import Posterior, laplace
 from effcore.methods.calibration import draw_reliability, fit_temperature, ood_auroc, scores
 from effcore.methods.laplace_file import read_safetensors, write_safetensors
 
@@ -185,9 +185,21 @@ def score_posterior(record: Seed, name: str, model: Any, targets: str) -> None:
             {part: tables[part].probabilities(choice).cpu() for part in TESTS},
             prior_variance=[GRID[i] for i in choice.variances],
             temperature=choice.temperature,
+            determined=determined(posterior, [GRID[i] for i in choice.variances]),
+            training_nll=-posterior.log_likelihood / posterior.examples,
             experts_without_tokens=sum(map(len, posterior.unrouted.values())),
             fit_seconds=seconds,
         )
+
+
+def determined(posterior: Posterior, prior_variance: list[float]) -> list[float]:
+    """How many numbers of each layer the data determine more than the prior does: tr(s² F (I + s² F)⁻¹), MacKay's γ."""
+    found = []
+    for layer, s in zip(posterior.layers, prior_variance, strict=True):
+        variance = torch.tensor(s, dtype=torch.float64, device=layer.tap.weight.device, requires_grad=True)
+        (slope,) = torch.autograd.grad(layer.log_det(variance), variance)
+        found.append(s * float(slope))
+    return found
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
