@@ -92,6 +92,7 @@ class Posterior:
     def fit_evidence(self, *, per_layer: bool = False, bounds: tuple[float, float] = (1e-8, 1e4)) -> Posterior:
         """Sets the prior variance where the evidence is greatest: one for all layers, or one a layer. Returns itself."""
         self.log_evidence()  # refuses what it must
+        self.temperature = 1.0  # the evidence is that of the model's own likelihood
         groups = [[i] for i in range(len(self.layers))] if per_layer else [list(range(len(self.layers)))]
         for group in groups:
 
@@ -112,8 +113,8 @@ class Posterior:
         Args:
             loader: batches with labels, of data other than that of the fit.
             per_layer: one variance a layer, by coordinate descent from the best shared one.
-            temperature: together with a temperature T: logits are N(f / T, Σ / T²) then. A prior variance near 0 makes that
-                temperature scaling.
+            temperature: together with a temperature T from 0.35 to 11: logits are N(f / T, Σ / T²) then. A prior variance near
+                0 makes that temperature scaling.
             grid: candidate variances (default: 41 from 1e-8 to 1e4, evenly in the logarithm).
         """
         table = self.tabulate(loader, grid)
@@ -122,8 +123,8 @@ class Posterior:
         return self
 
     def tabulate(self, loader: Any, grid: Sequence[float] | None = None) -> PriorTable:
-        """One pass over ``loader``: its logits and what each layer adds to their covariance, for every prior variance of
-        ``grid`` (default: 41 from 1e-8 to 1e4, evenly in the logarithm). The posterior stays as it is."""
+        """One pass over ``loader``, batches with labels: its logits and what each layer adds to their covariance, for every
+        prior variance of ``grid`` (default: 41 from 1e-8 to 1e4, evenly in the logarithm). The posterior stays as it is."""
         variances = torch.tensor(grid or torch.logspace(-8, 4, 41).tolist(), dtype=self.prior_variance.dtype)
         if not bool((variances > 0).all()):
             raise InputError("effcore.laplace: prior variances must be positive")
@@ -256,7 +257,7 @@ class Posterior:
             about["log_likelihood"],
             about["examples"],
             about["settings"],
-            about.get("temperature", 1.0),  # files of before have none
+            about.get("temperature", 1.0),  # older files have none
         )
 
 
