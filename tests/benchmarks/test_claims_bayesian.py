@@ -8,9 +8,11 @@ from benchmarks.claims import _bayesian_text as text
 from benchmarks.claims._bayesian_classifier import fresh, logits_of
 from benchmarks.claims._bayesian_packages import ANSWERS, ASK, LENGTH, PACKAGES, make_data, separate
 from benchmarks.claims._bayesian_task import Task, all_labels
-from benchmarks.claims.bayesian_moe import summary
+from benchmarks.claims.bayesian_moe import determined, summary
 from effcore.data.questions import Question
 from effcore.methods.bayesian_moe import laplace
+from effcore.reference.kronecker import dense_factor
+from tests.methods.laplace_toys import data, toy
 
 
 def test_code_and_prose_are_told_apart():
@@ -139,6 +141,14 @@ def test_a_task_scores_all_of_a_part():
 
 
 # ---------------------------------------------------------------- the verdict
+
+
+def test_what_the_data_determine_is_the_dense_trace():
+    posterior = laplace(toy(), [data()], targets="last", hessian="kron")
+    a, b = (dense_factor(*factor)[0] for factor in posterior.layers[0].factors)
+    scaled = 0.5 * torch.kron(a, b)
+    expected = torch.linalg.solve(torch.eye(len(scaled), dtype=scaled.dtype) + scaled, scaled).trace()
+    assert determined(posterior, [0.5]) == pytest.approx([expected.item()])
 
 
 def test_the_verdict_counts_misses():
