@@ -1,4 +1,4 @@
-"""Where a step of a compiled ResNet goes, dense and merged: microseconds of its convolutions by shape and of its other kernels.
+"""Where a step of a compiled ResNet goes: microseconds of its convolutions by shape and of its other kernels.
 
 Beside each kind what the roofline of `speed` grants it, so that what a variant loses against its prediction can be seen.
 """
@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.claims import _low_rank_roofline as roofline
+from effcore.nn.low_rank import LowRankConv2d
 
 KINDS = ("k x k", "1 x 1", "stem", "norms, activations, pools")
 CONVOLUTIONS = ("aten::cudnn_convolution", "aten::convolution_backward")
@@ -44,6 +45,10 @@ def kernels(step: Callable[[], Any], count: int = 3) -> list[dict[str, Any]]:
             rows.append(
                 {"kind": _kind(weight), "what": what, "x": x, "weight": weight, "calls": event.count / count, "us": us}
             )
+        elif event.key.startswith("effcore::lowrank_linear"):
+            us = event.device_time_total / count
+            row = {"kind": KINDS[1], "what": event.key, "x": event.input_shapes[0], "weight": event.input_shapes[1]}
+            rows.append(row | {"calls": event.count / count, "us": us})
     for event in profiler.key_averages():
         if event.device_type.name == "CUDA" and event.key.startswith("triton"):
             us = event.self_device_time_total / count
@@ -56,7 +61,9 @@ def granted(model: nn.Module, x: Tensor, training: bool, rates: Ceilings) -> dic
     sums = dict.fromkeys(KINDS, 0.0)
     for name, seconds in roofline.layers(model, x, training, rates).items():
         module = model.get_submodule(name)
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, LowRankConv2d):  # as one: a pair of 1x1s
+            sums[KINDS[1]] += seconds * 1e6
+        elif isinstance(module, nn.Conv2d):
             sums[_kind(list(module.weight.shape))] += seconds * 1e6
         elif not isinstance(module, nn.Linear):
             sums[KINDS[3]] += seconds * 1e6

@@ -51,13 +51,17 @@ GROUPS = (
 )
 
 
+# Those whose steps are profiled, beside the dense one's.
+SPENT = ("merging", "timed ranks")
 BRANCHES = 4
 
 
-def resnet(depth: int) -> nn.Module:
+def resnet(depth: int, channels: int = 3) -> nn.Module:
     import transformers
 
-    config = transformers.ResNetConfig(depths=DEPTHS[depth], layer_type="bottleneck", num_labels=1000)
+    config = transformers.ResNetConfig(
+        depths=DEPTHS[depth], layer_type="bottleneck", num_labels=1000, num_channels=channels
+    )
     return transformers.ResNetForImageClassification(config)
 
 
@@ -123,15 +127,25 @@ def searched(spec: Spec) -> dict[str, Any] | None:
         return dict(timed_ranks(model, 2.0, [x], measure=measure))
     layers = find(model, [CORES] if spec.variant.startswith("cores") else None)[0]
     timer = Timer(observe(model, layers, [x], moments=False), training=spec.training)
-    return {c.layer.name: c.rank for c in by_ratio(layers, 2.0, None, timer) if c.rank is not None}
+    choices = [c for c in by_ratio(layers, 2.0, None, timer) if c.rank is not None]
+    print(f"{spec}: {len(choices)} of {len(layers)} layers, one by one {_milliseconds(choices)}", flush=True)
+    for c in choices:
+        print(f"  {c.layer.name} {tuple(c.layer.weight.shape)} {c.rank} {c.dense_ms:.3f} -> {c.ms:.3f}", flush=True)
+    return {c.layer.name: c.rank for c in choices}
+
+
+def _milliseconds(choices: list[Any]) -> str:
+    before, after = (sum(getattr(c, name) for c in choices) for name in ("dense_ms", "ms"))
+    return f"{before:.2f} ms dense, {after:.2f} ms decomposed"
 
 
 def _dense(spec: Spec) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if spec.device == "cuda" else torch.float32
     with torch.device(spec.device):
-        x = torch.randn(spec.batch, 3, spec.size, spec.size, dtype=dtype)
-        model = resnet(spec.depth).to(dtype=dtype, memory_format=torch.channels_last)
+        x = torch.randn(spec.batch, spec.channels, spec.size, spec.size, dtype=dtype)
+        x[:, 3:] = 0
+        model = resnet(spec.depth, spec.channels).to(dtype=dtype, memory_format=torch.channels_last)
     return model.train(spec.training), x.to(memory_format=torch.channels_last)
 
 
@@ -161,6 +175,9 @@ def measure(
     done: Iterable[tuple[str, str, str]] = (),
     at_once: int = 2,
     warm: bool = False,
+    channels: int = 3,
+    whole: bool = False,
+    apart: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """One row for each depth, pass (training or not) and variant; ``done`` ones are left out.
 
@@ -169,34 +186,49 @@ def measure(
         save: called when something was written into it.
         at_once: processes that compile at a time.
         warm: compile alone, for the caches that TORCHINDUCTOR_CACHE_DIR names, what needs no timing.
+        channels: of an image; those beyond three are zeros.
     """
     done = set(done)
     for depth, training in itertools.product(depths, passes):
         what, images = "training" if training else "inference", batch or (256 if device == "cuda" else 4)
         workers: dict[str, Worker] = {}
+        spec = partial(
+            _spec,
+            depth=depth,
+            training=training,
+            device=device,
+            batch=images,
+            channels=channels,
+            whole=whole,
+            apart=apart,
+        )
         try:
             for group in GROUPS:
                 names = [n for n in group if n in variants(device == "cuda", training) and (not only or n in only)]
                 names = [n for n in names if (f"ResNet-{depth}", what, n) not in done]
                 if not names:
                     continue
-                specs = [Spec(depth, n, training, device, images) for n in names]
+                specs = [spec(n) for n in names]
                 if warm:
                     specs = [s for s in specs if _needs_no_timing(s, ranks)]
                 specs = [_ranked(spec, ranks, save) for spec in specs]
                 if "dense" not in workers:
-                    specs = [Spec(depth, "dense", training, device, images), *specs]
+                    specs = [spec("dense"), *specs]
                 workers |= start(specs, at_once)
                 if not warm:
                     rates = rates_of(device)
                     yield from _rows(workers, rounds, rates)
-                    if device == "cuda" and "merging" in workers and (row := _spent(workers, rates)):
-                        yield row
+                    if device == "cuda" and "merging" in workers:
+                        yield _spent(workers, rates)
                 for name in [n for n in workers if n != "dense"]:
                     workers.pop(name).end()
         finally:
             for worker in workers.values():
                 worker.end()
+
+
+def _spec(variant: str, **of: Any) -> Spec:
+    return Spec(variant=variant, **of)
 
 
 def _ranked(spec: Spec, ranks: dict[str, dict[str, Any]], save: Callable[[], None]) -> Spec:
@@ -278,17 +310,19 @@ def _rows(workers: dict[str, Worker], rounds: int, rates: ceilings.Ceilings) -> 
         yield r
 
 
-def _spent(workers: dict[str, Worker], rates: ceilings.Ceilings) -> dict[str, Any] | None:
-    """Where a step goes, merged and dense; None where the profiler fails."""
-    spec = workers["merging"].spec
+def _spent(workers: dict[str, Worker], rates: ceilings.Ceilings) -> dict[str, Any]:
+    """Where a step goes, dense and of some variants; without those for which the profiler fails."""
+    spec = workers["dense"].spec
     row: dict[str, Any] = {"model": f"ResNet-{spec.depth}", "variant": "spent"}
     row["what"] = "training" if spec.training else "inference"
-    for name in ("merging", "dense"):
+    for name in ("dense", *SPENT):
+        if name not in workers:
+            continue
         try:
             row[name] = workers[name].ask("spent", rates)
         except RuntimeError as error:
             print(error, flush=True)
-            return None
+            continue
         kinds = "  ".join(f"{k} {us:,.0f} ({row[name]['roofline_us'][k]:,.0f})" for k, us in row[name]["us"].items())
         print(f"{row['model']} {row['what']} {name}, us of a step and the roofline's: {kinds}", flush=True)
     return row

@@ -2,8 +2,10 @@
 
 A convolution or linear layer reads its input and weights and writes its output; its two gradients do the like, as far as they
 are wanted. A batch norm with what is fused into it (activation, residual) reads and writes once at inference; in training it
-reads twice and writes once, and reads four times and writes once backward. Pooling moves its input and output. Nothing is
-charged for launches, and nothing gained by caches.
+reads twice and writes once, and reads four times and writes once backward. The norm of a projected shortcut is fused into the
+block's last: its input is read with the other's and its output is never written, and backward both read one gradient. In
+training the two gradients that meet at a block's input are read, and their sum is written. Pooling moves its input and output.
+Nothing is charged for launches or for the bits of activations' signs, and nothing gained by caches.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from benchmarks.case import Work, dtype_name
 from benchmarks.ceilings import Ceilings
 from effcore.nn.low_rank import LowRankConv2d
 
+BLOCK = "ResNetBottleNeckLayer"
 KINDS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
@@ -44,9 +47,16 @@ def layers(model: nn.Module, x: Tensor, training: bool, ceilings: Ceilings) -> d
                 flops = 2.0 * out.numel() * batch * module.weight[0].numel()
                 product(name, [module.weight], read + written + module.weight.numel() * item, flops)
             else:
-                passes = 1 if not training else 4 if isinstance(module, nn.BatchNorm2d) else 2
-                residual = (2 if training else 1) * written if name in last_norms else 0
-                seconds[name] = seconds.get(name, 0.0) + (passes * (read + written) + residual) / ceilings.copy
+                moved = float(read + written)
+                if isinstance(module, nn.BatchNorm2d):
+                    moved *= 4 if training else 1
+                    moved += written if name in last_norms else 0  # the residual
+                    moved -= (4 if training else 2) * written if ".shortcut." in name else 0
+                elif type(module).__name__ == BLOCK:
+                    moved = 3.0 * read
+                elif training:
+                    moved *= 2
+                seconds[name] = seconds.get(name, 0.0) + moved / ceilings.copy
 
         return after
 
@@ -54,8 +64,9 @@ def layers(model: nn.Module, x: Tensor, training: bool, ceilings: Ceilings) -> d
     inside = {id(child) for _, pair in pairs for child in pair.children()}
     names = pairs + [(n, m) for n, m in model.named_modules() if isinstance(m, KINDS) and id(m) not in inside]
     first = next(n for n, m in names if isinstance(m, nn.Conv2d))
-    blocks = [n for n, m in model.named_modules() if type(m).__name__ == "ResNetBottleNeckLayer"]
-    last_norms = {f"{n}.layer.2.normalization" for n in blocks}
+    blocks = [(n, m) for n, m in model.named_modules() if type(m).__name__ == BLOCK]
+    last_norms = {f"{n}.layer.2.normalization" for n, _ in blocks}
+    names += blocks if training else []
     handles = [m.register_forward_hook(hook(n)) for n, m in names]
     try:
         with torch.no_grad():

@@ -28,6 +28,9 @@ class Spec:
     device: str
     batch: int
     size: int = 224
+    channels: int = 3  # of an image; those beyond three are zeros
+    whole: bool = False  # compiled as one graph
+    apart: bool = False  # the pool is not compiled
     ranks: tuple[tuple[str, Any], ...] | None = None  # by layer, found beforehand by timing
 
     def __str__(self) -> str:
@@ -92,11 +95,16 @@ def start(specs: list[Spec], at_once: int) -> dict[str, Worker]:
     return {variant: worker for variant, worker in made.items() if worker is not None}
 
 
-def _compile(model: nn.Module) -> None:
+def _compile(model: nn.Module, whole: bool = False, apart: bool = False) -> None:
     """The stem and each bottleneck by itself: blocks of one shape compile once, and nothing would be fused across blocks."""
     torch._dynamo.config.recompile_limit = 64
+    if whole:
+        model.compile(dynamic=False)
+        return
+    if apart:
+        model.resnet.embedder.embedder.compile(dynamic=False)
     for module in model.modules():
-        if type(module).__name__ in ("ResNetEmbeddings", "ResNetBottleNeckLayer"):
+        if type(module).__name__ in (("ResNetEmbeddings",) if not apart else ()) + ("ResNetBottleNeckLayer",):
             module.compile(dynamic=False)
 
 
@@ -195,7 +203,7 @@ def _serve(connection: Connection, spec: Spec) -> None:
         facts["parameters"] = sum(p.numel() for p in model.parameters())
         begin = time.perf_counter()
         if x.is_cuda:
-            _compile(model)
+            _compile(model, spec.whole, spec.apart)
         _patiently(model, x, spec.training)
         facts["seconds_to_compile"] = time.perf_counter() - begin
         connection.send(("ready", facts))

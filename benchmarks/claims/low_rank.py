@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--plans", type=int, default=10, help="cuDNN's kernels that are tried for a convolution (layers)"
     )
+    parser.add_argument("--channels", type=int, default=3, help="of an image, zeros beyond three (speed)")
+    parser.add_argument("--whole", action="store_true", help="compile a model as one graph (speed)")
+    parser.add_argument("--apart", action="store_true", help="leave the pool to eager (speed)")
     parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
     parser.add_argument("--no-inference", action="store_true", help="training alone (speed)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the dense model (progressive)")
@@ -132,6 +135,9 @@ def _rows(
         done=[(row["model"], row["what"], row["variant"]) for row in done],
         at_once=options.at_once,
         warm=options.warm,
+        channels=options.channels,
+        whole=options.whole,
+        apart=options.apart,
     )
 
 

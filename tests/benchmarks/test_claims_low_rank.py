@@ -1,0 +1,46 @@
+"""The roofline of a ResNet counts what a compiled block moves: every byte of a small one, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.ceilings import Ceilings
+from benchmarks.claims import _low_rank_roofline as roofline
+
+transformers = pytest.importorskip("transformers")
+
+SIDE, BATCH, NARROW, WIDE = 8, 2, 4, 16
+
+
+def bytes_of(training: bool) -> dict[str, float]:
+    """By layer, of a network with a projecting bottleneck and one without, at a byte a second and endless arithmetic."""
+    config = transformers.ResNetConfig(
+        embedding_size=NARROW, hidden_sizes=[WIDE], depths=[2], layer_type="bottleneck", num_labels=2
+    )
+    model = transformers.ResNetForImageClassification(config).train(training)
+    x = torch.zeros(BATCH, 3, 4 * SIDE, 4 * SIDE)
+    return roofline.layers(model, x, training, Ceilings({"float32": math.inf}, 1.0))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_byte_of_a_bottleneck(training):
+    moved = bytes_of(training)
+    narrow, wide = (4.0 * BATCH * SIDE * SIDE * channels for channels in (NARROW, WIDE))
+    block = "resnet.encoder.stages.0.layers"
+    # A norm by itself: in and out; in training in, in, out and, backward, twice in and gradient, and the gradient out.
+    norm = 8 if training else 2
+    assert moved[f"{block}.0.layer.0.normalization"] == norm * narrow
+    # The last norm, the shortcut's norm and their sum are one: in, shortcut, out. In training the statistics read each once
+    # more, and backward they read the block's gradient twice, each input twice, and write each input's gradient.
+    together = moved[f"{block}.0.layer.2.normalization"] + moved[f"{block}.0.shortcut.normalization"]
+    assert together == (2 + 3 + 2 + 4 + 2 if training else 3) * wide
+    # Without a projection: in and shortcut in, out; the shortcut's gradient is no more than the block's.
+    assert moved[f"{block}.1.layer.2.normalization"] == (norm + 1) * wide
+    # Two gradients meet at a block's input.
+    for number, size in ((0, narrow), (1, wide)):
+        assert moved.get(f"{block}.{number}", 0.0) == (3 * size if training else 0)
+    passes = 3 if training else 1
+    assert moved[f"{block}.1.layer.2.convolution"] == passes * (narrow + wide + 4.0 * NARROW * WIDE)
