@@ -24,10 +24,11 @@ STAGES = (
 )
 
 
-def layers(batch: int, plans: int | None) -> Iterator[dict[str, Any]]:
+def layers(batch: int, plans: int | None, stem_only: bool = False) -> Iterator[dict[str, Any]]:
     """Forward, and the gradients of input and weight, of each.
 
     Args:
+        batch: images.
         plans: so many of cuDNN's kernels are tried for each, 0 for all; or it chooses one itself.
     """
     if plans is not None:
@@ -39,7 +40,7 @@ def layers(batch: int, plans: int | None) -> Iterator[dict[str, Any]]:
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device="cuda").bfloat16().to(memory_format=torch.channels_last)
 
-        x, weight, pad = random(batch, features, side, side), random(out, features, size, size), size // 2
+        x, weight, pad = random(batch, features, side, side), random(out, features, size, size), size // 2 * (size % 2)
         y = F.conv2d(x, weight, stride=stride, padding=pad)
         dy = torch.randn_like(y)
 
@@ -64,6 +65,11 @@ def layers(batch: int, plans: int | None) -> Iterator[dict[str, Any]]:
         )
         return row
 
+    # The stem: as it is, with images of more channels, and over squares of 2x2 pixels, padded (`speed`).
+    for features, size, side, stride in ((3, 7, 224, 2), (4, 7, 224, 2), (8, 7, 224, 2), (16, 4, 115, 1)):
+        yield convolution(features, 64, size, side, stride)
+    if stem_only:
+        return
     for _, wide, side, widths in STAGES:
         for rank in widths:
             yield convolution(rank, rank, 3, side)

@@ -22,7 +22,7 @@ CONVOLUTIONS = ("aten::cudnn_convolution", "aten::convolution_backward")
 
 def _kind(size: list[int]) -> str:
     """Of a convolution with a weight [out, in, height, width]."""
-    return "stem" if size[1] == 3 else "1 x 1" if size[2] == 1 else "k x k"
+    return {1: "1 x 1", 3: "k x k"}.get(size[2], "stem")
 
 
 def kernels(step: Callable[[], Any], count: int = 3) -> list[dict[str, Any]]:

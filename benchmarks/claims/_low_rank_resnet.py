@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import ceilings
@@ -56,13 +57,28 @@ SPENT = ("merging", "timed ranks")
 BRANCHES = 4
 
 
-def resnet(depth: int, channels: int = 3) -> nn.Module:
+def resnet(depth: int) -> nn.Module:
     import transformers
 
-    config = transformers.ResNetConfig(
-        depths=DEPTHS[depth], layer_type="bottleneck", num_labels=1000, num_channels=channels
-    )
+    config = transformers.ResNetConfig(depths=DEPTHS[depth], layer_type="bottleneck", num_labels=1000)
     return transformers.ResNetForImageClassification(config)
+
+
+@torch.no_grad()
+def fold(model: Any, images: Tensor) -> Tensor:
+    """Rewrites the stem's 7×7 convolution of stride 2 as one of 4×4 over squares of 2×2 pixels; returns the images as squares.
+
+    The outputs are the same, the convolution's padding a part of the images, and their channels 16: the 12 of a square and four
+    of zeros. For three channels cuDNN's kernels take many times their bound, in the dense model and in all others.
+    """
+    old = model.resnet.embedder.embedder.convolution
+    squares = F.pad(F.pixel_unshuffle(images, 2), (2, 1, 2, 1, 0, 4))
+    weight = F.pad(F.pixel_unshuffle(F.pad(old.weight, (1, 0, 1, 0)), 2), (0, 0, 0, 0, 0, 4))
+    new = nn.Conv2d(squares.shape[1], len(weight), 4, bias=False, device=weight.device, dtype=weight.dtype)
+    new.weight.copy_(weight)
+    model.resnet.embedder.embedder.convolution = new.to(memory_format=torch.channels_last)
+    model.resnet.embedder.num_channels = squares.shape[1]
+    return squares.to(memory_format=torch.channels_last)
 
 
 def variants(cuda: bool, training: bool) -> dict[str, Callable[[nn.Module, dict[str, Any]], Any]]:
@@ -143,9 +159,8 @@ def _dense(spec: Spec) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if spec.device == "cuda" else torch.float32
     with torch.device(spec.device):
-        x = torch.randn(spec.batch, spec.channels, spec.size, spec.size, dtype=dtype)
-        x[:, 3:] = 0
-        model = resnet(spec.depth, spec.channels).to(dtype=dtype, memory_format=torch.channels_last)
+        x = torch.randn(spec.batch, 3, spec.size, spec.size, dtype=dtype)
+        model = resnet(spec.depth).to(dtype=dtype, memory_format=torch.channels_last)
     return model.train(spec.training), x.to(memory_format=torch.channels_last)
 
 
@@ -153,7 +168,7 @@ def made(spec: Spec) -> tuple[nn.Module, Tensor]:
     """The variant, and a batch for it."""
     model, x = _dense(spec)
     variants(spec.device == "cuda", spec.training)[spec.variant](model, dict(spec.ranks or ()))
-    return model, x
+    return model, fold(model, x) if x.is_cuda else x
 
 
 def rates_of(device: str) -> ceilings.Ceilings:
@@ -175,9 +190,7 @@ def measure(
     done: Iterable[tuple[str, str, str]] = (),
     at_once: int = 2,
     warm: bool = False,
-    channels: int = 3,
-    whole: bool = False,
-    apart: bool = False,
+    ranks_only: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """One row for each depth, pass (training or not) and variant; ``done`` ones are left out.
 
@@ -186,34 +199,26 @@ def measure(
         save: called when something was written into it.
         at_once: processes that compile at a time.
         warm: compile alone, for the caches that TORCHINDUCTOR_CACHE_DIR names, what needs no timing.
-        channels: of an image; those beyond three are zeros.
+        ranks_only: find the ranks that timing finds, and stop.
     """
     done = set(done)
     for depth, training in itertools.product(depths, passes):
         what, images = "training" if training else "inference", batch or (256 if device == "cuda" else 4)
         workers: dict[str, Worker] = {}
-        spec = partial(
-            _spec,
-            depth=depth,
-            training=training,
-            device=device,
-            batch=images,
-            channels=channels,
-            whole=whole,
-            apart=apart,
-        )
         try:
             for group in GROUPS:
                 names = [n for n in group if n in variants(device == "cuda", training) and (not only or n in only)]
                 names = [n for n in names if (f"ResNet-{depth}", what, n) not in done]
                 if not names:
                     continue
-                specs = [spec(n) for n in names]
+                specs = [Spec(depth, n, training, device, images) for n in names]
                 if warm:
                     specs = [s for s in specs if _needs_no_timing(s, ranks)]
                 specs = [_ranked(spec, ranks, save) for spec in specs]
+                if ranks_only:
+                    continue
                 if "dense" not in workers:
-                    specs = [spec("dense"), *specs]
+                    specs = [Spec(depth, "dense", training, device, images), *specs]
                 workers |= start(specs, at_once)
                 if not warm:
                     rates = rates_of(device)
@@ -225,10 +230,6 @@ def measure(
         finally:
             for worker in workers.values():
                 worker.end()
-
-
-def _spec(variant: str, **of: Any) -> Spec:
-    return Spec(variant=variant, **of)
 
 
 def _ranked(spec: Spec, ranks: dict[str, dict[str, Any]], save: Callable[[], None]) -> Spec:

@@ -6,7 +6,9 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,9 +30,6 @@ class Spec:
     device: str
     batch: int
     size: int = 224
-    channels: int = 3  # of an image; those beyond three are zeros
-    whole: bool = False  # compiled as one graph
-    apart: bool = False  # the pool is not compiled
     ranks: tuple[tuple[str, Any], ...] | None = None  # by layer, found beforehand by timing
 
     def __str__(self) -> str:
@@ -95,33 +94,62 @@ def start(specs: list[Spec], at_once: int) -> dict[str, Worker]:
     return {variant: worker for variant, worker in made.items() if worker is not None}
 
 
-def _compile(model: nn.Module, whole: bool = False, apart: bool = False) -> None:
-    """The stem and each bottleneck by itself: blocks of one shape compile once, and nothing would be fused across blocks."""
-    torch._dynamo.config.recompile_limit = 64
-    if whole:
-        model.compile(dynamic=False)
-        return
-    if apart:
-        model.resnet.embedder.embedder.compile(dynamic=False)
-    for module in model.modules():
-        if type(module).__name__ in (("ResNetEmbeddings",) if not apart else ()) + ("ResNetBottleNeckLayer",):
+class Seam(nn.Module):
+    """From the last norm of one bottleneck to the last convolution of the next, either of which may be missing."""
+
+    def __init__(self, before: Any, after: Any):
+        super().__init__()
+        self.before, self.after = before, after
+
+    def forward(self, x: Tensor, shortcut: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.before is not None and shortcut is not None:
+            kept = self.before.shortcut
+            shortcut = shortcut if isinstance(kept, nn.Identity) else kept.normalization(shortcut)
+            x = self.before.activation(self.before.layer[2].normalization(x) + shortcut)
+        if self.after is None:
+            return x, None
+        first, core, last = self.after.layer
+        kept = self.after.shortcut
+        return last.convolution(core(first(x))), x if isinstance(kept, nn.Identity) else kept.convolution(x)
+
+
+def in_seams(model: nn.Module, compiled: bool) -> Callable[[Tensor], Tensor]:
+    """The network's logits, from graphs of the stem and of each seam: in one of them is all that can be fused, the gradients'
+    sum at a block's input and the norm before it too, as in one graph of the network; and those of one shape compile once."""
+    parts: Any = model
+    blocks = [m for m in model.modules() if type(m).__name__ == "ResNetBottleNeckLayer"]
+    stem, seams = parts.resnet.embedder, [Seam(*pair) for pair in pairwise([None, *blocks, None])]
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64
+        for module in (stem, *seams):
             module.compile(dynamic=False)
 
+    def logits(x: Tensor) -> Tensor:
+        x, shortcut = stem(x), None
+        for seam in seams:
+            x, shortcut = seam(x, shortcut)
+        return parts.classifier(parts.resnet.pooler(x))
 
-def _step(model: nn.Module, x: Tensor, training: bool) -> None:
+    return logits
+
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def _step(model: nn.Module, logits: Logits, x: Tensor, training: bool) -> None:
     if training:
         model.zero_grad(set_to_none=True)
-        model(x).logits.float().logsumexp(1).sum().backward()
+        logits(x).float().logsumexp(1).sum().backward()
     else:
         with torch.no_grad():
-            model(x)
+            logits(x)
 
 
-def _seconds(model: nn.Module, x: Tensor, training: bool) -> float:
+def _seconds(model: nn.Module, logits: Logits, x: Tensor, training: bool) -> float:
     """Of one step. On a GPU a CUDA graph repeats it, so that no time is one of launching."""
     graph: torch.cuda.CUDAGraph | None = None
     if x.is_cuda:
-        graph = _captured(model, x, training)
+        graph = _captured(model, logits, x, training)
 
     def timed(steps: int) -> float:
         if x.is_cuda:
@@ -131,7 +159,7 @@ def _seconds(model: nn.Module, x: Tensor, training: bool) -> float:
             if graph is not None:
                 graph.replay()
             else:
-                _step(model, x, training)
+                _step(model, logits, x, training)
         if x.is_cuda:
             torch.cuda.synchronize()
         return (time.perf_counter() - begin) / steps
@@ -147,25 +175,25 @@ def _seconds(model: nn.Module, x: Tensor, training: bool) -> float:
     return result
 
 
-def _captured(model: nn.Module, x: Tensor, training: bool) -> torch.cuda.CUDAGraph:
+def _captured(model: nn.Module, logits: Logits, x: Tensor, training: bool) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        _step(model, x, training)
+        _step(model, logits, x, training)
     torch.cuda.current_stream().wait_stream(side)
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        _step(model, x, training)
+        _step(model, logits, x, training)
     return graph
 
 
-def _patiently(model: nn.Module, x: Tensor, training: bool) -> None:
+def _patiently(model: nn.Module, logits: Logits, x: Tensor, training: bool) -> None:
     """The first step, among other processes that make theirs: where memory is short, later."""
     for _ in range(20):
         try:
-            _step(model, x, training)
+            _step(model, logits, x, training)
             if x.is_cuda:  # leave the memory to the others
                 torch.cuda.synchronize()
                 model.zero_grad(set_to_none=True)
@@ -202,13 +230,12 @@ def _serve(connection: Connection, spec: Spec) -> None:
         facts = {"gflops": _gflops(model, x)}
         facts["parameters"] = sum(p.numel() for p in model.parameters())
         begin = time.perf_counter()
-        if x.is_cuda:
-            _compile(model, spec.whole, spec.apart)
-        _patiently(model, x, spec.training)
+        logits = in_seams(model, compiled=x.is_cuda)
+        _patiently(model, logits, x, spec.training)
         facts["seconds_to_compile"] = time.perf_counter() - begin
         connection.send(("ready", facts))
         while (request := connection.recv())[0] != "end":
-            connection.send((request[0], _answer_to(request, spec, model, x)))
+            connection.send((request[0], _answer_to(request, spec, model, logits, x)))
     except EOFError:
         pass
     except Exception as error:
@@ -216,13 +243,13 @@ def _serve(connection: Connection, spec: Spec) -> None:
         raise
 
 
-def _answer_to(request: tuple[str, Any], spec: Spec, model: nn.Module, x: Tensor) -> Any:
+def _answer_to(request: tuple[str, Any], spec: Spec, model: nn.Module, logits: Logits, x: Tensor) -> Any:
     from benchmarks.claims import _low_rank_profile, _low_rank_roofline
 
     what, rates = request
     if what == "seconds":
-        return _seconds(model, x, spec.training)
+        return _seconds(model, logits, x, spec.training)
     if what == "spent":
-        return _low_rank_profile.spent(model, x, spec.training, rates, lambda: _step(model, x, spec.training))
+        return _low_rank_profile.spent(model, x, spec.training, rates, lambda: _step(model, logits, x, spec.training))
     with torch.compiler.set_stance("force_eager"):  # its hooks are not to be compiled
         return _low_rank_roofline.seconds(model, x, spec.training, rates)

@@ -42,15 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu); sequences (progressive; default 8)"
     )
     parser.add_argument("--rounds", type=int, default=7, help="(speed)")
-    parser.add_argument("--only", nargs="+", default=[], help="some variants: merging freezing (speed)")
+    parser.add_argument("--only", nargs="+", default=[], help="some variants: merging freezing (speed); stem (layers)")
     parser.add_argument("--warm", action="store_true", help="compile for the caches and measure nothing (speed)")
     parser.add_argument("--at-once", type=int, default=2, help="processes that compile at a time (speed)")
     parser.add_argument(
-        "--plans", type=int, default=10, help="cuDNN's kernels that are tried for a convolution (layers)"
+        "--plans",
+        type=int,
+        help="cuDNN's kernels that are tried for a convolution, 0 for all; else it chooses itself (layers)",
     )
-    parser.add_argument("--channels", type=int, default=3, help="of an image, zeros beyond three (speed)")
-    parser.add_argument("--whole", action="store_true", help="compile a model as one graph (speed)")
-    parser.add_argument("--apart", action="store_true", help="leave the pool to eager (speed)")
+    parser.add_argument("--ranks-only", action="store_true", help="time layers for their ranks, and stop (speed)")
     parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
     parser.add_argument("--no-inference", action="store_true", help="training alone (speed)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the dense model (progressive)")
@@ -119,7 +119,7 @@ def _rows(
     if options.claim == "smollm":
         return _low_rank_language.smollm(tuple(options.ratios or (1.25, 1.5, 2.0)), options.device, options.windows)
     if options.claim == "layers":
-        return _low_rank_layers.layers(options.batch or 256, options.plans)
+        return _low_rank_layers.layers(options.batch or 256, options.plans, options.only == ["stem"])
     if options.claim == "search":
         return _low_rank_search.search(options.device)
     passes = [training for training, no in ((False, options.no_inference), (True, options.no_training)) if not no]
@@ -135,9 +135,7 @@ def _rows(
         done=[(row["model"], row["what"], row["variant"]) for row in done],
         at_once=options.at_once,
         warm=options.warm,
-        channels=options.channels,
-        whole=options.whole,
-        apart=options.apart,
+        ranks_only=options.ranks_only,
     )
 
 

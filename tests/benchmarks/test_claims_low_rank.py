@@ -9,6 +9,8 @@ import torch
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.claims import _low_rank_roofline as roofline
+from benchmarks.claims._low_rank_resnet import fold
+from benchmarks.claims._low_rank_worker import in_seams
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,3 +46,35 @@ def test_every_byte_of_a_bottleneck(training):
         assert moved.get(f"{block}.{number}", 0.0) == (3 * size if training else 0)
     passes = 3 if training else 1
     assert moved[f"{block}.1.layer.2.convolution"] == passes * (narrow + wide + 4.0 * NARROW * WIDE)
+
+
+def network() -> tuple[torch.nn.Module, torch.Tensor]:
+    """With blocks of both kinds, in both numbers of channels."""
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="bottleneck", num_labels=5
+    )
+    model = transformers.ResNetForImageClassification(config).double()
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.weight.uniform_(0.5, 1.5), norm.bias.normal_(), norm.running_mean.normal_()
+    return model, torch.randn(3, 3, 32, 32, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_network_in_seams_is_the_network(training):
+    torch.manual_seed(0)
+    model, x = network()
+    wanted, got = [], []
+    for logits, to in ((lambda x: model(x).logits, wanted), (in_seams(model, compiled=False), got)):
+        model.train(training).zero_grad()
+        out = logits(x)
+        out.logsumexp(1).sum().backward()
+        to += [out.detach(), *(p.grad.clone() for p in model.parameters())]
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_folded_stem_is_the_stem():
+    torch.manual_seed(0)
+    model, x = network()
+    wanted = model.eval()(x).logits
+    torch.testing.assert_close(model(fold(model, x)).logits, wanted)
