@@ -11,6 +11,8 @@ from torch import nn
 import effcore
 from effcore.methods import low_rank
 from effcore.methods.low_rank_factor import KernelFactors, MatrixFactors, relative_error, svd_rank, tucker_ranks
+from effcore.methods.low_rank_layers import Layer
+from effcore.methods.low_rank_ranks import by_size
 from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
 
 LAYERS = {
@@ -164,6 +166,24 @@ def test_time_target_and_timed_ratio():
         assert row.ms_after <= row.ms_before
     with pytest.raises(ValueError, match=r"time 1e-06 cannot be reached: the fastest ranks take"):
         effcore.decompose(model, time=1e-6, data=[x], inplace=False)
+
+
+class Stopwatch:
+    """Times as they are given: of the dense layer, and of a rank."""
+
+    seen = None
+
+    def __init__(self, dense, at):
+        self.dense, self.at = (lambda layer: dense), (lambda layer, rank: at(rank))
+
+
+def test_a_layer_stays_dense_unless_its_factors_are_faster_by_more_than_timings_scatter():
+    layer = Layer("", nn.Linear(512, 512), "linear")
+    wanted = layer.rank_at(2.0)
+    for dense, rank in ((wanted * 1.0, None), (wanted * 1.02, None), (wanted * 1.05, wanted)):
+        assert by_size(layer, wanted, 16, Stopwatch(dense, float)).rank == rank
+    # A step in time is stepped under.
+    assert by_size(layer, wanted, 16, Stopwatch(9.0, lambda rank: 8.0 if rank > 112 else 4.0)).rank == 112
 
 
 def test_tied_weights_stay_tied():

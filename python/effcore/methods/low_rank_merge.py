@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from effcore.methods.low_rank_factor import KernelFactors, relative_error, reorder, tucker_ranks
 from effcore.methods.low_rank_layers import Layer, as_laid_out, replace
 from effcore.methods.low_rank_measure import Clock, observe, shape_key
-from effcore.methods.low_rank_ranks import default_multiple, fastest_near, snap
+from effcore.methods.low_rank_ranks import default_multiple, fastest_near, pays, snap
 from effcore.nn.low_rank import LowRankConv2d
 
 Pair = tuple[int, int]
@@ -194,8 +194,8 @@ def timed_ranks(
 ) -> dict[str, Pair]:
     """Ranks for :func:`merge`, after timing the three convolutions of each bottleneck on the shapes that batches show.
 
-    They go to the fast side of a step in time, at most a quarter below the ratio's; a bottleneck that merging would slow down
-    is not in the result. Bottlenecks of one shape are timed once.
+    They go to the fast side of a step in time, at most a quarter below the ratio's; a bottleneck that merging would not make
+    faster (by 3 %, as timings scatter) is not in the result. Bottlenecks of one shape are timed once.
 
     Args:
         ratio, multiple, include: as for :func:`merge`.
@@ -241,7 +241,7 @@ def timed_ranks(
         wanted = _wanted(model, block, ratio, step)
         pair, ms = fastest_near(wanted, step, partial(merged, block), partial(size, block))
         assert isinstance(pair, tuple)
-        if ms < dense(block):
+        if pays(ms, dense(block)):
             result[block.convs[1]] = pair
     return result
 
@@ -348,6 +348,6 @@ def faster_branches(
         times = [
             clock((shape_key(layer), n), module, seen[layer.name]) for n, module in ((1, whole), (branches, split))
         ]
-        if times[1] < times[0]:
+        if pays(times[1], times[0]):
             faster.append(name)
     return faster

@@ -18,7 +18,7 @@ from effcore.methods.low_rank_factor import KernelFactors, MatrixFactors, relati
 from effcore.methods.low_rank_layers import Layer, Rank
 from effcore.methods.low_rank_measure import Clock, Seen, shape_key
 
-SLACK = 1.03  # rates closer than this count as equal: the greater rank is kept
+SLACK = 1.03  # rates closer than this count as equal: the greater rank is kept, and a dense layer stays
 WINDOW = 0.75  # how far below the wanted rank the search for a faster one goes
 RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)  # candidates of a search by time
 
@@ -84,6 +84,11 @@ def _usable(layer: Layer, rank: Rank) -> str:
     return ""
 
 
+def pays(ms: float, dense: float) -> bool:
+    """Whether what costs accuracy is faster, by more than timings scatter."""
+    return ms * SLACK < dense
+
+
 def fastest_near(
     rank: Rank, multiple: int, ms: Callable[[Any], float], size: Callable[[Any], int]
 ) -> tuple[Rank, float]:
@@ -111,8 +116,8 @@ def by_size(layer: Layer, rank: Rank, multiple: int, timer: Timer) -> Choice:
         return Choice(layer, None, "no batch reached it")
     dense = timer.dense(layer)
     best, ms = fastest_near(rank, multiple, lambda r: timer.at(layer, r), layer.parameters_at)
-    if ms >= dense:
-        return Choice(layer, None, "dense is faster", dense, dense)
+    if not pays(ms, dense):
+        return Choice(layer, None, "factors are no faster", dense, dense)
     return Choice(layer, best, "", dense, ms)
 
 
@@ -139,8 +144,8 @@ def by_error(
                 dense, ms = timer.dense(layer), timer.at(layer, rank)
                 choices.append(
                     Choice(layer, rank, "", dense, ms)
-                    if ms < dense
-                    else Choice(layer, None, "dense is faster", dense, dense)
+                    if pays(ms, dense)
+                    else Choice(layer, None, "factors are no faster", dense, dense)
                 )
                 continue
         choices.append(Choice(layer, None, reason) if reason else Choice(layer, rank))
