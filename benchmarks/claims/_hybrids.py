@@ -5,7 +5,9 @@ parameters; and the FLOPs of each by one count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.models.falcon_h1 import modeling_falcon_h1
+from transformers.models.jamba import modeling_jamba
 
 import effcore
 from effcore.methods.flowhn import model_flops
@@ -115,6 +119,19 @@ def compiled(model: Any) -> Any:
         for layer in layers_of(model):
             layer.compile(dynamic=False)  # a size a strategy: none of them changes
     return model
+
+
+def kernels_beside_graphs() -> ExitStack:
+    """While this is open the compiler leaves out of its graphs the kernels that transformers' hybrids call. Left to itself
+    torch 2.11 tells them, while it compiles, that it exports, and they take their torch paths."""
+    stack = ExitStack()
+    for module, name in (
+        (modeling_falcon_h1, "mamba2_split_conv1d_scan_combined"),
+        (modeling_jamba, "causal_conv1d_fn"),
+        (modeling_jamba, "mamba_selective_scan"),
+    ):
+        stack.enter_context(mock.patch.object(module, name, torch.compiler.disable(getattr(module, name))))
+    return stack
 
 
 def forward_flops(model: Any, length: int) -> float:

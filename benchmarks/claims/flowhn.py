@@ -6,9 +6,9 @@ goals at 350M: 93 % of the predicted ratio. The paper, 65k tokens of vocabulary:
 
 blocks: the same without embeddings and head, forward and backward. Our goal: FAC 1.80x no split.
 
-peers: training steps of transformers' Falcon-H1 and Jamba classes beside FAC: with mamba-ssm's and causal-conv1d's kernels
-where these are installed, layers compiled (old torch compiles their torch paths instead) and then not; without them, as pip
-installs both, their torch paths and nothing compiled. Our goal with the kernels: 1.3x.
+peers: training steps of transformers' Falcon-H1 and Jamba classes beside FAC, on each footing that the machine can give them:
+with mamba-ssm's and causal-conv1d's kernels, and with these beside compiled layers; their torch paths compiled; and as pip
+installs them, without kernels and compiler (few steps, as these are slow). Our goal with the kernels: 1.3x.
 
 profile: where the GPU's time goes in FAC's blocks, forward and backward, and what moving tokens costs: the blocks' time less
 that of the same blocks with every token left where it is. Our goal: at most 3 %.
@@ -29,6 +29,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,17 @@ def _names(models: Iterable[str]) -> list[str]:
 
 
 def _rows(
-    steps: dict[str, Any], flops: dict[str, float], tokens: int, texts: int, rounds: int, **more: Any
+    steps: dict[str, Any],
+    flops: dict[str, float],
+    tokens: int,
+    texts: int,
+    rounds: int,
+    *,
+    slow: bool = False,
+    **more: Any,
 ) -> list[dict]:
     """Measures the steps in turns; FAC's ratio to each, with the ratio of their FLOPs (forward, of one text)."""
-    times = sharing.in_turns(steps, rounds=rounds, repeats=3)
+    times = sharing.in_turns(steps, rounds=rounds, repeats=1 if slow else 3, warm_up=0 if slow else 3)
     fac, peak, rows = hybrids.STRATEGIES["fac"], _peak(), []
     for name, values in times.items():
         row: dict[str, Any] = {**more, "model": name, "tokens/s": tokens / statistics.median(values)}
@@ -110,23 +118,38 @@ def train(report: sharing.Report, size: str, batch: int, length: int, rounds: in
     report.add(_training(_names(models), size, batch, length, rounds, compiled=True, what="train"))
 
 
-def _compiles_torch_paths() -> bool:
-    """Whether Dynamo says "exporting" where it compiles, as in torch 2.10: transformers takes its torch paths then."""
-    exporting = torch.compile(lambda x: x + int(torch.compiler.is_exporting()), backend="eager")
-    return bool(exporting(torch.zeros(())))
+PEERS = {"falcon-h1": "Falcon-H1 (transformers)", "jamba": "Jamba (transformers)"}
+# What peers run on: kernels, as the table calls them; whether layers are compiled; and whether mamba-ssm and causal-conv1d
+# must be installed (or must not: None, either).
+FOOTINGS: dict[str, tuple[str, bool, bool | None]] = {
+    "kernels": ("mamba-ssm and causal-conv1d", False, True),
+    "kernels-compiled": ("mamba-ssm and causal-conv1d, beside the graphs", True, True),
+    "torch-compiled": ("transformers' torch paths", True, None),
+    "installed": ("none: as installed", False, False),
+}
 
 
-def peers(report: sharing.Report, size: str, batch: int, length: int, rounds: int) -> None:
+def peers(
+    report: sharing.Report,
+    size: str,
+    batch: int,
+    length: int,
+    rounds: int,
+    names: Sequence[str],
+    footings: Sequence[str],
+) -> None:
     built = all(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d"))
-    installed = "mamba-ssm and causal-conv1d" if built else "none: as installed"
     print(f"training beside transformers' hybrids, {size}, {batch} texts of {length}", flush=True)
-    for compiled in (True, False) if built else (False,):
-        kernels = "transformers' torch paths" if compiled and _compiles_torch_paths() else installed
+    for footing in footings:
+        kernels, compiled, needs = FOOTINGS[footing]
+        if needs is not None and needs != built:
+            continue
         print(f" layers compiled: {compiled}, kernels: {kernels}", flush=True)
-        for name in ("Falcon-H1 (transformers)", "Jamba (transformers)"):
-            pair: list[str] = [hybrids.STRATEGIES["fac"], name]
-            more: dict[str, Any] = {"kernels": kernels, "compiled": compiled}
-            report.add(_training(pair, size, batch, length, rounds, what="peers", **more))
+        for name in names:
+            pair: list[str] = [hybrids.STRATEGIES["fac"], PEERS[name]]
+            more: dict[str, Any] = {"kernels": kernels, "compiled": compiled, "slow": footing == "installed"}
+            with hybrids.kernels_beside_graphs() if footing == "kernels-compiled" else nullcontext():
+                report.add(_training(pair, size, batch, length, rounds, what="peers", **more))
             sharing.free()
 
 
@@ -232,6 +255,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--models", nargs="+", choices=every, default=every, help="of train, blocks (fac among them) and loss"
     )
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=tuple(PEERS), help="of peers")
+    parser.add_argument(
+        "--footings", nargs="+", choices=FOOTINGS, default=tuple(FOOTINGS), help="of peers: what they run on"
+    )
     parser.add_argument("--batch", type=int, default=32, help="texts a step")
     parser.add_argument("--steps", type=int, default=300, help="of a training (loss)")
     parser.add_argument("--seed", type=int, default=0, help="of a training (loss)")
@@ -252,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     calls: dict[str, Callable[[], None]] = {
         "train": lambda: train(*sizes, options.models),
         "blocks": lambda: blocks(*sizes, options.models),
-        "peers": lambda: peers(*sizes),
+        "peers": lambda: peers(*sizes, options.peers, options.footings),
         "profile": lambda: profile(*sizes),
         "decode": lambda: decode(report, size, batch, context),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -61,3 +62,24 @@ def test_the_page_holds_the_kept_results():
     assert flowhn_tables.fill(text) == text
     emptied = re.sub(r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", r"\1\3", text, flags=re.DOTALL)
     assert emptied != text and flowhn_tables.fill(emptied) == text
+
+
+def test_kernels_beside_graphs_are_not_traced():
+    """What a compiled Jamba layer calls as a kernel runs outside of the compiler; its outputs stay what they are."""
+    torch.manual_seed(0)
+    model = hybrids.other("Jamba (transformers)", "toy", LENGTH, "cpu", torch.float32).eval()
+    ids, seen = torch.arange(8)[None], []
+
+    def watched(*args, kernel=hybrids.modeling_jamba.mamba_selective_scan, **kwargs):
+        seen.append(torch.compiler.is_compiling())
+        return kernel(*args, **kwargs)
+
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        with mock.patch.object(hybrids.modeling_jamba, "mamba_selective_scan", watched), hybrids.kernels_beside_graphs():
+            for layer in hybrids.layers_of(model):
+                layer.compile(backend="eager")
+            found = model(input_ids=ids, use_cache=False).logits
+    torch.compiler.reset()
+    assert seen and not any(seen)
+    torch.testing.assert_close(found, expected)

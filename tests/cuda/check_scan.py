@@ -282,6 +282,14 @@ def spinning_clock() -> float:
     return 20_000_000 / (begin.elapsed_time(end) * 1e-3)
 
 
+def passes(call: Callable[[], Any]) -> int:
+    """How often a scan's forward goes through its tokens: twice where states are carried from chunk to chunk."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return 1 + any("carry_kernel" in event.name for event in profiler.events())
+
+
 class Peer:
     """mamba-ssm's kernels (its extension module) on its own layout, [B, E, L] contiguous, called without its Python."""
 
@@ -355,6 +363,7 @@ def time_scan(tokens: int, channels: int, batch: int, states: int, report: list[
         "bounds_ms": bounds,
         "copy_tb_s": rate / 1e12,
         "clock_ghz": spinning_clock() / 1e9,
+        "passes": passes(forward),
         "peer_agrees": agrees,
     }
     report.append(row)
