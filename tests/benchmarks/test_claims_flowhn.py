@@ -76,7 +76,10 @@ def test_kernels_beside_graphs_are_not_traced():
 
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
-        with mock.patch.object(hybrids.modeling_jamba, "mamba_selective_scan", watched), hybrids.kernels_beside_graphs():
+        with (
+            mock.patch.object(hybrids.modeling_jamba, "mamba_selective_scan", watched),
+            hybrids.kernels_beside_graphs(),
+        ):
             for layer in hybrids.layers_of(model):
                 layer.compile(backend="eager")
             found = model(input_ids=ids, use_cache=False).logits
