@@ -243,8 +243,8 @@ def profile(report: sharing.Report, size: str, batch: int, length: int, rounds: 
     report.add(rows)
 
 
-def decode(report: sharing.Report, size: str, batch: int, context: int) -> None:
-    names = (hybrids.STRATEGIES["fac"], "LLaMA")
+def decode(report: sharing.Report, size: str, batch: int, context: int, models: Sequence[str]) -> None:
+    names = _names(m for m in models if m in ("fac", "LLaMA"))
     _flowhn_decode.decode(report, size, batch, context, {n: partial(_make, n, size, LENGTH) for n in names})
 
 
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", default="350M", help="135M, 350M or 1B")
     every = (*hybrids.STRATEGIES, "LLaMA")
     parser.add_argument(
-        "--models", nargs="+", choices=every, default=every, help="of train, blocks (fac among them) and loss"
+        "--models", nargs="+", choices=every, default=every, help="of train, blocks (fac among them), decode and loss"
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=tuple(PEERS), help="of peers")
     parser.add_argument(
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
         "blocks": lambda: blocks(*sizes, options.models),
         "peers": lambda: peers(*sizes, options.peers, options.footings),
         "profile": lambda: profile(*sizes),
-        "decode": lambda: decode(report, size, batch, context),
+        "decode": lambda: decode(report, size, batch, context, options.models),
     }
     calls[options.claim]()
     return 0
