@@ -114,8 +114,8 @@ def _scan(name: str) -> str:
 
 
 def _profiled(name: str) -> str:
-    """Of the scan's forward by Nsight Compute: what a token of 32 channels takes. A kernel's part of the file begins with
-    `# kernel; B x L x E, N`."""
+    """Of the scan's forward by Nsight Compute: what a token of 32 channels takes of a scheduler. A kernel's part of the file
+    begins with `# kernel; B x L x E, N`."""
     path = RESULTS / f"{name}_h200.txt"
     rows = []
     for part in path.read_text().split("\n# ")[1:] if path.is_file() else []:
@@ -124,29 +124,15 @@ def _profiled(name: str) -> str:
         found = dict(re.findall(r"^ +(\S.*?) {2,}(?:\S+ +)?([\d,.]+) *$", part, re.M))
         value = {k: float(v.replace(",", "")) for k, v in found.items()}
         works = batch * tokens * channels / 32
+        cycles = 528 * value["Elapsed Cycles"] / works  # of a scheduler; there are 528
         wavefronts = value["l1tex__data_pipe_lsu_wavefronts.sum"] / works
-        special = 8 * value["smsp__inst_executed_pipe_xu.sum"] / (528 * value["Elapsed Cycles"])
-        cells = [kernel, shape, f"{value['Active Warps Per Scheduler']:.1f}"]
-        cells += [
-            f"{value['Executed Instructions'] / works:.0f}",
-            f"{value['Issue Slots Busy']:.0f}%",
-            f"{wavefronts:.0f}",
-        ]
-        cells += [
-            f"{value['l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed']:.0f}%",
-            f"{special:.0%}",
-        ]
+        special = value["smsp__inst_executed_pipe_xu.sum"] / works
+        cells = [kernel, shape, f"{value['Active Warps Per Scheduler']:.1f}", f"{cycles:.0f}"]
+        cells += [f"{value['Executed Instructions'] / works:.0f}", f"{special:.0f}", f"{wavefronts:.0f}"]
+        cells += [f"{8 * special + 2 * wavefronts:.0f}", f"{8 * special / cycles:.0%}"]
         rows.append(cells)
-    header = [
-        "",
-        "B x L x E, N",
-        "warps a scheduler",
-        "instructions",
-        "slots busy",
-        "accesses to shared memory",
-        "its path busy",
-    ]
-    return table([*header, "special functions busy"], rows)
+    header = ["", "B x L x E, N", "warps a scheduler", "cycles", "instructions", "special functions", "accesses"]
+    return table([*header, "8 and 2 cycles for these", "special functions busy"], rows)
 
 
 TABLES: dict[str, Callable[[str], str]] = {
