@@ -30,20 +30,37 @@ struct Spread {
 
 template <class T, class L>
 struct alignas(16) SpreadShared {
-  static constexpr int run = 16 / sizeof(T), row = L::block_channels + run;
+  static constexpr int run = 16 / sizeof(T);
+  // Where 4 threads share a channel, rows of a thread's tokens stand apart from those of the next one's, so that they meet in no
+  // bank; where 8 do, each row from the next.
+  struct Rows {
+    static constexpr int row = L::block_channels + (L::split == 4 ? 0 : run), gap = L::split == 4 ? 2 * run : 0;
+    T at[L::tokens * row + L::split * gap];
+
+    __device__ static constexpr int place(int token, int column) { return token * row + token / L::own * gap + column; }
+    __device__ __forceinline__ T& operator()(int token, int column) { return at[place(token, column)]; }
+    __device__ __forceinline__ const T& operator()(int token, int column) const { return at[place(token, column)]; }
+  };
   struct Stage {
-    T rows[3][L::tokens][row];          // x, dt, z
+    Rows rows[3];                       // x, dt, z
     T states[2][L::tokens][L::padded];  // B, C
   };
-  // Rows of 20 floats: 4 or 8 threads that stand at the same token of different rows meet in no bank.
+  // A channel's tokens: neither the threads that write them nor those that read a token of 4 or 8 channels meet in a bank.
+  struct Tokens {
+    float at[L::channels * (L::tokens + 4)];
+
+    __device__ __forceinline__ float* operator()(int channel, int token) {
+      return &at[channel * L::tokens + (L::split == 4 ? channel / 2 : channel) * 4 + token];
+    }
+  };
   struct Warp {
-    float steps[L::channels][L::tokens + 4], inputs[L::channels][L::tokens + 4];
+    Tokens steps, inputs;
     float parts[L::channels]
                [L::split * (L::tokens + 4) + (L::own == 2 ? 16 : 0)];  // of the outputs, a thread's 16 tokens in a row
   };
   Stage stages[L::stages];                         // of tiles that are ended, worked on, made, and on their way
   float states[2][L::tokens][L::split * L::part];  // of a token: a thread's B and then its C, thread after thread
-  T out[2][L::tokens][row];
+  Rows out[2];
   Warp warp[warps];
 };
 
@@ -70,16 +87,16 @@ struct StageRuns {
       const Rows& from = job.state ? (job.which == 0 ? p.B : p.C) : job.which == 0 ? p.x : job.which == 1 ? p.dt : p.z;
       const bool any = job.exists() && job.left(p, first) > 0 && (job.state || job.which < 2 || gated);
       row[i] = any ? job.row : none, tile[i] = L::tokens * from.token;
-      place[i] = (job.state ? 3 * L::tokens * Memory::row + (job.which * L::tokens + job.row) * L::padded
-                            : (job.which * L::tokens + job.row) * Memory::row) +
-                 job.column;
+      constexpr int size = sizeof(typename Memory::Rows) / sizeof(T);
+      place[i] = job.state ? 3 * size + (job.which * L::tokens + job.row) * L::padded + job.column
+                           : job.which * size + Memory::Rows::place(job.row, job.column);
       at[i] = any ? from(b, t + job.row) + (job.column + (job.state ? 0 : first)) * std::int64_t{sizeof(T)} : p.x.data;
     }
   }
 
   // tokens: left in the chunk; what lies behind them, or behind the row, is 0
   __device__ __forceinline__ void load(typename Memory::Stage& stage, const ScanParams& p, int tokens) {
-    T* base = &stage.rows[0][0][0];
+    T* base = stage.rows[0].at;
 #pragma unroll
     for (int i = 0; i < mine; ++i) {
       if (all % warps != 0 && i == mine - 1 && !Job(i).exists()) break;
@@ -154,15 +171,15 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
   const auto make = [&](Made& made, const typename Memory::Stage& stage, int left) {
 #pragma unroll
     for (int u = 0; u < own; ++u) {
-      const float value = to_float(stage.rows[0][token + u][column]), sum = to_float(stage.rows[1][token + u][column]) + bias;
+      const float value = to_float(stage.rows[0](token + u, column)), sum = to_float(stage.rows[1](token + u, column)) + bias;
       made.step[u] = select(p.softplus, softplus_of<T>(sum), sum);
       if (token + u >= left) made.step[u] = 0.0f;  // leaves the state as it is
       made.input[u] = made.step[u] * value;
     }
   };
   const auto put = [&](const Made& made) {
-    store_floats(&warp.steps[mine][token], made.step);
-    store_floats(&warp.inputs[mine][token], made.input);
+    store_floats(warp.steps(mine, token), made.step);
+    store_floats(warp.inputs(mine, token), made.input);
   };
   // B and C of a tile as floats: four states of a token of one of them at a time.
   constexpr int state_runs = L::padded / 4, converted = tokens * 2 * state_runs / threads;
@@ -201,13 +218,13 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
     }
 #pragma unroll
     for (int u = 0; u < own; ++u) {
-      const float along = to_float(stage.rows[2][token + u][column]);
-      y[u] = (y[u] + D * to_float(stage.rows[0][token + u][column])) * select(gated, along * gate_sigmoid<T>(along), 1.0f);
+      const float along = to_float(stage.rows[2](token + u, column));
+      y[u] = (y[u] + D * to_float(stage.rows[0](token + u, column))) * select(gated, along * gate_sigmoid<T>(along), 1.0f);
     }
   };
   const auto put_outputs = [&](const float (&y)[own], int turn) {
 #pragma unroll
-    for (int u = 0; u < own; ++u) shared.out[turn][token + u][column] = from_float<T>(y[u]);
+    for (int u = 0; u < own; ++u) shared.out[turn](token + u, column) = from_float<T>(y[u]);
   };
   // Runs of outputs, by the warps that bring fewer rows.
   constexpr int of_row = L::block_channels / run, stored = tokens * of_row;
@@ -219,7 +236,7 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
   if (out_left > 0) out = p.out(chunk.batch, chunk.begin + out_row) + (first + out_column) * std::int64_t{sizeof(T)};
   const auto store_outputs = [&](int k) {  // of tile k, tile after tile
     if (out_left <= 0 || out_row >= length - k * tokens) return;
-    store_run(reinterpret_cast<T*>(out), *reinterpret_cast<const Run<T, run>*>(&shared.out[k % 2][out_row][out_column]), 0,
+    store_run(reinterpret_cast<T*>(out), *reinterpret_cast<const Run<T, run>*>(&shared.out[k % 2](out_row, out_column)), 0,
               out_left, p.vector);
     out += tokens * p.out.token;
   };
@@ -267,8 +284,8 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
 #pragma unroll
     for (int i0 = 0; i0 < tokens; i0 += 4) {
       float step[4], input[4];
-      load_floats(step, &warp.steps[mine][i0]);
-      load_floats(input, &warp.inputs[mine][i0]);
+      load_floats(step, warp.steps(mine, i0));
+      load_floats(input, warp.inputs(mine, i0));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* both = &shared.states[k % 2][i0 + i][part * L::part];
