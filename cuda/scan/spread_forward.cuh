@@ -31,8 +31,8 @@ struct Spread {
 template <class T, class L>
 struct alignas(16) SpreadShared {
   static constexpr int run = 16 / sizeof(T);
-  // Where 4 threads share a channel, rows of a thread's tokens stand apart from those of the next one's, so that they meet in no
-  // bank; where 8 do, each row from the next.
+  // Where 4 threads share a channel, rows of a thread's tokens stand apart from those of the next one's, so that they meet in
+  // no bank; where 8 do, each row from the next.
   struct Rows {
     static constexpr int row = L::block_channels + (L::split == 4 ? 0 : run), gap = L::split == 4 ? 2 * run : 0;
     T at[L::tokens * row + L::split * gap];
