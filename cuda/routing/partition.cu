@@ -5,8 +5,8 @@
 //   scores[n] = 1/heads · sum over h of softmax_n(scale · q_h · k_g(h),n)
 //
 // Bound: k is read once. For some heads at a time the scores stand in shared memory (in the workspace where a row has too many
-// tokens); then warps find each head's maximum and sum, and each thread adds up its tokens' probabilities, head after head, so
-// that the sums have one order.
+// tokens), and each thread adds up its tokens' probabilities.
+#include "common/overlap.cuh"
 #include "effcore/cuda/routing.h"
 #include "routing/rows.cuh"
 #include "routing/scores.cuh"
@@ -15,12 +15,7 @@
 namespace effcore::cuda::routing {
 namespace {
 
-// Shared memory that every GPU since sm_80 gives a block, less what the selection has of its own.
-constexpr std::int64_t most_shared = 90 * 1024;
-// float32 with shared keys: a thread has the sums of `batch` heads: more registers, fewer threads. Either way two blocks a
-// multiprocessor.
-template <class T, int batch>
-constexpr int threads_of = !is_16bit<T> && batch > 1 ? 256 : 512;
+constexpr int threads = 512, warps = threads / 32, stages = 2;
 
 struct PartitionParams {
   // One of three: scores, the class token's q and all k, or totals of parts of the heads.
@@ -30,7 +25,7 @@ struct PartitionParams {
   float* partial;  // [B, parts, tokens]: written with k, read without
   int parts;
   int splits, split_heads;  // parts of the heads in this launch, each of so many
-  int tokens, head_chunk;
+  int tokens;
   float* scores_out;  // [B, tokens], or null
   float* workspace;   // or null: what is too large for shared memory
   std::int64_t workspace_stride;
@@ -39,58 +34,66 @@ struct PartitionParams {
   std::int32_t *kept, *rest;
 };
 
+// Adds up the parts of row b, several of a thread's tokens on their way together.
+__device__ __forceinline__ void add_parts(const PartitionParams& p, std::int64_t b, std::uint32_t* keys) {
+  constexpr int at_once = 4;
+  const float* const partial = p.partial + b * p.parts * p.tokens;
+  for (int begin = threadIdx.x; begin < p.tokens; begin += at_once * threads) {
+    float sums[at_once] = {};
+#pragma unroll 4
+    for (int i = 0; i < p.parts; ++i)
+#pragma unroll
+      for (int u = 0; u < at_once; ++u)
+        if (const int n = begin + u * threads; n < p.tokens) sums[u] += partial[static_cast<std::int64_t>(i) * p.tokens + n];
+#pragma unroll
+    for (int u = 0; u < at_once; ++u) {
+      const int n = begin + u * threads;
+      if (n >= p.tokens) break;
+      if (p.scores_out != nullptr) p.scores_out[b * p.tokens + n] = sums[u];
+      keys[n] = key_of(sums[u], n < p.protect);
+    }
+  }
+}
+
 // A block for each batch row, or (p.splits > 1) for each part of its heads; the totals of the parts then go to `partial`, and a
-// second launch adds them up and selects.
+// second launch adds them up and selects. Heads that share keys go `batch` at a time.
 template <class T, int batch>
-__global__ void __launch_bounds__(threads_of<T, batch>, 2) partition_kernel(const __grid_constant__ PartitionParams p) {
-  extern __shared__ __align__(16) char shared[];
+__global__ void __launch_bounds__(threads, 2) partition_kernel(const __grid_constant__ PartitionParams p) {
+  extern __shared__ __align__(128) char shared[];
   const std::int64_t b = blockIdx.x / p.splits;
   const int part = blockIdx.x - static_cast<int>(b) * p.splits;
-  // [queries of a chunk of heads][their statistics][totals or keys][scores of the chunk]: the last two in the workspace where
-  // it is given
-  T* const queries = reinterpret_cast<T*>(shared);
-  auto* const statistics = reinterpret_cast<float2*>(queries + p.head_chunk * p.score.query_stride);
-  float* const totals = p.workspace != nullptr
-                            ? p.workspace + blockIdx.x * p.workspace_stride
-                            : reinterpret_cast<float*>(statistics + (p.score.k != nullptr ? most_statistics(p.head_chunk) : 0));
-  auto* const keys = reinterpret_cast<std::uint32_t*>(totals);
-  if (p.score.k != nullptr) {
-    float* const scores = totals + p.tokens;
-    const int begin = part * p.split_heads, end = min(begin + p.split_heads, p.score.heads);
-    for (int first = begin; first < end; first += p.head_chunk) {
-      const int count = min(p.head_chunk, end - first);
-      load_queries(p.score, b, first, count, queries);
-      __syncthreads();
-      score_heads<T, batch>(p.score, b, queries, first, count, scores);
-      __syncthreads();
-      softmax_statistics(scores, p.tokens, count, 1.0f / p.score.heads, statistics);
-      __syncthreads();
-      for (int n = threadIdx.x; n < p.tokens; n += blockDim.x) {
-        float total = first == begin ? 0.0f : totals[n];
-        for (int h = 0; h < count; ++h)
-          total += exp2f(scores[static_cast<std::int64_t>(h) * p.tokens + n] - statistics[h].x) * statistics[h].y;
-        totals[n] = total;
-      }
-      __syncthreads();
-    }
-    float* const out = p.splits > 1 ? p.partial : p.scores_out;
-    if (out != nullptr)
-      for (int n = threadIdx.x; n < p.tokens; n += blockDim.x)
-        out[static_cast<std::int64_t>(blockIdx.x) * p.tokens + n] = totals[n];
-    if (!p.selects) return;
-    for (int n = threadIdx.x; n < p.tokens; n += blockDim.x) keys[n] = key_of(totals[n], n < p.protect);
-  } else if (p.partial != nullptr) {
-    for (int n = threadIdx.x; n < p.tokens; n += blockDim.x) {
-      float sum = 0.0f;
-      for (int i = 0; i < p.parts; ++i) sum += p.partial[(b * p.parts + i) * p.tokens + n];
-      if (p.scores_out != nullptr) p.scores_out[b * p.tokens + n] = sum;
-      keys[n] = key_of(sum, n < p.protect);
+  if (p.score.k == nullptr) {
+    auto* const keys = reinterpret_cast<std::uint32_t*>(p.workspace != nullptr ? p.workspace + blockIdx.x * p.workspace_stride
+                                                                               : reinterpret_cast<float*>(shared));
+    if (p.partial != nullptr) {
+      wait_for_kernel_before();
+      add_parts(p, b, keys);
+    } else {
+      const T* scores = static_cast<const T*>(p.scores) + b * p.scores_stride;
+      for (int n = threadIdx.x; n < p.tokens; n += threads) keys[n] = key_of(to_float(scores[n]), n < p.protect);
     }
     if (!p.selects) return;
-  } else {
-    const T* scores = static_cast<const T*>(p.scores) + b * p.scores_stride;
-    for (int n = threadIdx.x; n < p.tokens; n += blockDim.x) keys[n] = key_of(to_float(scores[n]), n < p.protect);
+    __syncthreads();
+    select(keys, p.tokens, p.keep, p.protect, p.kept + b * p.keep, p.rest + b * (p.tokens - p.keep));
+    return;
   }
+  if (p.splits > 1) let_next_kernel_begin();
+  ScoreSpace<T> space;
+  space.ring = shared;
+  space.queries = reinterpret_cast<T*>(shared + warps * stages * step_bytes);
+  space.of_warps = reinterpret_cast<Softmax*>(space.queries + p.score.chunk * p.score.query_stride);
+  space.statistics = reinterpret_cast<float2*>(space.of_warps + p.score.chunk * warps);
+  space.totals = p.workspace != nullptr ? p.workspace + blockIdx.x * p.workspace_stride
+                                        : reinterpret_cast<float*>(space.statistics + p.score.chunk);
+  space.scores = space.totals + p.tokens;
+  const int begin = part * p.split_heads, end = min(begin + p.split_heads, p.score.heads);
+  score_heads<T, batch, stages>(p.score, b, begin, end, 1.0f / p.score.heads, space);
+  if (float* const out = p.splits > 1 ? p.partial : p.scores_out; out != nullptr)
+    for (int n = threadIdx.x; n < p.tokens; n += threads)
+      out[static_cast<std::int64_t>(blockIdx.x) * p.tokens + n] = space.totals[n];
+  if (!p.selects) return;
+  auto* const keys = reinterpret_cast<std::uint32_t*>(space.totals);
+  for (int n = threadIdx.x; n < p.tokens; n += threads) keys[n] = key_of(space.totals[n], n < p.protect);
   __syncthreads();
   select(keys, p.tokens, p.keep, p.protect, p.kept + b * p.keep, p.rest + b * (p.tokens - p.keep));
 }
@@ -110,30 +113,47 @@ struct Parts {
   }
 };
 
+// Dynamic shared memory with which two blocks fit a multiprocessor, or with which one does, beside what the selection has.
+std::int64_t most_shared(int blocks, const char* function) {
+  constexpr std::int64_t own = 6 * 1024, of_system = 1024;
+  const std::int64_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, function);
+  return std::min<std::int64_t>(shared_memory_limit(function), all / blocks - of_system) - own;
+}
+
 // Shared memory, the chunk of heads, and what must go to the workspace instead.
 struct Plan {
-  int head_chunk = 0;
+  int chunk = 0;
   std::int64_t shared = 0, workspace = 0;  // bytes a block; floats a block
 
   // Keys alone.
-  explicit Plan(std::int64_t tokens) {
-    if (tokens * 4 <= most_shared)
+  Plan(std::int64_t tokens, const char* function) {
+    if (tokens * 4 <= most_shared(2, function))
       shared = tokens * 4;
     else
       workspace = tokens;
   }
-  Plan(const ClassScores& args, std::int64_t heads) {
+  // The chunk is so large that a warp has eight steps between the barriers, where there are so many; heads that share keys are
+  // together.
+  Plan(const ClassScores& args, int heads, const char* function) {
     const std::int64_t tokens = args.k.size[2], size = element_bytes(args.k.dtype);
-    const std::int64_t query = query_stride(args.k.size[3], static_cast<int>(size)) * size;
-    const auto of_heads = [&](int chunk) { return chunk * query + most_statistics(chunk) * 8; };
-    const auto bytes = [&](int chunk) { return of_heads(chunk) + (1 + chunk) * tokens * 4; };
-    for (head_chunk = static_cast<int>(heads); head_chunk > 1 && bytes(head_chunk) > most_shared;) --head_chunk;
-    shared = bytes(head_chunk);
-    if (shared <= most_shared) return;
-    for (head_chunk = static_cast<int>(std::min<std::int64_t>(heads, 8)); head_chunk > 1 && of_heads(head_chunk) > most_shared;)
-      --head_chunk;
-    shared = of_heads(head_chunk);
-    workspace = tokens * (1 + head_chunk);
+    const std::int64_t steps = (tokens + tile_tokens - 1) / tile_tokens * ((args.k.size[3] * size + line_bytes - 1) / line_bytes);
+    const int together = static_cast<int>(std::min<std::int64_t>(args.q.size[1] / args.k.size[1], 8));
+    const auto of_heads = [&](int n) {
+      return warps * stages * step_bytes + n * (query_stride(args.k.size[3], static_cast<int>(size)) * size + warps * 8 + 8);
+    };
+    const auto bytes = [&](int n) { return of_heads(n) + (1 + n) * tokens * 4; };
+    for (chunk = together; chunk < heads && chunk / together * steps < 8 * warps;) chunk += together;
+    chunk = std::min(chunk, heads);
+    for (const int blocks : {2, 1}) {
+      int fits = chunk;
+      while (fits > 1 && bytes(fits) > most_shared(blocks, function)) --fits;
+      if (bytes(fits) > most_shared(blocks, function)) continue;
+      chunk = fits, shared = bytes(fits);
+      return;
+    }
+    while (chunk > 1 && of_heads(chunk) > most_shared(1, function)) --chunk;
+    shared = of_heads(chunk);
+    workspace = tokens * (1 + chunk);
   }
 };
 
@@ -148,7 +168,6 @@ ScoreParams score_params(const ClassScores& args) {
   const int wide = 16 / element_bytes(k.dtype);
   p.vectors = reinterpret_cast<std::uintptr_t>(k.data) % 16 == 0 && p.dim % wide == 0;
   for (int d = 0; d < 3; ++d) p.vectors = p.vectors && (k.size[d] <= 1 || k.stride[d] % wide == 0);
-  for (p.lanes = 1; p.lanes < 32 && p.lanes * wide < p.dim;) p.lanes *= 2;
   p.factor = static_cast<float>(args.scale * 1.4426950408889634);
   p.query_stride = query_stride(k.size[3], element_bytes(k.dtype));
   return p;
@@ -156,22 +175,24 @@ ScoreParams score_params(const ClassScores& args) {
 
 void run(PartitionParams p, DType dtype, std::int64_t batch, const Plan& plan, float* workspace, const char* f,
          const Launch& to) {
-  if (plan.shared > most_shared)
+  if (plan.shared > most_shared(1, f))
     throw std::invalid_argument(std::string("effcore.") + f + ": q has head dimension " + std::to_string(p.score.dim) +
                                 ", more than CUDA kernels take");
-  p.head_chunk = plan.head_chunk;
+  p.score.chunk = plan.chunk;
   p.workspace = plan.workspace > 0 ? workspace : nullptr;
   p.workspace_stride = plan.workspace;
   p.splits = std::max(p.splits, 1);
   with_type(dtype, f, [&]<class T>(T) {
-    const auto start = [&](auto kernel, int threads) {
-      launch(f, kernel, grid(batch * p.splits, f), threads, static_cast<std::size_t>(plan.shared),
-             static_cast<cudaStream_t>(to.stream), p);
+    const auto start = [&](auto kernel) {
+      const unsigned blocks = grid(batch * p.splits, f);
+      const auto bytes = static_cast<std::size_t>(plan.shared);
+      const auto stream = static_cast<cudaStream_t>(to.stream);
+      if (p.score.k == nullptr && p.partial != nullptr)
+        launch_overlapping(f, kernel, blocks, threads, bytes, stream, p);
+      else
+        launch(f, kernel, blocks, threads, bytes, stream, p);
     };
-    if (is_16bit<T> || p.score.group > 1)
-      start(partition_kernel<T, 8>, threads_of<T, 8>);
-    else if constexpr (!is_16bit<T>)
-      start(partition_kernel<T, 1>, threads_of<T, 1>);
+    p.score.group > 1 ? start(partition_kernel<T, 8>) : start(partition_kernel<T, 1>);
   });
 }
 
@@ -189,7 +210,7 @@ struct ScoreWorkspace {
 
 std::size_t score_workspace(const ClassScores& args, const char* f) {
   const Parts parts(args, f);
-  return ScoreWorkspace(args, parts, Plan(args, parts.heads), Plan(args.k.size[2])).bytes();
+  return ScoreWorkspace(args, parts, Plan(args, parts.heads, f), Plan(args.k.size[2], f)).bytes();
 }
 
 // With `select` the partition too, in one launch unless the heads of a row are shared out.
@@ -198,7 +219,7 @@ void score(const ClassScores& args, const Partition* select, const char* f, cons
   const std::int64_t batch = args.k.size[0], tokens = args.k.size[2];
   if (batch * tokens == 0) return;
   const Parts parts(args, f);
-  const Plan plan(args, parts.heads), last(tokens);
+  const Plan plan(args, parts.heads, f), last(tokens, f);
   const ScoreWorkspace space(args, parts, plan, last);
   auto* const workspace = static_cast<float*>(to.workspace);
   PartitionParams p{};
@@ -222,7 +243,7 @@ void score(const ClassScores& args, const Partition* select, const char* f, cons
 }  // namespace
 
 std::size_t workspace_bytes(const Partition& args) {
-  return static_cast<std::size_t>(Plan(args.scores.size[1]).workspace * args.scores.size[0]) * 4;
+  return static_cast<std::size_t>(Plan(args.scores.size[1], "partition_tokens").workspace * args.scores.size[0]) * 4;
 }
 std::size_t workspace_bytes(const ClassScores& args) {
   return score_workspace(args, "class_scores");
@@ -241,7 +262,7 @@ void partition(const Partition& args, const Launch& to) {
   p.selects = true;
   p.keep = static_cast<int>(args.keep), p.protect = static_cast<int>(args.protect);
   p.kept = args.kept, p.rest = args.rest;
-  run(p, args.scores.dtype, args.scores.size[0], Plan(args.scores.size[1]), static_cast<float*>(to.workspace), f, to);
+  run(p, args.scores.dtype, args.scores.size[0], Plan(args.scores.size[1], f), static_cast<float*>(to.workspace), f, to);
 }
 
 void class_scores(const ClassScores& args, const Launch& to) {
