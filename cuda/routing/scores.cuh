@@ -64,60 +64,60 @@ __device__ __forceinline__ int end_of_sharing(const ScoreParams& p, int h, int f
   return min(min(first + ((h - first) / p.chunk + 1) * p.chunk, last), min((h / p.group + 1) * p.group, h + batch));
 }
 
-// A warp's way through the keys of a block's heads: tiles of 16 tokens in turn with the other warps, from head to head without
-// a stop; a tile's lines one after the other.
+// A warp's way through the keys of the heads [first, last): tiles of 16 tokens in turn with the other warps, from head to head
+// without a stop; a tile's lines one after the other. Of each line's eight 16-byte pieces a lane fetches one, of every fourth
+// token.
 template <class T, int batch>
-struct Walk {
-  const T* keys;  // of the heads from h on
-  int h, tile, column;
-
+class Walk {
+ public:
   __device__ __forceinline__ Walk(const ScoreParams& p, const T* k, int first, int last)
-      : h(first), tile(threadIdx.x / 32), column(0), k_(k), first_(first), last_(last) {
+      : k_(k), first_(first), last_(last), h_(first), tile_(threadIdx.x / 32), column_(0) {
     settle(p);
   }
-  __device__ __forceinline__ bool done() const { return h >= last_; }
+  __device__ __forceinline__ bool done() const { return h_ >= last_; }
+
   __device__ __forceinline__ void next(const ScoreParams& p) {
-    column += line_columns<T>;
-    if (column < p.dim) return;
-    column = 0, tile += blockDim.x / 32;
-    settle(p);
+    column_ += line_columns<T>, from_ += line_columns<T>;
+    if (column_ < p.dim) return;
+    const int warps = blockDim.x / 32;
+    tile_ += warps, from_ += warps * tile_tokens * p.k_stride[2] - column_, column_ = 0;
+    if (tile_ * tile_tokens >= p.tokens) settle(p);
+  }
+
+  // Asks for this step's keys. In shared memory a line's pieces change places with those four on in every other token, so that
+  // the eight lanes that read at once (two tokens) find different banks.
+  __device__ __forceinline__ void fetch(const ScoreParams& p, char* slot) const {
+    constexpr int size = Vector<T>::size, copies = step_bytes / 16 / 32;
+    const int t = threadIdx.x % 32 / 8, piece = threadIdx.x % 8;
+    const int tokens = p.tokens - tile_ * tile_tokens - t, columns = p.dim - column_ - piece * size;  // that are left
+    const std::int64_t four = 4 * p.k_stride[2];
+    char* const to = slot + t * line_bytes + (piece ^ (t & 1) << 2) * 16;
+    if (p.vectors) {
+#pragma unroll
+      for (int i = 0; i < copies; ++i)
+        copy_async(to + 4 * i * line_bytes, from_ + i * four, columns > 0 && 4 * i < tokens ? 16 : 0);
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < copies; ++i) {
+      T x[size];
+#pragma unroll
+      for (int u = 0; u < size; ++u) x[u] = u < columns && 4 * i < tokens ? from_[i * four + u] : from_float<T>(0.0f);
+      *reinterpret_cast<uint4*>(to + 4 * i * line_bytes) = *reinterpret_cast<const uint4*>(x);
+    }
   }
 
  private:
-  const T* k_;
-  int first_, last_;
+  const T *k_, *from_;  // the batch row's keys; this lane's next ones
+  int first_, last_, h_, tile_, column_;
 
   __device__ __forceinline__ void settle(const ScoreParams& p) {
     const int tiles = (p.tokens + tile_tokens - 1) / tile_tokens;
-    for (; tile >= tiles && h < last_; tile -= tiles) h = end_of_sharing<batch>(p, h, first_, last_);
-    keys = k_ + (batch == 1 ? h : h / p.group) * p.k_stride[1];
+    for (; tile_ >= tiles && h_ < last_; tile_ -= tiles) h_ = end_of_sharing<batch>(p, h_, first_, last_);
+    from_ = k_ + (batch == 1 ? h_ : h_ / p.group) * p.k_stride[1] +
+            (tile_ * tile_tokens + threadIdx.x % 32 / 8) * p.k_stride[2] + threadIdx.x % 8 * Vector<T>::size;
   }
 };
-
-// Asks for a step's keys. A line's 16-byte pieces change places with those four on in every other token, so that the eight
-// lanes that read at once (two tokens) find different banks.
-template <class T, int batch>
-__device__ __forceinline__ void fetch(const ScoreParams& p, const Walk<T, batch>& at, char* slot) {
-  constexpr int size = Vector<T>::size, copies = step_bytes / 16 / 32;
-  const int lane = threadIdx.x % 32, t = lane / 8, piece = lane % 8;
-  const int n = at.tile * tile_tokens + t, column = at.column + piece * size;
-  const T* const from = at.keys + n * p.k_stride[2] + column;
-  char* const to = slot + t * line_bytes + (piece ^ (t & 1) << 2) * 16;
-  if (p.vectors) {
-#pragma unroll
-    for (int i = 0; i < copies; ++i)
-      copy_async(to + 4 * i * line_bytes, from + 4 * i * p.k_stride[2], column < p.dim && n + 4 * i < p.tokens ? 16 : 0);
-    return;
-  }
-#pragma unroll 1
-  for (int i = 0; i < copies; ++i) {
-    T x[size];
-#pragma unroll
-    for (int u = 0; u < size; ++u)
-      x[u] = column + u < p.dim && n + 4 * i < p.tokens ? from[4 * i * p.k_stride[2] + u] : from_float<T>(0.0f);
-    *reinterpret_cast<uint4*>(to + 4 * i * line_bytes) = *reinterpret_cast<const uint4*>(x);
-  }
-}
 
 // ---- multiplying
 
@@ -143,11 +143,13 @@ struct Products {
       } else {
         const auto low = Vector<T>::from(x[u]), high = Vector<T>::from(y[u]);
 #pragma unroll
-        for (int j = 0; j < batch; ++j) {
+        for (int j = 0; j < batch; ++j) {  // a piece by itself first: fewer roundings one upon the other
           const auto q = Vector<T>::from(*reinterpret_cast<const uint4*>(piece + min(j, count - 1) * p.query_stride));
+          float of_low = 0.0f, of_high = 0.0f;
 #pragma unroll
           for (int i = 0; i < Vector<T>::size; ++i)
-            sums[j] = fmaf(low.x[i], q.x[i], sums[j]), sums[batch + j] = fmaf(high.x[i], q.x[i], sums[batch + j]);
+            of_low = fmaf(low.x[i], q.x[i], of_low), of_high = fmaf(high.x[i], q.x[i], of_high);
+          sums[j] += of_low, sums[batch + j] += of_high;
         }
       }
     }
@@ -189,7 +191,7 @@ struct Softmax {
   __device__ __forceinline__ static float base(float top) { return top == -INFINITY ? 0.0f : top; }
   __device__ __forceinline__ void add(float a, float b) {
     const float greater = fmaxf(top, fmaxf(a, b)), from = base(greater);
-    sum = sum * exp2f(top - from) + exp2f(a - from) + exp2f(b - from);
+    sum = sum * exp2_approx(top - from) + exp2_approx(a - from) + exp2_approx(b - from);
     top = greater;
   }
   // Of all lanes that differ in the bits from `first` to `last` of their number.
@@ -222,7 +224,7 @@ __device__ __forceinline__ void score_heads(const ScoreParams& p, std::int64_t b
   Walk<T, batch> ahead(p, static_cast<const T*>(p.k) + b * p.k_stride[0], begin, end);
   int slot = 0;
   const auto ask = [&] {
-    if (!ahead.done()) fetch(p, ahead, ring + slot * step_bytes), ahead.next(p);
+    if (!ahead.done()) ahead.fetch(p, ring + slot * step_bytes), ahead.next(p);
     asm volatile("cp.async.commit_group;" ::: "memory");
     if (++slot == stages) slot = 0;
   };
@@ -283,7 +285,8 @@ __device__ __forceinline__ void score_heads(const ScoreParams& p, std::int64_t b
     for (int n = threadIdx.x; n < p.tokens; n += blockDim.x) {
       float total = first == begin ? 0.0f : space.totals[n];
       for (int h = 0; h < count; ++h)
-        total += exp2f(space.scores[static_cast<std::int64_t>(h) * p.tokens + n] - space.statistics[h].x) * space.statistics[h].y;
+        total +=
+            exp2f(space.scores[static_cast<std::int64_t>(h) * p.tokens + n] - space.statistics[h].x) * space.statistics[h].y;
       space.totals[n] = total;
     }
     __syncthreads();

@@ -196,6 +196,16 @@ def check_special() -> Results:
     weight = torch.ones(33, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     torch.autograd.grad(ops.gather_layer_norm(x, bad, weight)[1].sum(), (x, weight))
     ops.merge_tokens(x[:, :5].detach(), bad, x[:, 5:].detach(), torch.zeros(2, 15, device="cuda", dtype=torch.int32))
+    q, k = (torch.randn(3, 4, n, 64, device="cuda") for n in (1, 700))
+    k[0, 1, 333], k[1, 2, :, 0], q[1, 2, :, 0] = math.nan, -math.inf, 1.0
+    got, expected = ops.class_scores(q, k), ref.class_scores(q, k)
+    results.append(
+        (
+            "a NaN key, and a head of no finite scores: NaN for the row, as in torch",
+            all(module[:2].isnan().all() and not module[2].isnan().any() for module in (got, expected)),
+            "",
+        )
+    )
     os.environ["EFFCORE_DEBUG"] = "1"
     for name, call in (
         ("gather", lambda: ops.gather_tokens(x, bad)),
@@ -278,6 +288,9 @@ def run_small() -> None:
     for kv_heads, dim, dtype in itertools.product((4, 1), (64, 33), (torch.float32, torch.bfloat16)):
         q, k = (torch.randn(2, heads, n, dim, device="cuda").to(dtype) for heads, n in ((4, 1), (kv_heads, 300)))
         ops.score_partition(q, k, 30)  # 300 tokens of 2 rows: their heads are shared out
+        ops.class_scores(q, k)
+        many = [t[:, :2, :20].repeat(70, 1, 1, 1) for t in (q, k)]  # more rows than multiprocessors
+        ops.score_partition(*many, 5)
         ops.score_partition(q, k[:, :, :70], 30, protect=1)
     x = rows(2, 20, 33, torch.bfloat16)
     ops.gather_tokens(x, torch.tensor([[0, 25, -3, 2**30]] * 2, device="cuda", dtype=torch.int32))
