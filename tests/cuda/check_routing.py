@@ -251,7 +251,7 @@ def check_special() -> Results:
         torch.randn(4, 6, 197, 64, device="cuda").bfloat16(),
     )
     weight = torch.randn(384, device="cuda").bfloat16()
-    long = torch.randn(4, 6, 700, 64, device="cuda").bfloat16()  # in two launches
+    long = torch.randn(4, 6, 700, 64, device="cuda").bfloat16()  # a cluster a row
 
     def forward():
         kept, rest = ops.score_partition(q, k, 89, protect=1)
