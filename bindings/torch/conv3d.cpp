@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(effcore, m) {
   m.def(
       "cross_conv3d_bwd_weight(Tensor x, Tensor dout, int[] kernel, int[] stride, int[] padding, bool channels_inside=False)"
       " -> (Tensor dspatial, Tensor dtemporal)");
+  m.def("patch_embed3d(Tensor x, Tensor weight, Tensor? bias) -> Tensor out");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effcore, CPU, m) {

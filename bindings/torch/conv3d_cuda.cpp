@@ -17,9 +17,29 @@ struct Cuda {
   static void run(const conv3d::BackwardWeight& args, const Tensor& on) { call(cuda::conv3d::backward_weight, args, on); }
 };
 
+Tensor patch_embed3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const char* f = "patch_embed3d";
+  const Tensor kernel = torch::stable::contiguous(weight);
+  cuda::conv3d::Patches args{view(x, f, "x"), view(kernel, f, "weight")};
+  conv3d::check_patches(f, args.x, args.weight);
+  TensorView vbias;
+  if (bias) {
+    vbias = view(*bias, f, "bias");
+    conv3d::check_bias(f, vbias, args.weight);
+    args.bias = &vbias;
+  }
+  std::int64_t size[3];
+  for (int d = 0; d < 3; ++d) size[d] = args.x.size[2 + d] / args.weight.size[2 + d];
+  Tensor out = Conv3dOps<Cuda>::voxels(x, args.x.size[0], args.weight.size[0], size);
+  args.out = view(out, f, "out");
+  call_on_stream(cuda::conv3d::patches, args, 0, x);
+  return out;
+}
+
 }  // namespace
 }  // namespace effcore::binding
 
 STABLE_TORCH_LIBRARY_IMPL(effcore, CUDA, m) {
   effcore::binding::Conv3dOps<effcore::binding::Cuda>::implement(m);
+  EFFCORE_IMPL(m, "patch_embed3d", effcore::binding::patch_embed3d);
 }

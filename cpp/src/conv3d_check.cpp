@@ -72,4 +72,16 @@ void check_positions(const char* function, const std::int64_t size[3], const std
   }
 }
 
+void check_patches(const char* function, const TensorView& x, const TensorView& weight) {
+  check_supported(function, "x", x);
+  check(x.rank == 5, function, "x must have 5 dimensions [batch, channels, frames, height, width] but has shape ", shape(x));
+  check(weight.rank == 5, function, "weight must have shape [out_channels, in_channels, frames, height, width] but has ",
+        shape(weight));
+  check_like(function, "weight", weight, x);
+  for (int d = 0; d < 5; ++d) check(weight.size[d] >= 1, function, "weight must not be empty but has shape ", shape(weight));
+  check(weight.size[1] == x.size[1], function, "weight has ", weight.size[1], " input channels but x has ", x.size[1]);
+  for (int d = 2; d < 5; ++d)
+    check(x.size[d] >= weight.size[d], function, "x of shape ", shape(x), " holds no patch of weight's shape ", shape(weight));
+}
+
 }  // namespace effcore::conv3d

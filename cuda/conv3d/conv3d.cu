@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/path.h"
+#include "conv3d/hopper/patches.h"
 #include "conv3d/hopper/rows.h"
 #include "conv3d/hopper/weights.h"
 #include "conv3d/layouts.cuh"
@@ -395,6 +396,15 @@ void backward_weight(const BackwardWeight& args, const Launch& launch) {
     launch_overlapping(f, reduce_kernel<decltype(zero)>, blocks, reduce_threads, 0, static_cast<cudaStream_t>(launch.stream),
                        r);
   });
+}
+
+void patches(const Patches& args, const Launch& launch) {
+  const char* f = "patch_embed3d";
+#if defined(EFFCORE_HOPPER)
+  if (on_hopper(f) && hopper::patches(f, args, launch)) return;
+#endif
+  static_cast<void>(args), static_cast<void>(launch);
+  refuse(f, "no CUDA kernel serves these arguments (cuda/conv3d.h says which one does)");
 }
 
 const char* path(DType dtype) {

@@ -51,6 +51,8 @@ void check_geometry(const char* function, const Geometry& geometry);
 // size: (T, H, W) of x; out receives the size of the output.
 void check_positions(const char* function, const std::int64_t size[3], const std::int64_t kernel[3], const Geometry& geometry,
                      std::int64_t out[3]);
+// Of a convolution whose stride is its kernel.
+void check_patches(const char* function, const TensorView& x, const TensorView& weight);
 
 void forward(const Forward& args, const Threads& threads);
 void backward_data(const BackwardData& args, const Threads& threads);

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effcore.ops.conv3d import cross_conv3d
+from effcore.ops.patch_embed import patch_embed3d
 
 __all__ = ["CatConv3d", "CrossConv3d", "P3DConv3d", "PatchEmbed3d", "R2Plus1DConv3d"]
 
@@ -290,20 +291,6 @@ class PatchEmbed3d(nn.Module):
                 f"effcore.nn.PatchEmbed3d: x must be [batch, {self.in_channels}, frames, height, width] but has shape "
                 f"{list(x.shape)}"
             )
-        (batch, channels), (kt, kh, kw) = x.shape[:2], self.kernel_size
-        t, h, w = (n // k for n, k in zip(x.shape[2:], self.kernel_size, strict=True))
-        if min(t, h, w) == 0:
+        if any(n < k for n, k in zip(x.shape[2:], self.kernel_size, strict=True)):
             raise ValueError(f"effcore.nn.PatchEmbed3d: x {tuple(x.shape)} holds no patch of {self.kernel_size}")
-        words = x.view(torch.int64) if self._moves_words(x) else x
-        size = words.shape[-1] * kw // x.shape[-1]  # of a patch's line
-        words = words[:, :, : t * kt, : h * kh, : w * size].reshape(batch, channels, t, kt, h, kh, w, size)
-        patches = words.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, t, h, w, channels * kt * kh * size)
-        return F.linear(patches.view(x.dtype), self.weight.flatten(1), self.bias).movedim(-1, 1)
-
-    def _moves_words(self, x: Tensor) -> bool:
-        """Whether patches can be gathered 8 bytes at a time, three times as fast as elements of 2 bytes: their lines begin and
-        end at whole words, and no gradient flows to the voxels, which have no view of another size then."""
-        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()) or not x.is_contiguous():
-            return False
-        lines = self.kernel_size[2], x.shape[-1], x.storage_offset()
-        return x.element_size() < 8 and all(n * x.element_size() % 8 == 0 for n in lines)
+        return patch_embed3d(x, self.weight, self.bias)

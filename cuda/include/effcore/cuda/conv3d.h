@@ -21,6 +21,18 @@ void forward(const Forward& args, const Launch& launch);
 void backward_data(const BackwardData& args, const Launch& launch);
 void backward_weight(const BackwardWeight& args, const Launch& launch);
 
+// A convolution whose stride is its kernel, without padding (the patch embedding of video transformers): x [B, C, T, H, W],
+// weight [O, C, kt, kh, kw], contiguous, out [B, O, T / kt, H / kh, W / kw], contiguous but for its channels, which are inside.
+struct Patches {
+  TensorView x, weight;
+  const TensorView* bias = nullptr;  // [O], any stride
+  TensorView out;
+};
+
+// On sm_90a alone, in bfloat16 and float16: patches are read where they lie. Their lines are dense, 16, 32 or 64 voxels long and
+// begin at multiples of 16 bytes, a patch has a multiple of 64 voxels, and O is one of 8; all else is refused.
+void patches(const Patches& args, const Launch& launch);
+
 // Which kernels serve this dtype on the current GPU, for `effcore doctor`: "wgmma sm_90a" (where the
 // arguments allow it; else as on other GPUs), "mma sm_80", "fma sm_80", or "none: " and why.
 const char* path(DType dtype);
