@@ -27,6 +27,7 @@ for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")): 
     effcore.__path__.append(folder)
 
 from benchmarks.timing import clock_for  # noqa: E402
+from effcore.ops import patch_embed  # noqa: E402
 from effcore.ops.conv3d import cross_conv3d  # noqa: E402
 from effcore.reference import conv3d as ref  # noqa: E402
 
@@ -78,6 +79,18 @@ PROBLEMS = [
     (1, 64, 128, (2, 10, 9), (1, 5, 7), 1, "same"),
     (2, 72, 128, (9, 14, 14), (5, 3, 3), 1, "same"),
     (2, 128, 256, (3, 28, 21), (3, 3, 3), (1, 2, 2), "same"),
+]
+
+
+# batch, channels, outputs, (T, H, W), kernel = stride
+PATCHES = [
+    (2, 3, 192, (4, 32, 48), (2, 16, 16)),
+    (32, 3, 768, (32, 224, 224), (2, 16, 16)),
+    (3, 3, 200, (7, 90, 120), (2, 16, 16)),  # voxels that fill no patch; a last tile and a last panel that are not full
+    (5, 1, 8, (1, 16, 16), (1, 16, 16)),  # one patch a clip
+    (2, 3, 384, (3, 64, 96), (1, 32, 32)),
+    (2, 2, 1024, (3, 64, 128), (1, 8, 64)),
+    (3, 4, 648, (9, 21, 48), (3, 1, 16)),
 ]
 
 
@@ -145,6 +158,49 @@ def check(problems=PROBLEMS) -> list[tuple[str, bool, str]]:
                     # In float32 what is left is the order of some thousand additions.
                     rounding = (6 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
                     error, allowed = relative(a, c), 2 * relative(b, c) + rounding
+                    if not error <= allowed:
+                        wrong.append(f"{what} off by {error:.1e}, allowed {allowed:.1e}")
+                found.append((label, not wrong, "; ".join(wrong)))
+    return found
+
+
+def make_patches(problem, dtype: torch.dtype, layout: str):
+    batch, channels, outputs, size, kernel = problem
+    voxels = torch.randn(batch, channels + 1, *size, device="cuda").to(dtype)
+    x = voxels[:, 1:] if layout == "sliced" else voxels[:, 1:].contiguous()
+    weight = (
+        torch.randn(outputs, channels, *kernel, device="cuda") * (channels * kernel[0] * kernel[1] * kernel[2]) ** -0.5
+    )
+    return [x, weight.to(dtype), torch.randn(outputs, device="cuda").to(dtype)]
+
+
+def check_patches(problems=PATCHES) -> list[tuple[str, bool, str]]:
+    """Patch embeddings that the kernel serves: out and the gradients against float64, beside a product of gathered patches."""
+    found = []
+    for problem in problems:
+        for name in ("bf16", "fp16"):
+            for layout in ("contiguous", "sliced"):
+                label = f"{name} {layout} patches {problem}"
+                tensors = make_patches(problem, DTYPES[name], layout)
+                doubles = [t.double() for t in tensors]
+                gradient = torch.randn_like(patch_embed._gathered(*tensors))
+                wrong = [] if patch_embed._reads_in_place(*tensors[:2]) else ["patches are gathered"]
+                poison()
+                try:
+                    ours = results(patch_embed.patch_embed3d, tensors, gradient)
+                    again = results(patch_embed.patch_embed3d, tensors, gradient)
+                    torch.cuda.synchronize()
+                except Exception as error:
+                    found.append((label, False, f"{type(error).__name__}: {error}"[:300]))
+                    continue
+                exact = results(patch_embed._gathered, doubles, gradient.double())
+                same = results(patch_embed._gathered, tensors, gradient)
+                if not torch.equal(ours[0], again[0]):
+                    wrong.append("two runs differ")
+                if not ours[0].is_contiguous(memory_format=LAST):
+                    wrong.append("out is not in channels_last_3d")
+                for what, a, b, c in zip(("out", "dx", "dweight", "dbias"), ours, same, exact, strict=True):
+                    error, allowed = relative(a, c), 2 * relative(b, c) + 2 * torch.finfo(a.dtype).eps
                     if not error <= allowed:
                         wrong.append(f"{what} off by {error:.1e}, allowed {allowed:.1e}")
                 found.append((label, not wrong, "; ".join(wrong)))
@@ -252,6 +308,33 @@ def speed(rounds: int = 15) -> list[dict]:
     return rows
 
 
+def speed_of_patches(rounds: int = 15) -> list[dict]:
+    """Tubelets of 2 x 16² of 32 clips of 32 frames at 224², 768 channels, beside the product of patches gathered before."""
+    clock = clock_for("cuda")
+    x, weight, bias = make_patches(PATCHES[1], torch.bfloat16, "contiguous")
+    gathered, matrix = patch_embed._gather(x, weight.shape[2:]).flatten(0, -2), weight.flatten(1)
+    calls = {
+        "effcore": lambda: patch_embed.patch_embed3d(x, weight, bias),
+        "product of gathered patches": lambda: F.linear(gathered, matrix, bias),
+        "gathering, product": lambda: patch_embed._gathered(x, weight, bias),
+    }
+    with torch.no_grad():
+        for call in calls.values():
+            call()
+        times = [{name: clock(call) * 1e6 for name, call in calls.items()} for _ in range(rounds)]
+        rate = matmul_rate(clock)
+    ratio = statistics.median(t["product of gathered patches"] / t["effcore"] for t in times)
+    return [
+        {
+            "what": "patches",
+            "shape": [*x.shape, *weight.shape],
+            "us": {name: statistics.median(t[name] for t in times) for name in calls},
+            "bound us": 2 * gathered.numel() * len(matrix) / rate * 1e6,
+            "against product of gathered patches": ratio,
+        }
+    ]
+
+
 # ---------------------------------------------------------------- sanitizer
 
 SMALL = [
@@ -266,7 +349,17 @@ SMALL = [
 ]
 
 
+SMALL_PATCHES = [
+    (3, 3, 200, (4, 34, 48), (2, 16, 16)),
+    (140, 1, 776, (2, 64, 64), (1, 16, 16)),  # several tiles a block
+    (2, 1, 64, (1, 32, 64), (1, 2, 32)),
+]
+
+
 def run_small() -> None:
+    for problem in SMALL_PATCHES:
+        for dtype in (torch.bfloat16, torch.float16):
+            patch_embed.patch_embed3d(*make_patches(problem, dtype, "contiguous"))
     for problem in SMALL:
         for dtype in DTYPES.values():
             tensors = make(problem, dtype, "sliced" if problem[1] == 72 else "channels last")
@@ -299,10 +392,10 @@ def main() -> int:
     if args.small:
         run_small()
         return 0
-    found = check()
+    found = check() + check_patches()
     report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     if args.time:
-        report["speed"] = speed()
+        report["speed"] = [*speed(), *speed_of_patches()]
     if args.sanitize:
         found += [sanitize(tool) for tool in ("memcheck", "racecheck")]
     report["results"] = found

@@ -123,7 +123,8 @@ def _gather(x: Tensor, kernel: Sequence[int]) -> Tensor:
     size = words.shape[-1] * kw // x.shape[-1]  # of a patch's line
     words = words[:, :, : t * kt, : h * kh, : w * size].reshape(*x.shape[:2], t, kt, h, kh, w, size)
     patches = words.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(x.shape[0], t, h, w, -1)
-    return patches if patches.dtype == x.dtype else patches.view(x.dtype)  # a view of a dtype has no gradient, even of its own
+    # A view as another dtype has no gradient, not even as the same one.
+    return patches if patches.dtype == x.dtype else patches.view(x.dtype)
 
 
 def _scatter(patches: Tensor, x: Tensor, kernel: Sequence[int]) -> Tensor:
