@@ -9,24 +9,17 @@
 
 namespace effcore::cuda {
 
-// A function of the driver's, so that the library needs no libcuda to load; null where there is none.
-template <class Function>
-Function driver_function(const char* name) {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  if (cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found) != cudaSuccess ||
-      found != cudaDriverEntryPointSuccess)
-    entry = nullptr;
-  return reinterpret_cast<Function>(entry);
-}
-
+// cuTensorMapEncodeTiled from the driver, so that the library needs no libcuda to load; null where there is none.
 inline auto tensor_map_encoder() {
-  static const auto function = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-  return function;
-}
-// Of maps whose positions are walked in order.
-inline auto im2col_map_encoder() {
-  static const auto function = driver_function<decltype(&cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
+      entry = nullptr;
+    return reinterpret_cast<Encode>(entry);
+  }();
   return function;
 }
 

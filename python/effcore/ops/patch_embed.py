@@ -44,14 +44,14 @@ def patch_embed3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _reads_in_place(x: Tensor, weight: Tensor) -> bool:
-    """Whether Hopper's copy engine takes lines of patches out of x: they are 16, 32 or 64 voxels long and begin at multiples
-    of 16 bytes (cuda/conv3d/hopper/patches.cuh)."""
+    """Whether Hopper's copy engine takes lines of patches out of x: they are a multiple of 16 voxels long and begin at
+    multiples of 16 bytes (cuda/conv3d/hopper/patches.cuh)."""
     return (
         x.is_cuda
         and x.dtype == weight.dtype
         and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.shape[-1] in (16, 32, 64)
-        and weight[0].numel() % 64 == 0
+        and weight.shape[-1] % 16 == 0
+        and weight[0].numel() % 32 == 0
         and weight.shape[0] % 8 == 0
         and x.stride(-1) == 1
         and all(n % 8 == 0 for n in (x.storage_offset(), *x.stride()[:-1]))

@@ -25,12 +25,13 @@ void backward_weight(const BackwardWeight& args, const Launch& launch);
 // weight [O, C, kt, kh, kw], contiguous, out [B, O, T / kt, H / kh, W / kw], contiguous but for its channels, which are inside.
 struct Patches {
   TensorView x, weight;
-  const TensorView* bias = nullptr;  // [O], any stride
+  const TensorView* bias = nullptr;  // [O]
   TensorView out;
 };
 
-// On sm_90a alone, in bfloat16 and float16: patches are read where they lie. Their lines are dense, 16, 32 or 64 voxels long and
-// begin at multiples of 16 bytes, a patch has a multiple of 64 voxels, and O is one of 8; all else is refused.
+// On sm_90a alone, in bfloat16 and float16: patches are read where they lie. Their lines are dense, a multiple of 16 voxels
+// long and begin at multiples of 16 bytes, a patch has a multiple of 32 voxels, O is one of 8, and the bias is dense; all else
+// is refused.
 void patches(const Patches& args, const Launch& launch);
 
 // Which kernels serve this dtype on the current GPU, for `effcore doctor`: "wgmma sm_90a" (where the
