@@ -200,7 +200,8 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
   char* const weight_memory = memory + p.voxel_stages * p.stage_bytes;
   auto& shared = *reinterpret_cast<LinesMemory<positions>*>(weight_memory + p.weight_stages * weight_bytes);
   if (threadIdx.x == line_consumers) {
-    for (const CUtensorMap* map : {&p.box, &p.box_with_halo, &p.weights[0]}) cute::prefetch_tma_descriptor(map);
+    for (const CUtensorMap* map : {&p.box, &p.box_with_halo, &p.weights[0], &p.weights[p.packed ? 0 : 1]})
+      cute::prefetch_tma_descriptor(map);
     shared.voxels.init(2);
     shared.weights.init(2);
     for (sm90::BarrierWord& word : shared.received) sm90::Barrier::init(&word, line_consumers);
