@@ -20,7 +20,9 @@ struct Cuda {
 Tensor patch_embed3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* f = "patch_embed3d";
   const Tensor kernel = torch::stable::contiguous(weight);
-  cuda::conv3d::Patches args{view(x, f, "x"), view(kernel, f, "weight")};
+  const bool aligned = reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  const Tensor source = aligned ? x : torch::stable::clone(x);
+  cuda::conv3d::Patches args{view(source, f, "x"), view(kernel, f, "weight")};
   conv3d::check_patches(f, args.x, args.weight);
   TensorView vbias;
   if (bias) {
