@@ -181,8 +181,11 @@ PlannedBackward backward_plan(const Backward& args, K kernels) {
 
 }  // namespace
 
-std::size_t workspace_bytes(const Forward&) {
-  return on_hopper(forward_name) ? sizeof(int) : 0;
+std::size_t workspace_bytes([[maybe_unused]] const Forward& args) {
+#ifdef EFFCORE_HOPPER
+  if (on_hopper(forward_name)) return static_cast<std::size_t>(hopper::forward_tickets(args.problem)) * sizeof(int);
+#endif
+  return 0;
 }
 std::size_t workspace_bytes(const SharedForward&) {
   return on_hopper(shared_name) ? sizeof(int) : 0;

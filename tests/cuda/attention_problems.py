@@ -29,6 +29,7 @@ class Case:
     layout: str = "head"  # head, token, sliced (odd offset and stride)
     layers: int = 2
     scale: float | None = None
+    sink: float = 0.0  # what half of the queries of half of the heads score a far key with
 
     def name(self) -> str:
         marks = [
@@ -40,6 +41,7 @@ class Case:
         marks += [f"first_key/{self.first_key}"] if self.first_key else []
         marks += [self.layout] if self.layout != "head" else []
         marks += [f"scale={self.scale}"] if self.scale is not None else []
+        marks += [f"sink={self.sink:g}"] if self.sink else []
         return " ".join(marks)
 
 
@@ -52,6 +54,14 @@ def tensor(case: Case, heads: int, tokens: int, dim: int, requires_grad: bool = 
     else:
         x = torch.randn(case.batch, heads, tokens, dim, device="cuda").to(dtype)
     return x.requires_grad_(requires_grad)
+
+
+def add_sink(case: Case, q: Tensor, k: Tensor) -> None:
+    """A row's scores of its nearest keys say nothing of the score of a far one."""
+    with torch.no_grad():
+        q[..., 0] = 0.0
+        q[:, ::2, ::2, 0] = 8.0
+        k[:, :, 5, 0] = case.sink * case.dim**0.5 / 8
 
 
 def visibility(case: Case) -> dict[str, Tensor | None]:
@@ -115,6 +125,12 @@ def grid() -> tuple[list[Case], list[Case]]:
     many = change(base, batch=3, heads=24, kv_heads=6, queries=600, keys=600, layers=2, lengths=True)
     cases += [change(many, dtype=dtype, dim=dim, value_dim=dim) for dtype in ("bf16", "fp16") for dim in (64, 128)]
     cases += [change(many, first_key="query", keys=450, dim=256, value_dim=256)]
+    # A row's later scores are larger than those of its first tile: within the range of what is relative to these, and beyond.
+    for dtype, dim, sink in [("bf16", d, x) for d in (64, 128, 256) for x in (15.0, 40.0, 120.0)] + [
+        ("fp16", 64, 15.0)
+    ]:
+        sized = change(base, dtype=dtype, queries=700, keys=700, dim=dim, value_dim=dim, sink=sink, layers=3)
+        cases += [sized, change(sized, lengths=True, batch=3, causal=False)]
     decode = [
         change(
             base,

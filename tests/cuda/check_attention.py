@@ -11,6 +11,7 @@ The table comes last; numbers go to $OUT/attention_check.json, if OUT is set.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from tests.cuda.attention_problems import (  # noqa: E402
     DTYPES,
     FLOOR,
     Case,
+    add_sink,
     backward_grid,
     grid,
     kv_grid,
@@ -122,6 +124,8 @@ def twice(run: Callable[[], dict]) -> list[dict]:
 def check(case: Case, keep: str) -> dict:
     q, k = tensor(case, case.heads, case.queries, case.dim), tensor(case, case.kv_heads, case.keys, case.dim)
     values = [tensor(case, case.kv_heads, case.keys, case.value_dim) for _ in range(case.layers)]
+    if case.sink:
+        add_sink(case, q, k)
     grads = [tensor(case, case.heads, case.queries, case.value_dim, False) for _ in range(case.layers)]
     seen = visibility(case)
     options = dict(causal=case.causal, scale=case.scale, **seen)
@@ -364,6 +368,7 @@ def run_small() -> None:
             if layout == "sliced" and dim != 64:
                 continue
             q, k = tensor(case, 2, 150, dim), tensor(case, 1, 170, dim)
+            add_sink(dataclasses.replace(case, sink=60.0), q, k)  # some pieces of work are done again
             values, grads = (
                 [tensor(case, 1, 170, dim) for _ in range(3)],
                 [tensor(case, 2, 150, dim, False) for _ in range(3)],

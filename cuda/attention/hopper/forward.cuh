@@ -9,13 +9,12 @@
 // previous P V and on the other warpgroups' products, which take turns. Blocks stay and draw their next piece of work
 // (work_queue.cuh): at D = 64 that gains 5 % at 2048 keys and 1-3 % from 4096 on.
 //
+// A row's exponentials are relative to the maximum of its first tile (softmax.cuh: AnchoredSoftmax). A running maximum costs
+// every tile a reduction and the outputs a rescaling: 1.17-1.20 times the time. Where a later score leaves the range of that,
+// the block's piece of work is taken down (Again), and a second launch does it again with a running maximum, or ends at once.
+//
 // Keeping P: it must be normalised, so the row's lse comes first, from a pass over K that multiplies Q K^T alone; a second pass
-// is a consumer's forward, which writes P as it multiplies P V. That costs 2 * D of 4 * D FLOPs and the exponentials again.
-// Writing P, 2 bytes an element, takes longer than either (0.15 cycles of a multiprocessor's share of 3 TB/s, where an
-// exponential takes 0.06 and all three products 0.19 at D = 128) and runs beside the second pass. A pass behind a complete
-// forward was tried: nothing of the write is hidden, and the whole takes 1.27 times as long at D = 64, 1.09 at D = 128 (8192
-// keys). The other alternative, unnormalised tiles with the maximum of their time, makes every reader rescale: n - 1 consumers'
-// forwards, and the backward.
+// is a consumer's forward, which writes P as it multiplies P V.
 //
 // Shared memory: Q [warpgroups][64 x D], K [stages][keys x D], V [stages][keys x D] in panels (wgmma.cuh), P on its way out,
 // barriers. Tiles of keys are taken from the last that the block sees to the first.
@@ -27,14 +26,34 @@
 
 namespace effcore::cuda::hopper {
 
+// Pieces of work to do again, by another kernel. In device memory, zeroed up to the numbers: a count, a mark for each piece,
+// the numbers of those that are marked.
+struct Again {
+  int* memory = nullptr;
+  int pieces = 0;
+
+  static constexpr std::int64_t zeroed(std::int64_t pieces) { return 1 + pieces; }
+  __device__ int count() const { return memory[0]; }
+  __device__ int number(int i) const { return memory[1 + pieces + i]; }
+  __device__ void take_down(int number) const {
+    if (atomicExch(memory + 1 + number, 1) == 0) memory[1 + pieces + atomicAdd(memory, 1)] = number;
+  }
+};
+
 struct TiledForwardParams {
   attention::ForwardParams args;
   int* ticket;          // the counter that work is drawn from, zeroed; null: one block a piece
+  Again again;          // anchored: takes down the pieces that left its range; others: do these, if given, else all
   CUtensorMap q, k, v;  // boxes of 64 queries, of `keys` keys
   CUtensorMap probs;    // where they are kept: boxes of 16 rows
 };
 
-enum class Forward { owner, owner_keeping_probs, from_lse };
+// How a row's exponentials are taken: relative to the maximum of its first tile (anchored), or to that of all tiles so far
+// (online), or with its lse known from a pass before (normalised) or from the owner; and whether they are kept.
+enum class Forward { anchored, online, normalised_kept, from_lse };
+constexpr bool keeps_probs(Forward forward) {
+  return forward == Forward::normalised_kept;
+}
 
 // Three warpgroups with 160 registers a thread, which hold S, P and O at D = 64 with 128 keys; two with 232 above. At D = 128
 // three with 64 keys take 8-17 % longer (H200, S = 2048 .. 16384). At D = 64 with three: 152 registers spill accumulators, and
@@ -49,11 +68,19 @@ struct ForwardTiles {
   static constexpr int consumer_registers = warpgroups == 2 ? 232 : 160, producer_registers = warpgroups == 2 ? 40 : 32;
 };
 
+// Of a tile's blocks of 8 keys, those whose exponentials do not wait for the end of the product with the values of the tile
+// before.
+template <int D>
+constexpr int early_blocks(Forward forward) {
+  constexpr int all = ForwardTiles<D>::keys / 8;
+  if (forward == Forward::from_lse) return D == 64 ? 0 : all;
+  return forward == Forward::anchored ? 0 : all;
+}
+
 template <class T, int D, Forward forward>
 struct ForwardShared {
   using Tiles = ForwardTiles<D>;
-  static constexpr int kept_elements =
-      forward == Forward::owner_keeping_probs ? KeptProbs<T>::buffers * KeptProbs<T>::elements : 8;
+  static constexpr int kept_elements = keeps_probs(forward) ? KeptProbs<T>::buffers * KeptProbs<T>::elements : 8;
   T q[Tiles::warpgroups][64 * D];
   T k[Tiles::stages][Tiles::keys * D];
   T v[Tiles::stages][Tiles::keys * D];
@@ -90,7 +117,7 @@ struct ForwardProducer {
       }
       q_turn.next();
     };
-    constexpr bool two_passes = forward == Forward::owner_keeping_probs;
+    constexpr bool two_passes = forward == Forward::normalised_kept;
     if (tiles.first >= tiles.end) return load_q();
     for (int tile = tiles.end - 1; two_passes && tile >= tiles.first; --tile) {
       load_k(tile, kv_head, batch);

@@ -8,7 +8,10 @@ template <class T, int D, Forward forward>
 struct ForwardConsumer {
   using Tiles = ForwardTiles<D>;
   static constexpr int keys = Tiles::keys;
-  static constexpr bool keeps = forward == Forward::owner_keeping_probs, online = forward == Forward::owner;
+  static constexpr bool anchored = forward == Forward::anchored;
+  static constexpr bool keeps = keeps_probs(forward), two_passes = forward == Forward::normalised_kept;
+  static constexpr int early = early_blocks<D>(forward);
+  static constexpr bool known_lse = two_passes || forward == Forward::from_lse;
 
   ForwardShared<T, D, forward>& shared;
   const TiledForwardParams& p;
@@ -20,7 +23,7 @@ struct ForwardConsumer {
   __device__ ForwardConsumer(ForwardShared<T, D, forward>& shared_, const TiledForwardParams& p_, int warpgroup_)
       : shared(shared_), p(p_), warpgroup(warpgroup_), order(warpgroup_) {}
 
-  __device__ __forceinline__ void run(const Work& work) {
+  __device__ __forceinline__ void run(const Work& work, int number) {
     const Shape& s = p.args.shape;
     const int batch = work.head / s.heads, head = work.head % s.heads;
     const int block0 = work.block * Tiles::rows, row0 = block0 + 64 * warpgroup, last_row = min(row0 + 64, s.queries) - 1;
@@ -59,7 +62,12 @@ struct ForwardConsumer {
       if (key0 > high || key0 < low) mask(score, seen, row, s.queries, key0);
     };
 
-    Softmax<!online> softmax(s.scale_log2);
+    auto softmax = [&] {
+      if constexpr (anchored)
+        return AnchoredSoftmax(s.scale_log2, row, s.queries);
+      else
+        return Softmax<known_lse>(s.scale_log2);
+    }();
     // The strip's kept tiles begin with row `tiles_before * 64` of all.
     using attention::probs_tile;
     const int strip = row0 / probs_tile;
@@ -70,7 +78,8 @@ struct ForwardConsumer {
     const int warp = threadIdx.x / 32 - 4;
     KeptProbs<T> kept(shared.kept[warp], p.probs, static_cast<int>(tiles_before) * probs_tile + warp % 4 * 16, stored);
     if constexpr (forward == Forward::from_lse) softmax.start(lse, row, s.queries);
-    if constexpr (keeps) {
+    constexpr std::uint32_t nothing[keys / 16][4] = {};
+    if constexpr (two_passes) {
       Softmax<false> statistics(s.scale_log2);
       skip_k(tiles.end, end);
       for (int tile = end - 1; tile >= first; --tile) {
@@ -78,13 +87,15 @@ struct ForwardConsumer {
         order.pass_on();
         wgmma_wait<0>();
         scores_done(tile);
-        statistics.probabilities(score);
+        statistics.look_at(score);
+        statistics.template probabilities<0, keys / 8>(score);
       }
       skip_k(first, tiles.first);
       float factor[2];
       statistics.finish(factor, lse, row, s.queries);
       softmax = statistics.normalised();
-      constexpr std::uint32_t nothing[keys / 16][4] = {};
+    }
+    if constexpr (keeps) {
       for (int tile = 0; tile * keys < stored; ++tile)
         if (tile < first || tile >= end) kept.store(nothing, tile * keys);
     }
@@ -111,7 +122,8 @@ struct ForwardConsumer {
       order.pass_on();
       wgmma_wait<0>();
       scores_done(end - 1);
-      softmax.probabilities(score);
+      softmax.look_at(score);
+      softmax.template probabilities<0, keys / 8>(score);
       pack<T>(probs, score);
       for (int tile = end - 2; tile >= first; --tile) {
         start_scores();
@@ -120,16 +132,17 @@ struct ForwardConsumer {
         if constexpr (keeps) kept.store(probs, (tile + 1) * keys);
         wgmma_wait<1>();
         scores_done(tile);
-        softmax.probabilities(score);
-        // A branch, or ptxas moves the wait that follows before the exponentials: 2-3 % of an owner's forward. A consumer's at
-        // D = 64, which has no maxima to take, is 2-4 % faster without.
-        if constexpr (D != 64 || forward != Forward::from_lse) {
+        softmax.look_at(score);
+        softmax.template probabilities<0, early>(score);
+        // A branch, or ptxas moves the wait that follows before the exponentials.
+        if constexpr (early > 0) {
           pin(score);
           if (tile > first) shared.k_ring.wait_full(k_turn);
         }
         wgmma_wait<0>();
         values_done();
         softmax.rescale(out);
+        softmax.template probabilities<early, keys / 8>(score);
         pack<T>(probs, score);
       }
       release_q();
@@ -143,7 +156,11 @@ struct ForwardConsumer {
     skip(first, tiles.first);
 
     float factor[2] = {1.0f, 1.0f};
-    if constexpr (online) softmax.finish(factor, lse, row, s.queries);
+    if constexpr (!known_lse) {
+      [[maybe_unused]] const bool fits = softmax.finish(factor, lse, row, s.queries);
+      if constexpr (anchored)
+        if (!fits && lane == 0) p.again.take_down(number);
+    }
     if constexpr (keeps) kept.finish();
     store_rows<T, D>(p.args.out, batch, head, row, s.queries, 0, out, factor);
   }
@@ -195,12 +212,14 @@ __global__ void __launch_bounds__(ForwardTiles<D>::threads, 1) forward_kernel(co
   }
   __syncthreads();
   const auto& schedule = p.args.schedule;
-  const int all = schedule.blocks * schedule.heads;
+  const bool again = (forward == Forward::online || forward == Forward::normalised_kept) && p.again.memory != nullptr;
+  const int all = again ? p.again.count() : schedule.blocks * schedule.heads;
   const auto work_of = [&](int number) {
-    Work work(schedule, number, p.args.shape.causal && forward != Forward::owner_keeping_probs);
+    if (again) number = p.again.number(number);
+    Work work(schedule, number, p.args.shape.causal && !keeps_probs(forward));
     // Where P is kept, blocks of many and of few keys take turns, or all would multiply at one time and write at another
     // (2-8 %).
-    if (p.args.shape.causal && forward == Forward::owner_keeping_probs)
+    if (p.args.shape.causal && keeps_probs(forward))
       work.block = work.block % 2 == 0 ? schedule.blocks - 1 - work.block / 2 : work.block / 2;
     return work;
   };
@@ -213,7 +232,7 @@ __global__ void __launch_bounds__(ForwardTiles<D>::threads, 1) forward_kernel(co
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tiles::consumer_registers>();
     ForwardConsumer<T, D, forward> consumer(shared, p, warpgroup);
-    WorkSink(shared.queue, all).for_each([&](int number) { consumer.run(work_of(number)); });
+    WorkSink(shared.queue, all).for_each([&](int number) { consumer.run(work_of(number), number); });
   }
 }
 

@@ -6,6 +6,13 @@
 
 namespace effcore::cuda::attention::hopper {
 
+// Ints of memory for an owner's forward to draw work from: two counters, a count, and for each piece a mark and a number
+// (forward.cuh: Again).
+constexpr int fewest_forward_rows = 128;  // of a piece, at any head dimension
+inline std::int64_t forward_tickets(const Problem& p) {
+  return 3 + 2 * p.batch * p.heads * ((p.queries + fewest_forward_rows - 1) / fewest_forward_rows);
+}
+
 template <class T, int D>
 struct Kernels {
   // All return false, having launched nothing, where an argument has no TMA descriptor (rows that are not multiples of 16 bytes

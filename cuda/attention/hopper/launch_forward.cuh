@@ -1,5 +1,6 @@
 // Launchers of the forward kernels for sm_90a.
 #pragma once
+
 #include "attention/hopper/forward_consumer.cuh"
 #include "attention/hopper/forward_probs.cuh"
 #include "attention/hopper/launch.h"
@@ -23,23 +24,33 @@ bool Kernels<T, D>::forward(const ForwardParams& p, bool known_lse, void* probs,
   using Tiles = tiled::ForwardTiles<D>;
   using tiled::Forward;
   const Shape& s = p.shape;
-  tiled::TiledForwardParams params{p, p.ticket, {}, {}, {}, {}};
+  tiled::TiledForwardParams params{p, p.ticket, {}, {}, {}, {}, {}};
   if (!p.out.aligned || !tiled::make_tensor_map(&params.q, p.q, dtype_of<T>, s.batch, s.heads, s.queries, 64) ||
       !tiled::make_tensor_map(&params.k, p.k, dtype_of<T>, s.batch, s.kv_heads, s.keys, Tiles::keys) ||
       !tiled::make_tensor_map(&params.v, p.v, dtype_of<T>, s.batch, s.kv_heads, s.keys, Tiles::keys))
     return false;
   params.args.schedule = row_schedule<T>(s, Tiles::rows, true);
-  const auto run = [&]<Forward forward>() {
-    static_assert(sizeof(tiled::ForwardShared<T, D, forward>) <= 227 * 1024);
-    const unsigned blocks = tiled::staying_blocks(blocks_of(params.args.schedule), params.ticket, function, stream);
+  const unsigned pieces = blocks_of(params.args.schedule);
+  const auto run = [&]<Forward forward>(unsigned blocks) {
+    static_assert(sizeof(tiled::ForwardShared<T, D, forward>) <= 227 * 1024 && Tiles::rows >= fewest_forward_rows);
     launch(function, tiled::forward_kernel<T, D, forward>, blocks, Tiles::threads, sizeof(tiled::ForwardShared<T, D, forward>),
            stream, params);
     return true;
   };
-  if (known_lse) return run.template operator()<Forward::from_lse>();
-  if (probs == nullptr) return run.template operator()<Forward::owner>();
-  return tiled::make_probs_map(&params.probs, probs, dtype_of<T>, probs_tiles_of(s), 16) &&
-         run.template operator()<Forward::owner_keeping_probs>();
+  const auto blocks = [&](std::int64_t behind = 0) {
+    return tiled::staying_blocks(pieces, params.ticket, function, stream, behind);
+  };
+  if (known_lse) return run.template operator()<Forward::from_lse>(blocks());
+  if (probs != nullptr)
+    return tiled::make_probs_map(&params.probs, probs, dtype_of<T>, probs_tiles_of(s), 16) &&
+           run.template operator()<Forward::normalised_kept>(blocks());
+  // float16 ends at 2^16, which a row that grows leaves too soon.
+  if (std::is_same<T, fp16>::value || p.ticket == nullptr) return run.template operator()<Forward::online>(blocks());
+  params.again = {p.ticket + 2, static_cast<int>(pieces)};
+  const unsigned staying = blocks(1 + tiled::Again::zeroed(pieces));
+  if constexpr (!std::is_same<T, fp16>::value) run.template operator()<Forward::anchored>(staying);
+  if (params.ticket != nullptr) params.ticket = p.ticket + 1;
+  return run.template operator()<Forward::online>(staying);
 }
 
 template <class T, int D>

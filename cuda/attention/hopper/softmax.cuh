@@ -39,11 +39,11 @@ __device__ __forceinline__ void mask(float (&score)[Count], const attention::Vis
 template <bool known_lse>
 struct Softmax {
   float scale_log2;
-  float maximum[2], sum[2], correction[2];  // known_lse: maximum is lse in units of log2
+  float maximum[2], shift[2], sum[2], correction[2];  // known_lse: maximum is lse in units of log2
 
   __device__ explicit Softmax(float scale) : scale_log2(scale) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) maximum[i] = -INFINITY, sum[i] = 0.0f, correction[i] = 1.0f;
+    for (int i = 0; i < 2; ++i) maximum[i] = -INFINITY, shift[i] = sum[i] = 0.0f, correction[i] = 1.0f;
   }
 
   __device__ __forceinline__ void start(const float* lse, int row, int queries) {
@@ -54,28 +54,34 @@ struct Softmax {
     maximum[i] = lse == -INFINITY ? 0.0f : lse * 1.4426950408889634f;  // sees no key: 2^(-inf - 0) = 0
   }
 
-  // Scores become probabilities (up to the sum).
+  // Before the tile's exponentials.
   template <int Count>
-  __device__ __forceinline__ void probabilities(float (&score)[Count]) {
+  __device__ __forceinline__ void look_at(const float (&score)[Count]) {
+    if constexpr (!known_lse) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float shift = maximum[i];
-      if constexpr (!known_lse) {
+      for (int i = 0; i < 2; ++i) {
         float highest = fmaxf(score[2 * i], score[2 * i + 1]);
 #pragma unroll
         for (int n = 1; n < Count / 4; ++n) highest = fmaxf(highest, fmaxf(score[4 * n + 2 * i], score[4 * n + 2 * i + 1]));
         highest = fmaxf(maximum[i], row_max(highest));
-        shift = highest == -INFINITY ? 0.0f : highest * scale_log2;
-        correction[i] = exp2_approx(maximum[i] * scale_log2 - shift);
+        shift[i] = highest == -INFINITY ? 0.0f : highest * scale_log2;
+        correction[i] = exp2_approx(maximum[i] * scale_log2 - shift[i]);
         maximum[i] = highest;
         sum[i] *= correction[i];
       }
+    }
+  }
+  // Scores of the blocks of 8 keys from .. to - 1 become probabilities (up to the sum).
+  template <int from, int to, int Count>
+  __device__ __forceinline__ void probabilities(float (&score)[Count]) {
 #pragma unroll
-      for (int n = 0; n < Count / 4; ++n)
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int n = from; n < to; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = score[4 * n + 2 * i + e];
-          x = exp2_approx(fmaf(x, scale_log2, -shift));
+          x = exp2_approx(fmaf(x, scale_log2, -(known_lse ? maximum[i] : shift[i])));
           if constexpr (!known_lse) sum[i] += x;
         }
     }
@@ -92,8 +98,8 @@ struct Softmax {
     }
   }
 
-  // The factors 1 / sum, and the owner's lse.
-  __device__ __forceinline__ void finish(float (&factor)[2], float* lse, int row, int queries) {
+  // The factors 1 / sum, and the owner's lse. True: any row fits.
+  __device__ __forceinline__ bool finish(float (&factor)[2], float* lse, int row, int queries) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float total = row_sum(sum[i]);
@@ -102,6 +108,7 @@ struct Softmax {
       if (row + 8 * i < queries && threadIdx.x % 4 == 0) lse[row + 8 * i] = x;
       maximum[i] = row + 8 * i < queries ? x : INFINITY;
     }
+    return true;
   }
 
   // Behind `finish`: what gives the rows' own probabilities, and zeros below the last query.
@@ -110,6 +117,77 @@ struct Softmax {
 #pragma unroll
     for (int i = 0; i < 2; ++i) known.set_lse(i, maximum[i]);
     return known;
+  }
+};
+
+// Two rows of a thread, whose exponentials are relative to a fixed number: the maximum of the first tile in which the row sees
+// a key. No tile but that one needs its maximum, and no sum is ever rescaled. Where a later score is so much larger that the
+// row leaves the range, `finish` says so, and the row has to be computed with a running maximum.
+struct AnchoredSoftmax {
+  // Of a row's sum. With values up to 1e26 the outputs stay in the range of float32, too.
+  static constexpr float limit = 0x1p40f;
+
+  float scale_log2;
+  float anchor[2], sum[2];  // anchor: in units of log2; -inf: no key seen yet
+  bool searching = true;    // some row of the warp has no anchor
+
+  __device__ AnchoredSoftmax(float scale, int row, int queries) : scale_log2(scale) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      anchor[i] = row + 8 * i < queries ? -INFINITY : INFINITY, sum[i] = 0.0f;  // zeros below the last
+  }
+
+  // Before the tile's exponentials.
+  template <int Count>
+  __device__ __forceinline__ void look_at(const float (&score)[Count]) {
+    if (searching) find_anchors(score);
+  }
+  // Scores of the blocks of 8 keys from .. to - 1 become probabilities up to the sum.
+  template <int from, int to, int Count>
+  __device__ __forceinline__ void probabilities(float (&score)[Count]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float shift = anchor[i] == -INFINITY ? 0.0f : anchor[i];
+#pragma unroll
+      for (int n = from; n < to; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = score[4 * n + 2 * i + e];
+          x = exp2_approx(fmaf(x, scale_log2, -shift));
+          sum[i] += x;
+        }
+    }
+  }
+
+  template <int Count>
+  __device__ __forceinline__ void rescale(float (&)[Count]) const {}
+
+  // The factors 1 / sum, and the owner's lse; whether the warp's rows are in range.
+  __device__ __forceinline__ bool finish(float (&factor)[2], float* lse, int row, int queries) const {
+    bool fits = true;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float total = row_sum(sum[i]);
+      factor[i] = total == 0.0f ? 0.0f : 1.0f / total;
+      const float x = total == 0.0f ? -INFINITY : anchor[i] * 0.6931471805599453f + logf(total);
+      if (row + 8 * i < queries && threadIdx.x % 4 == 0) lse[row + 8 * i] = x;
+      fits = fits && total < limit;
+    }
+    return __all_sync(~0u, fits);
+  }
+
+ private:
+  template <int Count>
+  __device__ __forceinline__ void find_anchors(const float (&score)[Count]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float highest = fmaxf(score[2 * i], score[2 * i + 1]);
+#pragma unroll
+      for (int n = 1; n < Count / 4; ++n) highest = fmaxf(highest, fmaxf(score[4 * n + 2 * i], score[4 * n + 2 * i + 1]));
+      highest = row_max(highest);
+      if (anchor[i] == -INFINITY) anchor[i] = highest * scale_log2;
+    }
+    searching = __any_sync(~0u, anchor[0] == -INFINITY || anchor[1] == -INFINITY);
   }
 };
 

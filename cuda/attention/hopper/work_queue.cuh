@@ -72,14 +72,14 @@ class WorkSink {
   Turn<2> turn_;
 };
 
-// The blocks to launch for `all` pieces: where there are more than processors and a counter for them, which is zeroed here, one
-// a processor.
-inline unsigned staying_blocks(unsigned all, int*& ticket, const char* function, cudaStream_t stream) {
+// The blocks to launch for `all` pieces: where there are more than processors and a counter for them, one a processor. The
+// counter is zeroed here, and with it so many numbers behind it.
+inline unsigned staying_blocks(unsigned all, int*& ticket, const char* function, cudaStream_t stream, std::int64_t behind = 0) {
   const auto processors = static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount, function));
+  if (ticket != nullptr && (all > processors || behind > 0))
+    check(cudaMemsetAsync(ticket, 0, static_cast<std::size_t>(1 + behind) * sizeof(int), stream), function);
   if (all <= processors) ticket = nullptr;
-  if (ticket == nullptr) return all;
-  check(cudaMemsetAsync(ticket, 0, sizeof(int), stream), function);
-  return processors;
+  return ticket == nullptr ? all : processors;
 }
 
 }  // namespace effcore::cuda::hopper
