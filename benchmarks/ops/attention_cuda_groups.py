@@ -111,7 +111,7 @@ def measure_shape(
     for n in sizes:
         tensors, douts = [new() for _ in range(n)], [new(False) for _ in range(n)]
         # P is written once, and read by every consumer's forward and backward and by the owner's backward.
-        needed = {"lse": work(5 * n + 2), "probs": work(3 * n + 4, 2 * n * kept)}
+        needed = {"lse": work(5 * n + 2), "probs": work(3 * n + 3, 2 * n * kept)}
         report(f"QK group of {n}", PRODUCTS * n, qk_group(peers, q, k, tensors, douts), needed)
         report(
             f"KV group of {n}",

@@ -116,6 +116,13 @@ void run_decode(DecodeJob& job, const Threads& threads) {
   run_tasks(threads, heads, [&](std::int64_t task) { kernels.combine(job, task); });
 }
 
+// The CPU's tiles hold P itself; what is behind them is defined for those who compare.
+void clear_factors(const Problem& p, void* probs) {
+  const std::int64_t rows = p.batch * p.heads, size = p.dtype == DType::float64 ? 8 : p.dtype == DType::float32 ? 4 : 2;
+  const std::int64_t all = probs_elements(p.queries, p.keys, p.causal), factors = 2 * p.queries;
+  std::memset(static_cast<char*>(probs) + rows * (all - factors) * size, 0, static_cast<std::size_t>(rows * factors * size));
+}
+
 }  // namespace
 
 std::int64_t probs_elements(std::int64_t queries, std::int64_t keys, bool causal) {
@@ -125,10 +132,11 @@ std::int64_t probs_elements(std::int64_t queries, std::int64_t keys, bool causal
   p.causal = causal;
   std::int64_t tiles = 0;
   for (std::int64_t block = 0; block < ceil_div(queries, probs_tile); ++block) tiles += probs_tiles(p, block);
-  return tiles * probs_tile * probs_tile;
+  return tiles * probs_tile * probs_tile + 2 * queries;
 }
 
 void forward(const Forward& args, const Threads& threads) {
+  if (args.probs != nullptr) clear_factors(args.problem, args.probs);
   ForwardJob job{.problem = args.problem,
                  .q = args.q,
                  .k = args.k,

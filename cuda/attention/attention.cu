@@ -64,6 +64,10 @@ Tensor4 tensor(const TensorView& view) {
   return t;
 }
 
+float* factors_of(const Shape& shape, DType dtype, const void* probs) {
+  return dtype == DType::float32 ? probs_factors<float>(shape, probs) : probs_factors<bf16>(shape, probs);
+}
+
 cudaStream_t stream_of(const Launch& launch) {
   return static_cast<cudaStream_t>(launch.stream);
 }
@@ -85,6 +89,19 @@ class Workspace {
   std::size_t used_ = 0;
 };
 
+// Hopper's product with kept probabilities takes dout times the factors of their rows from here.
+void* take_scaled(Workspace& space, const Problem& p) {
+  return space.take<char>(p.batch * p.heads * p.queries * p.value_dim * element_size(p.dtype));
+}
+Tensor4 scaled_tensor(const Problem& p, void* data) {
+  Tensor4 t;
+  t.data = data;
+  t.columns = static_cast<int>(p.value_dim);
+  t.stride[2] = p.value_dim, t.stride[1] = p.queries * t.stride[2], t.stride[0] = p.heads * t.stride[1];
+  t.aligned = t.paired = true;
+  return t;
+}
+
 struct PlannedBackward {
   BackwardPlan plan;
   bool on_hopper;
@@ -96,8 +113,9 @@ struct BackwardWorkspace {
   int* turns;
   int turn_count;
   char* scores;
+  void* scaled;
 
-  BackwardWorkspace(const Problem& p, const PlannedBackward& planned, void* memory) {
+  BackwardWorkspace(const Problem& p, const PlannedBackward& planned, bool from_probs, void* memory) {
     const BackwardPlan& plan = planned.plan;
     Workspace space(memory);
     const std::int64_t rows = p.batch * p.heads, blocks = (p.queries + plan.queries - 1) / plan.queries;
@@ -107,6 +125,22 @@ struct BackwardWorkspace {
     // Where a block of queries meets but one block of keys, the portable kernels' dq never leaves the registers.
     dq_sums = space.take<float>(planned.on_hopper || p.keys > plan.keys ? rows * blocks * plan.dq_elements : 0);
     scores = plan.scores_bytes > 0 ? space.take<char>(plan.scores_bytes) : nullptr;
+    scaled = plan.scores_bytes > 0 && from_probs ? take_scaled(space, p) : nullptr;
+    bytes = space.used();
+  }
+};
+
+struct SharedBackwardWorkspace {
+  std::size_t bytes;
+  int* ticket = nullptr;
+  void* scaled = nullptr;
+
+  SharedBackwardWorkspace(const Problem& p, bool from_probs, void* memory) {
+    Workspace space(memory);
+    if (p.dtype != DType::float32 && on_hopper("attention_from_scores_bwd")) {
+      ticket = space.take<int>(1);
+      if (from_probs) scaled = take_scaled(space, p);
+    }
     bytes = space.used();
   }
 };
@@ -190,12 +224,13 @@ std::size_t workspace_bytes([[maybe_unused]] const Forward& args) {
 std::size_t workspace_bytes(const SharedForward&) {
   return on_hopper(shared_name) ? sizeof(int) : 0;
 }
-std::size_t workspace_bytes(const SharedBackward&) {
-  return on_hopper(shared_backward_name) ? sizeof(int) : 0;
+std::size_t workspace_bytes(const SharedBackward& args) {
+  return SharedBackwardWorkspace(args.problem, args.probs != nullptr, nullptr).bytes;
 }
 std::size_t workspace_bytes(const Backward& args) {
-  return dispatch(args.problem, backward_name,
-                  [&](auto kernels) { return BackwardWorkspace(args.problem, backward_plan(args, kernels), nullptr).bytes; });
+  return dispatch(args.problem, backward_name, [&](auto kernels) {
+    return BackwardWorkspace(args.problem, backward_plan(args, kernels), args.probs != nullptr, nullptr).bytes;
+  });
 }
 std::size_t workspace_bytes(const Decode& args) {
   return DecodeWorkspace(args.problem, splits_of(args.problem, decode_name), nullptr).bytes;
@@ -215,8 +250,9 @@ void forward(const Forward& args, const Launch& launch) {
                              tensor(args.out),
                              static_cast<float*>(args.lse),
                              nullptr,
+                             factors_of(shape, p.dtype, args.probs),
                              static_cast<int*>(launch.workspace)};
-  const ProbsParams probs{shape, {}, params.q, params.k, params.lse, args.probs};
+  const ProbsParams probs{shape, {}, params.q, params.k, params.lse, args.probs, params.factors};
   dispatch(p, forward_name, [&](auto kernels) {
     if (try_hopper(kernels, forward_name,
                    [&](auto hopper) { return hopper.forward(params, false, args.probs, forward_name, stream_of(launch)); }))
@@ -228,7 +264,8 @@ void forward(const Forward& args, const Launch& launch) {
 
 void shared_forward(const SharedForward& args, const Launch& launch) {
   const Problem& p = args.problem;
-  const ForwardParams params{shape_of(p, shared_name),
+  const Shape shape = shape_of(p, shared_name);
+  const ForwardParams params{shape,
                              {},
                              tensor(args.q),
                              tensor(args.k),
@@ -236,11 +273,14 @@ void shared_forward(const SharedForward& args, const Launch& launch) {
                              tensor(args.out),
                              static_cast<float*>(const_cast<void*>(args.lse)),
                              args.probs,
+                             factors_of(shape, p.dtype, args.probs),
                              static_cast<int*>(launch.workspace)};
+  // Up to head_dim 64 Hopper makes P again sooner than it reads it (H200, length 4096: 0.53 against 0.57 ms).
+  const bool reads_probs = args.probs != nullptr && padded_dim(p.head_dim, p.value_dim) > 64;
   dispatch(p, shared_name, [&](auto kernels) {
     if (try_hopper(kernels, shared_name, [&](auto hopper) {
-          return args.probs != nullptr ? hopper.forward_probs(params, 1.0f, shared_name, stream_of(launch))
-                                       : hopper.forward(params, true, nullptr, shared_name, stream_of(launch));
+          return reads_probs ? hopper.forward_probs(params, 1.0f, shared_name, stream_of(launch))
+                             : hopper.forward(params, true, nullptr, shared_name, stream_of(launch));
         }))
       return;
     if (args.probs != nullptr)
@@ -266,12 +306,20 @@ void shared_backward(const SharedBackward& args, const Launch& launch) {
   params.dout[0] = delta.dout;
   params.dv = tensor(args.dv);
   params.float_dv = args.dv.dtype == DType::float32;
-  params.ticket = static_cast<int*>(launch.workspace);
+  params.factors = delta.factors = factors_of(shape, p.dtype, args.probs);
+  const SharedBackwardWorkspace space(p, args.probs != nullptr, launch.workspace);
+  params.ticket = space.ticket;
   dispatch(p, shared_backward_name, [&](auto kernels) {
+    const auto take = [&](auto hopper) {
+      delta.scaled = space.scaled;
+      if (delta.scaled != nullptr) params.dout[0] = scaled_tensor(p, delta.scaled);
+      kernels.delta(delta, shared_backward_name, stream_of(launch));
+      hopper.values(params, shared_backward_name, stream_of(launch));
+    };
+    if (try_hopper_backward(kernels, p, {&args.q, &args.k, &args.dout, &args.dv}, args.probs, shared_backward_name, take))
+      return;
     kernels.delta(delta, shared_backward_name, stream_of(launch));
-    const auto take = [&](auto hopper) { hopper.values(params, shared_backward_name, stream_of(launch)); };
-    if (!try_hopper_backward(kernels, p, {&args.q, &args.k, &args.dout, &args.dv}, args.probs, shared_backward_name, take))
-      kernels.shared_backward(params, shared_backward_name, stream_of(launch));
+    kernels.shared_backward(params, shared_backward_name, stream_of(launch));
   });
 }
 
@@ -284,7 +332,7 @@ void backward(const Backward& args, const Launch& launch) {
   dispatch(p, backward_name, [&](auto kernels) {
     const PlannedBackward planned = backward_plan(args, kernels);
     const BackwardPlan& plan = planned.plan;
-    const BackwardWorkspace space(p, planned, launch.workspace);
+    const BackwardWorkspace space(p, planned, args.probs != nullptr, launch.workspace);
     DeltaParams delta{};
     delta.shape = shape;
     delta.dout = tensor(args.dout[0]), delta.out = tensor(args.out), delta.dq = tensor(args.dq);
@@ -292,12 +340,14 @@ void backward(const Backward& args, const Launch& launch) {
     delta.delta = space.delta;
     delta.turns = space.turns, delta.turn_count = space.turn_count;
     delta.block_q = plan.queries, delta.block_k = plan.keys;
+    delta.factors = factors_of(shape, p.dtype, args.probs), delta.scaled = space.scaled;
     BackwardParams params{};
     params.shape = shape;
     params.q = tensor(args.q), params.k = tensor(args.k);
     params.lse = static_cast<const float*>(args.lse);
     params.delta = space.delta;
     params.probs = args.probs;
+    params.factors = delta.factors;
     params.layers = args.layers;
     for (int l = 0; l < args.layers; ++l) params.dout[l] = tensor(args.dout[l]), params.v[l] = tensor(args.v[l]);
     params.dq = tensor(args.dq), params.dk = tensor(args.dk), params.dv = tensor(args.dv);
@@ -305,6 +355,7 @@ void backward(const Backward& args, const Launch& launch) {
     if (args.dk_sum.data != nullptr) params.dk_sum = tensor(args.dk_sum);
     if (args.dv_sum.data != nullptr) params.dv_sum = tensor(args.dv_sum);
     params.dq_sums = space.dq_sums, params.scores = space.scores;
+    if (space.scaled != nullptr) params.scaled_dout = scaled_tensor(p, space.scaled);
     params.turns = space.turns;
     params.ticket = space.turns + space.turn_count - 1;
     kernels.delta(delta, backward_name, stream_of(launch));

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs, com
             query0, key0);
       if (threadIdx.x < 2 * queries) {
         const int i = threadIdx.x % queries;
-        const float* from = threadIdx.x < queries ? p.lse : p.delta;
+        const float* from = threadIdx.x >= queries ? p.delta : from_probs ? p.factors : p.lse;
         const bool valid = query0 + i < s.queries && from != nullptr;
         if (valid) from += (static_cast<std::int64_t>(batch) * s.heads + head) * s.queries + query0 + i;
         async_copy_4(shared_address(statistics + 2 * queries * q_stage + threadIdx.x),
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs, com
     const Step following = steps.next();
     const int query0 = step.block * queries, last_query = min(query0 + queries, s.queries) - 1;
     const Wide q_tile(shared + Tiles::q_at + q_stage * Tiles::queries_bytes);
-    const float* const lse = statistics + 2 * queries * q_stage;
+    const float* const lse = statistics + 2 * queries * q_stage;  // or the factors of kept P, and delta behind either
     const int head = kv_head * s.group + step.head;
     const std::int64_t slot = (static_cast<std::int64_t>(batch) * s.heads + head) * query_blocks + step.block;
     const KeyBlocks met(seen, s.queries, step.block, queries, keys);
@@ -148,6 +148,12 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs, com
 #pragma unroll
           for (int j = 0; j < queries / 16; ++j)
             as_accumulators(p_tile.a_transposed(16 * j, warp_key), probs[2 * j], probs[2 * j + 1]);
+#pragma unroll
+          for (int n = 0; n < queries / 8; ++n) {
+            const float2 factor = *reinterpret_cast<const float2*>(lse + 8 * n + 2 * (lane % 4));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) probs[n][i] *= i % 2 == 0 ? factor.x : factor.y;
+          }
         } else {
           product<T, 1, D / 16, queries / 16>(
               &probs, [&](int, int d) { return k_tile.a(warp_key, 16 * d); },

@@ -2,6 +2,8 @@
 //
 //   delta = rowsum(dout * out) (+ the consumers' delta),   dq = 0 where no key is seen,   turns = 0
 //
+// and, where a product with kept probabilities takes dout from there, dout times the factors of their rows.
+//
 // Bound: dout and out are read once. A row is read by `lanes` neighbouring lanes, 16 bytes each.
 #pragma once
 #include "attention/visibility.cuh"
@@ -30,7 +32,9 @@ __global__ void __launch_bounds__(delta_threads) delta_kernel(const __grid_const
   const int head = exists ? static_cast<int>(row / s.queries % s.heads) : 0;
   const int batch = exists ? static_cast<int>(row / s.queries / s.heads) : 0;
   float sum = 0.0f;
+  const float factor = p.scaled != nullptr && exists ? p.factors[row] : 0.0f;
   if (exists) {
+    T* const scaled = p.scaled != nullptr ? static_cast<T*>(p.scaled) + row * s.value_dim : nullptr;
     const T* a = row_of<T>(p.dout, batch, head, query);
     const T* b = row_of<T>(p.out, batch, head, query);
     if (p.dout.aligned && p.out.aligned) {
@@ -40,9 +44,19 @@ __global__ void __launch_bounds__(delta_threads) delta_kernel(const __grid_const
         const T* ys = reinterpret_cast<const T*>(&y);
 #pragma unroll
         for (int i = 0; i < chunk; ++i) sum = fmaf(to_float(xs[i]), to_float(ys[i]), sum);
+        if (scaled != nullptr) {
+          uint4 z;
+          T* const zs = reinterpret_cast<T*>(&z);
+#pragma unroll
+          for (int i = 0; i < chunk; ++i) zs[i] = from_float<T>(to_float(xs[i]) * factor);
+          *reinterpret_cast<uint4*>(scaled + column) = z;
+        }
       }
     } else {
-      for (int column = lane; column < s.value_dim; column += lanes) sum = fmaf(to_float(a[column]), to_float(b[column]), sum);
+      for (int column = lane; column < s.value_dim; column += lanes) {
+        sum = fmaf(to_float(a[column]), to_float(b[column]), sum);
+        if (scaled != nullptr) scaled[column] = from_float<T>(to_float(a[column]) * factor);
+      }
     }
   }
 #pragma unroll

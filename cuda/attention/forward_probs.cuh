@@ -72,9 +72,11 @@ __global__ void __launch_bounds__(ForwardProbsTiles<T, D>::threads)
       const int row = row0 + warp_row + 16 * m + lane / 4 + 8 * i;
       if (row >= s.queries) continue;
       T* to = row_of<T>(p.out, batch, head, row);
+      const float factor = p.factors[static_cast<std::int64_t>(work.head) * s.queries + row];
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
-        store_pair(to, 8 * n + 2 * (lane % 4), s.value_dim, p.out.paired, out[m][n][2 * i], out[m][n][2 * i + 1]);
+        store_pair(to, 8 * n + 2 * (lane % 4), s.value_dim, p.out.paired, out[m][n][2 * i] * factor,
+                   out[m][n][2 * i + 1] * factor);
     }
 }
 

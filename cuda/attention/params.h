@@ -46,6 +46,7 @@ struct ForwardParams {
   Tensor4 q, k, v, out;
   float* lse;         // written by the owner, read by consumers
   const void* probs;  // read by consumers of kept probabilities
+  float* factors;     // of the probabilities that are kept or read
   int* ticket;        // memory for a counter that Hopper's kernels draw work from, or null
 };
 
@@ -55,6 +56,7 @@ struct ProbsParams {
   Tensor4 q, k;
   const float* lse;
   void* probs;
+  float* factors;  // of probs
 };
 
 struct DeltaParams {
@@ -62,7 +64,9 @@ struct DeltaParams {
   Tensor4 dout, out, dq;
   const float* consumers_delta;
   float* delta;
-  int* turns;  // zeroed here, with the ticket behind them; null where no dq is wanted
+  const float* factors;  // of kept probabilities
+  void* scaled;          // dout times these [batch * heads, queries, value_dim], or null
+  int* turns;            // zeroed here, with the ticket behind them; null where no dq is wanted
   int turn_count;
   int block_q, block_k;
 };
@@ -74,8 +78,10 @@ struct BackwardParams {
   const float* lse;
   const float* delta;
   const void* probs;
+  const float* factors;  // of probs
   int layers;
   Tensor4 dout[max_layers], v[max_layers];
+  Tensor4 scaled_dout;  // dout[0] times factors, where Hopper's kernels multiply it with kept probabilities
   Tensor4 dq, dk, dv;
   bool float_dk, float_dv;  // dk, dv in float32, whatever the inputs are
   Tensor4 dk_sum, dv_sum;   // float32, added to dk and dv where these are; none: data is null
@@ -118,6 +124,14 @@ inline __host__ __device__ int probs_tiles(const Shape& s, int block) {
 inline __host__ __device__ std::int64_t probs_elements_of(const Shape& s) {
   const int blocks = (s.queries + probs_tile - 1) / probs_tile;
   return blocks == 0 ? 0 : (probs_tiles_before(s, blocks - 1) + probs_tiles(s, blocks - 1)) * probs_tile * probs_tile;
+}
+// P is what the tiles hold times these factors of its rows [batch * heads, queries], which stand behind the tiles of all heads:
+// an owner that writes its tiles before it knows their rows' sums gives those here.
+template <class T>
+float* probs_factors(const Shape& s, const void* probs) {
+  if (probs == nullptr) return nullptr;
+  return reinterpret_cast<float*>(const_cast<T*>(static_cast<const T*>(probs)) +
+                                  static_cast<std::int64_t>(s.batch) * s.heads * probs_elements_of(s));
 }
 
 }  // namespace effcore::cuda::attention

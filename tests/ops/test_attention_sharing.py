@@ -276,7 +276,8 @@ def test_kept_probabilities_of_a_causal_layer_cost_half():
         ops.attention_with_scores(*(torch.randn(1, 1, 1024, 8) for _ in range(3)), keep="probs", causal=c)[1][0]
         for c in (True, False)
     ]
-    assert shared[0].probs.numel() / shared[1].probs.numel() == pytest.approx(17 / 32)
+    factors = 2 * 1024  # of the rows, behind the tiles
+    assert (shared[0].probs.numel() - factors) / (shared[1].probs.numel() - factors) == pytest.approx(17 / 32)
 
 
 def test_auto_is_a_function_of_shapes_and_budget(monkeypatch):

@@ -19,7 +19,9 @@
 namespace effcore::attention {
 
 // Kept probabilities are stored as tile x tile blocks (row-major inside, 0 where invisible), tiles of one block of rows one
-// after the other, blocks of rows after that. With `causal` the tiles that no row of the block can see are left out.
+// after the other, blocks of rows after that. With `causal` the tiles that no row of the block can see are left out. Behind the
+// tiles of all heads there is room for a float32 factor a row [B, heads, queries], by which CUDA kernels multiply what is
+// stored.
 constexpr std::int64_t probs_tile = 64;
 
 // A decoding row's weights exp(score - chunk maximum) carry one float32 scale for each chunk of this many keys.
@@ -54,7 +56,7 @@ Problem check(const char* function, const TensorView& q, const TensorView& k, co
 void check_tensor(const char* function, const char* argument, const TensorView& tensor, const Problem& problem, DType dtype,
                   std::initializer_list<std::int64_t> sizes);
 
-// Elements of one (batch, head)'s packed probabilities; the whole tensor is [B, heads, this].
+// Elements of one (batch, head)'s packed probabilities, in 16 bits with the factors; the whole tensor is [B, heads, this].
 std::int64_t probs_elements(std::int64_t queries, std::int64_t keys, bool causal);
 
 struct Forward {

@@ -38,8 +38,8 @@ struct ScoresTiles {
 
 struct ScoresParams {
   Shape shape;
-  const float *lse, *delta;
-  int layers, panels;  // panels: of a layer
+  const float *lse, *delta, *factors;  // factors: of P where it is read
+  int layers, panels;                  // panels: of a layer
   CUtensorMap q, k, probs, ds, dout[max_layers], v[max_layers];
 };
 
@@ -252,9 +252,13 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
     const ScoresPiece piece = control.piece[turn.stage];
     const int strip0 = piece.query0 + block * Tiles::queries + 64 * warpgroup, query = strip0 + 16 * warp + lane / 4;
     const std::int64_t row0 = static_cast<std::int64_t>(piece.row) * s.queries;
-    float delta[2];
+    float delta[2], factor[2];  // factor: of what is stored of P
 #pragma unroll
-    for (int i = 0; i < 2; ++i) delta[i] = query + 8 * i < s.queries ? p.delta[row0 + query + 8 * i] : 0.0f;
+    for (int i = 0; i < 2; ++i) {
+      const bool exists = query + 8 * i < s.queries;
+      factor[i] = !from_probs ? 1.0f : exists ? p.factors[row0 + query + 8 * i] : 0.0f;
+      delta[i] = exists ? p.delta[row0 + query + 8 * i] * factor[i] : 0.0f;
+    }
     if constexpr (!from_probs) {
       float shift[2];
 #pragma unroll
@@ -310,7 +314,7 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float2 probs = widen<T>(tile[j][i]);
-            float low = dp[2 * i] - delta[i % 2], high = dp[2 * i + 1] - delta[i % 2];
+            float low = fmaf(dp[2 * i], factor[i % 2], -delta[i % 2]), high = fmaf(dp[2 * i + 1], factor[i % 2], -delta[i % 2]);
             if constexpr (masked) {  // values that nobody sees may be NaN
               if (probs.x == 0.0f) low = 0.0f;
               if (probs.y == 0.0f) high = 0.0f;

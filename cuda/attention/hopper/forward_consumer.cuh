@@ -8,7 +8,7 @@ template <class T, int D, Forward forward>
 struct ForwardConsumer {
   using Tiles = ForwardTiles<D>;
   static constexpr int keys = Tiles::keys;
-  static constexpr bool anchored = forward == Forward::anchored;
+  static constexpr bool anchored = forward == Forward::anchored || forward == Forward::anchored_kept;
   static constexpr bool keeps = keeps_probs(forward), two_passes = forward == Forward::normalised_kept;
   static constexpr int early = early_blocks<D>(forward);
   static constexpr bool known_lse = two_passes || forward == Forward::from_lse;
@@ -76,7 +76,8 @@ struct ForwardConsumer {
                                                   attention::probs_tiles_before(s, strip)
                                             : 0;
     const int warp = threadIdx.x / 32 - 4;
-    KeptProbs<T> kept(shared.kept[warp], p.probs, static_cast<int>(tiles_before) * probs_tile + warp % 4 * 16, stored);
+    KeptProbs<T, Tiles::kept_buffers> kept(shared.kept[warp], p.probs,
+                                           static_cast<int>(tiles_before) * probs_tile + warp % 4 * 16, stored);
     if constexpr (forward == Forward::from_lse) softmax.start(lse, row, s.queries);
     constexpr std::uint32_t nothing[keys / 16][4] = {};
     if constexpr (two_passes) {
@@ -161,7 +162,13 @@ struct ForwardConsumer {
       if constexpr (anchored)
         if (!fits && lane == 0) p.again.take_down(number);
     }
-    if constexpr (keeps) kept.finish();
+    if constexpr (keeps) {
+      float* const factors = p.args.factors + static_cast<std::int64_t>(work.head) * s.queries;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (row + 8 * i < s.queries && lane % 4 == 0) factors[row + 8 * i] = factor[i];
+      kept.finish();
+    }
     store_rows<T, D>(p.args.out, batch, head, row, s.queries, 0, out, factor);
   }
 

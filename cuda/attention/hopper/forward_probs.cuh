@@ -1,5 +1,5 @@
-// Forward of a consumer layer from kept probabilities on sm_90a: O = P V, a block matrix product. With dS and K in place of P
-// and V, and a factor, this is also dq (backward_scores.cuh).
+// Forward of a consumer layer from kept probabilities on sm_90a: O = P V, a block matrix product, times the factors of P's
+// rows. With dS and K in place of P and V, and one factor, this is also dq (backward_scores.cuh).
 //
 // Bound: P is read once from device memory, 2 bytes an element (half of the elements causal); V, `keys` rows for each `rows` of
 // P, comes from L2. The product, 2 * D FLOPs an element, is a fifth of that time at D = 128.
@@ -141,7 +141,12 @@ struct ForwardProbsConsumer {
     wgmma_wait<0>();
     pin(out);
     if (tiles.first < tiles.end) release();
-    const float factor[2] = {p.factor, p.factor};
+    float factor[2] = {p.factor, p.factor};
+    if (p.args.factors != nullptr)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        factor[i] *=
+            row + 8 * i < s.queries ? p.args.factors[static_cast<std::int64_t>(work.head) * s.queries + row + 8 * i] : 0.0f;
     store_rows<T, D>(p.args.out, batch, head, row, s.queries, 0, out, factor);
   }
 

@@ -7,10 +7,10 @@
 
 namespace effcore::cuda::hopper {
 
-template <class T>
+template <class T, int buffers>
 class KeptProbs {
  public:
-  static constexpr int buffers = 2, rows = 16, elements = rows * panel_columns;  // of a buffer of a warp
+  static constexpr int rows = 16, elements = rows * panel_columns;  // of a buffer of a warp
 
   // `map` has boxes of 16 rows; the warp's rows begin with `row` of all tiles' rows, and have `stored` keys.
   __device__ KeptProbs(T* memory, const CUtensorMap& map, int row, int stored)
@@ -26,7 +26,7 @@ class KeptProbs {
       const int key = key0 + tile * panel_columns;
       if (key >= stored_) return;
       T* const buffer = memory_ + next_ * elements;
-      next_ ^= 1;
+      next_ = next_ + 1 == buffers ? 0 : next_ + 1;
       if (lane == 0) cute::tma_store_wait<buffers - 1>();
       __syncwarp();
       const std::uint32_t to = shared_address(buffer) + place * panel_row_bytes;

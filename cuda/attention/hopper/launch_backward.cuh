@@ -135,7 +135,7 @@ void launch_scores(const BackwardParams& p, const void* probs, void* ds, const c
   const Shape& s = p.shape;
   ScoresParams params;
   params.shape = s;
-  params.lse = p.lse, params.delta = p.delta;
+  params.lse = p.lse, params.delta = p.delta, params.factors = p.factors;
   params.layers = p.layers, params.panels = D / panel_columns;
   const Maps<T> maps(s, function);
   params.probs = maps.of_probs(probs), params.ds = maps.of_probs(ds);
@@ -152,9 +152,9 @@ void launch_scores(const BackwardParams& p, const void* probs, void* ds, const c
          params);
 
   const float scale = s.negative ? -s.scale : s.scale;
-  launch_values_from_probs<T, D>(p, {probs, p.dout[0], p.dv, p.float_dv, 1.0f}, function, stream);
+  launch_values_from_probs<T, D>(p, {probs, from_probs ? p.scaled_dout : p.dout[0], p.dv, p.float_dv, 1.0f}, function, stream);
   launch_values_from_probs<T, D>(p, {ds, p.q, p.dk, p.float_dk, scale}, function, stream);
-  const attention::ForwardParams forward{s, {}, {}, {}, p.k, p.dq, nullptr, ds, p.ticket};
+  const attention::ForwardParams forward{s, {}, {}, {}, p.k, p.dq, nullptr, ds, nullptr, p.ticket};
   if (!attention::hopper::Kernels<T, D>::forward_probs(forward, scale, function, stream))
     throw std::runtime_error(std::string("effcore.") + function + ": the CUDA driver refused a tensor map");
 }

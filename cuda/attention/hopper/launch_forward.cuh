@@ -41,16 +41,18 @@ bool Kernels<T, D>::forward(const ForwardParams& p, bool known_lse, void* probs,
     return tiled::staying_blocks(pieces, params.ticket, function, stream, behind);
   };
   if (known_lse) return run.template operator()<Forward::from_lse>(blocks());
-  if (probs != nullptr)
-    return tiled::make_probs_map(&params.probs, probs, dtype_of<T>, probs_tiles_of(s), 16) &&
-           run.template operator()<Forward::normalised_kept>(blocks());
-  // float16 ends at 2^16, which a row that grows leaves too soon.
-  if (std::is_same<T, fp16>::value || p.ticket == nullptr) return run.template operator()<Forward::online>(blocks());
-  params.again = {p.ticket + 2, static_cast<int>(pieces)};
-  const unsigned staying = blocks(1 + tiled::Again::zeroed(pieces));
-  if constexpr (!std::is_same<T, fp16>::value) run.template operator()<Forward::anchored>(staying);
-  if (params.ticket != nullptr) params.ticket = p.ticket + 1;
-  return run.template operator()<Forward::online>(staying);
+  if (probs != nullptr && !tiled::make_probs_map(&params.probs, probs, dtype_of<T>, probs_tiles_of(s), 16)) return false;
+  const auto owner = [&]<Forward anchored, Forward any_range>() {
+    // float16 ends at 2^16, which a row that grows leaves too soon.
+    if (std::is_same<T, fp16>::value || p.ticket == nullptr) return run.template operator()<any_range>(blocks());
+    params.again = {p.ticket + 2, static_cast<int>(pieces)};
+    const unsigned staying = blocks(1 + tiled::Again::zeroed(pieces));
+    if constexpr (!std::is_same<T, fp16>::value) run.template operator()<anchored>(staying);
+    if (params.ticket != nullptr) params.ticket = p.ticket + 1;
+    return run.template operator()<any_range>(staying);
+  };
+  return probs == nullptr ? owner.template operator()<Forward::anchored, Forward::online>()
+                          : owner.template operator()<Forward::anchored_kept, Forward::normalised_kept>();
 }
 
 template <class T, int D>

@@ -28,20 +28,21 @@ _ops = torch.ops.effcore
 
 
 def probs_elements(queries: int, keys: int, causal: bool) -> int:
-    """Elements of one head's kept probabilities: tiles of 64 x 64, without those that causality hides.
+    """Elements of one head's kept probabilities: tiles of 64 x 64, without those that causality hides, and two for each row,
+    the room of a float32 factor.
 
     Block of rows r sees clamp(r + 1 + shift, 0, columns) tiles, shift = ceil((keys - queries) / 64): an arithmetic series,
     written in closed form so that symbolic shapes go through.
     """
     rows, columns = -(-queries // PROBS_TILE), -(-keys // PROBS_TILE)
     if not causal:
-        return rows * columns * PROBS_TILE**2
+        return rows * columns * PROBS_TILE**2 + 2 * queries
     shift = -((queries - keys) // PROBS_TILE)
     last, before = (
         rows + shift,
         (shift + abs(shift)) // 2,
     )  # max(shift, 0), which Dynamo of 2.10 takes in this form alone
-    return ((last * (last + 1) - before * (before + 1)) // 2 - (last - columns)) * PROBS_TILE**2
+    return ((last * (last + 1) - before * (before + 1)) // 2 - (last - columns)) * PROBS_TILE**2 + 2 * queries
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
