@@ -197,16 +197,6 @@ __device__ __forceinline__ SharedOperand<transposed> block_of(SharedOperand<tran
   return operand;
 }
 
-// Two rounded elements as floats. By their bits where that is all: with the library's conversion ptxas permutes halves that are
-// also an operand of a product, two instructions more for each register.
-template <class T>
-__device__ __forceinline__ float2 widen(std::uint32_t pair) {
-  if constexpr (std::is_same_v<T, bf16>)
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-  else
-    return unpack<T>(pair);
-}
-
 // Before the exponential: scores of which it makes zeros, where a query does not see a key. S^T is [64 keys x queries], a
 // thread's rows are keys from key0 on. (Queries behind the last one have an infinite lse.)
 template <int queries>

@@ -101,7 +101,7 @@ struct ForwardConsumer {
         if (tile < first || tile >= end) kept.store(nothing, tile * keys);
     }
 
-    float out[D / 2];
+    float out[D / 2], kept_sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
     std::uint32_t probs[keys / 16][4];
@@ -126,6 +126,7 @@ struct ForwardConsumer {
       softmax.look_at(score);
       softmax.template probabilities<0, keys / 8>(score);
       pack<T>(probs, score);
+      if constexpr (keeps && anchored) add_up<T>(kept_sum, probs);
       for (int tile = end - 2; tile >= first; --tile) {
         start_scores();
         start_values();
@@ -145,6 +146,7 @@ struct ForwardConsumer {
         softmax.rescale(out);
         softmax.template probabilities<early, keys / 8>(score);
         pack<T>(probs, score);
+        if constexpr (keeps && anchored) add_up<T>(kept_sum, probs);
       }
       release_q();
       start_values();
@@ -162,6 +164,14 @@ struct ForwardConsumer {
       if constexpr (anchored)
         if (!fits && lane == 0) p.again.take_down(number);
     }
+    // What is kept adds up to one as it is rounded: where one key has nearly all of a row, its rounding would be all of the
+    // output's error, in every layer, and the backward's delta would add them up.
+    if constexpr (keeps && anchored)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float total = row_sum(kept_sum[i]);
+        factor[i] = total == 0.0f ? 0.0f : 1.0f / total;
+      }
     if constexpr (keeps) {
       float* const factors = p.args.factors + static_cast<std::int64_t>(work.head) * s.queries;
 #pragma unroll
@@ -223,10 +233,10 @@ __global__ void __launch_bounds__(ForwardTiles<D>::threads, 1) forward_kernel(co
   const int all = again ? p.again.count() : schedule.blocks * schedule.heads;
   const auto work_of = [&](int number) {
     if (again) number = p.again.number(number);
-    Work work(schedule, number, p.args.shape.causal && !keeps_probs(forward));
-    // Where P is kept, blocks of many and of few keys take turns, or all would multiply at one time and write at another
-    // (2-8 %).
-    if (p.args.shape.causal && keeps_probs(forward))
+    Work work(schedule, number, p.args.shape.causal && forward != Forward::normalised_kept);
+    // With two passes blocks of many and of few keys take turns, or all would multiply at one time and write at another (2-8
+    // %).
+    if (p.args.shape.causal && forward == Forward::normalised_kept)
       work.block = work.block % 2 == 0 ? schedule.blocks - 1 - work.block / 2 : work.block / 2;
     return work;
   };

@@ -41,7 +41,11 @@ class KeptProbs {
       fence_async();
       __syncwarp();
       if (lane == 0) {
-        cute::SM90_TMA_STORE_2D::copy(&map_, buffer, 0, row_ + key);
+        // Evicted first, or P drives keys and values out of L2 (1 %).
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(
+                         reinterpret_cast<std::uint64_t>(&map_)),
+                     "r"(shared_address(buffer)), "r"(0), "r"(row_ + key), "l"(static_cast<std::uint64_t>(Keep::first))
+                     : "memory");
         cute::tma_store_arrive();
       }
     }

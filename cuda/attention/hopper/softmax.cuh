@@ -200,6 +200,28 @@ __device__ __forceinline__ void pack(std::uint32_t (&probs)[Count / 8][4], const
     for (int i = 0; i < 4; ++i) probs[j][i] = cuda::pack<T>(score[8 * j + 2 * i], score[8 * j + 2 * i + 1]);
 }
 
+// Two rounded elements as floats. By their bits where that is all: with the library's conversion ptxas permutes halves that are
+// also an operand of a product, two instructions more for each register.
+template <class T>
+__device__ __forceinline__ float2 widen(std::uint32_t pair) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  else
+    return unpack<T>(pair);
+}
+
+// Adds up what `pack` has rounded, of the thread's two rows.
+template <class T, int Blocks>
+__device__ __forceinline__ void add_up(float (&sum)[2], const std::uint32_t (&probs)[Blocks][4]) {
+#pragma unroll
+  for (int j = 0; j < Blocks; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = widen<T>(probs[j][i]);
+      sum[i % 2] += pair.x + pair.y;
+    }
+}
+
 // The four threads of a row exchange pairs of columns: thread t gets the pairs of all four of x[t], eight neighbouring columns.
 __device__ __forceinline__ uint4 gather_columns(const std::uint32_t (&x)[4]) {
   const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
