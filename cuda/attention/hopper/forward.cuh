@@ -10,7 +10,7 @@
 // (work_queue.cuh): at D = 64 that gains 5 % at 2048 keys and 1-3 % from 4096 on.
 //
 // A row's exponentials are relative to the maximum of its first tile (softmax.cuh: AnchoredSoftmax). A running maximum costs
-// every tile a reduction and the outputs a rescaling: 1.16-1.20 times the time. Where a later score leaves the range of that,
+// every tile a reduction and the outputs a rescaling: 1.16-1.21 times the time. Where a later score leaves the range of that,
 // the block's piece of work is taken down (Again), and a second launch does it again with a running maximum, or ends at once.
 //
 // Keeping P: tiles leave as they are made, relative to that maximum, and the factor 1 / sum of each row, as it was rounded,
