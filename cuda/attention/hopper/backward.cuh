@@ -311,18 +311,18 @@ __device__ __forceinline__ void owner_consume(const OwnerParams& p, char* shared
   const int key = key0 + 16 * warp;
   constexpr int panel_bytes = keys * panel_row_bytes;
   char* const rows = shared + (64 * warpgroup + 16 * warp) * panel_row_bytes;
-  if (p.float_dv)
-    store_keys<T, D>(p.dv, true, p.dv_sum, batch, kv_head, key, s.keys, dv, 1.0f);
+  if (!Tiles::hastens_end || p.float_dv)
+    store_keys<T, D>(p.dv, p.float_dv, p.dv_sum, batch, kv_head, key, s.keys, dv, 1.0f);
   else  // over values, of which each warpgroup reads its own rows
     send_keys<T, D>(p.dv_map, rows + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes, panel_bytes, dv, 1.0f, key, kv_head,
                     batch);
-  if (p.float_dk) {
-    store_keys<T, D>(p.dk, true, p.dk_sum, batch, kv_head, key, s.keys, dk, scale);
+  if (!Tiles::hastens_end || p.float_dk) {
+    store_keys<T, D>(p.dk, p.float_dk, p.dk_sum, batch, kv_head, key, s.keys, dk, scale);
   } else {
     cutlass::arch::NamedBarrier::sync(32 * consumer_warps, 1);  // both have read all keys
     send_keys<T, D>(p.dk_map, rows + Tiles::k_at, panel_bytes, dk, scale, key, kv_head, batch);
   }
-  cute::tma_store_wait<0>();
+  if constexpr (Tiles::hastens_end) cute::tma_store_wait<0>();
 }
 
 template <class T, int D, Values values>

@@ -83,12 +83,13 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
     q.next();
   }
   // What dk and dv are added to goes to L2 while the last steps are multiplied.
-  for (const Tensor4* sum : {&p.dk_sum, &p.dv_sum})
-    if (sum->data != nullptr)
-      for (int key = key0 + lane; key < min(key0 + keys, s.keys); key += 32)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(attention::row_of<float>(*sum, batch, kv_head, key)),
-                     "r"(D * 4)
-                     : "memory");
+  if constexpr (Tiles::hastens_end)
+    for (const Tensor4* sum : {&p.dk_sum, &p.dv_sum})
+      if (sum->data != nullptr)
+        for (int key = key0 + lane; key < min(key0 + keys, s.keys); key += 32)
+          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(attention::row_of<float>(*sum, batch, kv_head, key)),
+                       "r"(D * 4)
+                       : "memory");
   control.dout.wait_empty(item);
   if (lane == 0) {
     control.more[item.stage] = false;

@@ -72,8 +72,8 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   const Maps<T> maps(s, function);
   params.q = maps.of_queries(p.q, Tiles::queries);
   params.k = maps.of_keys(p.k, Tiles::keys);
-  if (!p.float_dk) params.dk_map = maps.of_keys(p.dk, 16);
-  if (!p.float_dv) params.dv_map = maps.of_keys(p.dv, 16);
+  if (Tiles::hastens_end && !p.float_dk) params.dk_map = maps.of_keys(p.dk, 16);
+  if (Tiles::hastens_end && !p.float_dv) params.dv_map = maps.of_keys(p.dv, 16);
   for (int l = 0; l < p.layers; ++l) {
     params.dout[l] = maps.of_queries(p.dout[l], Tiles::queries);
     params.v[l] = maps.of_keys(p.v[l], Tiles::keys);
