@@ -191,6 +191,7 @@ def measure(
     at_once: int = 2,
     warm: bool = False,
     ranks_only: bool = False,
+    profile: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """One row for each depth, pass (training or not) and variant; ``done`` ones are left out.
 
@@ -200,6 +201,7 @@ def measure(
         at_once: processes that compile at a time.
         warm: compile alone, for the caches that TORCHINDUCTOR_CACHE_DIR names, what needs no timing.
         ranks_only: find the ranks that timing finds, and stop.
+        profile: say where a step goes, if it is a GPU's and merging is among the variants.
     """
     done = set(done)
     for depth, training in itertools.product(depths, passes):
@@ -223,7 +225,7 @@ def measure(
                 if not warm:
                     rates = rates_of(device)
                     yield from _rows(workers, rounds, rates)
-                    if device == "cuda" and "merging" in workers:
+                    if profile and device == "cuda" and "merging" in workers:
                         yield _spent(workers, rates)
                 for name in [n for n in workers if n != "dense"]:
                     workers.pop(name).end()

@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="cuDNN's kernels that are tried for a convolution, 0 for all; else it chooses itself (layers)",
     )
     parser.add_argument("--ranks-only", action="store_true", help="time layers for their ranks, and stop (speed)")
+    parser.add_argument("--no-profile", action="store_true", help="do not say where a step goes (speed)")
     parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
     parser.add_argument("--no-inference", action="store_true", help="training alone (speed)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the dense model (progressive)")
@@ -136,6 +137,7 @@ def _rows(
         at_once=options.at_once,
         warm=options.warm,
         ranks_only=options.ranks_only,
+        profile=not options.no_profile,
     )
 
 
