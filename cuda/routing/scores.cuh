@@ -1,15 +1,13 @@
-// The class token's scores by one block: scores[h][n] = factor · q_h · k_n for some heads, and what their softmax needs.
+// The class token's scores by one block: scores[h][n] = factor · q_h · k_n for some heads, and their softmax.
 //
-// Bound: each key is read once, for up to 8 heads that share it, and the reading must not stop. A warp takes 16 tokens at a
-// time and 128 bytes of each, and asks for its next ones in a ring of its own, so that while a head's softmax is added up the
-// keys of the next head are on their way.
+// Bound: each key is read once, for up to 8 heads that share it. 16-bit keys go to the tensor cores: a warp takes 16 tokens,
+// their keys are the rows of A and up to 8 queries the columns of B (one query: all columns alike, as the tensor cores have
+// nothing else to do). A dot product does not depend on the order of its terms, so a lane's 16 loaded bytes are its share of
+// two products as they come, and keys and queries need no rearrangement:
 //
-//   lane (r, c) = (lane / 4, lane % 4) holds the 16 bytes c and c + 4 of those 128, of tokens r and r + 8
+//   lane (r, c) = (lane / 4, lane % 4) holds columns 8 c .. 8 c + 7 of every 32, of tokens r and r + 8 and of query r
 //
-// 16-bit keys go to the tensor cores: the tokens are the rows of A and up to 8 queries the columns of B (one query: all columns
-// alike, as the tensor cores have nothing else to do). A dot product does not depend on the order of its terms, so a lane's 16
-// bytes are its share of two products as they come, and keys and queries need no rearrangement. float32 runs on the FMA units,
-// without TF32's rounding, and ends in the same layout.
+// float32 runs on the FMA units, without TF32's rounding: a key row is read by `lanes` neighbouring lanes, 16 bytes each.
 #pragma once
 #include <cmath>
 
@@ -22,21 +20,16 @@ struct ScoreParams {
   const void *q, *k;
   std::int64_t q_stride[2], k_stride[3];  // batch, head (, token)
   int tokens, heads, group, dim;
-  int chunk;         // heads whose scores stand in memory together
+  int lanes;         // float32: that read a row
   bool vectors;      // k's rows are aligned
   float factor;      // scale · log2(e)
   int query_stride;  // of the queries in shared memory
 };
 
-constexpr int tile_tokens = 16, line_bytes = 128, step_bytes = tile_tokens * line_bytes;
-template <class T>
-constexpr int line_columns = line_bytes / static_cast<int>(sizeof(T));
-
-// Elements of a query in shared memory: whole lines, with zeros behind its end; 16 bits: 64 bytes more, so that the eight lanes
-// that read at once (two queries) find different banks.
+// Elements of a query in shared memory: zeros behind its end; 16 bits: 64 bytes more than a multiple of 128, so that the eight
+// lanes that read at once (two queries) find different banks.
 inline int query_stride(std::int64_t dim, int element_bytes) {
-  const std::int64_t bytes = (dim * element_bytes + line_bytes - 1) / line_bytes * line_bytes + (element_bytes == 2 ? 64 : 0);
-  return static_cast<int>(bytes / element_bytes);
+  return static_cast<int>(element_bytes == 2 ? (dim + 63) / 64 * 64 + 32 : (dim + 7) / 8 * 8);
 }
 
 template <class T>
@@ -48,248 +41,176 @@ __device__ __forceinline__ void load_queries(const ScoreParams& p, std::int64_t 
   }
 }
 
-// ---- reading
-
-// 16 bytes to shared memory without a register in between; `bytes` of them, zeros behind.
-__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(bytes)
-               : "memory");
-}
-
-// The heads from h on that share keys and are in one chunk of the heads [first, last), up to `batch`.
-template <int batch>
-__device__ __forceinline__ int end_of_sharing(const ScoreParams& p, int h, int first, int last) {
-  if constexpr (batch == 1) return h + 1;
-  return min(min(first + ((h - first) / p.chunk + 1) * p.chunk, last), min((h / p.group + 1) * p.group, h + batch));
-}
-
-// A warp's way through the keys of the heads [first, last): tiles of 16 tokens in turn with the other warps, from head to head
-// without a stop; a tile's lines one after the other. Of each line's eight 16-byte pieces a lane fetches one, of every fourth
-// token.
-template <class T, int batch>
-class Walk {
- public:
-  __device__ __forceinline__ Walk(const ScoreParams& p, const T* k, int first, int last)
-      : k_(k), first_(first), last_(last), h_(first), tile_(threadIdx.x / 32), column_(0) {
-    settle(p);
-  }
-  __device__ __forceinline__ bool done() const { return h_ >= last_; }
-
-  __device__ __forceinline__ void next(const ScoreParams& p) {
-    column_ += line_columns<T>, from_ += line_columns<T>;
-    if (column_ < p.dim) return;
-    const int warps = blockDim.x / 32;
-    tile_ += warps, from_ += warps * tile_tokens * p.k_stride[2] - column_, column_ = 0;
-    if (tile_ * tile_tokens >= p.tokens) settle(p);
-  }
-
-  // Asks for this step's keys. In shared memory a line's pieces change places with those four on in every other token, so that
-  // the eight lanes that read at once (two tokens) find different banks.
-  __device__ __forceinline__ void fetch(const ScoreParams& p, char* slot) const {
-    constexpr int size = Vector<T>::size, copies = step_bytes / 16 / 32;
-    const int t = threadIdx.x % 32 / 8, piece = threadIdx.x % 8;
-    const int tokens = p.tokens - tile_ * tile_tokens - t, columns = p.dim - column_ - piece * size;  // that are left
-    const std::int64_t four = 4 * p.k_stride[2];
-    char* const to = slot + t * line_bytes + (piece ^ (t & 1) << 2) * 16;
-    if (p.vectors) {
-#pragma unroll
-      for (int i = 0; i < copies; ++i)
-        copy_async(to + 4 * i * line_bytes, from_ + i * four, columns > 0 && 4 * i < tokens ? 16 : 0);
-      return;
-    }
-#pragma unroll 1
-    for (int i = 0; i < copies; ++i) {
-      T x[size];
-#pragma unroll
-      for (int u = 0; u < size; ++u) x[u] = u < columns && 4 * i < tokens ? from_[i * four + u] : from_float<T>(0.0f);
-      *reinterpret_cast<uint4*>(to + 4 * i * line_bytes) = *reinterpret_cast<const uint4*>(x);
-    }
-  }
-
- private:
-  const T *k_, *from_;  // the batch row's keys; this lane's next ones
-  int first_, last_, h_, tile_, column_;
-
-  __device__ __forceinline__ void settle(const ScoreParams& p) {
-    const int tiles = (p.tokens + tile_tokens - 1) / tile_tokens;
-    for (; tile_ >= tiles && h_ < last_; tile_ -= tiles) h_ = end_of_sharing<batch>(p, h_, first_, last_);
-    from_ = k_ + (batch == 1 ? h_ : h_ / p.group) * p.k_stride[1] +
-            (tile_ * tile_tokens + threadIdx.x % 32 / 8) * p.k_stride[2] + threadIdx.x % 8 * Vector<T>::size;
-  }
-};
-
-// ---- multiplying
-
-// q · k of 16 tokens with up to 8 queries, `batch` where they are fewer.
-template <class T, int batch>
-struct Products {
-  float sums[is_16bit<T> ? 4 : 2 * batch];
-
-  __device__ __forceinline__ Products() {
-    for (float& sum : sums) sum = 0.0f;
-  }
-  // A step's keys with `count` queries.
-  __device__ __forceinline__ void add(const ScoreParams& p, const uint4 (&x)[2], const uint4 (&y)[2], const T* queries,
-                                      int count) {
-    const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const T* const piece = queries + (c + 4 * u) * Vector<T>::size;
-      if constexpr (is_16bit<T>) {
-        const uint4 q = *reinterpret_cast<const uint4*>(piece + min(r, count - 1) * p.query_stride);
-        mma_16x8x16<T>(sums, {x[u].x, y[u].x, x[u].y, y[u].y}, q.x, q.y);
-        mma_16x8x16<T>(sums, {x[u].z, y[u].z, x[u].w, y[u].w}, q.z, q.w);
-      } else {
-        const auto low = Vector<T>::from(x[u]), high = Vector<T>::from(y[u]);
-#pragma unroll
-        for (int j = 0; j < batch; ++j) {  // a piece by itself first: fewer roundings one upon the other
-          const auto q = Vector<T>::from(*reinterpret_cast<const uint4*>(piece + min(j, count - 1) * p.query_stride));
-          float of_low = 0.0f, of_high = 0.0f;
-#pragma unroll
-          for (int i = 0; i < Vector<T>::size; ++i)
-            of_low = fmaf(low.x[i], q.x[i], of_low), of_high = fmaf(high.x[i], q.x[i], of_high);
-          sums[j] += of_low, sums[batch + j] += of_high;
-        }
-      }
-    }
-  }
-  // [token r or r + 8][head 2 c or 2 c + 1]; one head alone: in every lane.
-  __device__ __forceinline__ void get(float (&out)[2][2]) {
-    const int c = threadIdx.x % 4;
-    if constexpr (is_16bit<T>) {
-      out[0][0] = sums[0], out[0][1] = sums[1], out[1][0] = sums[2], out[1][1] = sums[3];
-    } else {
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        float* const own = sums + t * batch;
-        if constexpr (batch == 1) {
-          for (int offset = 1; offset < 4; offset *= 2) own[0] += __shfl_xor_sync(~0u, own[0], offset);
-          out[t][0] = own[0], out[t][1] = 0.0f;
-        } else {  // each step halves the heads that a lane still carries
-#pragma unroll
-          for (int m = batch / 2, offset = 2; offset > 0; m /= 2, offset /= 2)
-#pragma unroll
-            for (int j = 0; j < m; ++j) {
-              const float mine = c & offset ? own[j + m] : own[j], other = c & offset ? own[j] : own[j + m];
-              own[j] = mine + __shfl_xor_sync(~0u, other, offset);
-            }
-          out[t][0] = own[0], out[t][1] = own[1];
-        }
-      }
-    }
-  }
-};
-
-// ---- softmax, in powers of two
-
-// The greatest score, and the sum of 2^(score - greatest).
-struct Softmax {
-  float top = -INFINITY, sum = 0.0f;
-
-  // Of no scores, or of nothing but -inf: nothing.
-  __device__ __forceinline__ static float base(float top) { return top == -INFINITY ? 0.0f : top; }
-  __device__ __forceinline__ void add(float a, float b) {
-    const float greater = fmaxf(top, fmaxf(a, b)), from = base(greater);
-    sum = sum * exp2_approx(top - from) + exp2_approx(a - from) + exp2_approx(b - from);
-    top = greater;
-  }
-  // Of all lanes that differ in the bits from `first` to `last` of their number.
-  __device__ __forceinline__ void add_lanes(int first, int last) {
-    float greatest = top;
-    for (int offset = first; offset <= last; offset *= 2) greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, offset));
-    sum *= exp2f(top - base(greatest)), top = greatest;
-    for (int offset = first; offset <= last; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-  }
-};
-
-// Where a block's scores stand: of a chunk of heads at a time.
+// 16 bytes of a key, zeros behind its end.
 template <class T>
-struct ScoreSpace {
-  char* ring;              // [warps][stages][step_bytes]
-  T* queries;              // [chunk][query_stride]
-  Softmax* of_warps;       // [chunk][warps]
-  float2* statistics;      // [chunk]: the greatest score, and a probability's factor
-  float *totals, *scores;  // [tokens], [chunk][tokens]
-};
+__device__ __forceinline__ uint4 load_key(const T* row, int column, const ScoreParams& p) {
+  if (p.vectors) return column < p.dim ? load_once(row + column) : uint4{};
+  uint4 bits{};
+  T* const x = reinterpret_cast<T*>(&bits);
+#pragma unroll
+  for (int i = 0; i < Vector<T>::size; ++i) x[i] = column + i < p.dim ? row[column + i] : from_float<T>(0.0f);
+  return bits;
+}
 
-// totals[n] = weight · sum over the heads [begin, end) of softmax_n(scores[h]). A thread adds up its own tokens, head after
-// head, so that the sums have one order. Behind the caller's next barrier they are complete.
-template <class T, int batch, int stages>
-__device__ __forceinline__ void score_heads(const ScoreParams& p, std::int64_t b, int begin, int end, float weight,
-                                            const ScoreSpace<T>& space) {
-  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int tiles = (p.tokens + tile_tokens - 1) / tile_tokens;
-  char* const ring = space.ring + warp * stages * step_bytes;
-  Walk<T, batch> ahead(p, static_cast<const T*>(p.k) + b * p.k_stride[0], begin, end);
-  int slot = 0;
-  const auto ask = [&] {
-    if (!ahead.done()) ahead.fetch(p, ring + slot * step_bytes), ahead.next(p);
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    if (++slot == stages) slot = 0;
-  };
-  for (int s = 0; s < stages; ++s) ask();
-  int tile = warp;
-  for (int first = begin; first < end; first += p.chunk) {
-    const int count = min(p.chunk, end - first);
-    load_queries(p, b, first, count, space.queries);
-    __syncthreads();
-    for (int h = 0; h < count; tile -= tiles) {
-      const int sharing = end_of_sharing<batch>(p, first + h, begin, end) - first - h;
-      const T* const queries = space.queries + h * p.query_stride;
-      float* const row = space.scores + static_cast<std::int64_t>(h + 2 * c) * p.tokens;
-      Softmax softmax[2];
-      for (; tile < tiles; tile += warps) {
-        Products<T, batch> products;
-        for (int column = 0; column < p.dim; column += line_columns<T>) {
-          asm volatile("cp.async.wait_group %0;" ::"n"(stages - 1) : "memory");
-          __syncwarp();
-          uint4 x[2], y[2];
+// ---- 16 bits
+
+// scores[h - first][n] of the heads [h, end), at most 8 that share keys, and the tokens [n0, n0 + 16).
+template <class T>
+__device__ __forceinline__ void score_tile(const ScoreParams& p, const T* k, int n0, const T* queries, int h, int end,
+                                           float* scores) {
+  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const T* const rows[2] = {k + min(n0 + r, p.tokens - 1) * p.k_stride[2], k + min(n0 + r + 8, p.tokens - 1) * p.k_stride[2]};
+  const T* const query = queries + min(r, end - h - 1) * p.query_stride;
+  float sums[4] = {};
+  // All loads of 128 columns are in flight before the first product. (Two tiles at once lose 8 % on an H100, asking the L2 for
+  // 256 bytes gains 3.)
+  constexpr int ahead = 4;
+  for (int first = 0; first < p.dim; first += 32 * ahead) {
+    uint4 x[ahead], y[ahead];
 #pragma unroll
-          for (int u = 0; u < 2; ++u) {
-            const char* const from = ring + slot * step_bytes + r * line_bytes + (c + 4 * u ^ (r & 1) << 2) * 16;
-            x[u] = *reinterpret_cast<const uint4*>(from), y[u] = *reinterpret_cast<const uint4*>(from + 8 * line_bytes);
-          }
-          __syncwarp();
-          ask();
-          products.add(p, x, y, queries + column, sharing);
-        }
-        float scores[2][2];
-        products.get(scores);
-        const int n = tile * tile_tokens + r;
+    for (int u = 0; u < ahead; ++u) {
+      const int column = first + 32 * u + 8 * c;
+      x[u] = load_key(rows[0], column, p), y[u] = load_key(rows[1], column, p);
+    }
 #pragma unroll
-        for (int j = 0; j < (batch == 1 ? 1 : 2); ++j) {
+    for (int u = 0; u < ahead; ++u) {
+      if (first + 32 * u >= p.dim) break;
+      const uint4 q = *reinterpret_cast<const uint4*>(query + first + 32 * u + 8 * c);
+      mma_16x8x16<T>(sums, {x[u].x, y[u].x, x[u].y, y[u].y}, q.x, q.y);
+      mma_16x8x16<T>(sums, {x[u].z, y[u].z, x[u].w, y[u].w}, q.z, q.w);
+    }
+  }
 #pragma unroll
-          for (int t = 0; t < 2; ++t) {
-            const bool there = n + 8 * t < p.tokens;
-            scores[t][j] = there ? scores[t][j] * p.factor : -INFINITY;
-            if (there && 2 * c + j < sharing) row[j * p.tokens + n + 8 * t] = scores[t][j];
-          }
-          softmax[j].add(scores[0][j], scores[1][j]);
+  for (int i = 0; i < 4; ++i) {
+    const int column = 2 * c + i % 2, n = n0 + r + i / 2 * 8;
+    if (h + column < end && n < p.tokens) scores[static_cast<std::int64_t>(column) * p.tokens + n] = sums[i] * p.factor;
+  }
+}
+
+// ---- float32
+
+constexpr int tokens_at_once = 4;
+
+// Adds up `batch` sums over `lanes` neighbouring lanes. Where there are lanes enough, each step halves the sums that a lane
+// still carries (9 shuffles instead of 40 for 8 sums over a warp), and sum j ends up in the lanes from j * lanes / batch on.
+// Returns the first of the sums that this lane has; `have` of them.
+template <int batch>
+__device__ __forceinline__ int add_lanes(float (&sums)[batch], int lanes, int lane, int& have) {
+  int offset = lanes / 2;
+  have = batch;
+  if (lanes < batch) {
+    for (; offset > 0; offset /= 2)
+#pragma unroll
+      for (int j = 0; j < batch; ++j) sums[j] += __shfl_xor_sync(~0u, sums[j], offset);
+    return 0;
+  }
+  if constexpr (batch > 1)
+#pragma unroll
+    for (int m = batch / 2; m > 0; m /= 2, offset /= 2) {
+      const bool upper = lane & offset;
+#pragma unroll
+      for (int j = 0; j < m; ++j) {
+        const float mine = upper ? sums[j + m] : sums[j], other = upper ? sums[j] : sums[j + m];
+        sums[j] = mine + __shfl_xor_sync(~0u, other, offset);
+      }
+    }
+  for (; offset > 0; offset /= 2) sums[0] += __shfl_xor_sync(~0u, sums[0], offset);
+  have = 1;
+  return lane / (lanes / batch);
+}
+
+// scores[h - first][n] of the heads [h, end), at most `batch` that share keys k. A group of lanes takes `tokens_at_once` tokens
+// together: so many loads in flight, and each weight read once for all of them.
+template <int batch>
+__device__ __forceinline__ void score_rows(const ScoreParams& p, const float* k, const float* queries, int h, int end,
+                                           float* scores) {
+  constexpr int size = Vector<float>::size;
+  const int lane = threadIdx.x % p.lanes, part = threadIdx.x / p.lanes, parts = blockDim.x / p.lanes;
+  // All lanes of a warp take part in the shuffles, so they walk together.
+  for (int n0 = part; n0 - part < p.tokens; n0 += parts * tokens_at_once) {
+    const float* rows[tokens_at_once];
+    float sums[tokens_at_once][batch] = {};
+#pragma unroll
+    for (int u = 0; u < tokens_at_once; ++u) rows[u] = k + min(n0 + u * parts, p.tokens - 1) * p.k_stride[2];
+    for (int column = lane * size; column < p.dim; column += p.lanes * size) {
+      Vector<float> x[tokens_at_once];
+#pragma unroll
+      for (int u = 0; u < tokens_at_once; ++u) x[u] = Vector<float>::from(load_key(rows[u], column, p));
+#pragma unroll
+      for (int j = 0; j < batch; ++j) {
+        const float4 w = *reinterpret_cast<const float4*>(queries + min(j, end - h - 1) * p.query_stride + column);
+#pragma unroll
+        for (int u = 0; u < tokens_at_once; ++u) {
+          float& sum = sums[u][j];
+          sum = fmaf(x[u].x[0], w.x, sum), sum = fmaf(x[u].x[1], w.y, sum);
+          sum = fmaf(x[u].x[2], w.z, sum), sum = fmaf(x[u].x[3], w.w, sum);
         }
       }
+    }
 #pragma unroll
-      for (int j = 0; j < (batch == 1 ? 1 : 2); ++j) {
-        softmax[j].add_lanes(4, 16);
-        if (r == 0 && 2 * c + j < sharing) space.of_warps[(h + 2 * c + j) * warps + warp] = softmax[j];
-      }
-      h += sharing;
+    for (int u = 0; u < tokens_at_once; ++u) {
+      int have;
+      const int from = add_lanes(sums[u], p.lanes, lane, have), n = n0 + u * parts;
+      const bool writes = have == 1 && batch > 1 ? lane % (p.lanes / batch) == 0 : lane == 0;
+      if (!writes || n >= p.tokens) continue;
+#pragma unroll
+      for (int j = 0; j < batch; ++j)
+        if (j < have && h + from + j < end) scores[static_cast<std::int64_t>(from + j) * p.tokens + n] = sums[u][j] * p.factor;
     }
-    __syncthreads();
-    for (int h = warp; h < count; h += warps) {
-      Softmax all = lane < warps ? space.of_warps[h * warps + lane] : Softmax{};
-      all.add_lanes(1, 16);
-      if (lane == 0) space.statistics[h] = {all.top, weight / all.sum};
+  }
+}
+
+// scores[h - first][n] for the heads [first, first + count), whose queries stand in shared memory; `batch` of them at a time
+// where they share keys.
+template <class T, int batch>
+__device__ __forceinline__ void score_heads(const ScoreParams& p, std::int64_t b, const T* queries, int first, int count,
+                                            float* scores) {
+  const int warps = blockDim.x / 32, tiles = (p.tokens + 15) / 16;
+  int tile = threadIdx.x / 32;  // the warps go on from batch to batch without waiting
+  for (int h = first; h < first + count;) {
+    const int g = h / p.group, end = min(min(first + count, (g + 1) * p.group), h + batch);
+    const T* const k = static_cast<const T*>(p.k) + b * p.k_stride[0] + g * p.k_stride[1];
+    const T* const own = queries + (h - first) * p.query_stride;
+    float* const to = scores + static_cast<std::int64_t>(h - first) * p.tokens;
+    if constexpr (is_16bit<T>) {
+      for (; tile < tiles; tile += warps) score_tile(p, k, tile * 16, own, h, end, to);
+      tile -= tiles;
+    } else {
+      score_rows<batch>(p, k, own, h, end, to);
     }
-    __syncthreads();
-    for (int n = threadIdx.x; n < p.tokens; n += blockDim.x) {
-      float total = first == begin ? 0.0f : space.totals[n];
-      for (int h = 0; h < count; ++h)
-        total +=
-            exp2f(space.scores[static_cast<std::int64_t>(h) * p.tokens + n] - space.statistics[h].x) * space.statistics[h].y;
-      space.totals[n] = total;
-    }
-    __syncthreads();
+    h = end;
+  }
+}
+
+// softmax(h)[n] = exp2(scores[h][n] - statistics[h].x) * statistics[h].y / weight. Warps share a head's tokens out where there
+// are fewer heads. `statistics` has room for most_statistics(count) and is complete behind the caller's next barrier.
+__host__ __device__ constexpr int most_statistics(int count) {
+  return count + (count > 32 ? count : 32);
+}
+
+__device__ __forceinline__ void softmax_statistics(const float* scores, int tokens, int count, float weight,
+                                                   float2* statistics) {
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, parts = max(warps / count, 1);
+  for (int i = threadIdx.x / 32; i < count * parts; i += warps) {
+    const int h = i / parts, begin = (i - h * parts) * 32 + lane;
+    const float* const row = scores + static_cast<std::int64_t>(h) * tokens;
+    float top = -INFINITY, sum = 0.0f;
+    for (int n = begin; n < tokens; n += 32 * parts) top = fmaxf(top, row[n]);
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
+    const float base = top == -INFINITY ? 0.0f : top;  // of no tokens, or of nothing but -inf
+    for (int n = begin; n < tokens; n += 32 * parts) sum += exp2f(row[n] - base);
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (lane == 0) statistics[count + i] = {top, sum};
+  }
+  __syncthreads();
+  for (int h = threadIdx.x; h < count; h += blockDim.x) {
+    const float2* const of_parts = statistics + count + h * parts;
+    float top = -INFINITY, sum = 0.0f;
+    for (int i = 0; i < parts; ++i) top = fmaxf(top, of_parts[i].x);
+    for (int i = 0; i < parts; ++i) sum += of_parts[i].y * exp2f(of_parts[i].x - top);
+    statistics[h] = {top, weight / sum};
   }
 }
 

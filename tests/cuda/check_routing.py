@@ -251,7 +251,7 @@ def check_special() -> Results:
         torch.randn(4, 6, 197, 64, device="cuda").bfloat16(),
     )
     weight = torch.randn(384, device="cuda").bfloat16()
-    long = torch.randn(4, 6, 700, 64, device="cuda").bfloat16()  # a cluster a row
+    long = torch.randn(4, 6, 700, 64, device="cuda").bfloat16()  # in two launches
 
     def forward():
         kept, rest = ops.score_partition(q, k, 89, protect=1)
@@ -289,8 +289,9 @@ def run_small() -> None:
         q, k = (torch.randn(2, heads, n, dim, device="cuda").to(dtype) for heads, n in ((4, 1), (kv_heads, 300)))
         ops.score_partition(q, k, 30)  # 300 tokens of 2 rows: their heads are shared out
         ops.class_scores(q, k)
-        many = [t[:, :2, :20].repeat(70, 1, 1, 1) for t in (q, k)]  # more rows than multiprocessors
-        ops.score_partition(*many, 5)
+    for heads in (2, 1):  # long rows, of two blocks and of one
+        q, k = (torch.randn(192 // (heads + 1), heads, n, 64, device="cuda").bfloat16() for n in (1, 1030))
+        ops.score_partition(q, k, 30), ops.class_scores(q, k)
         ops.score_partition(q, k[:, :, :70], 30, protect=1)
     x = rows(2, 20, 33, torch.bfloat16)
     ops.gather_tokens(x, torch.tensor([[0, 25, -3, 2**30]] * 2, device="cuda", dtype=torch.int32))

@@ -101,9 +101,10 @@ SCORES = [
     (1, 16, 1, 3000, 1024),
     (1, 8, 2, 20000, 64),
     (1, 9, 1, 12000, 2048),
-    (40, 3, 3, 300, 64),  # rows of two blocks, of which one has one head more
-    (150, 4, 2, 260, 72),  # more rows than multiprocessors
-    (300, 2, 2, 40, 48),
+    (60, 3, 3, 1100, 72),  # long rows: two blocks each, of which one has one head more; one; too many
+    (120, 2, 2, 1024, 64),
+    (130, 1, 1, 2051, 200),
+    (150, 2, 2, 1024, 64),
 ]
 
 

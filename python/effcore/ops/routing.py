@@ -70,7 +70,7 @@ def class_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 def score_partition(
     q: Tensor, k: Tensor, keep: int, *, protect: int = 0, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`partition_tokens` of :func:`class_scores`, in one launch.
+    """:func:`partition_tokens` of :func:`class_scores`, in one launch, or two where few rows are shared out among many blocks.
 
     Args:
         q: [B, H, 1, D], the class token's query; k: [B, Hkv, N, D].
