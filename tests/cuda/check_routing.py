@@ -288,11 +288,10 @@ def run_small() -> None:
     for kv_heads, dim, dtype in itertools.product((4, 1), (64, 33), (torch.float32, torch.bfloat16)):
         q, k = (torch.randn(2, heads, n, dim, device="cuda").to(dtype) for heads, n in ((4, 1), (kv_heads, 300)))
         ops.score_partition(q, k, 30)  # 300 tokens of 2 rows: their heads are shared out
-        ops.class_scores(q, k)
+        ops.score_partition(q, k[:, :, :70], 30, protect=1)
     for heads in (2, 1):  # long rows, of two blocks and of one
         q, k = (torch.randn(192 // (heads + 1), heads, n, 64, device="cuda").bfloat16() for n in (1, 1030))
         ops.score_partition(q, k, 30), ops.class_scores(q, k)
-        ops.score_partition(q, k[:, :, :70], 30, protect=1)
     x = rows(2, 20, 33, torch.bfloat16)
     ops.gather_tokens(x, torch.tensor([[0, 25, -3, 2**30]] * 2, device="cuda", dtype=torch.int32))
     torch.cuda.synchronize()
