@@ -196,16 +196,19 @@ def check_special() -> Results:
     weight = torch.ones(33, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     torch.autograd.grad(ops.gather_layer_norm(x, bad, weight)[1].sum(), (x, weight))
     ops.merge_tokens(x[:, :5].detach(), bad, x[:, 5:].detach(), torch.zeros(2, 15, device="cuda", dtype=torch.int32))
-    q, k = (torch.randn(3, 4, n, 64, device="cuda") for n in (1, 700))
-    k[0, 1, 333], k[1, 2, :, 0], q[1, 2, :, 0] = math.nan, -math.inf, 1.0
-    got, expected = ops.class_scores(q, k), ref.class_scores(q, k)
-    results.append(
-        (
-            "a NaN key, and a head of no finite scores: NaN for the row, as in torch",
-            all(module[:2].isnan().all() and not module[2].isnan().any() for module in (got, expected)),
-            "",
+    for batch, tokens, dtype in ((3, 700, torch.float32), (100, 1024, torch.bfloat16)):
+        q, k = (torch.randn(batch, 4, n, 64, device="cuda").to(dtype) for n in (1, tokens))
+        k[0, 1, 333], k[1, 2, :, 0], q[1, 2, :, 0] = math.nan, -math.inf, 1.0
+        results.append(
+            (
+                f"a NaN key, and a head of no finite scores, {tokens} tokens: NaN for the row, as in torch",
+                all(
+                    scores[:2].isnan().all() and not scores[2:].isnan().any()
+                    for scores in (module.class_scores(q, k) for module in (ops, ref))
+                ),
+                "",
+            )
         )
-    )
     os.environ["EFFCORE_DEBUG"] = "1"
     for name, call in (
         ("gather", lambda: ops.gather_tokens(x, bad)),
