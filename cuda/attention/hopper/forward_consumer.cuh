@@ -231,12 +231,13 @@ __global__ void __launch_bounds__(ForwardTiles<D>::threads, 1) forward_kernel(co
   const auto& schedule = p.args.schedule;
   const bool again = (forward == Forward::online || forward == Forward::normalised_kept) && p.again.memory != nullptr;
   const int all = again ? p.again.count() : schedule.blocks * schedule.heads;
+  // With two passes blocks of many and of few keys take turns, or all would multiply at one time and write at another (2-8 %).
+  // What is done again has the numbers of the launch that took it down.
+  const bool heavy_first = p.args.shape.causal && (forward != Forward::normalised_kept || again);
   const auto work_of = [&](int number) {
     if (again) number = p.again.number(number);
-    Work work(schedule, number, p.args.shape.causal && forward != Forward::normalised_kept);
-    // With two passes blocks of many and of few keys take turns, or all would multiply at one time and write at another (2-8
-    // %).
-    if (p.args.shape.causal && forward == Forward::normalised_kept)
+    Work work(schedule, number, heavy_first);
+    if (p.args.shape.causal && !heavy_first)
       work.block = work.block % 2 == 0 ? schedule.blocks - 1 - work.block / 2 : work.block / 2;
     return work;
   };
