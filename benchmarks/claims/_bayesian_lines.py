@@ -165,11 +165,13 @@ def lines_task(
     there yet. ``development``: "test" and "other" are of files that are not scored otherwise."""
     tokens_file, weights_file = folder / "tokenizer.json", folder / "pretrained.safetensors"
     counts = {"train": train_on, "held": test // 2, "test": test, "other": test}
-    made = [tokens_file, weights_file, *(folder / f"{part}.jsonl" for part in counts)]
+    scored = "development-" if development else ""
+    files = {part: folder / f"{scored if part in ('test', 'other') else ''}{part}.jsonl" for part in counts}
+    made = [tokens_file, weights_file, *files.values()]
     sources = (
         Sources([], {}) if all(file.exists() for file in made) else find_sources(most_bytes, development=development)
     )
-    questions = make_questions(folder, sources, counts)
+    questions = make_questions(files, sources, counts)
     if not tokens_file.exists():
         learn_tokens(sources.pretraining).save(str(tokens_file))
     tokenizer = Tokenizer.from_file(str(tokens_file))

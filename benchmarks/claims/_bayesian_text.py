@@ -111,11 +111,11 @@ def encode_files(tokenizer: Tokenizer, files: Sequence[SourceFile]) -> np.ndarra
     return np.concatenate(pieces)
 
 
-def make_questions(folder: Path, sources: Sources, counts: dict[str, int]) -> dict[str, list[Question]]:
-    """Questions of each part, as they stand in a file of the folder, where they are kept."""
+def make_questions(files: dict[str, Path], sources: Sources, counts: dict[str, int]) -> dict[str, list[Question]]:
+    """Questions of each part, as they stand in its file, where they are kept."""
     questions = {}
     for seed, (part, count) in enumerate(counts.items()):
-        file = folder / f"{part}.jsonl"
+        file = files[part]
         if not file.exists():
             made = next_line_questions(sources.parts[part], count, seed=seed, shown=SHOWN)
             rows = [{"question": q.text, "choices": q.choices, "answer": q.answer} for q in made]

@@ -5,7 +5,7 @@ parameters; and the FLOPs of each by one count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -121,17 +121,18 @@ def compiled(model: Any) -> Any:
     return model
 
 
-def kernels_beside_graphs() -> ExitStack:
+@contextmanager
+def kernels_beside_graphs() -> Iterator[None]:
     """While this is open the compiler leaves out of its graphs the kernels that transformers' hybrids call. Left to itself
     torch 2.11 tells them, while it compiles, that it exports, and they take their torch paths."""
-    stack = ExitStack()
-    for module, name in (
-        (modeling_falcon_h1, "mamba2_split_conv1d_scan_combined"),
-        (modeling_jamba, "causal_conv1d_fn"),
-        (modeling_jamba, "mamba_selective_scan"),
-    ):
-        stack.enter_context(mock.patch.object(module, name, torch.compiler.disable(getattr(module, name))))
-    return stack
+    with ExitStack() as stack:
+        for module, name in (
+            (modeling_falcon_h1, "mamba2_split_conv1d_scan_combined"),
+            (modeling_jamba, "causal_conv1d_fn"),
+            (modeling_jamba, "mamba_selective_scan"),
+        ):
+            stack.enter_context(mock.patch.object(module, name, torch.compiler.disable(getattr(module, name))))
+        yield
 
 
 def forward_flops(model: Any, length: int) -> float:

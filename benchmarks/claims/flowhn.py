@@ -120,11 +120,11 @@ def train(report: sharing.Report, size: str, batch: int, length: int, rounds: in
 
 PEERS = {"falcon-h1": "Falcon-H1 (transformers)", "jamba": "Jamba (transformers)"}
 # What peers run on: kernels, as the table calls them; whether layers are compiled; and whether mamba-ssm and causal-conv1d
-# must be installed (or must not: None, either).
-FOOTINGS: dict[str, tuple[str, bool, bool | None]] = {
+# must be installed, or must not.
+FOOTINGS: dict[str, tuple[str, bool, bool]] = {
     "kernels": ("mamba-ssm and causal-conv1d", False, True),
     "kernels-compiled": ("mamba-ssm and causal-conv1d, beside the graphs", True, True),
-    "torch-compiled": ("transformers' torch paths", True, None),
+    "torch-compiled": ("transformers' torch paths", True, False),
     "installed": ("none: as installed", False, False),
 }
 
@@ -142,7 +142,7 @@ def peers(
     print(f"training beside transformers' hybrids, {size}, {batch} texts of {length}", flush=True)
     for footing in footings:
         kernels, compiled, needs = FOOTINGS[footing]
-        if needs is not None and needs != built:
+        if needs != built:
             continue
         print(f" layers compiled: {compiled}, kernels: {kernels}", flush=True)
         for name in names:

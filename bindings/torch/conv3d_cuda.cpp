@@ -20,13 +20,18 @@ struct Cuda {
 Tensor patch_embed3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* f = "patch_embed3d";
   const Tensor kernel = torch::stable::contiguous(weight);
-  const bool aligned = reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  const Tensor source = aligned ? x : torch::stable::clone(x);
+  // The kernel reads voxels 16 bytes at a time and the bias 4.
+  const auto aligned = [](const Tensor& t, int bytes) {
+    return reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % bytes == 0 ? t : torch::stable::clone(t);
+  };
+  const Tensor source = aligned(x, 16);
+  std::optional<Tensor> added;
   cuda::conv3d::Patches args{view(source, f, "x"), view(kernel, f, "weight")};
   conv3d::check_patches(f, args.x, args.weight);
   TensorView vbias;
   if (bias) {
-    vbias = view(*bias, f, "bias");
+    added = aligned(torch::stable::contiguous(*bias), 4);
+    vbias = view(*added, f, "bias");
     conv3d::check_bias(f, vbias, args.weight);
     args.bias = &vbias;
   }

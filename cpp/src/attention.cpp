@@ -116,11 +116,13 @@ void run_decode(DecodeJob& job, const Threads& threads) {
   run_tasks(threads, heads, [&](std::int64_t task) { kernels.combine(job, task); });
 }
 
-// The CPU's tiles hold P itself; what is behind them is defined for those who compare.
-void clear_factors(const Problem& p, void* probs) {
-  const std::int64_t rows = p.batch * p.heads, size = p.dtype == DType::float64 ? 8 : p.dtype == DType::float32 ? 4 : 2;
-  const std::int64_t all = probs_elements(p.queries, p.keys, p.causal), factors = 2 * p.queries;
-  std::memset(static_cast<char*>(probs) + rows * (all - factors) * size, 0, static_cast<std::size_t>(rows * factors * size));
+// The CPU's tiles hold P itself: factors of one, and zeros in what is left of their room.
+void set_factors(const Problem& p, void* probs) {
+  const std::int64_t heads = p.batch * p.heads, size = p.dtype == DType::float64 ? 8 : p.dtype == DType::float32 ? 4 : 2;
+  const std::int64_t all = probs_elements(p.queries, p.keys, p.causal), room = 2 * p.queries;
+  char* const behind = static_cast<char*>(probs) + heads * (all - room) * size;
+  std::memset(behind, 0, static_cast<std::size_t>(heads * room * size));
+  std::fill_n(reinterpret_cast<float*>(behind), heads * p.queries, 1.0f);
 }
 
 }  // namespace
@@ -136,7 +138,7 @@ std::int64_t probs_elements(std::int64_t queries, std::int64_t keys, bool causal
 }
 
 void forward(const Forward& args, const Threads& threads) {
-  if (args.probs != nullptr) clear_factors(args.problem, args.probs);
+  if (args.probs != nullptr) set_factors(args.problem, args.probs);
   ForwardJob job{.problem = args.problem,
                  .q = args.q,
                  .k = args.k,

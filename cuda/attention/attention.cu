@@ -275,10 +275,10 @@ void shared_forward(const SharedForward& args, const Launch& launch) {
                              args.probs,
                              factors_of(shape, p.dtype, args.probs),
                              static_cast<int*>(launch.workspace)};
-  // Up to head_dim 64 Hopper makes P again sooner than it reads it (H200, length 4096: 0.53 against 0.57 ms).
-  const bool reads_probs = args.probs != nullptr && padded_dim(p.head_dim, p.value_dim) > 64;
   dispatch(p, shared_name, [&](auto kernels) {
     if (try_hopper(kernels, shared_name, [&](auto hopper) {
+          // Up to head_dim 64 P is made again sooner than it is read (H200, length 4096: 0.53 against 0.57 ms).
+          const bool reads_probs = args.probs != nullptr && padded_dim(p.head_dim, p.value_dim) > 64;
           return reads_probs ? hopper.forward_probs(params, 1.0f, shared_name, stream_of(launch))
                              : hopper.forward(params, true, nullptr, shared_name, stream_of(launch));
         }))

@@ -12,15 +12,16 @@ _op = torch.ops.effcore.patch_embed3d
 KERNEL = (2, 3, 4)
 
 
-def tensors(size=(4, 6, 8), dtype=torch.float64):
+def tensors(size=(4, 6, 8), dtype=torch.float64, batch=2):
     torch.manual_seed(0)
-    return [t.to(dtype) for t in (torch.randn(2, 3, *size), torch.randn(5, 3, *KERNEL), torch.randn(5))]
+    return [t.to(dtype) for t in (torch.randn(batch, 3, *size), torch.randn(5, 3, *KERNEL), torch.randn(5))]
 
 
+@pytest.mark.parametrize("batch", [2, 0])
 @pytest.mark.parametrize("size", [(4, 6, 8), (5, 8, 11), (2, 3, 4)])
 @pytest.mark.parametrize("function", [patch_embed3d, patch_embed._in_place])
-def test_equals_conv3d(function, size):
-    ours, theirs = tensors(size), tensors(size)
+def test_equals_conv3d(function, size, batch):
+    ours, theirs = tensors(size, batch=batch), tensors(size, batch=batch)
     for t in (*ours, *theirs):
         t.requires_grad_()
     out, exact = function(*ours), F.conv3d(*theirs, stride=KERNEL)

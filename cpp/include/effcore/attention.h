@@ -56,7 +56,9 @@ Problem check(const char* function, const TensorView& q, const TensorView& k, co
 void check_tensor(const char* function, const char* argument, const TensorView& tensor, const Problem& problem, DType dtype,
                   std::initializer_list<std::int64_t> sizes);
 
-// Elements of one (batch, head)'s packed probabilities, in 16 bits with the factors; the whole tensor is [B, heads, this].
+// Elements of one (batch, head)'s packed probabilities, with room for their factors (float32, one a row, behind the tiles of
+// all heads: two elements a row). The whole tensor is [B, heads, this]. The CPU reads tiles alone, as it writes P itself; a
+// GPU's may hold P up to these factors.
 std::int64_t probs_elements(std::int64_t queries, std::int64_t keys, bool causal);
 
 struct Forward {

@@ -41,16 +41,22 @@ auto im2col_map_encoder() {
   return function;
 }
 
+// From a patch's first voxel to its last, in elements of the clip. Coordinates of the copy engine are 32 bits wide.
+std::int64_t voxels_of(const TensorView& x, const std::int64_t* kernel) {
+  std::int64_t voxels = 1;
+  for (int d = 1; d < 5; ++d) voxels += (d == 1 ? x.size[1] - 1 : kernel[d - 2] - 1) * x.stride[d];
+  return voxels;
+}
+
 // Pieces of patches' lines. "Channels" are all voxels from a patch's first to its last.
 bool encode_patches(CUtensorMap* map, const TensorView& x, const std::int64_t* kernel, const std::int64_t* grid, int piece,
                     int rows) {
   const auto encode = im2col_map_encoder();
   if (encode == nullptr) return false;
-  cuuint64_t voxels = 1;
-  for (int d = 1; d < 5; ++d) voxels += static_cast<cuuint64_t>((d == 1 ? x.size[1] - 1 : kernel[d - 2] - 1) * x.stride[d]);
   const auto bytes = [&](std::int64_t elements) { return static_cast<cuuint64_t>(2 * elements); };
-  const cuuint64_t size[5] = {voxels, static_cast<cuuint64_t>(grid[2]), static_cast<cuuint64_t>(grid[1]),
-                              static_cast<cuuint64_t>(grid[0]), static_cast<cuuint64_t>(x.size[0])};
+  const cuuint64_t size[5] = {static_cast<cuuint64_t>(voxels_of(x, kernel)), static_cast<cuuint64_t>(grid[2]),
+                              static_cast<cuuint64_t>(grid[1]), static_cast<cuuint64_t>(grid[0]),
+                              static_cast<cuuint64_t>(x.size[0])};
   const cuuint64_t stride[4] = {bytes(kernel[2]), bytes(kernel[1] * x.stride[3]), bytes(kernel[0] * x.stride[2]),
                                 bytes(x.stride[0])};
   constexpr int corner[3] = {};
@@ -84,7 +90,7 @@ bool patches(const char* function, const Patches& args, const Launch& launch) {
   if (x.stride[4] != 1 || rows >= std::int64_t{1} << 30 || columns >= 1 << 20) return false;
   for (int d = 0; d < 4; ++d)
     if (x.size[d] > 1 && (x.stride[d] <= 0 || x.stride[d] % 8 != 0)) return false;
-  if (reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0 || x.size[1] * x.stride[1] >= std::int64_t{1} << 31) return false;
+  if (reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0 || voxels_of(x, kernel) > std::int64_t{1} << 31) return false;
   if (args.bias != nullptr && (args.bias->stride[0] != 1 || reinterpret_cast<std::uintptr_t>(args.bias->data) % 4 != 0))
     return false;
   if (rows == 0) return true;

@@ -29,7 +29,8 @@ class Posterior:
 
     Attributes:
         prior_variance: s² of each layer, [layers]. :meth:`fit_evidence` and :meth:`fit_heldout` set it.
-        temperature: what :meth:`predict` divides logits by. :meth:`fit_heldout` sets it where it is asked to.
+        temperature: what :meth:`predict` divides logits by. :meth:`fit_heldout` sets it where it is asked to,
+            and to 1 otherwise, as :meth:`fit_evidence` does.
         log_likelihood: of the training labels at the MAP, or None where batches had no labels.
         unrouted: for each layer, the experts that no token reached. They keep the prior variance.
     """
@@ -90,7 +91,8 @@ class Posterior:
         return (-distance.square().sum() / (2 * variance) - wide.log_det(variance.to(distance.device)) / 2).cpu()
 
     def fit_evidence(self, *, per_layer: bool = False, bounds: tuple[float, float] = (1e-8, 1e4)) -> Posterior:
-        """Sets the prior variance where the evidence is greatest: one for all layers, or one a layer. Returns itself."""
+        """Sets the prior variance where the evidence is greatest: one for all layers, or one a layer; the
+        temperature becomes 1. Returns itself."""
         self.log_evidence()  # refuses what it must
         self.temperature = 1.0  # the evidence is that of the model's own likelihood
         groups = [[i] for i in range(len(self.layers))] if per_layer else [list(range(len(self.layers)))]
@@ -141,7 +143,7 @@ class Posterior:
     # ---------------------------------------------------------------- prediction
 
     def logit_distribution(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """``(mean [B, C], covariance [B, C, C])`` of a batch's logits."""
+        """``(mean [B, C], covariance [B, C, C])`` of a batch's logits, before the temperature."""
         mean, each = self._covariances(batch, None, 0)
         return mean, each.sum(0)[0]
 

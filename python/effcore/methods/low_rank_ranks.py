@@ -117,7 +117,7 @@ def by_size(layer: Layer, rank: Rank, multiple: int, timer: Timer) -> Choice:
     dense = timer.dense(layer)
     best, ms = fastest_near(rank, multiple, lambda r: timer.at(layer, r), layer.parameters_at)
     if not pays(ms, dense):
-        return Choice(layer, None, "factors are no faster", dense, dense)
+        return Choice(layer, None, f"factors are not {SLACK - 1:.0%} faster", dense, dense)
     return Choice(layer, best, "", dense, ms)
 
 
@@ -145,7 +145,7 @@ def by_error(
                 choices.append(
                     Choice(layer, rank, "", dense, ms)
                     if pays(ms, dense)
-                    else Choice(layer, None, "factors are no faster", dense, dense)
+                    else Choice(layer, None, f"factors are not {SLACK - 1:.0%} faster", dense, dense)
                 )
                 continue
         choices.append(Choice(layer, None, reason) if reason else Choice(layer, rank))
@@ -186,7 +186,8 @@ def by_time(
             if _usable(layer, rank):
                 continue
             ms = timer.at(layer, rank)
-            if ms < min(t for _, t, _ in mine):  # a smaller rank that is no faster serves nobody
+            # A smaller rank that is no faster serves nobody.
+            if pays(ms, dense) and ms < min(t for _, t, _ in mine):
                 mine.append((rank, ms, _error(layer, factors, rank, m) ** 2))
         options.append(mine)
     total = sum(o[0][1] for o in options)
@@ -213,7 +214,9 @@ def by_time(
     choices = []
     for layer, mine, i in zip(walked, options, pick(high), strict=True):
         picked, ms, _ = mine[i]
-        reason = "no batch reached it" if mine[0][1] == 0 else "dense is faster, or its error dear"
+        reason = (
+            "no batch reached it" if mine[0][1] == 0 else f"factors are not {SLACK - 1:.0%} faster, or their error dear"
+        )
         choices.append(Choice(layer, picked, reason if picked is None else "", mine[0][1], ms))
     return choices
 

@@ -181,7 +181,8 @@ def attention_with_scores(
             is left unused costs nothing and changes no gradient; one that is used twice is an error (on the CPU an
             exception in the backward, on CUDA gradients of NaN).
         keep: ``"lse"`` keeps the log-sum-exp and recomputes q kᵀ in every consumer; ``"probs"`` keeps the probabilities
-            in the inputs' dtype (the invisible half of a causal layer is not stored); ``"auto"`` asks :func:`plan_keep`.
+            in the inputs' dtype (the invisible half of a causal layer is not stored), which consumers read (on Hopper up to
+            head_dim 64 their backward alone, as recomputing is faster in the forward); ``"auto"`` asks :func:`plan_keep`.
 
     Returns:
         ``out`` [B, Hq, Sq, Dv], and a tuple of ``consumers`` :class:`SharedScores`.

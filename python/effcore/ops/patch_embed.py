@@ -58,9 +58,14 @@ def _reads_in_place(x: Tensor, weight: Tensor) -> bool:
         # Offsets cannot be traced; the op copies what is whole but begins elsewhere.
         and (x.is_contiguous() if torch.compiler.is_compiling() else x.storage_offset() % 8 == 0)
         and min(x.stride()) > 0
-        and x.shape[1] * x.stride(1) < 2**31
+        and _span(x, weight) < 2**31
         and _has_kernel(x.dtype)
     )
+
+
+def _span(x: Tensor, weight: Tensor) -> int:
+    """Elements of x from a patch's first voxel to its last."""
+    return sum((n - 1) * stride for n, stride in zip((x.shape[1], *weight.shape[2:]), x.stride()[1:], strict=True))
 
 
 @torch.compiler.assume_constant_result
@@ -91,7 +96,8 @@ class _PatchEmbed3d(torch.autograd.Function):
         wants, dx, dweight, dbias = ctx.needs_input_grad, None, None, None
         rows = dout.movedim(1, -1).flatten(0, -2)
         if wants[0]:
-            dx = _scatter((rows @ weight.flatten(1)).view(*dout.shape[:1], *dout.shape[2:], -1), x, weight.shape[2:])
+            patches = (rows @ weight.flatten(1)).view(dout.shape[0], *dout.shape[2:], weight[0].numel())
+            dx = _scatter(patches, x, weight.shape[2:])
         if wants[1]:
             dweight = (rows.t() @ _gather(x, weight.shape[2:]).flatten(0, -2)).view_as(weight)
         if wants[2]:
@@ -124,7 +130,7 @@ def _gather(x: Tensor, kernel: Sequence[int]) -> Tensor:
     t, h, w = (n // k for n, k in zip(x.shape[2:], kernel, strict=True))
     size = words.shape[-1] * kw // x.shape[-1]  # of a patch's line
     words = words[:, :, : t * kt, : h * kh, : w * size].reshape(*x.shape[:2], t, kt, h, kh, w, size)
-    patches = words.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(x.shape[0], t, h, w, -1)
+    patches = words.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(x.shape[0], t, h, w, x.shape[1] * kt * kh * size)
     # A view as another dtype has no gradient, not even as the same one.
     return patches if patches.dtype == x.dtype else patches.view(x.dtype)
 
