@@ -101,9 +101,22 @@ def test_which_patches_are_read_in_place(monkeypatch, served, shape, kernel):
     x = torch.empty(2, *shape, dtype=torch.bfloat16).as_subclass(Cuda)
     weight = torch.empty(kernel, dtype=torch.bfloat16)
     assert patch_embed._reads_in_place(x, weight) == served
+
+
+def test_which_clips_are_gathered_first(monkeypatch):
+    monkeypatch.setattr(patch_embed, "_has_kernel", lambda dtype: True)
+    x = torch.empty(2, 3, 4, 32, 48, dtype=torch.bfloat16).as_subclass(Cuda)
+    weight = torch.empty(8, 3, 2, 16, 16, dtype=torch.bfloat16)
+    assert patch_embed._reads_in_place(x, weight) and patch_embed._reads_in_place(x[1:], weight)
     assert not patch_embed._reads_in_place(x, weight.half())
     assert not patch_embed._reads_in_place(x.transpose(-1, -2), weight)
     assert not patch_embed._reads_in_place(x[..., 1:], weight)
     assert not patch_embed._reads_in_place(x.float(), weight.float())
+    assert not patch_embed._reads_in_place(x[:1].expand(2, -1, -1, -1, -1), weight)
+    for channels, served in ((2**30 - 48 * 32 * 2, True), (2**30, False)):  # coordinates of 32 bits
+        far = torch.empty_strided(x.shape, (8, channels, 48 * 32, 48, 1), dtype=x.dtype, device="meta").as_subclass(
+            Cuda
+        )
+        assert patch_embed._reads_in_place(far, weight) == served
     monkeypatch.setattr(patch_embed, "_has_kernel", lambda dtype: False)
     assert not patch_embed._reads_in_place(x, weight)
