@@ -14,6 +14,13 @@
 namespace effcore::cuda::attention {
 namespace {
 
+constexpr const char* forward_name = "attention";
+constexpr const char* shared_name = "attention_from_scores";
+constexpr const char* backward_name = "attention_bwd";
+constexpr const char* shared_backward_name = "attention_from_scores_bwd";
+constexpr const char* decode_name = "decode_attention";
+constexpr const char* decode_probs_name = "decode_from_probs";
+
 std::int64_t element_size(DType dtype) {
   return dtype == DType::float32 ? 4 : 2;
 }
@@ -137,7 +144,7 @@ struct SharedBackwardWorkspace {
 
   SharedBackwardWorkspace(const Problem& p, bool from_probs, void* memory) {
     Workspace space(memory);
-    if (p.dtype != DType::float32 && on_hopper("attention_from_scores_bwd")) {
+    if (p.dtype != DType::float32 && on_hopper(shared_backward_name)) {
       ticket = space.take<int>(1);
       if (from_probs) scaled = take_scaled(space, p);
     }
@@ -174,13 +181,6 @@ void run_decode(const Problem& p, DecodeParams params, bool from_probs, const Te
   params.splits = space.splits, params.partial = space.partial, params.statistics = space.statistics;
   dispatch(p, function, [&](auto kernels) { kernels.decode(params, from_probs, function, stream_of(launch)); });
 }
-
-constexpr const char* forward_name = "attention";
-constexpr const char* shared_name = "attention_from_scores";
-constexpr const char* backward_name = "attention_bwd";
-constexpr const char* shared_backward_name = "attention_from_scores_bwd";
-constexpr const char* decode_name = "decode_attention";
-constexpr const char* decode_probs_name = "decode_from_probs";
 
 // Calls body(hopper::BackwardKernels<T, D>{}) where those serve these tensors; whether it did.
 template <class T, int D, class Body>
