@@ -189,9 +189,15 @@ def lines_task(
             seed=0,
             compiled=device != "cpu",
         )
-        about |= {"text_tokens": len(text), "parameters": sum(p.numel() for p in learner.parameters())}
+        about |= {
+            "asked": pretraining,
+            "text_tokens": len(text),
+            "parameters": sum(p.numel() for p in learner.parameters()),
+        }
         write_safetensors(weights_file, learner.state_dict(), about)
     weights, about = read_safetensors(weights_file)
+    if (asked := about.get("asked", pretraining)) != pretraining:
+        sys.exit(f"{weights_file} was to learn for {asked} steps, not {pretraining}: remove it, or give another --out")
     model = fresh(0, device, **size)
     model.load_state_dict(weights)
     data = {part: batches(tokenizer, some, 4 * batch) for part, some in questions.items()}

@@ -29,11 +29,15 @@ def kept(path: Path, head: dict[str, Any]) -> list[dict]:
     if not path.is_file():
         return []
     held = json.loads(path.read_text())
-    other = [k for k, v in head["settings"].items() if held["settings"].get(k) != v]
-    if other:
-        sys.exit(f"{path} holds runs with another {', '.join(other)}: give another --json, or remove it")
+    if other := differing(head["settings"], held["settings"]):
+        sys.exit(f"{path} holds runs with another {other}: give another --json, or remove it")
     head |= {name: held[name] for name in ("machine", "torch")}
     return held["runs"]
+
+
+def differing(settings: dict[str, Any], held: dict[str, Any]) -> str:
+    """The names of ``settings`` that have another value in ``held``, which came out of a file; empty where there are none."""
+    return ", ".join(k for k, v in settings.items() if held.get(k) != v)
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

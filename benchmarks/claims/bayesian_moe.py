@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.claims._bayesian_task import Task
+from benchmarks.claims._runs import differing
 from effcore.methods.bayesian_moe import Posterior, laplace
 from effcore.methods.calibration import draw_reliability, fit_temperature, ood_auroc, scores
 from effcore.methods.laplace_file import read_safetensors, write_safetensors
@@ -104,8 +105,8 @@ class Seed:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What results hang on."""
-    others = ("seeds", "prepare", "pretraining_seconds", "only_members")
-    return {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k not in others}
+    others = ("out", "json", "picture", "seeds", "prepare", "pretraining_seconds", "only_members")
+    return {k: v for k, v in vars(options).items() if k not in others}
 
 
 def make_task(options: argparse.Namespace) -> Task:
@@ -140,13 +141,24 @@ def logits_of_member(number: int, task: Task, options: argparse.Namespace) -> Pr
     """Of the file, where there is one of these settings."""
     if member_file(options, number).exists():
         logits, about = read_safetensors(member_file(options, number))
-        if about["settings"] == settings_of(options):
+        if not differing(settings_of(options), about["settings"]):
             return logits
     return member(number, task, options)[1]
 
 
 def member_file(options: argparse.Namespace, number: int) -> Path:
     return options.out / f"member{number}.safetensors"
+
+
+def is_complete(seed: int, options: argparse.Namespace) -> bool:
+    """Whether this seed's file has all its rows; exits where they are of other settings."""
+    file = file_of(options.out, seed)
+    if not file.exists():
+        return False
+    report = json.loads(file.read_text())
+    if other := differing(settings_of(options), report["settings"]):
+        sys.exit(f"{file} holds rows with another {other}: give another --out, or remove it")
+    return report["complete"]
 
 
 def run_seed(seed: int, task: Task, options: argparse.Namespace) -> None:
@@ -284,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number in options.only_members or []:
             logits_of_member(number, task, options)
         return 0
-    missing = [s for s in options.seeds if not (_read(file_of(options.out, s)) or {}).get("complete")]
+    missing = [seed for seed in options.seeds if not is_complete(seed, options)]
     if missing:
         task = make_task(options)
         for seed in missing:
@@ -293,10 +305,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not reports or any("Bayesian-MoE" not in report["methods"] for report in reports):
         print(f"{options.out}: there is no seed, or one without Bayesian-MoE's row")
         return 1
-    if any(report["settings"] != reports[0]["settings"] for report in reports):
-        print(f"{options.out}: the seeds were run with different settings")
-        return 1
     for report in reports:
+        if other := differing(reports[0]["settings"], report["settings"]):
+            print(f"{options.out}: seeds {reports[0]['seed']} and {report['seed']} were run with another {other}")
+            return 1
         if not report["complete"]:
             print(f"seed {report['seed']} is not complete: rows that it lacks are left out")
     print(summary([report["methods"] for report in reports]))
@@ -309,10 +321,6 @@ def main(arguments: list[str] | None = None) -> int:
             json.dumps({"claim": "bayesian_moe", "quick": options.quick, "seeds": reports}, indent=1)
         )
     return 0
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text()) if file.exists() else None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """The claim of Bayesian-MoE: its tasks, its models and its verdict."""
 
+import argparse
+import json
+
 import pytest
 import torch
 
 from benchmarks.claims import _bayesian_lines as lines
 from benchmarks.claims import _bayesian_text as text
+from benchmarks.claims import bayesian_moe as claim
 from benchmarks.claims._bayesian_classifier import fresh, logits_of
 from benchmarks.claims._bayesian_packages import ANSWERS, ASK, LENGTH, PACKAGES, make_data, separate
 from benchmarks.claims._bayesian_task import Task, all_labels
@@ -140,6 +144,51 @@ def test_a_task_scores_all_of_a_part():
     assert torch.equal(task.logits(torch.eye(3), "test").argmax(1), task.labels("test"))
 
 
+# ---------------------------------------------------------------- what is there already
+
+
+def scored(accuracy, nll, ece, other):
+    scores = {"accuracy": accuracy, "nll": nll, "ece": ece, "brier": 0.5}
+    return {"test": scores, "other": scores | {"nll": other}, "ood_auroc": 0.6, "gained": 3, "lost": 2}
+
+
+GOOD = {
+    "MAP": scored(0.5, 2, 0.3, 3),
+    "temperature": scored(0.5, 1.5, 0.1, 2),
+    "Bayesian-MoE": scored(0.501, 1.4, 0.1, 1.9),
+}
+
+
+def test_a_seed_of_other_settings_is_neither_skipped_nor_averaged(tmp_path, monkeypatch, capsys):
+    def call(*arguments):
+        return claim.main(["--device", "cpu", "--out", str(tmp_path), *arguments])
+
+    def run(seed, task, options):
+        record = {"seed": seed, "settings": claim.settings_of(options), "methods": GOOD, "complete": True}
+        claim.file_of(options.out, seed).write_text(json.dumps(record))
+
+    monkeypatch.setattr(claim, "make_task", lambda options: None)
+    monkeypatch.setattr(claim, "run_seed", run)
+    assert call("--seeds", "1", "--json", str(tmp_path / "all.json")) == 0
+    monkeypatch.delattr(claim, "run_seed")  # seed 1 is there
+    assert call("--seeds", "1") == 0
+    with pytest.raises(SystemExit, match=r"seed1.json holds rows with another epochs, rank: give another --out"):
+        call("--seeds", "1", "--epochs", "4", "--rank", "9")
+    monkeypatch.setattr(claim, "run_seed", run, raising=False)
+    assert call("--seeds", "2", "--epochs", "4") == 1
+    assert "seeds 1 and 2 were run with another epochs" in capsys.readouterr().out
+
+
+def test_a_member_s_logits_are_those_of_its_settings(tmp_path, monkeypatch):
+    options = argparse.Namespace(out=tmp_path, json=None, picture=None, rank=3)
+    logits = {"test": torch.randn(2, 4)}
+    claim.write_safetensors(claim.member_file(options, 5), logits, {"settings": {"rank": 3}})
+    assert torch.equal(claim.logits_of_member(5, None, options)["test"], logits["test"])
+    options.rank = 4
+    monkeypatch.setattr(claim, "member", lambda number, task, options: (None, "trained"))
+    assert claim.logits_of_member(5, None, options) == "trained"
+
+
 # ---------------------------------------------------------------- the verdict
 
 
@@ -152,11 +201,6 @@ def test_what_the_data_determine_is_the_dense_trace():
 
 
 def test_the_verdict_counts_misses():
-    def row(accuracy, nll, ece, other):
-        scores = {"accuracy": accuracy, "nll": nll, "ece": ece, "brier": 0.5}
-        return {"test": scores, "other": scores | {"nll": other}, "ood_auroc": 0.6, "gained": 3, "lost": 2}
-
-    good = {"MAP": row(0.5, 2, 0.3, 3), "temperature": row(0.5, 1.5, 0.1, 2), "Bayesian-MoE": row(0.501, 1.4, 0.1, 1.9)}
-    assert "MISSED" not in summary([good, good])
-    bad = good | {"Bayesian-MoE": row(0.49, 2.1, 0.2, 3.1)}
+    assert "MISSED" not in summary([GOOD, GOOD])
+    bad = GOOD | {"Bayesian-MoE": scored(0.49, 2.1, 0.2, 3.1)}
     assert summary([bad]).count("MISSED") == 5
