@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from effcore.methods.bayesian_moe import Posterior, laplace
+from effcore.methods.laplace_file import read_safetensors, write_safetensors
+from effcore.methods.laplace_table import PriorTable
 from effcore.reference.kronecker import dense_factor
 from tests.methods.laplace_toys import batches, data, toy
 
@@ -138,22 +140,90 @@ def test_a_temperature_goes_with_the_prior(tmp_path):
         model[-1].weight *= 10
     posterior = laplace(model, batches(x, y, 6), targets="last", rank=2)
     torch.manual_seed(1)
-    held = torch.randn(4000, 3, dtype=torch.float64)
+    held, grid = torch.randn(2000, 3, dtype=torch.float64), torch.logspace(-8, 4, 13).tolist()
     logits = model(held).detach()
     labels = torch.distributions.Categorical(logits=logits / 3).sample()
 
     def nll(p):
         return -p.gather(1, labels[:, None]).log().mean()
 
-    posterior.fit_heldout([(held, labels)], temperature=True)
+    posterior.fit_heldout([(held, labels)], temperature=True, grid=grid)
     assert 2.5 < posterior.temperature < 3.5
     p = posterior.predict((held,), samples=256)
     posterior.save(tmp_path / "p.safetensors")
     again = Posterior.load(tmp_path / "p.safetensors", model)
     assert torch.equal(again.predict((held,), samples=256), p)
     assert nll(p) < nll((logits / 3).softmax(1)) + 2e-3
-    posterior.fit_heldout([(held, labels)])
+    posterior.fit_heldout([(held, labels)], grid=grid)
     assert posterior.temperature == 1 and nll(p) < nll(posterior.predict((held,), samples=256))
+
+
+def test_a_temperature_goes_with_one_prior_a_layer():
+    """Labels drawn with one layer's covariance and a temperature: that layer alone keeps a variance."""
+    torch.manual_seed(0)
+    variances = torch.tensor([1e-4, 0.2, 4.0], dtype=torch.float64)
+    mean = 4 * torch.randn(600, 3, dtype=torch.float64)
+    roots = torch.randn(2, 600, 3, 3, dtype=torch.float64) * torch.rand(2, 600, 1, 1, dtype=torch.float64) * 4
+    roots[1] += 2 * torch.eye(3)
+    units = roots @ roots.mT
+    table = PriorTable(variances, mean, units[:, None] * variances[:, None, None, None], torch.zeros(600).long())
+    logits = torch.distributions.MultivariateNormal(mean / 2, 0.2 * units[1] / 4 + 1e-6 * torch.eye(3)).sample()
+    table.labels = torch.distributions.Categorical(logits=logits).sample()
+
+    def nll(choice):
+        return -table.probabilities(choice).gather(1, table.labels[:, None]).log().mean()
+
+    shared, alone, both = (
+        table.choose(per_layer=layers, temperature=t) for layers, t in ((False, True), (True, False), (True, True))
+    )
+    assert both.variances == (0, 1) and 1.5 < both.temperature < 2.7
+    assert nll(both) < min(nll(shared), nll(alone)) - 0.005 and alone.temperature == 1
+
+
+def test_each_layer_gets_its_own_prior():
+    """Of held-out labels the table's choice; of the evidence each layer's own maximum."""
+    model, (x, y) = toy(), data()
+    with torch.no_grad():
+        model[0].weight *= 4
+    posterior = laplace(model, [(x, y)], targets=["0", "2"], hessian="kron", prior_mean="zero")
+    held, grid = data(40, seed=5), [1e-3, 0.1, 1.0, 30.0]
+    table = posterior.tabulate([held], grid)
+    choice = table.choose(per_layer=True, temperature=True)
+    posterior.fit_heldout([held], per_layer=True, temperature=True, grid=grid)
+    assert posterior.prior_variance.tolist() == [grid[i] for i in choice.variances]
+    assert posterior.temperature == choice.temperature != 1
+    torch.testing.assert_close(posterior.predict((held[0],)), table.probabilities(choice))
+    posterior.fit_evidence(per_layer=True)
+    assert posterior.temperature == 1
+    best = posterior.prior_variance.double()
+    evidence = posterior.log_evidence(best)
+    for i in range(2):
+        for factor in (0.9, 1.1):
+            other = best.clone()
+            other[i] *= factor
+            assert posterior.log_evidence(other) < evidence
+    assert best[0] > 2 * best[1]
+
+
+def test_probit_divides_by_the_temperature_too():
+    posterior = laplace(toy(), [data()], targets="last", hessian="kron", prior_variance=5.0)
+    mean, covariance = posterior.logit_distribution((data()[0],))
+    posterior.temperature = 3.0
+    expected = mean / (9 + torch.pi / 8 * covariance.diagonal(dim1=1, dim2=2)).sqrt()
+    torch.testing.assert_close(posterior.predict((data()[0],), method="probit"), expected.softmax(-1))
+
+
+def test_a_file_from_before_temperatures_has_one_of_1(tmp_path):
+    model, (x, y) = toy(), data()
+    posterior = laplace(model, [(x, y)], targets="last", hessian="kron", prior_variance=5.0)
+    file, plain = tmp_path / "p.safetensors", posterior.predict((x,))
+    posterior.temperature = 3.0
+    posterior.save(file)
+    assert Posterior.load(file, model).temperature == 3
+    tensors, about = read_safetensors(file)
+    del about["temperature"]
+    write_safetensors(file, tensors, about)
+    assert torch.equal(Posterior.load(file, model).predict((x,)), plain)
 
 
 def test_prediction_averages_the_softmax():
