@@ -286,11 +286,4 @@ class PatchEmbed3d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 5 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"effcore.nn.PatchEmbed3d: x must be [batch, {self.in_channels}, frames, height, width] but has shape "
-                f"{list(x.shape)}"
-            )
-        if any(n < k for n, k in zip(x.shape[2:], self.kernel_size, strict=True)):
-            raise ValueError(f"effcore.nn.PatchEmbed3d: x {tuple(x.shape)} holds no patch of {self.kernel_size}")
         return patch_embed3d(x, self.weight, self.bias)

@@ -20,24 +20,65 @@ __all__ = ["patch_embed3d"]
 
 _ops = torch.ops.effcore
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def patch_embed3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.conv3d(x, weight, bias, stride=weight.shape[2:])``.
+    r"""``torch.nn.functional.conv3d(x, weight, bias, stride=weight.shape[2:])``.
+
+    .. math:: y_{o,p} = b_o + \sum_{c,i,j,l} W_{o,c,i,j,l}\, x_{c,\, p \circ (k_t, k_h, k_w) + (i, j, l)}
 
     Args:
-        x: [B, C, T, H, W], at least one patch large. Voxels that fill no patch at the far ends are left out.
-        weight: [O, C, kt, kh, kw].
-        bias: [O].
+        x: [B, C, T, H, W], at least one patch large; float32, bfloat16, float16 or float64. Voxels that fill no patch at the
+            far ends are left out.
+        weight: [O, C, kt, kh, kw], of x's dtype.
+        bias: [O], of x's dtype.
 
     Returns:
         [B, O, T // kt, H // kh, W // kw] in channels_last_3d: ``.flatten(2).transpose(1, 2)`` are tokens, without a copy.
         Under ``torch.autocast`` the tensors are cast to its dtype. Differentiable (once, where the clip is read in place).
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came (groups, a clip smaller than a patch).
     """
     device = x.device.type
     if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    _check(x, weight, bias)
     return _in_place(x, weight, bias) if _reads_in_place(x, weight) else _gathered(x, weight, bias)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """As the core checks what is read in place (check_patches in cpp/src/conv3d_check.cpp)."""
+    f, voxels = "effcore.patch_embed3d", "frames, height, width]"
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{f}: x is {_name(x.dtype)} but {', '.join(map(_name, DTYPES))} are supported")
+    if x.dim() != 5:
+        raise ValueError(f"{f}: x must have 5 dimensions [batch, channels, {voxels} but has shape {list(x.shape)}")
+    if weight.dim() != 5:
+        raise ValueError(
+            f"{f}: weight must have shape [out_channels, in_channels, {voxels} but has {list(weight.shape)}"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise ValueError(f"{f}: {name} is {_name(t.dtype)} but must be {_name(x.dtype)} as the others are")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{f}: {name} is on {t.device} but the others are on {x.device}")
+    if min(weight.shape) < 1:
+        raise ValueError(f"{f}: weight must not be empty but has shape {list(weight.shape)}")
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{f}: weight has {weight.shape[1]} input channels but x has {x.shape[1]} (groups are not supported)"
+        )
+    if any(n < k for n, k in zip(x.shape[2:], weight.shape[2:], strict=True)):
+        raise ValueError(f"{f}: x of shape {list(x.shape)} holds no patch of weight's shape {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{f}: bias must have shape [{len(weight)}] but has {list(bias.shape)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------- where the patches lie
@@ -72,7 +113,7 @@ def _span(x: Tensor, weight: Tensor) -> int:
 def _has_kernel(dtype: torch.dtype) -> bool:
     from effcore import _cuda
 
-    return _cuda.path("conv3d", str(dtype).removeprefix("torch.")) == "wgmma sm_90a"
+    return _cuda.path("conv3d", _name(dtype)) == "wgmma sm_90a"
 
 
 @torch.library.register_fake("effcore::patch_embed3d")
@@ -120,7 +161,10 @@ def _gathered(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(_gather(x, weight.shape[2:]), weight.flatten(1), bias).movedim(-1, 1)
 
 
-torch.library.impl("effcore::patch_embed3d", "CPU")(_gathered)
+@torch.library.impl("effcore::patch_embed3d", "CPU")
+def _(x, weight, bias):
+    _check(x, weight, bias)
+    return _gathered(x, weight, bias)
 
 
 def _gather(x: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -147,7 +191,7 @@ def _scatter(patches: Tensor, x: Tensor, kernel: Sequence[int]) -> Tensor:
 def _moves_words(x: Tensor, width: int) -> bool:
     """Whether patches can be gathered 8 bytes at a time, three times as fast as elements of 2 bytes: their lines begin and
     end at whole words, and no gradient flows to the voxels, which have no view of another size then."""
-    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()) or not x.is_contiguous():
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()) or x.stride(-1) != 1:
         return False
-    lines = width, x.shape[-1], x.storage_offset()
-    return x.element_size() < 8 and all(n * x.element_size() % 8 == 0 for n in lines)
+    places = width, x.shape[-1], x.storage_offset(), *x.stride()[:-1]
+    return x.element_size() < 8 and all(n * x.element_size() % 8 == 0 for n in places)

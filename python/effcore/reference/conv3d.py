@@ -1,4 +1,5 @@
-"""The cross-shaped 3D convolution, slow and obvious: the oracle of its tests. Differentiable by torch itself."""
+"""The cross-shaped 3D convolution and patch embeddings, slow and obvious: the oracle of their tests. Differentiable by torch
+itself."""
 
 from __future__ import annotations
 
@@ -58,3 +59,8 @@ def two_branches(
     across = F.conv3d(x[:, :, middle[0]], spatial[:, :, None], bias, triple(stride))
     along = F.conv3d(x[..., middle[1], middle[2]], temporal[..., None, None], None, triple(stride))
     return across + along
+
+
+def patch_embed3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Conv3d whose stride is its kernel."""
+    return F.conv3d(x, weight, bias, weight.shape[2:])
