@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import effcore
 from effcore.methods import skipvit
 from effcore.methods.skipvit import SkipWarmup
-from tests.methods.test_skipvit import MODELS, _sharpened, logits, skip_where_compiled_blocks_get_masks
+from tests.methods.test_skipvit import MODELS, _sharpened, logits
 
 pytestmark = pytest.mark.cuda
 
@@ -34,7 +34,6 @@ def images():
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_compiled_graphs_at_most(kind):
     """Of training through a warm-up, and of inference with and without skipping."""
-    skip_where_compiled_blocks_get_masks(kind)
     torch._dynamo.reset()
     model = _sharpened(KINDS[kind]()).cuda().train()
     warmup = SkipWarmup(steps=2)

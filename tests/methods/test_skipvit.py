@@ -231,14 +231,8 @@ def test_scores_compute_no_projection_again(model):
     assert all(m._shared is None for m in skipvit.vit_blocks.shared_modules(block))
 
 
-def skip_where_compiled_blocks_get_masks(name):
-    if name == "HF ViT" and torch.__version__ < (2, 12):
-        pytest.skip("with torch 2.11 and before transformers gives compiled blocks a mask, which skip_tokens refuses")
-
-
 @pytest.mark.parametrize("name", ["HF ViT", "timm"])
 def test_two_compiled_graphs_at_most(name):
-    skip_where_compiled_blocks_get_masks(name)
     torch._dynamo.reset()
     model = _sharpened(MODELS[name]()).train()
     warmup = SkipWarmup(steps=2)
@@ -261,6 +255,38 @@ def test_two_compiled_graphs_at_most(name):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
         graphs.append(counter.frame_count)
     assert graphs[1] == graphs[0] and graphs[5] == graphs[2] <= 2 * graphs[0]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["ViT", "DeiT"])
+def test_an_exported_model_s_masks_are_not_a_user_s(kind, attention):
+    """transformers hands all blocks a mask there, even of no mask."""
+    model, x = _sharpened(hugging_face(kind)).eval(), images()
+    model.set_attn_implementation(attention)
+    effcore.skip_tokens(model, leave=2, rejoin=4)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x).logits, model(x).logits)
+    whole = skipvit.keep_all_tokens(copy.deepcopy(model))
+    assert type(whole.base_model) is type(hugging_face(kind).base_model)
+    assert not torch.allclose(whole(x).logits, model(x).logits)
+
+
+def test_a_user_s_mask_is_refused_everywhere():
+    model, x = hugging_face("ViT").eval(), images()
+    effcore.skip_tokens(model, leave=2, rejoin=4)
+    mask = (torch.arange(17) < 9).long().expand(3, -1)
+    for call in (
+        lambda: model(x, attention_mask=mask),
+        lambda: model.vit(x, None, None, mask),
+        lambda: torch.export.export(model, (x,), {"attention_mask": mask}),
+        lambda: torch.export.export(model.vit, (x, None, None, mask)),
+        lambda: torch.compile(model, backend="eager", fullgraph=True)(x, attention_mask=mask),
+        lambda: torch.compile(model.vit.layers[1], backend="eager")(x.new_zeros(3, 17, 32), mask[:, None, None].bool()),
+    ):
+        with pytest.raises(Exception, match="take no attention mask"):
+            call()
+    skipvit.skipping(model).inference = False
+    assert model(x, attention_mask=mask).logits.shape == (3, 10)
 
 
 @pytest.mark.parametrize("stages", [[(2, 0.5, 4)], [(1, 0.4, 6), (3, 0.5, 5)], [(2, 0.0, 4)]], ids=str)

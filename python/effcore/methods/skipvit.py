@@ -42,6 +42,10 @@ SCORES: dict[str, Callable[[nn.Module, Tensor, int, int], tuple[Tensor, Tensor]]
 }
 
 
+# A named argument of blocks: their mask is one by which all tokens see all.
+ALL_VISIBLE = "effcore_all_visible"
+
+
 class Skip:
     """What a model skips, and whether it does at present. Blocks refer to it, so a change reaches all of them.
 
@@ -114,8 +118,9 @@ def skip_tokens(
         raise TypeError(f"effcore.skip_tokens: warmup must be a SkipWarmup or a number of steps, got {warmup!r}")
     if not inplace:
         model = copy.deepcopy(model)
-        blocks = list(vit_blocks.architecture(model).blocks.children())
     keep_all_tokens(model)
+    architecture = vit_blocks.architecture(model)
+    blocks = list(architecture.blocks.children())
     scores = ("class" if architecture.class_token else "mean") if scores == "auto" else scores
     skip = Skip(plan, scores, architecture.prefix, inference, warmup)
     for number in range(plan[0].leave - 1, max(stage.rejoin for stage in plan)):
@@ -123,20 +128,22 @@ def skip_tokens(
         inside = any(stage.leave - 1 <= number < stage.rejoin for stage in plan)
         if inside:
             _take_part(blocks[number], _Part(skip, begins, sum(stage.rejoin - 1 == number for stage in plan)))
+    if architecture.masking is not None:
+        _mix(_MakesMasks, architecture.masking)
     return model
 
 
 def keep_all_tokens(model: nn.Module) -> nn.Module:
     """Undoes :func:`skip_tokens`: the model is what it was, with the parameters that it has now."""
     for module in model.modules():
-        if isinstance(module, _SkippingBlock | vit_blocks.Shared):
+        if isinstance(module, _SkippingBlock | vit_blocks.Shared | _MakesMasks):
             if type(module) not in _plain:
                 raise TypeError(
                     f"effcore.keep_all_tokens: {type(module).__name__} wraps a block; undo it before wrapping the model"
                 )
             if isinstance(module, _SkippingBlock):
                 del module._skip
-            else:
+            elif isinstance(module, vit_blocks.Shared):
                 del module._shared
             module.__class__ = _plain[type(module)]
     return model
@@ -223,6 +230,8 @@ class _SkippingBlock(nn.Module):
         carried = isinstance(hidden_states, tuple)
         if not carried and (part.begins is None or not part.skip.on(self.training)):
             return super().forward(hidden_states, *args, **kwargs)
+        if kwargs.pop(ALL_VISIBLE, False):
+            args, kwargs = _without_masks(args, kwargs)
         _refuse_masks(args, kwargs)
         _refuse_reentrant_checkpointing(self)
         x: Tensor = hidden_states[0] if carried else hidden_states
@@ -275,6 +284,22 @@ def _take_part(block: nn.Module, part: _Part) -> None:
         vit_blocks.forget(block)
     _mix(_SkippingBlock, block)
     block._skip = part  # type: ignore[assignment]
+
+
+class _MakesMasks(nn.Module):
+    """Mixed into the class of the Hugging Face model around the blocks. Where it is exported (with torch before 2.12 also
+    where it is compiled) it makes a mask for them even if it was given none, by which all tokens see all. This says so to the
+    blocks; without it they refuse a mask."""
+
+    def forward(self, *args: Any, **kwargs: Any):
+        if torch.compiler.is_compiling() and len(args) < 2 and kwargs.get("attention_mask") is None:
+            kwargs[ALL_VISIBLE] = True
+        return super().forward(*args, **kwargs)
+
+
+def _without_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args = tuple(None if isinstance(a, Tensor) else a for a in args)
+    return args, kwargs | ({"attention_mask": None} if "attention_mask" in kwargs else {})
 
 
 def _refuse_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ class Architecture:
     blocks: nn.Module  # a ModuleList or Sequential
     prefix: int
     class_token: bool
+    masking: nn.Module | None = None  # transformers' own forward around them, which makes their masks
 
 
 def architecture(model: nn.Module) -> Architecture:
@@ -44,7 +45,8 @@ def architecture(model: nn.Module) -> Architecture:
         prefix = next((prefixes[c.__name__] for c in type(base).__mro__ if c.__name__ in prefixes), None)
         if prefix is not None:
             blocks = base.layers if hasattr(base, "layers") else _part(base, "encoder", "layer")
-            found = Architecture(blocks, prefix, True)
+            own = type(base).forward.__module__.startswith("transformers.")
+            found = Architecture(blocks, prefix, True, base if own else None)
     if found is None:
         raise TypeError(f"effcore.skip_tokens: {type(model).__name__} is not supported; supported are {SUPPORTED}")
     for number, block in enumerate(found.blocks.children()):
