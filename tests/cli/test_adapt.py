@@ -144,6 +144,20 @@ def test_bad_queries(content, message, places):
     assert isinstance(result.exception, InputError) and message in str(result.exception)
 
 
+def test_a_verifier_without_a_head_is_refused(places):
+    tiny_model().float().save_pretrained(places / "verifier")
+    result = invoke(places)
+    assert isinstance(result.exception, InputError)
+    assert "not a trained classifier: the file has no score.weight" in str(result.exception)
+    assert not (places / "run").exists()
+
+
+def test_a_verifier_that_names_no_padding_pads_as_its_tokenizer(places):
+    file = places / "verifier" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "pad_token_id"}))
+    assert invoke(places, "--threshold", 0.1).exit_code == 0
+
+
 def test_only_a_run_is_overwritten(places):
     before = sorted(path.name for path in (places / "model").iterdir())
     for place, message in (("model", "holds no run of this command"), ("queries.jsonl", "not a folder")):

@@ -124,6 +124,35 @@ def test_an_interrupted_fit_is_not_overwritten(folder, tmp_path):
         CliRunner().invoke(app, ["calibrate", str(folder), "-o", str(tmp_path)], catch_exceptions=False)
 
 
+def test_an_interruption_after_the_fit_loses_none_of_it(folder, tmp_path, monkeypatch, capsys):
+    from effcore.cli import main
+    from effcore.methods.laplace_posterior import Posterior
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    data, out = questions_file(tmp_path / "q.jsonl"), tmp_path / "out"
+    arguments = ["calibrate", str(folder), "-o", str(out), "--data", str(data), "--rank", "3", "--json"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(Posterior, "fit_heldout", interrupted)
+        main(arguments)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("effcore: interrupted; the same command with --resume goes on\n")
+    assert [p.name for p in out.iterdir()] == ["fit.safetensors"]
+    result = CliRunner().invoke(app, [*arguments, "--resume"], catch_exceptions=False)
+    assert result.exit_code == 0 and "fit: batch" not in result.stderr and "prior: batch 1/1" in result.stderr
+    assert not (out / "fit.safetensors").exists() and (out / "scores.json").exists()
+
+
+def test_a_refusal_is_one_line_without_the_function_s_name(folder, tmp_path, capsys):
+    from effcore.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["calibrate", str(folder), "-o", str(tmp_path / "out"), "--count", "10", "--hessian", "full"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "effcore: hessian must be one of lowrank, kron, diag, got 'full'\n"
+
+
 def test_a_result_is_not_overwritten(folder, tmp_path):
     (tmp_path / "scores.json").write_text("before")
     with pytest.raises(InputError, match="--overwrite replaces it"):

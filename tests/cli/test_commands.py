@@ -31,6 +31,16 @@ def run(capsys, monkeypatch, tmp_path):
     return call
 
 
+@pytest.mark.parametrize("content", ["[]", "3", '{"title": "skipvit"}', "{"])
+def test_a_summary_of_something_else_is_named(run, tmp_path, content):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "summary.json").write_text(content)
+    for arguments in (["compare", "other"], ["train", "epas", "--against", "other"]):
+        code, _, err = run(*arguments)
+        assert code == 2 and err.startswith("effcore: other/summary.json: damaged")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
 def overrides(*more):
     return [part for setting in [*TINY, *more] for part in ("--set", setting)]
 

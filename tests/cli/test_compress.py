@@ -51,10 +51,11 @@ def test_there_and_back(folder, tmp_path, capsys):
 def test_refusals(folder, tmp_path, capsys):
     out = tmp_path / "out"
     for arguments, message in (
-        ((folder, "-o", out), "give one of ratio, error, time and ranks, got none"),
+        ((folder, "-o", out), "give one of --ratio, --error and --time, got none"),
+        ((folder, "--ratio", "2", "--error", "0.1", "-o", out), "and --time, got --ratio and --error"),
         ((folder, "--ratio", "0.5", "-o", out), "ratio must be above 1, got 0.5"),
         ((tmp_path / "nothing", "--ratio", "2", "-o", out), "no such model"),
-        ((folder, "--time", "0.5", "-o", out), "time needs data"),
+        ((folder, "--time", "0.5", "-o", out), "--time needs --text"),
         ((folder, "--ratio", "2", "--exclude", "[", "-o", out), "'[' is no regular expression"),
         ((folder, "--ratio", "2", "--text", tmp_path / "nothing", "-o", out), "no such file"),
     ):
@@ -65,9 +66,12 @@ def test_refusals(folder, tmp_path, capsys):
 def test_nothing_is_written_over(folder, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "report.json").write_text("before")
+    (out / "report.json").write_text("of another command")
+    code, _, err = run(capsys, folder, "--ratio", "2", "-o", out, "--overwrite")
+    assert code == 2 and "holds no result of this command" in err
+    (out / "low_rank.json").write_text("before")
     code, _, err = run(capsys, folder, "--ratio", "2", "-o", out)
-    assert code == 2 and "--overwrite replaces it" in err and (out / "report.json").read_text() == "before"
+    assert code == 2 and "--overwrite replaces it" in err and (out / "low_rank.json").read_text() == "before"
     code, _, err = run(capsys, folder, "--ratio", "2", "-o", out, "--overwrite", "-q")
     assert code == 0 and err == ""
     code, _, err = run(capsys, folder, "--ratio", "2", "-o", folder)

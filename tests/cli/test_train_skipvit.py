@@ -61,6 +61,14 @@ def test_bad_settings_are_named_before_anything_is_trained(tmp_path, arguments, 
         raise invoke("--data", data, "--out", tmp_path / "run", *arguments).exception
 
 
+def test_a_run_of_another_command_is_not_overwritten(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("of a baseline")
+    with pytest.raises(InputError, match="holds no result of this command"):
+        raise invoke("--data", tmp_path, "--out", tmp_path / "run", "--overwrite").exception
+    assert (tmp_path / "run" / "summary.json").read_text() == "of a baseline"
+
+
 def test_image_folder(tmp_path):
     folder = pictures(tmp_path / "data", classes=3, count=12)
     training, test = ImageFolder(folder, "train", 32), ImageFolder(folder, "test", 32)

@@ -41,6 +41,15 @@ def test_an_interrupted_fit_goes_on(tmp_path):
     assert torch.equal(whole.log_evidence(), resumed.log_evidence())
 
 
+def test_a_kept_checkpoint_is_the_whole_fit(tmp_path):
+    model, loader, path = moe("mixtral"), [text(seed=s) for s in range(3)], tmp_path / "fit.safetensors"
+    arguments = {"rank": 3, "answers": ANSWERS, "checkpoint": path, "keep_checkpoint": True}
+    whole, done = laplace(model, loader, **arguments), []
+    again = laplace(model, loader, **arguments, progress=lambda *at: done.append(at))
+    assert done == [] and path.exists()
+    assert torch.equal(whole.predict(loader[0]), again.predict(loader[0]))
+
+
 def test_a_loader_that_shuffles_between_passes_is_refused(tmp_path):
     model, loader = moe("mixtral"), [text(seed=s) for s in range(6)]
     path = tmp_path / "fit.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -69,38 +68,32 @@ def adapt(
     from effcore.methods.vds_ttt import LoraSettings
     from effcore.training.adapt import adapt as run
 
-    try:
-        report = run(
-            model,
-            queries,
-            verifier,
-            out,
-            verifier_kind=verifier_kind,
-            held_out=held_out,
-            compare=compare,
-            merge=merge,
-            resume=resume,
-            overwrite=overwrite,
-            listener=None if quiet else lines("adapt"),
-            num_samples=num_samples,
-            threshold=threshold,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            lora=LoraSettings(rank, 2.0 * rank),
-            learning_rate=learning_rate,
-            epochs=epochs,
-            batch_size=batch_size,
-            mode=mode,
-            online_steps=online_steps,
-            iterations=iterations,
-            generation_batch=generation_batch,
-            seed=seed,
-        )
-    except KeyboardInterrupt as error:
-        if not (hints := getattr(error, "__notes__", [])):
-            raise
-        print("; ".join(["effcore: interrupted", *hints]), file=sys.stderr)
-        raise typer.Exit(130) from None
+    report = run(
+        model,
+        queries,
+        verifier,
+        out,
+        verifier_kind=verifier_kind,
+        held_out=held_out,
+        compare=compare,
+        merge=merge,
+        resume=resume,
+        overwrite=overwrite,
+        listener=None if quiet else lines("adapt"),
+        num_samples=num_samples,
+        threshold=threshold,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        lora=LoraSettings(rank, 2.0 * rank),
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        mode=mode,
+        online_steps=online_steps,
+        iterations=iterations,
+        generation_batch=generation_batch,
+        seed=seed,
+    )
     if json_:
         print(json.dumps(report))
         return

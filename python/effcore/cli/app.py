@@ -6,6 +6,7 @@ Commands import what they need when they run.
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated, NoReturn
 
@@ -66,21 +67,23 @@ def run(arguments: list[str] | None = None) -> NoReturn:
     except OSError as error:
         reason = error.strerror or error
         _fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except SystemExit as ended:
-        if _was_interrupted(ended):  # typer makes of Ctrl-C a silent exit
-            _fail("interrupted", 130)
-        raise
+    except (KeyboardInterrupt, SystemExit) as ended:
+        interruption = _interruption(ended)  # typer makes of Ctrl-C a silent exit
+        if interruption is None:
+            raise
+        _fail("; ".join(["interrupted", *getattr(interruption, "__notes__", [])]), 130)
     sys.exit(0)
 
 
-def _was_interrupted(error: BaseException | None) -> bool:
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C that an exception comes from; its notes say how to go on."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return error is not None
+    return error
 
 
 def _fail(message: object, code: int) -> NoReturn:
-    print(f"effcore: {' '.join(str(message).split())}", file=sys.stderr)
+    """One line, without the name of the function that found it."""
+    line = re.sub(r"^effcore\.\w+: ", "", " ".join(str(message).split()))
+    print(f"effcore: {line}", file=sys.stderr)
     sys.exit(code)

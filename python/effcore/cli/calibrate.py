@@ -41,18 +41,24 @@ def calibrate(
         if not overwrite:
             raise InputError(f"{fit_file} is of an interrupted fit: --resume goes on with it, --overwrite begins anew")
         fit_file.unlink()
-    scores = _calibrate(
-        model,
-        out,
-        data,
-        count=count,
-        batch_size=batch_size,
-        max_length=max_length,
-        quiet=quiet,
-        targets=targets,
-        hessian=hessian,
-        rank=rank,
-    )
+    try:
+        scores = _calibrate(
+            model,
+            out,
+            data,
+            fit_file,
+            count=count,
+            batch_size=batch_size,
+            max_length=max_length,
+            quiet=quiet,
+            targets=targets,
+            hessian=hessian,
+            rank=rank,
+        )
+    except KeyboardInterrupt as error:
+        if fit_file.exists():
+            error.add_note("the same command with --resume goes on")
+        raise
     if json_:
         print(json.dumps(scores))
         return
@@ -75,6 +81,7 @@ def _calibrate(
     model: str,
     out: Path,
     data: Path | None,
+    fit_file: Path,
     *,
     count: int,
     batch_size: int,
@@ -108,7 +115,8 @@ def _calibrate(
         network,
         fit,
         answers=answer_tokens(tokenizer, len(questions[0].choices)),
-        checkpoint=out / "fit.safetensors",
+        checkpoint=fit_file,
+        keep_checkpoint=True,
         progress=None if quiet else partial(lines("fit"), "batch"),
         **settings,
     )
@@ -137,6 +145,7 @@ def _calibrate(
         posterior.save(folder / "posterior.safetensors")
         draw_reliability(folder / "reliability.png", {name: (p, truth) for name, p in predictions.items()})
         (folder / "scores.json").write_text(json.dumps(result, indent=1))
+    fit_file.unlink()
     return result
 
 

@@ -37,24 +37,29 @@ def compress(
     from effcore.errors import InputError
     from effcore.files import staged
     from effcore.methods import low_rank
-    from effcore.methods.low_rank_checkpoint import save_decomposed
+    from effcore.methods.low_rank_checkpoint import DESCRIPTION, save_decomposed
     from effcore.training.models import load_model
 
+    goals = [f"--{name}" for name, value in (("ratio", ratio), ("error", error), ("time", time)) if value is not None]
+    if len(goals) != 1:
+        raise InputError(f"give one of --ratio, --error and --time, got {' and '.join(goals) or 'none'}")
+    if time is not None and text is None:
+        raise InputError("--time needs --text: the tokens that layers are timed on")
+    if text is not None and not text.is_file():
+        raise InputError(f"--text {text}: no such file")
     if out.resolve() == Path(model).resolve():
         raise InputError(f"--out {out}: the model is there")
-    check_free(out, "report.json", overwrite=overwrite)
+    check_free(out, DESCRIPTION, overwrite=overwrite)
     network, tokenizer = load_model(model)
     network.eval()
     if torch.cuda.is_available():  # layers are timed where the model is, and factored there
         network.cuda()
     data: list[Any] | None = None
     if text is not None:
-        if not text.is_file():
-            raise InputError(f"{text}: no such file")
         ids = tokenizer(text.read_text(encoding="utf-8", errors="replace"), return_tensors="pt")["input_ids"][0]
         data = [{"input_ids": part[None]} for part in ids.split(length)[:batches] if len(part)]
         if not data:
-            raise InputError(f"{text}: the file is empty")
+            raise InputError(f"--text {text}: the file is empty")
     try:
         low_rank.decompose(
             network,
@@ -66,7 +71,7 @@ def compress(
             progress=None if quiet else lines("compress"),
         )
     except ValueError as bad:
-        raise InputError(str(bad).removeprefix("effcore.decompose: ")) from bad
+        raise InputError(str(bad)) from bad
     result = low_rank.report(network)
     with staged(out) as folder:
         save_decomposed(network, folder)

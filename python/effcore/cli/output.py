@@ -13,7 +13,7 @@ def check_free(out: Path, result: str, *, overwrite: bool, unfinished: Sequence[
     """Refuses what a command must not write to, before it has computed anything; makes nothing.
 
     Args:
-        result: the file that a finished result has.
+        result: what only a result of this command has.
         overwrite: a result may be replaced.
         unfinished: what an interrupted command leaves there.
 

@@ -57,7 +57,7 @@ def ttc(
             margin,
         )
     except ValueError as error:
-        raise InputError(str(error).split(": ", 1)[-1]) from error
+        raise InputError(str(error)) from error
     decisions = decide(plan, points)
     if json_:
         print(json.dumps([decision.as_json() for decision in decisions]))

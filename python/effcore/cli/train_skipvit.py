@@ -38,7 +38,7 @@ def skipvit(
         raise InputError(f"--learning-rate must be positive, got {learning_rate}")
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, got {device}")
-    check_free(out, "summary.json", overwrite=overwrite)
+    check_free(out, "skipvit", overwrite=overwrite)
 
     import torch
 
@@ -59,7 +59,7 @@ def skipvit(
     try:
         skip_tokens(models["skipvit"], drop, leave, rejoin, warmup=start)
     except ValueError as error:
-        raise InputError(str(error).removeprefix("effcore.skip_tokens: ")) from error
+        raise InputError(str(error)) from error
     rows: list[dict[str, Any]] = []
     for name, model in models.items():
         speed = train_classifier(

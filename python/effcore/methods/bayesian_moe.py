@@ -40,6 +40,7 @@ def laplace(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
+    keep_checkpoint: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Posterior:
     """Fits a posterior to a trained model's experts (or other linear layers), in one pass over its training data.
@@ -61,6 +62,7 @@ def laplace(
         prior_variance: s², until :meth:`Posterior.fit_heldout` or :meth:`Posterior.fit_evidence` chooses it.
         checkpoint: a file that takes the state every ``checkpoint_every`` batches. Where it exists the fit goes on behind the
             batches that it has seen, after checking that the loader gives the same ones; a finished fit removes it.
+        keep_checkpoint: a finished fit leaves it, whole: the next call with the same batches takes it as it is.
         progress: called with the batches done and their number, or None where the loader has no length.
 
     Returns:
@@ -82,8 +84,10 @@ def laplace(
     if path is not None and path.exists():
         fit.restore(path)
     fit.run(loader, path, checkpoint_every, progress)
+    if path is not None and keep_checkpoint:
+        fit.save(path)
     posterior = fit.posterior(_checked_mean(prior_mean, taps), prior_variance)
-    if path is not None:
+    if path is not None and not keep_checkpoint:
         path.unlink(missing_ok=True)
     return posterior
 

@@ -66,7 +66,7 @@ def load_verifier(path: str, kind: str, device: str) -> Verifier:
     """A sequence classifier (``classifier``) or a token classifier that judges steps (``process``).
 
     Raises:
-        InputError: there is no such model at ``path``.
+        InputError: there is no such model at ``path``, or it has not learnt to judge (its head has no weights there).
     """
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
@@ -75,9 +75,16 @@ def load_verifier(path: str, kind: str, device: str) -> Verifier:
         raise InputError(f"--verifier {path}: no model here (no config.json)")
     try:
         with quiet_transformers():
-            model, tokenizer = made.from_pretrained(path).to(device), AutoTokenizer.from_pretrained(path)
+            model, found = made.from_pretrained(path, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a dozen kinds for a bad file
         raise InputError(f"--verifier {path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise InputError(f"--verifier {path}: not a trained {kind}: the file has no {missing}")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model = model.to(device)
     if kind == "process":
         return ProcessRewardVerifier(model, tokenizer)
     return ClassifierVerifier(model, tokenizer)
@@ -145,7 +152,7 @@ def adapt(
     try:
         learner = VerifierTTT(model, tokenizer, judge, run=out, listener=listener, **settings)
     except ValueError as error:
-        raise InputError(str(error).removeprefix("effcore.VerifierTTT: ")) from error
+        raise InputError(str(error)) from error
     _check_lengths(model, tokenizer, [q for asked, _ in sets.values() for q in asked], learner.max_new_tokens)
     if out.is_dir() and not resume:
         shutil.rmtree(out)

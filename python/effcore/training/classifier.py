@@ -95,11 +95,11 @@ def train_classifier(
 ) -> Summary:
     """Trains, and writes the run folder ``out``; arguments and errors as in :func:`effcore.training.run.train`."""
     folder = RunFolder(out)
-    baseline = finished_run(against).summary() if against is not None else None
+    baseline = finished_run(against, "accuracy").summary("accuracy") if against is not None else None
     last: Path | None = None
     if resume:
         config, last = resumed(folder, config.method)
-        finished = folder.summary()
+        finished = folder.summary("accuracy")
         if finished is not None:
             return finished
     recipe, settings = config.recipe, config.recipe.training

@@ -103,17 +103,29 @@ class RunFolder:
         try:
             values = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
             return RunConfig(**{**values, "recipe": recipe_from_dict(values["recipe"], str(self.config_file))})
-        except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+        except KeyError as error:
+            raise InputError(f"{self.config_file}: damaged (there is no {error})") from error
+        except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
             raise InputError(f"{self.config_file}: damaged ({error})") from error
 
     def metrics(self) -> list[Row]:
         return read_metrics(self.metrics_file)
 
-    def summary(self) -> dict[str, Any] | None:
-        """The final numbers, or None while the run is not finished."""
+    def summary(self, number: str = "validation_loss") -> dict[str, Any] | None:
+        """The final numbers, or None while the run is not finished.
+
+        Args:
+            number: what such a run is judged by.
+
+        Raises:
+            InputError: the file is damaged, or of another kind of run.
+        """
         if not self.summary_file.is_file():
             return None
         try:
-            return json.loads(self.summary_file.read_text(encoding="utf-8"))
+            found = json.loads(self.summary_file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise InputError(f"{self.summary_file}: damaged ({error.msg})") from error
+        if not isinstance(found, dict) or not {"title", number} <= found.keys():
+            raise InputError(f"{self.summary_file}: damaged, or of another kind of run (there is no {number})")
+        return found

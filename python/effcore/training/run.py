@@ -265,10 +265,10 @@ def resumed(folder: RunFolder, method: str) -> tuple[RunConfig, Path]:
     return config, found[-1]
 
 
-def finished_run(path: Path) -> RunFolder:
-    """The folder of a finished run, for ``--against``."""
+def finished_run(path: Path, number: str = "validation_loss") -> RunFolder:
+    """The folder of a finished run that is judged by this number, for ``--against``."""
     folder = RunFolder(path)
-    if folder.summary() is None:
+    if folder.summary(number) is None:
         raise InputError(f"--against {path}: no finished run here (no summary.json)")
     return folder
 

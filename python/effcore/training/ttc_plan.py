@@ -23,7 +23,7 @@ def read_points(path: Path) -> list[Point]:
         InputError: naming the file, the row and what was expected.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
