@@ -41,6 +41,29 @@ def test_a_summary_of_something_else_is_named(run, tmp_path, content):
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_classifier_is_no_language_model(run, tmp_path, tied):
+    import transformers
+
+    from effcore.data import byte_tokenizer
+
+    config = transformers.LlamaConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=257, tie_word_embeddings=tied,
+    )  # fmt: skip
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    byte_tokenizer().save_pretrained(tmp_path / "classifier")
+    told = "but a LlamaForSequenceClassification" if tied else "it has no lm_head.weight"
+    for arguments in (
+        ["generate", "classifier", "-p", "x"],
+        ["compress", "classifier", "--ratio", "2", "-o", "out"],
+        ["calibrate", "classifier", "-o", "out", "--count", "10"],
+    ):
+        code, _, err = run(*arguments)
+        last = err.splitlines()[-1]
+        assert code == 2 and last.startswith("effcore: classifier: not a language model") and told in last
+
+
 def overrides(*more):
     return [part for setting in [*TINY, *more] for part in ("--set", setting)]
 

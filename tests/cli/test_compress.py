@@ -101,3 +101,20 @@ def test_an_interrupted_save_leaves_what_was_there(folder, tmp_path, capsys, mon
     code, _, err = run(capsys, folder, "--error", "0.9", "-o", out, "--overwrite", "-q")
     assert (code, err) == (130, "effcore: interrupted\n")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_a_decomposed_model_generates_and_is_not_taken_for_a_dense_one(folder, tmp_path, capsys):
+    from effcore.training.generation import complete
+    from effcore.training.models import load_model
+
+    out = tmp_path / "out"
+    assert run(capsys, folder, "--error", "0.9", "-o", out, "-q")[0] == 0
+    text = complete(str(out), "def ", max_new_tokens=6)["text"]
+    model, (_, tokenizer) = load_decomposed(out), load_model(folder)
+    ids = tokenizer("def ", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        for _ in range(6):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert text == tokenizer.decode(ids[0, -6:], skip_special_tokens=True)
+    code, _, err = run(capsys, out, "--ratio", "2", "-o", tmp_path / "again")
+    assert code == 2 and "a decomposed model" in err

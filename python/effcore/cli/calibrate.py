@@ -151,10 +151,10 @@ def _calibrate(
 
 def _load(folder: Path) -> tuple[Any, Any]:
     """The model, in evaluation mode, and its tokenizer; adapters come with their base model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from effcore.errors import InputError
-    from effcore.training.models import quiet_transformers
+    from effcore.training.models import quiet_transformers, whole_model
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -162,7 +162,9 @@ def _load(folder: Path) -> tuple[Any, Any]:
         raise InputError(f"{folder}: no model here (neither config.json nor adapter_config.json)")
     try:
         with quiet_transformers():
-            network, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            network, tokenizer = whole_model(folder), AutoTokenizer.from_pretrained(folder)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     if not tokenizer("A")["input_ids"]:  # transformers makes an empty one where there are no files

@@ -9,7 +9,10 @@ import typer
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a run folder of effcore train, or a GGUF file.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A Hugging Face folder, what effcore train or compress wrote, or a GGUF file."),
+    ],
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from standard input.")
     ],

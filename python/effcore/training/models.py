@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 import effcore.models
 from effcore.data import byte_tokenizer
 from effcore.errors import InputError
+from effcore.methods.low_rank_checkpoint import DESCRIPTION, load_decomposed
 from effcore.methods.vds_run import is_run
 from effcore.models import (
     FlowHNConfig,
@@ -80,20 +81,26 @@ def fresh_flowhn(recipe: Recipe, tokenizer: Any) -> FlowHNForCausalLM:
     return FlowHNForCausalLM(config)
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, decomposed: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint: a folder of ``save_pretrained``, a run folder of ``effcore train``, or a GGUF file.
 
+    Args:
+        decomposed: whether what ``effcore compress`` wrote will do too.
+
     Raises:
-        InputError: there is nothing at ``path``, it is damaged, or not a causal language model.
+        InputError: there is nothing at ``path``, it is damaged, lacks weights, or is not a causal language model.
     """
     folder, options = _resolve(Path(path))
+    if decomposed and (folder / DESCRIPTION).is_file():
+        model, tokenizer = load_decomposed(folder), load_tokenizer(path)
+        return model if dtype is None else model.to(dtype), tokenizer
     if dtype is not None:
         options["dtype"] = dtype
     try:
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # reading GGUF shows a bar of its own
             tokenizer = AutoTokenizer.from_pretrained(folder, **{k: v for k, v in options.items() if k != "dtype"})
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except MemoryError:
+            model = whole_model(folder, **options)
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # transformers, safetensors and gguf raise a dozen kinds for a bad file
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -102,6 +109,23 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[A
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
+
+
+def whole_model(folder: Path, **options: Any) -> Any:
+    """A causal language model of transformers, all of whose weights lie in the folder; others would be drawn at random.
+
+    Raises:
+        InputError: weights are missing, the model is a classifier, or decomposed.
+    """
+    if (folder / DESCRIPTION).is_file():
+        raise InputError(f"{folder}: a decomposed model, which can generate; give the one that it was made of")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{folder}: not a language model: it has no {', '.join(missing[:3])}")
+    if any("Classification" in kind for kind in getattr(model.config, "architectures", None) or ()):
+        raise InputError(f"{folder}: not a language model, but a {model.config.architectures[0]}")
+    return model
 
 
 def load_tokenizer(path: str | Path | None) -> Any:
