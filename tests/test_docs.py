@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,13 @@ def test_files_and_scripts_exist(page):
     assert [name for name in results if not (RESULTS / name).exists()] == []
     scripts = set(re.findall(r"python -m (benchmarks[\w.]*\w)", text))
     assert [name for name in scripts if importlib.util.find_spec(name) is None] == []
+
+
+def test_modules_need_no_import_of_their_own():
+    """Pages and messages name effcore.methods.skipvit and the like."""
+    code = (
+        "import sys, effcore; assert 'torch' not in sys.modules\n"
+        "effcore.methods.low_rank.report, effcore.nn.conv3d.PatchEmbed3d, effcore.ops.patch_embed, effcore.reference.scan\n"
+        "assert not hasattr(effcore.methods, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
