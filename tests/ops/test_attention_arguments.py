@@ -45,6 +45,11 @@ CASES = {
 CASES["too wide"] = ((tensor(1, 1, 4, 257),) * 3, {}, r"256.*257|257.*256")
 
 
+def test_decoding_takes_no_other_object_for_probabilities():
+    with pytest.raises(TypeError, match="probs must be a DecodeProbs of decode_attention, got Tensor"):
+        ops.decode_from_probs(torch.ones(1), torch.ones(1, 1, 4, 8), torch.ones(1, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bad_arguments_are_named(case):
     arguments, options, message = CASES[case]

@@ -84,6 +84,6 @@ def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
 
 def _fail(message: object, code: int) -> NoReturn:
     """One line, without the name of the function that found it."""
-    line = re.sub(r"^effcore\.\w+: ", "", " ".join(str(message).split()))
+    line = re.sub(r"^effcore(\.\w+)?: ", "", " ".join(str(message).split()))
     print(f"effcore: {line}", file=sys.stderr)
     sys.exit(code)

@@ -156,7 +156,11 @@ def _valid_tokens(mask: Tensor | None, batch: int, tokens: int, past: int) -> Te
 
 
 class FlowHNForCausalLM(FlowHNPreTrainedModel, GenerationMixin):
-    """A FlowHN causal language model: ``FlowHNForCausalLM(FlowHNConfig.of_size("350M"))``."""
+    """A FlowHN causal language model, made by ``FlowHNForCausalLM(FlowHNConfig.of_size("350M"))`` or ``from_pretrained``.
+
+    As transformers' own: ``model(input_ids [B, L], attention_mask [B, L], labels [B, L])`` gives ``loss`` and ``logits``
+    [B, L, V]; ``generate`` samples.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 

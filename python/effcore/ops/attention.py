@@ -174,9 +174,10 @@ def attention_with_scores(
     lengths: Tensor | None = None,
     first_key: Tensor | None = None,
 ) -> tuple[Tensor, tuple[SharedScores, ...]]:
-    """Attention of a layer group's owner, and its probabilities for ``consumers`` further layers.
+    """Attention of a layer group's owner, and its probabilities for ``consumers`` further layers (EPAS, arXiv 2601.19089).
 
     Args:
+        q, k, v, causal, scale, lengths, first_key: as in :func:`attention`.
         consumers: layers that will call :func:`attention_from_scores`, each with its own element of the result. One that
             is left unused costs nothing and changes no gradient; one that is used twice is an error (on the CPU an
             exception in the backward, on CUDA gradients of NaN).
@@ -185,7 +186,10 @@ def attention_with_scores(
             head_dim 64 their backward alone, as recomputing is faster in the forward); ``"auto"`` asks :func:`plan_keep`.
 
     Returns:
-        ``out`` [B, Hq, Sq, Dv], and a tuple of ``consumers`` :class:`SharedScores`.
+        ``out`` [B, Hq, Sq, Dv], and a tuple of ``consumers`` :class:`SharedScores`. Differentiable (once) in q, k and v.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     q, k, v = _autocast(q, k, v)
     if keep == "auto":
@@ -238,6 +242,9 @@ def share_kv(k: Tensor, v: Tensor) -> SharedKV:
     """Keys [B, Hkv, Sk, D] and values [B, Hkv, Sk, Dv] for any number of layers.
 
     The consumers' dK and dV are summed in float32 and rounded once, in this function's backward.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     k, v = _autocast(k, v)
     return SharedKV(k.detach(), v.detach(), *_autograd.share_kv(k, v))
@@ -287,11 +294,20 @@ def decode_attention(
     first_key: Tensor | None = None,
     return_probs: bool = False,
 ) -> Tensor | tuple[Tensor, DecodeProbs]:
-    """One new token a row, ``q`` [B, Hq, 1, D], against a padded cache ``k`` [B, Hkv, S, D], ``v`` [B, Hkv, S, Dv] of which
-    ``lengths`` (int32 [B]) keys are valid: [B, Hq, 1, Dv].
+    """One new token a row against a padded cache: softmax(scale · q kᵀ) v. Not differentiable.
 
-    Not differentiable. With ``return_probs`` also the probabilities, for :func:`decode_from_probs` of the layers that share
-    them.
+    Args:
+        q: [B, Hq, 1, D].
+        k, v: [B, Hkv, S, D] and [B, Hkv, S, Dv].
+        lengths: int32 [B], how many of a row's keys are valid.
+        scale, first_key: as in :func:`attention`.
+        return_probs: also return the probabilities, for :func:`decode_from_probs` of the layers that share them.
+
+    Returns:
+        [B, Hq, 1, Dv] in q's dtype, or that and the probabilities.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     out, weights, scales = _autograd.decode_attention(q, k, v, lengths, first_key, scale, return_probs)
     return (out, DecodeProbs(weights, scales, first_key)) if return_probs else out
@@ -307,7 +323,15 @@ def decode_from_probs(probs: DecodeProbs, v: Tensor, lengths: Tensor) -> Tensor:
 
     Returns:
         [B, Hq, 1, Dv]. Not differentiable.
+
+    Raises:
+        TypeError: ``probs`` is no DecodeProbs.
+        ValueError: naming the argument, what was expected and what came.
     """
+    if not isinstance(probs, DecodeProbs):
+        raise TypeError(
+            f"effcore.decode_from_probs: probs must be a DecodeProbs of decode_attention, got {type(probs).__name__}"
+        )
     return _autograd.decode_from_probs(probs.weights, probs.scales, v, lengths, probs.first_key)
 
 

@@ -80,6 +80,9 @@ def grouped_lowrank_update(basis: Tensor, discarded: Tensor, x: Tensor, offsets:
     those of a block Krylov space of dimension 4 k + 24, which need not be the best ones to the last digit (the tests ask for
     99.9 % of the best trace on a slowly falling spectrum); the balance of the trace is exact. On the CPU the offsets
     are read; on a GPU nothing waits but for torch's own eigensolver.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     return _lowrank.grouped_lowrank_update(basis, discarded, x, offsets)
 
@@ -94,7 +97,7 @@ def kron_variance(
     output_factor: Factor,
     prior_variance: Tensor,
 ) -> Tensor:
-    """The covariance of each example's logits under the posterior, for a list of prior variances.
+    """The covariance of each example's logits under the posterior (arXiv 2511.08968), for a list of prior variances.
 
         Σₑ vec(Gₑ)ᵀ (I / s² + A ⊗ B)⁻¹ vec(Gₑ),        Gₑ[c] = ∂ logits[c] / ∂ Wₑ = Σ_t g[t, c] a[t]ᵀ
 
@@ -113,6 +116,9 @@ def kron_variance(
         [S, examples, C, C].
 
     The offsets are read on the host, and the work goes expert by expert.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     return _variance.kron_variance(
         a, g, offsets, example, examples, *input_factor, *output_factor, prior_variance.to(a.dtype)

@@ -63,6 +63,9 @@ def class_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 
     Returns:
         [B, N] float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     return _autograd.class_scores(q, k, scale)
 
@@ -78,6 +81,9 @@ def score_partition(
 
     Returns:
         kept int32 [B, keep] and rest int32 [B, N - keep], both ascending.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     return _autograd.score_partition(q, k, keep, protect, scale)
 
@@ -105,7 +111,11 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """``out[b, i] = x[b, index[b, i]]``: [B, K, C]. Differentiable in ``x``; a token that is named twice gets the sum.
 
     Args:
+        x: [B, N, C].
         index: int32 [B, K], in any order.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     _debug_list("gather_tokens", index, x.shape[1])
     return _autograd.gather_tokens(x, index)
@@ -115,6 +125,13 @@ def separate_tokens(x: Tensor, index_a: Tensor, index_b: Tensor) -> tuple[Tensor
     """The rows of a partition: ``(x[:, index_a], x[:, index_b])``, [B, Ka, C] and [B, Kb, C] with Ka + Kb = N.
 
     Differentiable in ``x``; the gradient is a merge, which writes each row once.
+
+    Args:
+        x: [B, N, C].
+        index_a, index_b: a partition, int32 [B, Ka] and [B, Kb].
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     _debug_lists("separate_tokens", index_a, index_b)
     return _autograd.separate_tokens(x, index_a, index_b)
@@ -133,9 +150,12 @@ def merge_tokens(
 
     Args:
         a, b: [B, Ka, C] and [B, Kb, C].
-        index_a, index_b: a partition of the Ka + Kb tokens.
+        index_a, index_b: a partition of the Ka + Kb tokens, int32 [B, Ka] and [B, Kb].
         residual: [B, Ka + Kb, C] in the original order, added to the result (y = x + merge(...)).
         residual_a: [B, Ka, C], added to ``a`` (a block's residual connection). Sums are rounded once.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     _debug_lists("merge_tokens", index_a, index_b)
     return _autograd.merge_tokens(a, index_a, b, index_b, residual, residual_a)
@@ -151,6 +171,9 @@ def permute_tokens(x: Tensor, order: Tensor, inverse: Tensor, sizes: Sequence[in
         x: [N, C].
         order, inverse: int32 [N], permutations with ``order[inverse[i]] = i``.
         sizes: sum up to N; None: one part.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     function = "effcore.permute_tokens"
     if x.dim() != 2 or order.shape != x.shape[:1] or inverse.shape != order.shape:

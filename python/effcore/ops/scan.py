@@ -35,7 +35,7 @@ def causal_conv1d(
     Differentiable in x, weight, bias and initial_state.
 
     Args:
-        x: [B, L, E].
+        x: [B, L, E]; so is the result, in x's dtype.
         weight: [E, K], K from 2 to 8.
         bias: [E].
         activation: None or ``"silu"``.
@@ -124,9 +124,13 @@ def selective_step(
     Args:
         state: [B, E, N] float32 (float64), contiguous; not changed.
         x, dt, z: [B, E].
+        A, D, dt_bias, dt_softplus: as in :func:`selective_scan`.
         B, C: [B, N].
 
     Returns:
         ``(out, state)``: [B, E] in x's dtype, and the new state.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     return _autograd.selective_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
