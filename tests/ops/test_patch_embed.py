@@ -192,6 +192,7 @@ def test_which_clips_are_gathered_first(monkeypatch):
     assert not patch_embed._reads_in_place(x.transpose(-1, -2), weight)
     assert not patch_embed._reads_in_place(x[..., 1:], weight)
     assert not patch_embed._reads_in_place(x.float(), weight.float())
+    assert not patch_embed._reads_in_place(x[0], weight) and not patch_embed._reads_in_place(x, weight[0])
     assert not patch_embed._reads_in_place(x[:1].expand(2, -1, -1, -1, -1), weight)
     for channels, served in ((2**30 - 48 * 32 * 2, True), (2**30, False)):  # coordinates of 32 bits
         far = torch.empty_strided(x.shape, (8, channels, 48 * 32, 48, 1), dtype=x.dtype, device="meta").as_subclass(

@@ -45,12 +45,14 @@ def patch_embed3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if _reads_in_place(x, weight):
+        return _in_place(x, weight, bias)  # which checks them in the core
     _check(x, weight, bias)
-    return _in_place(x, weight, bias) if _reads_in_place(x, weight) else _gathered(x, weight, bias)
+    return _gathered(x, weight, bias)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """As the core checks what is read in place (check_patches in cpp/src/conv3d_check.cpp)."""
+    """As check_patches in cpp/src/conv3d_check.cpp."""
     f, voxels = "effcore.patch_embed3d", "frames, height, width]"
     if x.dtype not in DTYPES:
         raise ValueError(f"{f}: x is {_name(x.dtype)} but {', '.join(map(_name, DTYPES))} are supported")
@@ -89,6 +91,7 @@ def _reads_in_place(x: Tensor, weight: Tensor) -> bool:
     multiples of 16 bytes (cuda/conv3d/hopper/patches.cuh)."""
     return (
         x.is_cuda
+        and x.dim() == weight.dim() == 5
         and x.dtype == weight.dtype
         and x.dtype in (torch.bfloat16, torch.float16)
         and weight.shape[-1] % 16 == 0
@@ -113,7 +116,7 @@ def _span(x: Tensor, weight: Tensor) -> int:
 def _has_kernel(dtype: torch.dtype) -> bool:
     from effcore import _cuda
 
-    return _cuda.path("conv3d", _name(dtype)) == "wgmma sm_90a"
+    return _cuda.path("conv3d", str(dtype).removeprefix("torch.")) == "wgmma sm_90a"
 
 
 @torch.library.register_fake("effcore::patch_embed3d")
