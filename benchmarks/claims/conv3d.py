@@ -24,13 +24,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,83 +40,8 @@ for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")): 
     effcore.__path__.append(folder)
 
 from benchmarks.claims import _kernels  # noqa: E402
-from effcore.data.moving_digits import MovingDigits  # noqa: E402
-from effcore.nn import conv3d as blocks  # noqa: E402
-
-Make = Callable[..., nn.Module]  # (channels, outputs, stride=)
-
-
-def normed(channels: int) -> nn.Module:
-    return nn.Sequential(nn.BatchNorm3d(channels), nn.ReLU(inplace=True))
-
-
-METHODS: dict[str, Make] = {
-    "Conv3D": lambda c, o, stride: nn.Conv3d(c, o, 3, stride, 1, bias=False),
-    "R(2+1)D": lambda c, o, stride: blocks.R2Plus1DConv3d(c, o, stride=stride, bias=False, between=normed),
-    "P3D-A": lambda c, o, stride: blocks.P3DConv3d(c, o, stride=stride, bias=False, kind="A", between=normed),
-    "P3D-B": lambda c, o, stride: blocks.P3DConv3d(c, o, stride=stride, bias=False, kind="B", between=normed),
-    "P3D-C": lambda c, o, stride: blocks.P3DConv3d(c, o, stride=stride, bias=False, kind="C", between=normed),
-    "Cat": lambda c, o, stride: blocks.CatConv3d(c, o, stride=stride, bias=False),
-    "Add": lambda c, o, stride: blocks.CrossConv3d(c, o, stride=stride, bias=False),
-}
-
-
-class BasicBlock(nn.Module):
-    def __init__(self, make: Make, channels: int, outputs: int, stride: int):
-        super().__init__()
-        self.first = nn.Sequential(make(channels, outputs, stride=stride), normed(outputs))
-        self.second = nn.Sequential(make(outputs, outputs, stride=1), nn.BatchNorm3d(outputs))
-        plain = stride == 1 and channels == outputs
-        self.shortcut = nn.Identity() if plain else nn.Conv3d(channels, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.second(self.first(x)) + self.shortcut(x))
-
-
-class Tail(nn.Sequential):
-    """The 3D part of ECO-Lite: [B, 96, 16, 28, 28] to 101 classes."""
-
-    def __init__(self, make: Make, width: int = 128):
-        stages = [(96, width, 1), (width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)]
-        stages += [(2 * width, 4 * width, 2), (4 * width, 4 * width, 1)]
-        head = [nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4 * width, 101)]
-        super().__init__(*(BasicBlock(make, *stage) for stage in stages), *head)
-
-
-class UNetLevel(nn.Module):
-    """[B, 64, T, H, W] to the logits of 4 classes a voxel."""
-
-    def __init__(self, make: Make, width: int = 64):
-        super().__init__()
-
-        def pair(channels: int, outputs: int) -> nn.Module:
-            widths = [(channels, outputs), (outputs, outputs)]
-            return nn.Sequential(*(nn.Sequential(make(c, o, stride=1), normed(o)) for c, o in widths))
-
-        self.down, self.inner, self.up = pair(width, width), pair(width, 2 * width), pair(2 * width, width)
-        self.widen = nn.ConvTranspose3d(2 * width, width, 2, 2)
-        self.head = nn.Conv3d(width, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = self.down(x)
-        inner = self.inner(F.max_pool3d(kept, 2))
-        return self.head(self.up(torch.cat([kept, self.widen(inner)], 1)))
-
-
-@dataclass
-class Task:
-    """A network, the size of its input, and the sizes of its labels and how many there are."""
-
-    network: Callable[[Make], nn.Module]
-    clip: tuple[int, ...]
-    label: tuple[int, ...]
-    classes: int
-
-
-TASKS = {
-    "speed": Task(Tail, (96, 16, 28, 28), (), 101),
-    "unet": Task(UNetLevel, (64, 32, 64, 64), (32, 64, 64), 4),
-}
+from benchmarks.claims._conv3d_accuracy import accuracy, join  # noqa: E402
+from benchmarks.claims._conv3d_networks import METHODS, TASKS, Make, Task  # noqa: E402
 
 
 class Contender:
@@ -304,87 +228,6 @@ def patches(device: str, batch: int, rounds: int) -> list[dict]:
         rows.append(row)
         print(f"{dtype}: " + ", ".join(f"{key} {row[key]:.3g}" for key in row if key != "dtype"), flush=True)
     return rows
-
-
-class Small(nn.Module):
-    """Three convolutions, and a head for the digit and one for the direction."""
-
-    def __init__(self, make: Make):
-        super().__init__()
-        widths = [(1, 16, 2), (16, 32, 2), (32, 64, 1)]
-        self.body = nn.Sequential(*(nn.Sequential(make(c, o, stride=(1, s, s)), normed(o)) for c, o, s in widths))
-        self.heads = nn.ModuleList([nn.Linear(64, MovingDigits.digits), nn.Linear(64, MovingDigits.directions)])
-
-    def forward(self, clips: Tensor) -> list[Tensor]:
-        features = self.body(clips).amax((2, 3, 4))
-        return [head(features) for head in self.heads]
-
-
-def train_and_test(make: Make, steps: int, seed: int, device: str, dtype: torch.dtype) -> list[float]:
-    """Shares of 2000 test clips whose digit, direction, and both are right."""
-    torch.manual_seed(seed)
-
-    def precision():
-        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
-
-    model = Small(make).to(device, memory_format=torch.channels_last_3d).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
-    data, generator = MovingDigits("train"), torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        clips, *targets = (t.to(device) for t in data.sample(32, generator))
-        with precision():
-            loss = sum(F.cross_entropy(out, target) for out, target in zip(model(clips), targets, strict=True))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-    model.eval()
-    test, generator = MovingDigits("test"), torch.Generator().manual_seed(10_000)
-    right = torch.zeros(3)
-    for _ in range(10):
-        clips, *targets = (t.to(device) for t in test.sample(200, generator))
-        with torch.no_grad(), precision():
-            found = [out.argmax(1) == target for out, target in zip(model(clips), targets, strict=True)]
-        right += torch.stack([*found, found[0] & found[1]]).float().sum(1).cpu()
-    return (right / 2000).tolist()
-
-
-def accuracy(device: str, dtype: torch.dtype, steps: int, seeds: list[int], names: list[str]) -> list[dict]:
-    rows = []
-    for name in names:
-        runs = {str(seed): train_and_test(METHODS[name], steps, seed, device, dtype) for seed in seeds}
-        parameters = sum(p.numel() for p in Small(METHODS[name]).parameters())
-        rows.append(summary({"method": name, "parameters": parameters, "runs": runs}))
-    return rows
-
-
-def summary(row: dict[str, Any]) -> dict[str, Any]:
-    """Means and spreads over a method's runs, printed."""
-    text = f"{row['method']:<8} {row['parameters']:>7,} parameters, {len(row['runs'])} runs"
-    for i, what in enumerate(("digit", "direction", "both")):
-        right = [run[i] for run in row["runs"].values()]
-        row[what] = {
-            "accuracy": statistics.mean(right),
-            "spread": statistics.stdev(right) if len(right) > 1 else 0.0,
-        }
-        text += f"  {what} {row[what]['accuracy']:.2%} ± {row[what]['spread']:.2%}"
-    print(text, flush=True)
-    return row
-
-
-def join(files: list[Path]) -> dict[str, Any]:
-    """One report of runs that were made apart (the same settings, other methods or seeds)."""
-    reports = [json.loads(file.read_text()) for file in files]
-    joined: dict[str, dict[str, Any]] = {}
-    for row in (row for report in reports for row in report["rows"]):
-        joined.setdefault(row["method"], row)["runs"].update(row["runs"])
-    order = {name: i for i, name in enumerate(METHODS)}
-    for row in joined.values():
-        row["runs"] = dict(sorted(row["runs"].items()))
-    rows = [summary(joined[name]) for name in sorted(joined, key=order.__getitem__)]
-    settings = {k: v for k, v in reports[0]["settings"].items() if k not in ("only", "seeds")}
-    return reports[0] | {"settings": settings, "rows": rows}
 
 
 def main(arguments: list[str] | None = None) -> int:
