@@ -57,6 +57,17 @@ def heads(batch: int, n: int, tokens: int, dim: int, dtype: torch.dtype, layout:
 LAYOUTS = ("head", "token", "sliced", "expanded")
 
 
+def rows(batch: int, tokens: int, channels: int, dtype: torch.dtype, layout: str = "plain") -> Tensor:
+    """Random [B, N, C] in memory orders that models produce."""
+    if layout == "sliced":  # a part of a fused projection: padded rows, an odd offset
+        return torch.randn(batch, tokens, channels + 3).to(dtype)[..., 1 : channels + 1]
+    if layout == "expanded":
+        return torch.randn(1, tokens, channels).to(dtype).expand(batch, tokens, channels)
+    if layout == "token-major":
+        return torch.randn(tokens, batch, channels).to(dtype).transpose(0, 1)
+    return torch.randn(batch, tokens, channels).to(dtype)
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
     with socket.socket() as free:

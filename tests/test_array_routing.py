@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 import effcore.array as ea
-from tests.test_array import DTYPES, TOLERANCE, dtype_of, poisoned_memory, rng  # noqa: F401  (fixtures)
+from tests import test_array
+from tests.test_array import DTYPES, dtype_of, poisoned_memory, rng  # noqa: F401  (fixtures)
+
+assert_close = partial(test_array.assert_close, factor=2.0)
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -32,12 +37,6 @@ def partition_of(rng, batch, tokens, keep):  # noqa: F811
 
 def take(x, index):
     return np.take_along_axis(x, index[..., None].astype(np.int64), 1)
-
-
-def assert_close(got, exact, dtype):
-    assert got.shape == exact.shape
-    error = np.linalg.norm(got.astype(np.float64) - exact) / max(np.linalg.norm(exact), 1e-30)
-    assert error <= 2 * TOLERANCE[dtype], error
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 
 import effcore.array as ea
-from tests.test_array import DTYPES, TOLERANCE, dtype_of, poisoned_memory, rng  # noqa: F401  (fixtures)
+from tests import test_array
+from tests.test_array import DTYPES, dtype_of, poisoned_memory, rng  # noqa: F401  (fixtures)
+
+assert_close = partial(test_array.assert_close, factor=2.0)
 
 SHAPES = [(1, 1, 1, 1, None), (2, 7, 5, 3, None), (2, 0, 4, 2, None), (1, 40, 33, 16, [0, 3, 3, 20, 40])]
 
@@ -49,12 +53,6 @@ def recurrence(x, dt, A, B, C, D, z, dt_bias, initial_state, offsets):
             out[b, t] = (h @ C[b, t] + D * x[b, t]) * z[b, t] / (1 + np.exp(-z[b, t]))
         finals.append(h)
     return out, np.stack(finals)
-
-
-def assert_close(got, exact, dtype):
-    assert got.shape == exact.shape
-    error = np.linalg.norm(got.astype(np.float64) - exact) / max(np.linalg.norm(exact), 1e-30)
-    assert error <= 2 * TOLERANCE[dtype], error
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

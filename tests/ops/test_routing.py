@@ -10,22 +10,11 @@ from hypothesis import strategies as st
 
 from effcore.ops import routing as ops
 from effcore.reference import routing as ref
-from tests.support import assert_accurate, poisoned_memory
+from tests.support import assert_accurate, poisoned_memory, rows
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ("plain", "sliced", "expanded", "token-major")
 INT = torch.int32
-
-
-def rows(batch, tokens, channels, dtype, layout="plain"):
-    """Random [B, N, C] in memory orders that models produce."""
-    if layout == "sliced":  # padded rows, an odd offset
-        return torch.randn(batch, tokens, channels + 3).to(dtype)[..., 1 : channels + 1]
-    if layout == "expanded":
-        return torch.randn(1, tokens, channels).to(dtype).expand(batch, tokens, channels)
-    if layout == "token-major":
-        return torch.randn(tokens, batch, channels).to(dtype).transpose(0, 1)
-    return torch.randn(batch, tokens, channels).to(dtype)
 
 
 def random_partition(batch, tokens, keep):

@@ -10,23 +10,12 @@ from hypothesis import strategies as st
 
 from effcore.ops import scan as ops
 from effcore.reference import scan as ref
-from tests.support import assert_accurate, poisoned_memory
+from tests.support import assert_accurate, poisoned_memory, rows
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ("plain", "sliced", "expanded", "token-major")
 LENGTHS = [0, 1, 2, 3, 7, 17, 63, 64, 65, 130]
 CHANNELS = [0, 1, 3, 16, 33, 64, 70, 130]
-
-
-def rows(batch, tokens, channels, dtype, layout="plain"):
-    """Random [B, L, E] in memory orders that models produce."""
-    if layout == "sliced":  # a part of a fused projection: padded rows, an odd offset
-        return torch.randn(batch, tokens, channels + 3).to(dtype)[..., 1 : channels + 1]
-    if layout == "expanded":
-        return torch.randn(1, tokens, channels).to(dtype).expand(batch, tokens, channels)
-    if layout == "token-major":
-        return torch.randn(tokens, batch, channels).to(dtype).transpose(0, 1)
-    return torch.randn(batch, tokens, channels).to(dtype)
 
 
 def results(function, leaves, grads):
