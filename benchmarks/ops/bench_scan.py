@@ -100,7 +100,7 @@ def _loop(decay: Tensor, step: Tensor) -> Tensor:
     return torch.stack(states, 1)
 
 
-def _scan_peers(settings: Settings, grad: bool) -> Iterator[tuple[str, object]]:
+def _scan_peers(settings: Settings) -> Iterator[tuple[str, object]]:
     yield "loop over tokens", lambda x: _eager(x, _loop)
     if importlib.util.find_spec("mambapy"):
         from mambapy.pscan import pscan
@@ -135,7 +135,7 @@ def _scan(settings: Settings, shape: Shape, dtype: torch.dtype, *, grad: bool, f
         inputs=lambda: _scan_inputs(settings, shape, dtype, grad),
         outputs=("out", *(f"d{n}" for n in names)) if grad else ("out",),
         ours=Candidate("effcore", _with_gradients(names, grad, ours)),
-        peers=tuple(Candidate(n, _with_gradients(names, grad, f)) for n, f in _scan_peers(settings, grad)),
+        peers=tuple(Candidate(n, _with_gradients(names, grad, f)) for n, f in _scan_peers(settings)),
         exact=exact,
         work=Work(bytes=(11 if grad else 4) * _bytes(shape, dtype)),
         floor=floor,

@@ -196,11 +196,11 @@ class SharedLlamaModel(SharedLlamaPreTrainedModel):
         ):
             last = None
         top_owner = None if last is None else self.layout.top_owner
-        seen = self._visible(hidden, tokens, past, first_key, cache, decode=tokens == 1 and not differentiable)
+        seen = self._visible(hidden, tokens, past, first_key, decode=tokens == 1 and not differentiable)
         seen_last = seen
         if last is not None:
             seen_last = self._visible(
-                hidden, tokens, past, first_key, cache, decode=last == 1 and not differentiable, last=last
+                hidden, tokens, past, first_key, decode=last == 1 and not differentiable, last=last
             )
 
         mode, projected = self.config.share_mode, self.config.share_owner == "projection"
@@ -271,7 +271,6 @@ class SharedLlamaModel(SharedLlamaPreTrainedModel):
         tokens: int,
         past: int | Tensor,
         first_key: Tensor | None,
-        cache: SharedCache | None,
         *,
         decode: bool,
         last: int | None = None,
