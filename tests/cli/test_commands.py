@@ -257,6 +257,14 @@ def test_full_disk_is_one_line(text, tmp_path):
     )
 
 
+def test_demo_replaces_no_run_that_is_not_its_own(run, tmp_path):
+    (tmp_path / "runs/epas-qk").mkdir(parents=True)
+    (tmp_path / "runs/epas-qk/config.yaml").write_text("of a long run")
+    code, _, err = run("demo", "--quiet", "--out", "runs", *overrides("steps=3"))
+    assert code == 2 and err.startswith("effcore: --out runs/epas-qk: a run is here;")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["epas-qk"]
+
+
 def test_demo_trains_three_models_and_compares_them(run, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFCORE_CACHE", str(tmp_path / "cache"))
     code, out, err = run("demo", "--quiet", *overrides("steps=3"))

@@ -8,16 +8,20 @@ from typing import Annotated
 
 import typer
 
+PLACE = Path("runs/demo")
 _RUNS = (("baseline", "baseline", None), ("epas", "epas-qk", "epas.mode=qk"), ("epas", "epas-kv", "epas.mode=kv"))
 
 
 def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Where the run folders, the report and the plots go.")
-    ] = Path("runs/demo"),
+    ] = PLACE,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the runs in --out; those in the default place are always.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
 ) -> None:
@@ -28,13 +32,17 @@ def demo(
     """
     from effcore.cli.compare import print_table
     from effcore.cli.train import run_training
+    from effcore.training.folder import RunFolder
     from effcore.training.recipe import load_recipe
 
     recipes = [
         load_recipe("demo", [*(settings or []), *([mode] if mode else [])], method=method) for method, _, mode in _RUNS
     ]
+    overwrite = overwrite or out == PLACE
+    for _, name, _ in _RUNS:
+        RunFolder(out / name).check_free(overwrite=overwrite)
     for recipe, (method, name, _) in zip(recipes, _RUNS, strict=True):
-        run_training(method, recipe, out=out / name, overwrite=True, quiet=quiet, label=name)
+        run_training(method, recipe, out=out / name, overwrite=overwrite, quiet=quiet, label=name)
     from effcore.training.compare import compare_runs
 
     summaries = compare_runs([out / name for _, name, _ in _RUNS], out=out)
