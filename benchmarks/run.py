@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import pkgutil
@@ -137,6 +138,16 @@ def main(arguments: list[str] | None = None) -> int:
         if options.threads < 1:
             parser.error(f"--threads must be positive, got {options.threads}")
         torch.set_num_threads(options.threads)
+    try:
+        re.compile(options.only)
+        for file in filter(None, (options.json, options.plot)):  # before minutes of measuring
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "is a folder", str(file))
+    except re.error as error:
+        parser.error(f"--only {options.only}: no regular expression: {error}")
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
     torch.manual_seed(0)
     use_carried_libraries()
     module = importlib.import_module(f"benchmarks.ops.bench_{options.family}")

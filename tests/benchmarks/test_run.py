@@ -103,6 +103,9 @@ def test_only_runs_what_matches(toy_family, capsys):
         (["abacus"], "invalid choice"),
         (["toy", "--threads", "0"], "--threads must be positive"),
         (["toy", "--device", "tpu"], "--device must be cpu or cuda"),
+        (["toy", "--only", "("], "--only (: no regular expression"),
+        (["toy", "--json", "."], ".: is a folder"),
+        (["toy", "--plot", f"{__file__}/inside/toy.png"], "Not a directory"),
     ],
 )
 def test_bad_options_are_refused(toy_family, arguments, message, capsys):
