@@ -84,7 +84,7 @@ def attention_with_scores(
     lengths: Array | None = None,
     first_key: Array | None = None,
 ) -> tuple[Array, AttentionScores]:
-    """:func:`attention`, and its probabilities for further layers and for the backward.
+    """``(out, scores)``: :func:`attention`, and its probabilities for further layers and for the backward.
 
     Args:
         keep: ``"lse"`` keeps the log-sum-exp, from which q kᵀ is recomputed; ``"probs"`` also keeps the probabilities in the

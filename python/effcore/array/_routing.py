@@ -49,7 +49,8 @@ def class_scores(q: Array, k: Array, scale: float | None = None) -> Array:
 def score_partition(
     q: Array, k: Array, keep: int, *, protect: int = 0, scale: float | None = None
 ) -> tuple[Array, Array]:
-    """:func:`partition_tokens` of :func:`class_scores`; on the GPU in one launch up to 4096 tokens a row."""
+    """:func:`partition_tokens` of :func:`class_scores`, (kept, rest); on the GPU in one launch, or two where few
+    rows are shared out among many blocks."""
     return call("score_partition", q, q, k, keep, protect, scale)  # type: ignore[no-any-return]
 
 
