@@ -40,6 +40,7 @@ class DecompositionReport:
 
     @property
     def ratio(self) -> float:
+        """The model's parameters before, over those after."""
         return self.parameters_before / max(self.parameters_after, 1)
 
     def total_ms(self) -> tuple[float, float] | None:
@@ -50,6 +51,8 @@ class DecompositionReport:
         return sum(x.ms_before or 0.0 for x in timed), sum(x.ms_after or 0.0 for x in timed)
 
     def table(self) -> str:
+        """A line a layer, and one of the whole."""
+
         def number(x: float | None, form: str) -> str:
             return "" if x is None else format(x, form)
 
@@ -76,9 +79,11 @@ class DecompositionReport:
         return "\n".join([*lines, total])
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it, as JSON takes it."""
         return asdict(self) | {"ratio": self.ratio}
 
     def write_json(self, path: str | Path) -> None:
+        """:meth:`as_dict` into a file, whole or not at all."""
         write_atomically(Path(path), json.dumps(self.as_dict(), indent=1))
 
     def plot(self, path: str | Path) -> None:

@@ -374,7 +374,9 @@ class SkipWarmup:
         return EachStep(lambda model, at, _: self.apply(model, at.global_step, at.epoch or 0.0))
 
     def state_dict(self) -> dict[str, Any]:
+        """How many calls :meth:`apply` has counted."""
         return {"next_step": self._next_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on counting from there."""
         self._next_step = state["next_step"]

@@ -20,6 +20,8 @@ from effcore.methods.ttc_curves import binomial
 
 
 class Verifier(Protocol):
+    """Anything that scores responses."""
+
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
         """How likely each response answers its prompt, 0 to 1."""
         ...

@@ -101,6 +101,7 @@ class Layout:
     # ---------------------------------------------------------------- questions
 
     def check_layers(self, num_layers: int | None) -> None:
+        """Raises ValueError where the layout is of another number of layers; None fits all."""
         if num_layers is not None and num_layers != self.num_layers:
             raise ValueError(f"effcore.Layout: {self} has {self.num_layers} layers but the model has {num_layers}")
 
@@ -125,6 +126,7 @@ class Layout:
 
     @property
     def is_full(self) -> bool:
+        """Whether every layer computes its own."""
         return not self.shared
 
     @property
@@ -139,12 +141,15 @@ class Layout:
         return owner if self.shared and all(o == owner for o in self.owners[self.start :]) else None
 
     def owner_of(self, layer: int) -> int:
+        """The layer whose activations this one uses, itself where it owns."""
         return self.owners[layer]
 
     def is_consumer(self, layer: int) -> bool:
+        """Whether it uses another layer's activations."""
         return self.owners[layer] != layer
 
     def consumers_of(self, owner: int) -> tuple[int, ...]:
+        """The layers that use this one's activations, in ascending order."""
         return tuple(layer for layer in range(owner + 1, self.num_layers) if self.owners[layer] == owner)
 
     def __len__(self) -> int:
