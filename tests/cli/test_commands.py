@@ -31,7 +31,10 @@ def run(capsys, monkeypatch, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("content", ["[]", "3", '{"title": "skipvit"}', "{"])
+CLASSIFIER = '{"title": "SwiftLearn", "accuracy": 0.5, "validation_loss": 0.7}'
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"title": "skipvit"}', "{", CLASSIFIER])
 def test_a_summary_of_something_else_is_named(run, tmp_path, content):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "summary.json").write_text(content)

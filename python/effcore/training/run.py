@@ -265,8 +265,8 @@ def resumed(folder: RunFolder, method: str) -> tuple[RunConfig, Path]:
     return config, found[-1]
 
 
-def finished_run(path: Path, number: str = "validation_loss") -> RunFolder:
-    """The folder of a finished run that is judged by this number, for ``--against``."""
+def finished_run(path: Path, number: str = "tokens_per_second") -> RunFolder:
+    """The folder of a finished run that has this number, for ``--against``."""
     folder = RunFolder(path)
     if folder.summary(number) is None:
         raise InputError(f"--against {path}: no finished run here (no summary.json)")
