@@ -111,18 +111,22 @@ def _training(model: Any, batch: int, length: int, steps: int = 0) -> sharing.Tr
 
 
 def _training_rows(model: Any, length: int) -> int:
-    """The largest batch with which this model trains. Memory grows by the row, so two small batches tell where to begin."""
+    """The largest batch with which this model trains, compiled for that batch. Memory grows by the row, so two small batches
+    tell where to begin; 1 GiB is left for kernels that are loaded when they are first used."""
     peaks = []
     for batch in (4, 8):
         torch.cuda.reset_peak_memory_stats()
         _training(model, batch, length, 2)
         peaks.append(torch.cuda.max_memory_allocated())
         sharing.free(compiled=False)
-    free = torch.cuda.get_device_properties(0).total_memory - peaks[0]
-    batch = 4 + int(4 * free // (peaks[1] - peaks[0]))
-    while not _works(functools.partial(_training, model, batch, length, 2)):
+    room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - (1 << 30)
+    batch = 4 + int(4 * (room - peaks[0]) // (peaks[1] - peaks[0]))
+    while True:
+        torch.compiler.reset()  # or it runs what was compiled for any batch
+        if _works(functools.partial(_training, model, batch, length, 3)):
+            return batch
+        print(f"  no memory for a batch of {batch}", flush=True)
         batch -= 1
-    return batch
 
 
 def fit(report: sharing.Report, quick: bool, rounds: int) -> None:
@@ -140,7 +144,6 @@ def fit(report: sharing.Report, quick: bool, rounds: int) -> None:
     for name, make in makers.items():
         trained = make()
         batch = _training_rows(trained, length) if sharing.CUDA else 4
-        torch.compiler.reset()  # or it runs what was compiled for any batch
         step = _training(trained, batch, length)
         rate = batch * length / statistics.median(sharing.in_turns({name: step}, rounds=rounds, repeats=2)[name])
         rows.append({"what": "fit", "length": length, "model": name, "batch": batch, "tokens/s": rate})
