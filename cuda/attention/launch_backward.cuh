@@ -73,8 +73,7 @@ void Kernels<T, D>::backward(const BackwardParams& p, bool compact, const char* 
 
 template <class T, int D>
 void Kernels<T, D>::delta(const DeltaParams& p, const char* function, cudaStream_t stream) {
-  const std::int64_t rows = static_cast<std::int64_t>(p.shape.batch) * p.shape.heads * p.shape.queries;
-  const unsigned blocks = static_cast<unsigned>((rows + delta_rows<T, D> - 1) / delta_rows<T, D>);
+  const unsigned blocks = delta_blocks_a_head<T, D>(p.shape) * static_cast<unsigned>(p.shape.batch * p.shape.heads);
   // Without a row there are still turns to be zeroed.
   launch(function, delta_kernel<T, D>, p.turns != nullptr && blocks == 0 ? 1u : blocks, delta_threads, 0, stream, p);
 }
