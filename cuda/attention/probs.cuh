@@ -54,7 +54,12 @@ __global__ void __launch_bounds__(ProbsTiles<T, D>::threads) probs_kernel(const 
     for (int i = 0; i < 2; ++i) {
       const int row = row0 + warp_row + 16 * m + lane / 4 + 8 * i;
       shift[m][i] = row < s.queries ? p.lse[static_cast<std::int64_t>(work.head) * s.queries + row] * log2e : -infinity;
-      if (row < s.queries && lane % 4 == 0) p.factors[static_cast<std::int64_t>(work.head) * s.queries + row] = 1.0f;
+      if (row < s.queries && lane % 4 == 0) {
+        float* const factor = p.factors + static_cast<std::int64_t>(work.head) * s.queries + row;
+        *factor = 1.0f;
+        if constexpr (!is_16bit<T>)
+          factor[static_cast<std::int64_t>(s.batch) * s.heads * s.queries] = 0.0f;  // the rest of their room
+      }
       begin[m][i] = row < s.queries ? seen.begin(row) : 0;
       end[m][i] = row < s.queries && shift[m][i] != -infinity ? seen.end(row) : 0;
     }

@@ -296,6 +296,9 @@ def check_special() -> list[dict]:
     twice = ops.attention_from_scores(scores, v) + ops.attention_from_scores(scores, v)
     dq, dk = torch.autograd.grad((out + twice).sum(), (q, k))
     add("scores used twice give NaN", torch.isnan(dq).all() and torch.isnan(dk).all())
+    poison()
+    _, (scores,) = ops.attention_with_scores(*(t.detach().float() for t in (q, k, v)), consumers=1, keep="probs")
+    add("all of kept probabilities is written, with the room of their factors", torch.isfinite(scores.probs).all())
     try:
         ops.attention(*(t.double() for t in (q, k, v)))
         add("float64 is refused", False)
