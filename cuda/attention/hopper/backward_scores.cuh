@@ -257,7 +257,7 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
     for (int i = 0; i < 2; ++i) {
       const bool exists = query + 8 * i < s.queries;
       factor[i] = !from_probs ? 1.0f : exists ? p.factors[row0 + query + 8 * i] : 0.0f;
-      delta[i] = exists ? p.delta[row0 + query + 8 * i] * factor[i] : 0.0f;
+      delta[i] = exists ? p.delta[row0 + query + 8 * i] : 0.0f;
     }
     if constexpr (!from_probs) {
       float shift[2];
@@ -296,6 +296,7 @@ __device__ __forceinline__ void scores_consume(const ScoresParams& p, char* shar
       hand_over();
     }
     multiply_panels(p.layers * p.panels);
+    delta[0] *= factor[0], delta[1] *= factor[1];  // not before: the products do not wait for these
     wait_for_tiles();
     const auto differentiate = [&]<bool masked>() {
       constexpr int together = 4;  // blocks that are loaded at a time: each alone would wait for itself
