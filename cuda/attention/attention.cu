@@ -142,12 +142,9 @@ struct SharedBackwardWorkspace {
   int* ticket = nullptr;
   void* scaled = nullptr;
 
-  SharedBackwardWorkspace(const Problem& p, bool from_probs, void* memory) {
+  SharedBackwardWorkspace(const SharedBackward& args, bool served_by_hopper, void* memory) {
     Workspace space(memory);
-    if (p.dtype != DType::float32 && on_hopper(shared_backward_name)) {
-      ticket = space.take<int>(1);
-      if (from_probs) scaled = take_scaled(space, p);
-    }
+    if (served_by_hopper && args.probs != nullptr) ticket = space.take<int>(1), scaled = take_scaled(space, args.problem);
     bytes = space.used();
   }
 };
@@ -204,6 +201,16 @@ std::vector<const TensorView*> tensors_of(const Backward& args) {
   return tensors;
 }
 
+std::vector<const TensorView*> tensors_of(const SharedBackward& args) {
+  return {&args.q, &args.k, &args.dout, &args.dv};
+}
+
+template <class K>
+SharedBackwardWorkspace shared_workspace(const SharedBackward& args, K kernels, void* memory) {
+  const bool served = try_hopper_backward(kernels, args.problem, tensors_of(args), args.probs, shared_backward_name, [](auto) {});
+  return {args, served, memory};
+}
+
 template <class K>
 PlannedBackward backward_plan(const Backward& args, K kernels) {
   PlannedBackward planned{};
@@ -225,7 +232,8 @@ std::size_t workspace_bytes(const SharedForward&) {
   return on_hopper(shared_name) ? sizeof(int) : 0;
 }
 std::size_t workspace_bytes(const SharedBackward& args) {
-  return SharedBackwardWorkspace(args.problem, args.probs != nullptr, nullptr).bytes;
+  return dispatch(args.problem, shared_backward_name,
+                  [&](auto kernels) { return shared_workspace(args, kernels, nullptr).bytes; });
 }
 std::size_t workspace_bytes(const Backward& args) {
   return dispatch(args.problem, backward_name, [&](auto kernels) {
@@ -307,17 +315,15 @@ void shared_backward(const SharedBackward& args, const Launch& launch) {
   params.dv = tensor(args.dv);
   params.float_dv = args.dv.dtype == DType::float32;
   params.factors = delta.factors = factors_of(shape, p.dtype, args.probs);
-  const SharedBackwardWorkspace space(p, args.probs != nullptr, launch.workspace);
-  params.ticket = space.ticket;
   dispatch(p, shared_backward_name, [&](auto kernels) {
+    const SharedBackwardWorkspace space = shared_workspace(args, kernels, launch.workspace);
     const auto take = [&](auto hopper) {
-      delta.scaled = space.scaled;
+      params.ticket = space.ticket, delta.scaled = space.scaled;
       if (delta.scaled != nullptr) params.dout[0] = scaled_tensor(p, delta.scaled);
       kernels.delta(delta, shared_backward_name, stream_of(launch));
       hopper.values(params, shared_backward_name, stream_of(launch));
     };
-    if (try_hopper_backward(kernels, p, {&args.q, &args.k, &args.dout, &args.dv}, args.probs, shared_backward_name, take))
-      return;
+    if (try_hopper_backward(kernels, p, tensors_of(args), args.probs, shared_backward_name, take)) return;
     kernels.delta(delta, shared_backward_name, stream_of(launch));
     kernels.shared_backward(params, shared_backward_name, stream_of(launch));
   });
