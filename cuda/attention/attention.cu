@@ -207,7 +207,8 @@ std::vector<const TensorView*> tensors_of(const SharedBackward& args) {
 
 template <class K>
 SharedBackwardWorkspace shared_workspace(const SharedBackward& args, K kernels, void* memory) {
-  const bool served = try_hopper_backward(kernels, args.problem, tensors_of(args), args.probs, shared_backward_name, [](auto) {});
+  const bool served =
+      try_hopper_backward(kernels, args.problem, tensors_of(args), args.probs, shared_backward_name, [](auto) {});
   return {args, served, memory};
 }
 
