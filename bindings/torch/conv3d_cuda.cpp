@@ -19,7 +19,9 @@ struct Cuda {
 
 Tensor patch_embed3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* f = "patch_embed3d";
-  const Tensor kernel = torch::stable::contiguous(weight);
+  // Through torch's dispatcher, which takes longer than the rest of this function: only where it does something.
+  const auto contiguous = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
+  const Tensor kernel = contiguous(weight);
   // The kernel reads voxels 16 bytes at a time and the bias 4.
   const auto aligned = [](const Tensor& t, int bytes) {
     return reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % bytes == 0 ? t : torch::stable::clone(t);
@@ -30,7 +32,7 @@ Tensor patch_embed3d(const Tensor& x, const Tensor& weight, const std::optional<
   conv3d::check_patches(f, args.x, args.weight);
   TensorView vbias;
   if (bias) {
-    added = aligned(torch::stable::contiguous(*bias), 4);
+    added = aligned(contiguous(*bias), 4);
     vbias = view(*added, f, "bias");
     conv3d::check_bias(f, vbias, args.weight);
     args.bias = &vbias;

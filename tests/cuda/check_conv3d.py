@@ -91,6 +91,13 @@ PATCHES = [
     (2, 3, 384, (3, 64, 96), (1, 32, 32)),
     (2, 2, 1024, (3, 64, 128), (1, 8, 64)),
     (3, 4, 648, (9, 21, 48), (3, 1, 16)),
+    # Rows of two and of four neighbouring patches; depths that end within a step.
+    (9, 3, 200, (5, 40, 160), (2, 16, 16)),
+    (5, 2, 776, (4, 40, 128), (2, 16, 16)),
+    (3, 3, 384, (3, 64, 192), (1, 32, 32)),
+    (2, 3, 16, (4, 32, 32), (1, 1, 16)),
+    (3, 5, 24, (2, 16, 64), (1, 1, 16)),
+    (2, 3, 40, (1, 6, 64), (1, 1, 32)),
 ]
 
 
@@ -168,6 +175,8 @@ def make_patches(problem, dtype: torch.dtype, layout: str):
     batch, channels, outputs, size, kernel = problem
     voxels = torch.randn(batch, channels + 1, *size, device="cuda").to(dtype)
     x = voxels[:, 1:] if layout == "sliced" else voxels[:, 1:].contiguous()
+    if layout == "frames outside":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
     weight = (
         torch.randn(outputs, channels, *kernel, device="cuda") * (channels * kernel[0] * kernel[1] * kernel[2]) ** -0.5
     )
@@ -179,7 +188,7 @@ def check_patches(problems=PATCHES) -> list[tuple[str, bool, str]]:
     found = []
     for problem in problems:
         for name in ("bf16", "fp16"):
-            for layout in ("contiguous", "sliced"):
+            for layout in ("contiguous", "sliced", "frames outside"):
                 label = f"{name} {layout} patches {problem}"
                 tensors = make_patches(problem, DTYPES[name], layout)
                 doubles = [t.double() for t in tensors]
@@ -353,6 +362,7 @@ SMALL_PATCHES = [
     (3, 3, 200, (4, 34, 48), (2, 16, 16)),
     (140, 1, 776, (2, 64, 64), (1, 16, 16)),  # several tiles a block
     (2, 1, 64, (1, 32, 64), (1, 2, 32)),
+    (3, 5, 24, (2, 16, 64), (1, 1, 16)),
 ]
 
 

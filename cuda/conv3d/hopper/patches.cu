@@ -18,64 +18,36 @@ void run(const char* function, const PatchesParams& p, const Launch& launch) {
   constexpr int bytes = sizeof(PatchesMemory<Columns>);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), function);
   const int clusters = device_attribute(cudaDevAttrMultiProcessorCount, function) / patch_blocks;
-  launch_overlapping(function, kernel, static_cast<unsigned>(std::min(p.tiles * p.pairs, clusters) * patch_blocks),
+  launch_overlapping(function, kernel, static_cast<unsigned>(std::min(p.pairs * p.panels, clusters) * patch_blocks),
                      patch_threads, bytes, static_cast<cudaStream_t>(launch.stream), p);
 }
 
-CUtensorMapDataType element_of(const TensorView& t) {
-  return t.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-}
-CUtensorMapSwizzle swizzle_of(int elements) {
-  return elements == 16 ? CU_TENSOR_MAP_SWIZZLE_32B : CU_TENSOR_MAP_SWIZZLE_64B;
-}
-
-// From the driver, as tensor_map_encoder().
-auto im2col_map_encoder() {
-  using Encode = decltype(&cuTensorMapEncodeIm2col);
-  static const Encode function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    const auto error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeIm2col", &entry, 12000, cudaEnableDefault, &found);
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
-  }();
-  return function;
-}
-
-// From a patch's first voxel to its last, in elements of the clip. Coordinates of the copy engine are 32 bits wide.
-std::int64_t voxels_of(const TensorView& x, const std::int64_t* kernel) {
-  std::int64_t voxels = 1;
+// From the first voxel of a group of patches to its last, in elements of the clip. Coordinates of the copy engine are 32 bits
+// wide.
+std::int64_t voxels_of(const TensorView& x, const std::int64_t* kernel, std::int64_t group) {
+  std::int64_t voxels = 1 + (group - 1) * kernel[2];
   for (int d = 1; d < 5; ++d) voxels += (d == 1 ? x.size[1] - 1 : kernel[d - 2] - 1) * x.stride[d];
   return voxels;
 }
 
-// Pieces of patches' lines. "Channels" are all voxels from a patch's first to its last.
-bool encode_patches(CUtensorMap* map, const TensorView& x, const std::int64_t* kernel, const std::int64_t* grid, int piece,
-                    int rows) {
-  const auto encode = im2col_map_encoder();
-  if (encode == nullptr) return false;
-  const auto bytes = [&](std::int64_t elements) { return static_cast<cuuint64_t>(2 * elements); };
-  const cuuint64_t size[5] = {static_cast<cuuint64_t>(voxels_of(x, kernel)), static_cast<cuuint64_t>(grid[2]),
+// Pieces of lines of groups of patches. "Channels" are all voxels of a group.
+bool encode_patches(CUtensorMap* map, const TensorView& x, const std::int64_t* kernel, const std::int64_t* grid, int group,
+                    int piece) {
+  const cuuint64_t size[5] = {static_cast<cuuint64_t>(voxels_of(x, kernel, group)), static_cast<cuuint64_t>(grid[2] / group),
                               static_cast<cuuint64_t>(grid[1]), static_cast<cuuint64_t>(grid[0]),
                               static_cast<cuuint64_t>(x.size[0])};
-  const cuuint64_t stride[4] = {bytes(kernel[2]), bytes(kernel[1] * x.stride[3]), bytes(kernel[0] * x.stride[2]),
-                                bytes(x.stride[0])};
-  constexpr int corner[3] = {};
-  constexpr cuuint32_t step[5] = {1, 1, 1, 1, 1};
-  return encode(map, element_of(x), 5, const_cast<void*>(x.data), size, stride, corner, corner, static_cast<cuuint32_t>(piece),
-                static_cast<cuuint32_t>(rows), step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(piece),
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const std::int64_t elements[4] = {group * kernel[2], kernel[1] * x.stride[3], kernel[0] * x.stride[2], x.stride[0]};
+  cuuint64_t stride[4];  // bytes; where there is one position it may be anything, but the encoder takes multiples of 16 alone
+  for (int d = 0; d < 4; ++d) stride[d] = size[d + 1] > 1 ? static_cast<cuuint64_t>(2 * elements[d]) : 16;
+  return encode_im2col_map(map, x.dtype, x.data, size, stride, group * piece, patch_rows / group);
 }
 
 // Steps of panels of weights.
 bool encode_weight(CUtensorMap* map, const TensorView& weight, std::int64_t depth, int panel) {
-  const auto encode = tensor_map_encoder();
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(depth), static_cast<cuuint64_t>(weight.size[0])};
-  const cuuint64_t stride[1] = {size[0] * 2};
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(depth), static_cast<cuuint64_t>(weight.size[0])},
+                   stride[1] = {size[0] * 2};
   const cuuint32_t box[2] = {patch_depth, static_cast<cuuint32_t>(panel)};
-  constexpr cuuint32_t step[2] = {1, 1};
-  return encode != nullptr && encode(map, element_of(weight), 2, const_cast<void*>(weight.data), size, stride, box, step,
-                                     CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(patch_depth), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode_tensor_map(map, weight.dtype, weight.data, size, stride, box);
 }
 
 }  // namespace
@@ -85,33 +57,38 @@ bool patches(const char* function, const Patches& args, const Launch& launch) {
   if (x.dtype != DType::bfloat16 && x.dtype != DType::float16) return false;
   const std::int64_t *kernel = args.weight.size + 2, *grid = out.size + 2, columns = out.size[1];
   const std::int64_t depth = x.size[1] * kernel[0] * kernel[1] * kernel[2];
-  if (kernel[2] % 16 != 0 || depth % patch_depth != 0 || columns % 8 != 0) return false;
+  if (kernel[2] % 16 != 0 || columns % 8 != 0) return false;
   const std::int64_t rows = x.size[0] * grid[0] * grid[1] * grid[2];
   if (x.stride[4] != 1 || rows >= std::int64_t{1} << 30 || columns >= 1 << 20) return false;
   for (int d = 0; d < 4; ++d)
     if (x.size[d] > 1 && (x.stride[d] <= 0 || x.stride[d] % 8 != 0)) return false;
-  if (reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0 || voxels_of(x, kernel) > std::int64_t{1} << 31) return false;
+  const int piece = kernel[2] % 64 == 0 ? 64 : kernel[2] % 32 == 0 ? 32 : 16;
+  int group = 4;
+  while (group > 1 && (grid[2] % group != 0 || kernel[2] != piece || group * piece > 64)) group /= 2;
+  if (reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0 || voxels_of(x, kernel, group) > std::int64_t{1} << 31) return false;
   if (args.bias != nullptr && (args.bias->stride[0] != 1 || reinterpret_cast<std::uintptr_t>(args.bias->data) % 4 != 0))
     return false;
   if (rows == 0) return true;
 
   // The fewer columns beyond the last one; among equals the wider panels, which read the patches less often.
-  const auto padded = [&](std::int64_t panel) { return ceil_div(columns, patch_blocks * panel) * patch_blocks * panel; };
-  const int panel = padded(192) <= padded(128) ? 192 : 128;
-  const int piece = kernel[2] % 32 == 0 ? 32 : 16;
+  const auto panels = [&](std::int64_t panel) { return ceil_div(columns, panel); };
+  const int panel = panels(192) * 192 <= panels(128) * 128 ? 192 : 128;
   PatchesParams p{};
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)}, stride[1] = {size[0] * 2};
-  const cuuint32_t box[2] = {out_box, out_box};
-  if (!encode_weight(&p.weight, args.weight, depth, panel) ||
-      !encode_tensor_map(&p.out, x.dtype, out.data, size, stride, box) ||
-      !encode_patches(&p.x, x, kernel, grid, piece, patch_rows / patch_blocks))
+  const cuuint64_t size[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(group),
+                              static_cast<cuuint64_t>(rows / group)},
+                   stride[2] = {size[0] * 2, size[0] * size[1] * 2};
+  const cuuint32_t box[3] = {out_box, 1, out_box};
+  if (!encode_weight(&p.weight, args.weight, depth, panel / patch_blocks) ||
+      !encode_tensor_map(&p.out, x.dtype, out.data, size, stride, box) || !encode_patches(&p.x, x, kernel, grid, group, piece))
     return false;
-  p.line = Divider(grid[2]), p.frame = Divider(grid[1] * grid[2]), p.volume = Divider(grid[0] * grid[1] * grid[2]);
+  const std::int64_t line = grid[2] / group;
+  p.line = Divider(line), p.frame = Divider(grid[1] * line), p.volume = Divider(grid[0] * grid[1] * line);
   p.columns = static_cast<int>(columns);
-  p.tiles = static_cast<int>(ceil_div(rows, patch_rows)), p.pairs = static_cast<int>(padded(panel) / (patch_blocks * panel));
-  p.steps = static_cast<int>(depth / patch_depth), p.piece = piece;
+  p.pairs = static_cast<int>(ceil_div(rows, patch_rows * patch_blocks)), p.panels = static_cast<int>(panels(panel));
+  p.steps = static_cast<int>(ceil_div(depth, patch_depth)), p.group = group, p.piece = piece;
   for (int d = 0; d < 3; ++d) p.kernel[d] = static_cast<int>(d < 2 ? kernel[d] : kernel[2] / piece);
   p.step_c = static_cast<int>(x.stride[1]), p.step_t = static_cast<int>(x.stride[2]), p.step_h = static_cast<int>(x.stride[3]);
+  p.channels = static_cast<int>(x.size[1]), p.end = static_cast<int>(voxels_of(x, kernel, group));
   if (args.bias != nullptr) p.bias = args.bias->data;
   const auto run_as = [&](auto zero) {
     using T = decltype(zero);

@@ -5,6 +5,7 @@ On Hopper in bfloat16 and float16 the product reads the patches where they lie i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -95,28 +96,40 @@ def _reads_in_place(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype
         and x.dtype in (torch.bfloat16, torch.float16)
         and weight.shape[-1] % 16 == 0
-        and math.prod(weight.shape[1:]) % 32 == 0
         and weight.shape[0] % 8 == 0
-        and x.stride(-1) == 1
-        and all(n % 8 == 0 for n in x.stride()[:-1])
         # Offsets cannot be traced; the op copies what is whole but begins elsewhere.
-        and (x.is_contiguous() if torch.compiler.is_compiling() else x.storage_offset() % 8 == 0)
-        and min(x.stride()) > 0
-        and _span(x, weight) < 2**31
+        and (torch.compiler.is_compiling() or x.storage_offset() % 8 == 0)
+        and (_is_whole(x) or (not torch.compiler.is_compiling() and _strides_serve(x, weight)))
         and _has_kernel(x.dtype)
     )
 
 
-def _span(x: Tensor, weight: Tensor) -> int:
-    """Elements of x from a patch's first voxel to its last."""
-    return sum((n - 1) * stride for n, stride in zip((x.shape[1], *weight.shape[2:]), x.stride()[1:], strict=True))
+def _is_whole(x: Tensor) -> bool:
+    return x.is_contiguous() and x.shape[-1] % 8 == 0 and x.stride(0) < 2**31
+
+
+def _strides_serve(x: Tensor, weight: Tensor) -> bool:
+    strides = x.stride()
+    # From the first voxel of four neighbouring patches to their last: coordinates of the copy engine are 32 bits wide.
+    span = sum((n - 1) * stride for n, stride in zip((x.shape[1], *weight.shape[2:]), strides[1:], strict=True))
+    return (
+        strides[-1] == 1
+        and min(strides) > 0
+        and all(n % 8 == 0 for n in strides[:-1])
+        and span + 3 * weight.shape[-1] < 2**31
+    )
 
 
 @torch.compiler.assume_constant_result
 def _has_kernel(dtype: torch.dtype) -> bool:
+    return _path(dtype, torch.cuda.current_device()) == "wgmma sm_90a"
+
+
+@functools.cache
+def _path(dtype: torch.dtype, _device: int) -> str:
     from effcore import _cuda
 
-    return _cuda.path("conv3d", str(dtype).removeprefix("torch.")) == "wgmma sm_90a"
+    return _cuda.path("conv3d", str(dtype).removeprefix("torch."))
 
 
 @torch.library.register_fake("effcore::patch_embed3d")

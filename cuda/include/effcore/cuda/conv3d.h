@@ -30,8 +30,7 @@ struct Patches {
 };
 
 // On sm_90a alone, in bfloat16 and float16: patches are read where they lie. Their lines are dense, a multiple of 16 voxels
-// long and begin at multiples of 16 bytes, a patch has a multiple of 32 voxels, O is one of 8, and the bias is dense; all else
-// is refused.
+// long and begin at multiples of 16 bytes, O is a multiple of 8, and the bias is dense; all else is refused.
 void patches(const Patches& args, const Launch& launch);
 
 // Which kernels serve this dtype on the current GPU, for `effcore doctor`: "wgmma sm_90a" (where the
