@@ -47,24 +47,22 @@ template <class T, int Columns, int First, int Second, bool Split, bool Transpos
 bool run(const char* function, LinesParams p, const Launch& launch) {
   const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
   constexpr int positions = positions_of_lines<Columns, First, Second>;
-  constexpr int received = Split ? middle_of<positions> / 2 * line_consumers * 4 : 0;
   const auto bytes = [&](int voxels, int weights) {
-    const int rings = voxels * p.stage_bytes + weights * Columns * 128;
-    return static_cast<int>(ceil_div(rings + static_cast<int>(sizeof(LinesMemory<positions>)), 16)) * 16;
+    const int rings = voxels * p.stage_bytes + weights * Columns * 128;  // room for the other parts of the other block's sums
+    const int all = (Split ? first_part_bytes : 0) + rings + static_cast<int>(sizeof(LinesMemory<positions>));
+    return static_cast<int>(ceil_div(all, 16)) * 16;
   };
-  const int most = memory - received;
   p.voxel_stages = 2, p.weight_stages = 3;
-  if (bytes(p.voxel_stages, p.weight_stages) > most) return false;
-  while (p.voxel_stages < most_line_voxel_stages && bytes(p.voxel_stages + 1, p.weight_stages) <= most) ++p.voxel_stages;
-  while (p.weight_stages < most_line_weight_stages && bytes(p.voxel_stages, p.weight_stages + 1) <= most) ++p.weight_stages;
-  p.received_from = bytes(p.voxel_stages, p.weight_stages);
+  if (bytes(p.voxel_stages, p.weight_stages) > memory) return false;
+  while (p.voxel_stages < most_line_voxel_stages && bytes(p.voxel_stages + 1, p.weight_stages) <= memory) ++p.voxel_stages;
+  while (p.weight_stages < most_line_weight_stages && bytes(p.voxel_stages, p.weight_stages + 1) <= memory) ++p.weight_stages;
+  const int shared_bytes = bytes(p.voxel_stages, p.weight_stages);
   const int device = device_attribute(cudaDevAttrMultiProcessorCount, function);
   // The middle's two kernels take two stages at once, for which a block of three waits: with 128 channels at [32, 16, 28, 28]
   // about as long as for another tap. There packing them pays.
   if (!p.packed && p.weight_stages < 4 && p.items > 2 * device) return false;
   const auto kernel = conv3d_lines_kernel<T, Columns, First, Second, Split, Transposed>;
-  const std::size_t shared_bytes = static_cast<std::size_t>(p.received_from + received);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), function);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), function);
   cudaLaunchAttribute attribute[2];
   attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute[0].val.programmaticStreamSerializationAllowed = 1;
@@ -72,7 +70,7 @@ bool run(const char* function, LinesParams p, const Launch& launch) {
   attribute[1].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(Split ? 2 * p.items : std::min(p.items, device)));
-  config.blockDim = line_threads, config.dynamicSmemBytes = shared_bytes;
+  config.blockDim = line_threads, config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(launch.stream);
   config.attrs = attribute, config.numAttrs = Split ? 2 : 1;
   check(cudaLaunchKernelEx(&config, kernel, p), function);

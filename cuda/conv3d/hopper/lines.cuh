@@ -14,11 +14,11 @@
 // dropped. For 3 x 3 + 2 taps that is 1.14 + 2 boxes instead of the 11 that taps read one by one.
 //
 // Where there are fewer tiles than half of the device, a cluster of two blocks shares one: each sums half of the channels,
-// gives the other its sums of half of the positions through distributed shared memory, and stores the other half.
+// gives the other its sums of half of the positions through distributed shared memory, in parts, and stores the other half.
 //
 // Kernels with their channels inside (channels_last_3d) are read where they lie, as rows of input channels for the gradient of
-// the data, which wgmma then reads transposed. The middle of the cross has two kernels: both come, and are added in float32 and
-// rounded once, while the products before are under way. Others are packed beforehand.
+// the data, which wgmma then reads transposed. The middle of the cross has two kernels: both come, and are added, rounded
+// once, by warps beside the producer's. Others are packed beforehand.
 //
 // A producer warp fills two rings by TMA; blocks stay, and fetch the next tile's first boxes while the last one's results
 // leave.
@@ -40,6 +40,11 @@ namespace sm90 = effcore::cuda::hopper;
 constexpr int line_consumers = 2 * 128, line_threads = line_consumers + 128;
 constexpr int line_registers = 240, line_fetching_registers = 24;
 constexpr int most_line_voxel_stages = 3, most_line_weight_stages = 8, most_frames = 16;
+constexpr int adding_warps = 3, adding_threads = adding_warps * 32;  // of the producer's warpgroup
+
+// Blocks of a cluster swap their sums in parts. The first has a place of its own, before the rings; the others come where the
+// rings were.
+constexpr int received_parts = 4, first_part_bytes = 32 / 2 * line_consumers * 4;
 
 // Taps that share a box.
 struct LoadedFrame {
@@ -59,7 +64,6 @@ struct LinesParams {
   Tiling tiling;                               // of positions, margins included
   int items, column_blocks, first_w;
   int voxel_stages, weight_stages, stage_bytes, box_bytes, halo_bytes, zero_from;
-  int received_from;           // the other block's sums, behind everything else
   int frames_of_taps, blocks;  // blocks: of 64 channels
   int half_blocks;             // 1 where the last of them has at most 32
   bool packed;
@@ -76,8 +80,8 @@ template <int Positions>
 struct LinesMemory {
   sm90::Ring<most_line_voxel_stages> voxels;
   sm90::Ring<most_line_weight_stages> weights;
-  sm90::BarrierWord received;  // the other block's sums
-  int offset[Positions];       // of a position's results, in pieces of 8, or -1
+  sm90::BarrierWord received[received_parts];  // the other block's sums
+  int offset[Positions];                       // of a position's results, in pieces of 8, or -1
 };
 
 // An 8 x 8 tile of 16-bit elements across a warp, transposed.
@@ -87,29 +91,45 @@ __device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t x) {
   return y;
 }
 
-// Sends Count sums from `from` on to the other block of the cluster, four of a thread side by side.
-template <int From, int Count, int N>
+// Where the sums of positions from `From` on lie among those that begin at `Begin`, four of a thread side by side.
+template <int Begin, int From>
+constexpr int sums_before = (From - Begin) / 8 * line_consumers;
+
+// Sends the sums of positions `From` to `To` to the other block of the cluster, four of a thread side by side. They count at
+// the barrier themselves: an arrival would have to wait for all stores before it, those of results too.
+template <int Begin, int From, int To, int N>
 __device__ __forceinline__ void send(const float (&sums)[N], float4* received, sm90::BarrierWord* arrived, std::uint32_t to) {
   std::uint32_t address, barrier;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(received + threadIdx.x)), "r"(to));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address(received + sums_before<Begin, From> + threadIdx.x)), "r"(to));
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(arrived)), "r"(to));
 #pragma unroll
-  for (int i = 0; i < Count; i += 4)  // Count is a multiple of 4
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address + i / 4 * line_consumers * 16),
-                 "f"(sums[From + i]), "f"(sums[From + i + 1]), "f"(sums[From + i + 2]), "f"(sums[From + i + 3])
+  for (int i = From / 2; i < To / 2; i += 4)
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     address + (i - From / 2) / 4 * line_consumers * 16),
+                 "f"(sums[i]), "f"(sums[i + 1]), "f"(sums[i + 2]), "f"(sums[i + 3]), "r"(barrier)
                  : "memory");
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-template <int From, int Count, int N>
+template <int Begin, int From, int To, int N>
 __device__ __forceinline__ void add_received(float (&sums)[N], const float4* received) {
 #pragma unroll
-  for (int i = 0; i < Count; i += 4) {
-    const float4 x = received[i / 4 * line_consumers + threadIdx.x];
-    sums[From + i] += x.x, sums[From + i + 1] += x.y, sums[From + i + 2] += x.z, sums[From + i + 3] += x.w;
+  for (int i = From / 2; i < To / 2; i += 4) {
+    const float4 x = received[sums_before<Begin, From> + (i - From / 2) / 4 * line_consumers + threadIdx.x];
+    sums[i] += x.x, sums[i + 1] += x.y, sums[i + 2] += x.z, sums[i + 3] += x.w;
   }
 }
 
+// The cluster's barrier; threads that have ended need not come.
+__device__ __forceinline__ void arrive_in_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void wait_in_cluster() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// For what the other block sends.
 __device__ __forceinline__ void wait_in_cluster(sm90::BarrierWord* barrier) {
   asm volatile(
       "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
@@ -135,33 +155,73 @@ __device__ __forceinline__ void store_lines(const float (&sums)[N], const int* o
   }
 }
 
-// Adds a stage of weights to another: of 128 columns each warpgroup the half that it multiplies, of 64 either half, for both.
-template <class T, int Columns>
-__device__ __forceinline__ void add_weights(char* weights, const char* added) {
-  constexpr int pieces = Columns * 128 / 16 / line_consumers;
-  const int warpgroup = threadIdx.x / 128, first = warpgroup * pieces * 128 + threadIdx.x % 128;
-#pragma unroll 1  // registers are scarce, and the products before hide it
-  for (int i = 0; i < pieces; ++i) {
-    auto& sum = reinterpret_cast<uint4*>(weights)[first + i * 128];
-    uint4 a = sum, b = reinterpret_cast<const uint4*>(added)[first + i * 128];
-    const auto add = [](std::uint32_t x, std::uint32_t y) {
-      const float2 u = unpack<T>(x), v = unpack<T>(y);
-      return pack<T>(u.x + v.x, u.y + v.y);
-    };
-    sum = make_uint4(add(a.x, b.x), add(a.y, b.y), add(a.z, b.z), add(a.w, b.w));
-  }
-  sm90::fence_async();
-  if constexpr (Columns == 64)
-    asm volatile("bar.sync 1, 256;" ::: "memory");
-  else if (warpgroup == 0)
-    asm volatile("bar.sync 2, 128;" ::: "memory");
+// Of two pairs, each sum rounded once.
+template <class T>
+__device__ __forceinline__ std::uint32_t add_pairs(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t sum;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
   else
-    asm volatile("bar.sync 3, 128;" ::: "memory");
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
+// Adds a stage of weights to another.
+template <class T, int Columns>
+__device__ __forceinline__ void add_weights(char* weights, const char* added, int thread) {
+#pragma unroll 1  // registers are scarce where this runs
+  for (int i = thread; i < Columns * 128 / 16; i += adding_threads) {
+    auto& sum = reinterpret_cast<uint4*>(weights)[i];
+    const uint4 a = sum, b = reinterpret_cast<const uint4*>(added)[i];
+    sum = make_uint4(add_pairs<T>(a.x, b.x), add_pairs<T>(a.y, b.y), add_pairs<T>(a.z, b.z), add_pairs<T>(a.w, b.w));
+  }
 }
 
 // Where two blocks that share a tile of positions part it.
 template <int Positions>
 constexpr int middle_of = (Positions / 2 + 7) / 8 * 8;
+
+// Where part `i` of `count` positions begins.
+constexpr int begin_of_part(int i, int count) {
+  return (i * (count / 8) + received_parts - 1) / received_parts * 8;
+}
+
+// Gives the other block its sums of the positions from `Theirs` on and stores those from `Own` on, in parts: while one is on
+// its way, the one before is stored. Neither block ends before it has all that the other sends.
+template <class T, int Own, int OwnCount, int Theirs, int TheirCount, int N>
+__device__ __forceinline__ void swap_and_store(float (&sums)[N], float4* received, sm90::BarrierWord* arrived, std::uint32_t to,
+                                               const int* offset, T* out, const float (&add)[2], bool exists) {
+  if (threadIdx.x == 0) {
+    const auto expect = [&]<int I>(std::integral_constant<int, I>) {
+      constexpr int count = begin_of_part(I + 1, OwnCount) - begin_of_part(I, OwnCount);
+      sm90::Barrier::arrive_and_expect_tx(&arrived[I], count / 2 * line_consumers * 4);
+    };
+    expect(std::integral_constant<int, 0>{}), expect(std::integral_constant<int, 1>{});
+    expect(std::integral_constant<int, 2>{}), expect(std::integral_constant<int, 3>{});
+  }
+  const auto send_part = [&]<int I>(std::integral_constant<int, I>) {
+    constexpr int from = Theirs + begin_of_part(I, TheirCount), end = Theirs + begin_of_part(I + 1, TheirCount);
+    send<Theirs, from, end>(sums, received, &arrived[I], to);
+  };
+  const auto store_part = [&]<int I>(std::integral_constant<int, I>) {
+    constexpr int from = Own + begin_of_part(I, OwnCount), end = Own + begin_of_part(I + 1, OwnCount);
+    wait_in_cluster(&arrived[I]);
+    add_received<Own, from, end>(sums, received);
+    store_lines<T, from, end>(sums, offset, out, add, exists);
+  };
+  static_assert(begin_of_part(1, OwnCount) / 2 * line_consumers * 4 == first_part_bytes);
+  wait_in_cluster();  // The other block has begun,
+  arrive_in_cluster();
+  send_part(std::integral_constant<int, 0>{});
+  wait_in_cluster();  // and has read its last stages.
+  send_part(std::integral_constant<int, 1>{});
+  store_part(std::integral_constant<int, 0>{});
+  send_part(std::integral_constant<int, 2>{});
+  store_part(std::integral_constant<int, 1>{});
+  send_part(std::integral_constant<int, 3>{});
+  store_part(std::integral_constant<int, 2>{});
+  store_part(std::integral_constant<int, 3>{});
+}
 
 // With 128 columns each warpgroup takes half of them, and all positions by two instructions (or one, Second = 0); with 64 it
 // takes all of them, and half of the positions.
@@ -172,40 +232,73 @@ constexpr int positions_of_lines = Columns == 128 ? First + Second : 2 * First;
 template <class T, int Columns, int First, int Second, bool Split, bool Transposed>
 __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __grid_constant__ LinesParams p) {
   constexpr int weight_bytes = Columns * 128, positions = positions_of_lines<Columns, First, Second>;
+  constexpr int readers = 2;  // of a stage of weights
   static_assert(Columns == 128 || (Second == 0 && !Split));
   extern __shared__ __align__(1024) char memory[];
-  char* const weight_memory = memory + p.voxel_stages * p.stage_bytes;
+  char* const voxel_memory = memory + (Split ? first_part_bytes : 0);
+  char* const weight_memory = voxel_memory + p.voxel_stages * p.stage_bytes;
   auto& shared = *reinterpret_cast<LinesMemory<positions>*>(weight_memory + p.weight_stages * weight_bytes);
   if (threadIdx.x == line_consumers) {
-    for (const CUtensorMap* map : {&p.box, &p.box_with_halo, &p.weights[0]}) cute::prefetch_tma_descriptor(map);
-  }
-  if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&p.box, &p.box_with_halo, &p.weights[0], &p.weights[p.packed ? 0 : 1]})
+      cute::prefetch_tma_descriptor(map);
     shared.voxels.init(2);
-    shared.weights.init(2);
-    sm90::Barrier::init(&shared.received, line_consumers);
+    shared.weights.init(readers + (p.packed ? 0 : adding_warps));
+    if constexpr (Split)
+      for (sm90::BarrierWord& word : shared.received) sm90::Barrier::init(&word, 1);
     cutlass::arch::fence_barrier_init();
   }
-  // The last line's right margin, which no box writes.
-  const int zeros = (p.stage_bytes - p.zero_from) / 4;
-  for (int i = threadIdx.x; i < zeros * p.voxel_stages; i += line_threads)
-    *reinterpret_cast<int*>(memory + i / zeros * p.stage_bytes + p.zero_from + i % zeros * 4) = 0;
-  sm90::fence_async();
   int begin = 0, blocks = p.blocks, first_item = blockIdx.x, items = gridDim.x;  // blocks of channels
   std::uint32_t rank = 0;
   if constexpr (Split) {
-    cute::cluster_arrive_relaxed();  // the barriers are there; waited for where sums are sent
+    arrive_in_cluster();  // the barriers are there
     rank = cute::block_rank_in_cluster();
     begin = static_cast<int>(rank) * blocks / 2, blocks = (static_cast<int>(rank) + 1) * blocks / 2;
     first_item /= 2, items /= 2;
   }
-  __syncthreads();
 
   sm90::Turn<most_line_voxel_stages> voxel_turn;
   sm90::Turn<most_line_weight_stages> weight_turn;
   const int warpgroup = sm90::uniform(static_cast<int>(threadIdx.x) / 128);
 
+  // The other warps beside the producer's, ahead of the products. They give back every stage, or they would lose count of laps.
+  const auto add_middles = [&] {
+    const int thread = static_cast<int>(threadIdx.x) - line_consumers - 32;
+    const auto give_back = [&](int stage, int count) {
+      __syncwarp();
+      if (thread % 32 == 0)
+        for (int i = 0; i < count; ++i) sm90::Barrier::arrive(&shared.weights.empty[stage]);
+    };
+    for (int item = first_item; item < p.items; item += items)
+      for (int i = begin * p.frames_of_taps; i < blocks * p.frames_of_taps; ++i) {
+        const LoadedFrame& frame = p.frame[i % p.frames_of_taps];
+        for (int tap = frame.first; tap < frame.first + frame.taps; ++tap, weight_turn.next(p.weight_stages)) {
+          const int stage = weight_turn.stage;
+          if (p.tap[tap].added >= 0) {
+            weight_turn.next(p.weight_stages);
+            shared.weights.wait_full(weight_turn);
+            add_weights<T, Columns>(weight_memory + stage * weight_bytes, weight_memory + weight_turn.stage * weight_bytes,
+                                    thread);
+            sm90::fence_async();
+            asm volatile("bar.sync 4, 96;" ::: "memory");
+            if (thread == 0) sm90::Barrier::arrive(&shared.weights.full[stage]);
+            give_back(weight_turn.stage, thread == 0 ? 1 + readers : 1);
+          } else {
+            shared.weights.wait_full(weight_turn);
+          }
+          give_back(stage, 1);
+        }
+      }
+  };
+
   if (warpgroup == 2) {
     cutlass::arch::warpgroup_reg_dealloc<line_fetching_registers>();
+    if (threadIdx.x >= line_consumers + 32) {
+      asm volatile("bar.sync 0, 384;" ::: "memory");
+      if (!p.packed) add_middles();
+      return;
+    }
+    __syncwarp();
+    asm volatile("bar.arrive 0, 384;" ::: "memory");  // the barriers are there; the first box need not wait for the others
     if (threadIdx.x != line_consumers) return;
     constexpr auto keep = static_cast<std::uint64_t>(sm90::Keep::last);
     bool waited = !p.packed;
@@ -219,24 +312,30 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
           shared.voxels.wait_empty(voxel_turn);
           shared.voxels.expect(voxel_turn, frame.halo ? p.halo_bytes : p.box_bytes);
           cute::SM90_TMA_LOAD_5D::copy(frame.halo ? &p.box_with_halo : &p.box, &shared.voxels.full[voxel_turn.stage], keep,
-                                       memory + voxel_turn.stage * p.stage_bytes, block * 64, p.first_w,
+                                       voxel_memory + voxel_turn.stage * p.stage_bytes, block * 64, p.first_w,
                                        at.t * p.tiling.step[0] + frame.t, at.b, at.h + frame.h);
           voxel_turn.next(p.voxel_stages);
           if (!waited) wait_for_kernel_before();  // which packs the weights, and began behind the one that wrote the voxels
           waited = true;
-          const auto load_weights = [&](int map, int number) {
-            shared.weights.wait_empty(weight_turn);
-            shared.weights.expect(weight_turn, weight_bytes);
-            for (int panel = 0; panel < (Transposed ? Columns / 64 : 1); ++panel)
-              cute::SM90_TMA_LOAD_3D::copy(&p.weights[map], &shared.weights.full[weight_turn.stage], keep,
-                                           weight_memory + weight_turn.stage * weight_bytes + panel * 64 * 128,
-                                           Transposed ? first_column + panel * 64 : block * 64, number,
-                                           Transposed ? block * 64 : first_column);
-            weight_turn.next(p.weight_stages);
-          };
           for (int i = frame.first; i < frame.first + frame.taps; ++i) {
-            load_weights(p.tap[i].map, p.tap[i].number);
-            if (p.tap[i].added >= 0) load_weights(1, p.tap[i].added);
+            const auto load_weights = [&](int map, int number, int stage) {
+              for (int panel = 0; panel < (Transposed ? Columns / 64 : 1); ++panel)
+                cute::SM90_TMA_LOAD_3D::copy(&p.weights[map], &shared.weights.full[weight_turn.stage], keep,
+                                             weight_memory + stage * weight_bytes + panel * 64 * 128,
+                                             Transposed ? first_column + panel * 64 : block * 64, number,
+                                             Transposed ? block * 64 : first_column);
+            };
+            const LoadedTap& tap = p.tap[i];
+            const int stage = weight_turn.stage;
+            shared.weights.wait_empty(weight_turn);
+            if (tap.added >= 0) {  // both arrive at the second one's barrier; at the first one's do those who add them
+              weight_turn.next(p.weight_stages);
+              shared.weights.wait_empty(weight_turn);
+            }
+            shared.weights.expect(weight_turn, tap.added >= 0 ? 2 * weight_bytes : weight_bytes);
+            load_weights(tap.map, tap.number, stage);
+            if (tap.added >= 0) load_weights(1, tap.added, weight_turn.stage);
+            weight_turn.next(p.weight_stages);
           }
         }
     }
@@ -245,6 +344,12 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     return;
   }
 
+  // The last line's right margin, which no box writes.
+  const int zeros = (p.stage_bytes - p.zero_from) / 4;
+  for (int i = threadIdx.x; i < zeros * p.voxel_stages; i += line_consumers)
+    *reinterpret_cast<int*>(voxel_memory + i / zeros * p.stage_bytes + p.zero_from + i % zeros * 4) = 0;
+  sm90::fence_async();
+  asm volatile("bar.sync 0, 384;" ::: "memory");
   cutlass::arch::warpgroup_reg_alloc<line_registers>();
   const int own_column = Columns == 128 ? warpgroup * 64 : 0, own_position = Columns == 128 ? 0 : warpgroup * First;
   for (int item = first_item; item < p.items; item += items) {
@@ -279,19 +384,14 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
       for (int i = 0; i < count * p.frames_of_taps; ++i) {
         const LoadedFrame& frame = p.frame[i % p.frames_of_taps];
         shared.voxels.wait_full(voxel_turn);
-        const std::uint32_t voxels = shared_address(memory + voxel_turn.stage * p.stage_bytes);
+        const std::uint32_t voxels = shared_address(voxel_memory + voxel_turn.stage * p.stage_bytes);
         const int end = frame.first + frame.taps;
         for (int tap = frame.first; tap < end; ++tap) {
           shared.weights.wait_full(weight_turn);
           char* const weights = weight_memory + weight_turn.stage * weight_bytes;
           const int stage = weight_turn.stage;
           weight_turn.next(p.weight_stages);
-          if (p.tap[tap].added >= 0) {
-            shared.weights.wait_full(weight_turn);
-            add_weights<T, Columns>(weights, weight_memory + weight_turn.stage * weight_bytes);
-            if (threadIdx.x % 128 == 0) shared.weights.release(weight_turn);
-            weight_turn.next(p.weight_stages);
-          }
+          if (p.tap[tap].added >= 0) weight_turn.next(p.weight_stages);
           const std::uint32_t rows = voxels + static_cast<std::uint32_t>((p.tap[tap].shift + own_position) * 128);
           const sm90::SharedOperand<Transposed> a(shared_address(weights) + static_cast<std::uint32_t>(own_column * 128), 64,
                                                   false);
@@ -328,23 +428,14 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     T* const to = static_cast<T*>(p.out) + column;
     const bool columns_exist = column < p.columns;
     if constexpr (Split) {
-      constexpr int middle = middle_of<First>, half = middle / 2;  // of the positions, and of a thread's sums
-      auto* const received = reinterpret_cast<float4*>(memory + p.received_from);
-      cute::cluster_wait();
-      if (rank == 0) {
-        send<half, First / 2 - half>(first, received, &shared.received, 1);
-        wait_in_cluster(&shared.received);
-        cute::cluster_arrive();
-        add_received<0, half>(first, received);
-        store_lines<T, 0, middle>(first, shared.offset, to, add, columns_exist);
-      } else {
-        send<0, half>(first, received, &shared.received, 0);
-        wait_in_cluster(&shared.received);
-        cute::cluster_arrive();
-        add_received<half, First / 2 - half>(first, received);
-        store_lines<T, middle, First>(first, shared.offset, to, add, columns_exist);
-      }
-      cute::cluster_wait();  // neither block ends, and gives up its memory, before it has the other's sums
+      constexpr int middle = middle_of<First>;
+      auto* const received = reinterpret_cast<float4*>(memory);
+      if (rank == 0)
+        swap_and_store<T, 0, middle, middle, First - middle>(first, received, shared.received, 1, shared.offset, to, add,
+                                                             columns_exist);
+      else
+        swap_and_store<T, middle, First - middle, 0, middle>(first, received, shared.received, 0, shared.offset, to, add,
+                                                             columns_exist);
     } else {
       store_lines<T, 0, First>(first, shared.offset + own_position, to, add, columns_exist);
       if constexpr (Second > 0) store_lines<T, 0, Second>(second, shared.offset + First, to, add, columns_exist);
