@@ -43,6 +43,15 @@ inline Rows optional_rows(const TensorView* t) {
   return t != nullptr ? rows_of(*t) : Rows{};
 }
 
+// The first or the second of a word's two elements; of bfloat16, in one instruction.
+template <class T>
+__device__ __forceinline__ float half_of(std::uint32_t word, int i) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return __uint_as_float(i == 0 ? word << 16 : word & 0xffff0000u);
+  else
+    return i == 0 ? unpack<T>(word).x : unpack<T>(word).y;
+}
+
 // n neighbouring elements of a row, as they lie in memory: they are taken apart only where they are used, so that loads stay
 // under way until then.
 template <class T, int n>
@@ -56,7 +65,7 @@ struct alignas(sizeof(T) * n >= 16 ? 16
     if constexpr (per_word == 1)
       return __uint_as_float(word[i]);
     else
-      return i % 2 == 0 ? unpack<T>(word[i / 2]).x : unpack<T>(word[i / 2]).y;
+      return half_of<T>(word[i / 2], i % 2);
   }
   __device__ __forceinline__ static Run of(const float (&x)[n]) {
     Run run;

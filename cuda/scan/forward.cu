@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
   }
 }
 
-// Calls body(layout{}). Up to 16 states: whole channels a thread where these make two warps a scheduler, spread over 4 or 8
+// Calls body(layout{}). Up to 16 states: whole channels a thread where these make two warps a scheduler, spread over 2, 4 or 8
 // threads where these do. With fewer channels whole ones in chunks are faster (measured on an H200), unless sequences are too
 // short for many chunks. Up to 64 states: spread over 4 threads where these make two warps, else a Tiling, in chunks.
 template <class Body>
@@ -227,6 +227,7 @@ void with_layout(const Scan& args, const char* function, Body&& body) {
     return body(Tiling<4>{});
   }
   if (!may_spread || fill(Whole::block_channels, fills<Whole>)) return body(Whole{});
+  if (fill(Spread<2>::block_channels, 1.9)) return body(Spread<2>{});
   if (fill(Spread<4>::block_channels, 1.9)) return body(Spread<4>{});
   if (is_short || fill(Spread<8>::block_channels, 1.5)) return body(Spread<8>{});
   body(Whole{});

@@ -1,14 +1,14 @@
-// The forward of the selective scan for few channels: up to 16 states over 4 or 8 threads of a warp, up to 64 over 4.
+// The forward of the selective scan for few channels: up to 16 states over 2, 4 or 8 threads of a warp, up
+// to 64 over 4.
 //
 // A sequence can be gone through once, at N + 3 special functions a token and channel, or cut into chunks and gone through
 // twice, at 2 N + 4. Where spreading channels over threads makes enough warps, it does so at less. What it costs are values
-// that several threads need: a token's step size and input, made by one of a channel's threads, and its output, the sum over
-// all of them. They go through shared memory for 16 tokens at once: four tokens' steps are one read, and so are a thread's
-// values of B or C of a token.
+// that several threads need: a token's step size and input, made by one of the warp's threads, and its output, the sum over a
+// channel's threads. They go through shared memory for 16 tokens at once: four tokens' steps are one read, and so are a
+// thread's values of B or C of a token.
 //
-// A turn of the loop works on a tile, makes the steps and inputs of the next one and ends the outputs of the one before. With 8
-// threads a channel there may be one warp a scheduler, and nothing but the warp itself hides what it waits for: there all reads
-// of shared memory stand before all writes, so that none waits for another (`early`: the other order, in fewer registers).
+// A turn of the loop works on a tile, makes the steps and inputs of the next one and ends the outputs of the one before. Within
+// it all reads of shared memory stand before all writes, so that none waits for another.
 #pragma once
 #include "common/tile.cuh"
 #include "scan/tiles.cuh"
@@ -17,27 +17,33 @@ namespace effcore::cuda::scan {
 
 template <int split_, int padded_ = 16>
 struct Spread {
-  static constexpr bool early = split_ == 4;
   static constexpr int split = split_, padded = padded_, tokens = 16;
   static constexpr int states = padded / split, channels = 32 / split;  // of a thread; of a warp
   static constexpr int block_channels = warps * channels;
   static constexpr int part = 2 * states + (states == 16 ? 4 : 0);  // floats of a thread's B and C of a token, apart in banks
-  static constexpr int resident = split == 8 ? 2 : padded == 16 ? 4 : 3;  // blocks of a multiprocessor
-  static constexpr int ahead = split == 8 ? 2 : 1;   // tiles on their way: with few warps one is not enough
-  static constexpr int stages = split == 8 ? 8 : 4;  // a power of two, of at least 3 + ahead
-  static constexpr int own = tokens / split;         // tokens of a tile that a thread prepares and ends, of its channel
+  static constexpr int resident = split == 8 || states == 16 ? 2 : 3;  // blocks of a multiprocessor
+  static constexpr int ahead = split == 8 ? 2 : 1;                     // tiles on their way: with few warps one is not enough
+  static constexpr int stages = split == 8 ? 8 : 4;                    // a power of two, of at least 3 + ahead
+  static constexpr bool whole_tiles = states < 16;  // whether a tile's outputs fit in registers until all is read
+  // What a thread prepares and ends of a tile: tokens that follow each other, of channels 8 apart.
+  static constexpr int own_channels = split == 2 ? 2 : 1, own = tokens / split / own_channels;
 };
+
+// Whether 8 channels of a tile go between shared memory and registers as two matrices of 8 tokens each, transposed on the way.
+template <class T, class L>
+constexpr bool by_matrices = sizeof(T) == 2 && L::channels >= 8;
 
 template <class T, class L>
 struct alignas(16) SpreadShared {
   static constexpr int run = 16 / sizeof(T);
-  // Where 4 threads share a channel, rows of a thread's tokens stand apart from those of the next one's, so that they meet in
-  // no bank; where 8 do, each row from the next.
+  // Rows, and those of a thread's tokens, stand so far apart that neither matrices' rows nor the threads' tokens meet in a
+  // bank.
   struct Rows {
-    static constexpr int row = L::block_channels + (L::split == 4 ? 0 : run), gap = L::split == 4 ? 2 * run : 0;
-    T at[L::tokens * row + L::split * gap];
+    static constexpr int row = L::block_channels + (L::split == 4 ? 0 : run);
+    static constexpr int gap = L::split == 8 ? 0 : L::split == 4 && by_matrices<T, L> ? run : 2 * run;
+    T at[L::tokens * row + L::tokens / 4 * gap];
 
-    __device__ static constexpr int place(int token, int column) { return token * row + token / L::own * gap + column; }
+    __device__ static constexpr int place(int token, int column) { return token * row + token / 4 * gap + column; }
     __device__ __forceinline__ T& operator()(int token, int column) { return at[place(token, column)]; }
     __device__ __forceinline__ const T& operator()(int token, int column) const { return at[place(token, column)]; }
   };
@@ -50,13 +56,22 @@ struct alignas(16) SpreadShared {
     float at[L::channels * (L::tokens + 4)];
 
     __device__ __forceinline__ float* operator()(int channel, int token) {
-      return &at[channel * L::tokens + (L::split == 4 ? channel / 2 : channel) * 4 + token];
+      return &at[channel * L::tokens + (L::split == 8 ? channel : channel / 2) * 4 + token];
+    }
+  };
+  // Of the outputs, a thread's tokens in a row; the same holds for the threads that write and read four tokens of them.
+  struct Parts {
+    static constexpr int thread = L::tokens + 4, pair = L::split == 2 ? 8 : 0;  // pair: between two channels and the next two
+    static constexpr int channel = L::split * thread + (L::split == 2 ? 8 : L::split == 4 ? 0 : 16);
+    float at[L::channels * channel + L::channels / 2 * pair];
+
+    __device__ __forceinline__ float* operator()(int c, int part, int token) {
+      return &at[c * channel + c / 2 * pair + part * thread + token];
     }
   };
   struct Warp {
     Tokens steps, inputs;
-    float parts[L::channels]
-               [L::split * (L::tokens + 4) + (L::own == 2 ? 16 : 0)];  // of the outputs, a thread's 16 tokens in a row
+    Parts parts;
   };
   Stage stages[L::stages];                         // of tiles that are ended, worked on, made, and on their way
   float states[2][L::tokens][L::split * L::part];  // of a token: a thread's B and then its C, thread after thread
@@ -129,19 +144,69 @@ struct StageRuns {
   };
 };
 
+// x and dt, or z and x, of the tokens that a thread owns. Matrices reach the threads in this very order if a lane's address is
+// that of a row for this lane; lanes from 16 on are for the second one.
+template <class T, class L>
+struct OwnTokens {
+  using Rows = typename SpreadShared<T, L>::Rows;
+  using Values = float[L::own_channels][L::own];
+  static constexpr int lanes = L::tokens / L::own;  // of a channel
+  int channel, token, column;                       // channel: in the warp, the first; column: in the block
+  int place;                                        // bytes to the matrices' row that this lane addresses
+
+  __device__ __forceinline__ OwnTokens(int warp, int lane)
+      : channel(lane / lanes),
+        token(lane % lanes * L::own),
+        column(warp * L::channels + channel),
+        place(Rows::place(lane % 8 / 2 * 4 + lane / 8 % 2 * 2 + lane % 2, warp * L::channels) * static_cast<int>(sizeof(T))) {}
+
+  __device__ __forceinline__ void load(Values& a, Values& b, const Rows& of_a, const Rows& of_b) const {
+#pragma unroll
+    for (int j = 0; j < L::own_channels; ++j) {
+      if constexpr (by_matrices<T, L>) {
+        std::uint32_t pairs[4];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                     : "r"(shared_address(threadIdx.x % 32 < 16 ? &of_a : &of_b) + place + j * 16));
+#pragma unroll
+        for (int u = 0; u < L::own; ++u)
+          a[j][u] = half_of<T>(pairs[u / 2], u % 2), b[j][u] = half_of<T>(pairs[2 + u / 2], u % 2);
+      } else {
+#pragma unroll
+        for (int u = 0; u < L::own; ++u)
+          a[j][u] = to_float(of_a(token + u, column + 8 * j)), b[j][u] = to_float(of_b(token + u, column + 8 * j));
+      }
+    }
+  }
+  __device__ __forceinline__ void store(Rows& to, const Values& y) const {
+#pragma unroll
+    for (int j = 0; j < L::own_channels; ++j) {
+      if constexpr (by_matrices<T, L>) {
+        asm volatile(
+            "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(&to) + place + j * 16),
+            "r"(pack<T>(y[j][0], y[j][1])), "r"(pack<T>(y[j][2], y[j][3]))
+            : "memory");
+      } else {
+#pragma unroll
+        for (int u = 0; u < L::own; ++u) to(token + u, column + 8 * j) = from_float<T>(y[j][u]);
+      }
+    }
+  }
+};
+
 // Sequences are not cut: p.single.
 template <class T, class L>
 __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __grid_constant__ ScanParams p) {
   extern __shared__ __align__(16) char memory[];
   using Memory = SpreadShared<T, L>;
-  constexpr int tokens = L::tokens, own = L::own, states = L::states, run = Memory::run;
+  constexpr int tokens = L::tokens, own = L::own, own_channels = L::own_channels, states = L::states, run = Memory::run;
   auto& shared = *reinterpret_cast<Memory*>(memory);
   // A channel and its neighbour are neighbouring lanes, so that these read the same values of B and C: one access for both.
-  const int lane = threadIdx.x % 32, part = lane / 2 % L::split, mine = lane / (2 * L::split) * 2 + lane % 2,
-            token = part * own;
+  const int lane = threadIdx.x % 32, part = lane / 2 % L::split, mine = lane / (2 * L::split) * 2 + lane % 2;
+  const OwnTokens<T, L> own_tokens(threadIdx.x / 32, lane);
   auto& warp = shared.warp[threadIdx.x / 32];
   const int blocks = (p.channels + L::block_channels - 1) / L::block_channels, chunk_row = blockIdx.x / blocks;
-  const int first = blockIdx.x % blocks * L::block_channels, column = threadIdx.x / 32 * L::channels + mine, c = first + column;
+  const int first = blockIdx.x % blocks * L::block_channels, c = first + threadIdx.x / 32 * L::channels + mine;
   Chunks::Chunk chunk;
   if (!p.chunks.find(chunk_row, chunk)) return;
   const bool exists = c < p.channels, gated = p.z.data != nullptr;
@@ -153,8 +218,13 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
 #pragma unroll
   for (int k = 0; k <= L::ahead; ++k) runs.load(shared.stages[k], p, length - k * tokens);
 
-  const float bias = exists && p.bias.data != nullptr ? p.bias.at<T>(c) : 0.0f;
-  const float D = exists && p.D.data != nullptr ? p.D.at<T>(c) : 0.0f;
+  float bias[own_channels], D[own_channels];
+#pragma unroll
+  for (int j = 0; j < own_channels; ++j) {
+    const int of = first + own_tokens.column + 8 * j;
+    bias[j] = of < p.channels && p.bias.data != nullptr ? p.bias.at<T>(of) : 0.0f;
+    D[j] = of < p.channels && p.D.data != nullptr ? p.D.at<T>(of) : 0.0f;
+  }
   float A[states], h[states];
 #pragma unroll
   for (int n = 0; n < states; ++n) {
@@ -165,21 +235,41 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
   }
 
   // What this thread makes of its tokens of a tile.
+  using Values = typename OwnTokens<T, L>::Values;
   struct Made {
-    float step[own], input[own];
+    Values step, input;
   };
   const auto make = [&](Made& made, const typename Memory::Stage& stage, int left) {
+    Values values;
+    own_tokens.load(values, made.step, stage.rows[0], stage.rows[1]);
 #pragma unroll
-    for (int u = 0; u < own; ++u) {
-      const float value = to_float(stage.rows[0](token + u, column)), sum = to_float(stage.rows[1](token + u, column)) + bias;
-      made.step[u] = select(p.softplus, softplus_of<T>(sum), sum);
-      if (token + u >= left) made.step[u] = 0.0f;  // leaves the state as it is
-      made.input[u] = made.step[u] * value;
+    for (int j = 0; j < own_channels; ++j) {
+#pragma unroll
+      for (int u = 0; u < own; ++u) {
+        const float sum = made.step[j][u] + bias[j];
+        made.step[j][u] = select(p.softplus, softplus_of<T>(sum), sum);
+      }
+    }
+    if (left < tokens) {
+#pragma unroll
+      for (int j = 0; j < own_channels; ++j) {
+#pragma unroll
+        for (int u = 0; u < own; ++u)
+          if (own_tokens.token + u >= left) made.step[j][u] = 0.0f;  // leaves the state as it is
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < own_channels; ++j) {
+#pragma unroll
+      for (int u = 0; u < own; ++u) made.input[j][u] = made.step[j][u] * values[j][u];
     }
   };
   const auto put = [&](const Made& made) {
-    store_floats(warp.steps(mine, token), made.step);
-    store_floats(warp.inputs(mine, token), made.input);
+#pragma unroll
+    for (int j = 0; j < own_channels; ++j) {
+      store_floats(warp.steps(own_tokens.channel + 8 * j, own_tokens.token), made.step[j]);
+      store_floats(warp.inputs(own_tokens.channel + 8 * j, own_tokens.token), made.input[j]);
+    }
   };
   // B and C of a tile as floats: four states of a token of one of them at a time.
   constexpr int state_runs = L::padded / 4, converted = tokens * 2 * state_runs / threads;
@@ -195,100 +285,69 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
   const auto put_states = [&](const States& held, int turn) {
 #pragma unroll
     for (int i = 0; i < converted; ++i) {
-      const int r = threadIdx.x + i * threads, state = r % state_runs * 4;
-      float* to = shared.states[turn][r / (2 * state_runs)] + r / state_runs % 2 * states;
+      const int r = threadIdx.x + i * threads, state = r % state_runs * 4, which = r / state_runs % 2;
+      float* to = shared.states[turn][r / (2 * state_runs)];
       if constexpr (states == 2) {
         const float low[2] = {held[i][0], held[i][1]}, high[2] = {held[i][2], held[i][3]};
-        store_floats(to + state / 2 * L::part, low), store_floats(to + (state / 2 + 1) * L::part, high);
+        store_floats(to + state / 2 * L::part + which * 2, low), store_floats(to + (state / 2 + 1) * L::part + which * 2, high);
       } else {
         const float v[4] = {held[i][0], held[i][1], held[i][2], held[i][3]};
-        store_floats(to + state / states * L::part + state % states, v);
+        reinterpret_cast<Run<float, 4>*>(to)[(state / states * L::part + which * states + state % states) / 4] =
+            Run<float, 4>::of(v);
       }
     }
   };
   // The outputs of this thread's tokens of a tile, from what all of the channel's threads left of it.
-  const auto end = [&](float (&y)[own], const typename Memory::Stage& stage) {
-    load_floats(y, &warp.parts[mine][token]);
+  const auto end = [&](Values& y, const typename Memory::Stage& stage) {
+    Values along, values;
+    own_tokens.load(along, values, stage.rows[2], stage.rows[0]);
 #pragma unroll
-    for (int q = 1; q < L::split; ++q) {
-      float other[own];
-      load_floats(other, &warp.parts[mine][q * (tokens + 4) + token]);
+    for (int j = 0; j < own_channels; ++j) {
+      load_floats(y[j], warp.parts(own_tokens.channel + 8 * j, 0, own_tokens.token));
 #pragma unroll
-      for (int u = 0; u < own; ++u) y[u] += other[u];
+      for (int q = 1; q < L::split; ++q) {
+        float other[own];
+        load_floats(other, warp.parts(own_tokens.channel + 8 * j, q, own_tokens.token));
+#pragma unroll
+        for (int u = 0; u < own; ++u) y[j][u] += other[u];
+      }
+#pragma unroll
+      for (int u = 0; u < own; ++u)
+        y[j][u] = (y[j][u] + D[j] * values[j][u]) * select(gated, along[j][u] * gate_sigmoid<T>(along[j][u]), 1.0f);
     }
-#pragma unroll
-    for (int u = 0; u < own; ++u) {
-      const float along = to_float(stage.rows[2](token + u, column));
-      y[u] = (y[u] + D * to_float(stage.rows[0](token + u, column))) * select(gated, along * gate_sigmoid<T>(along), 1.0f);
-    }
-  };
-  const auto put_outputs = [&](const float (&y)[own], int turn) {
-#pragma unroll
-    for (int u = 0; u < own; ++u) shared.out[turn](token + u, column) = from_float<T>(y[u]);
   };
   // Runs of outputs, by the warps that bring fewer rows.
-  constexpr int of_row = L::block_channels / run, stored = tokens * of_row;
-  static_assert(stored <= threads);
+  constexpr int of_row = L::block_channels / run, stored = tokens * of_row, out_rows = threads / of_row;
   const int out_run = (threadIdx.x / 32 + warps - Runs::all % warps) % warps * 32 + lane;
   const int out_row = out_run / of_row, out_column = out_run % of_row * run;
   const int out_left = out_run < stored ? p.channels - first - out_column : 0;
   char* out = p.out.data;
   if (out_left > 0) out = p.out(chunk.batch, chunk.begin + out_row) + (first + out_column) * std::int64_t{sizeof(T)};
   const auto store_outputs = [&](int k) {  // of tile k, tile after tile
-    if (out_left <= 0 || out_row >= length - k * tokens) return;
-    store_run(reinterpret_cast<T*>(out), *reinterpret_cast<const Run<T, run>*>(&shared.out[k % 2](out_row, out_column)), 0,
-              out_left, p.vector);
+#pragma unroll
+    for (int i = 0; i < (stored + threads - 1) / threads; ++i) {
+      const int row = out_row + i * out_rows;
+      if (out_left <= 0 || row >= length - k * tokens) return;
+      store_run(reinterpret_cast<T*>(out + i * out_rows * p.out.token),
+                *reinterpret_cast<const Run<T, run>*>(&shared.out[k & 1](row, out_column)), 0, out_left, p.vector);
+    }
     out += tokens * p.out.token;
   };
 
-  const int tiles = (length + tokens - 1) / tokens;
-  async_wait<L::ahead>();
-  __syncthreads();
-  {
-    Made made;
-    make(made, shared.stages[0], length);
-    States inputs;
-    load_states(inputs, shared.stages[0]);
-    put(made), put_states(inputs, 0);
-  }
-  int keep_in = 0;       // tokens until states are kept
-  float* kept = p.kept;  // [states][channels] of the next ones, this thread's part
-  if (kept != nullptr) kept += (kept_row(p, chunk, chunk.begin) * p.states + part * states) * p.channels + c;
-  for (int k = 0; k < tiles; ++k) {
-    async_wait<L::ahead - 1>();
-    __syncthreads();  // tile k is made, tile k + 1 is there, the outputs of tile k - 2 are
-    const auto& next = shared.stages[(k + 1) % L::stages];
-    const int left = length - (k + 1) * tokens;
-    if (kept != nullptr) {
-      if (keep_in == 0) {
-#pragma unroll
-        for (int n = 0; n < states; ++n)
-          if (n < count) kept[std::int64_t{n} * p.channels] = h[n];
-        kept += std::int64_t{p.states} * p.channels, keep_in = p.keep;
-      }
-      keep_in -= tokens;
-    }
-    if (k >= 2) store_outputs(k - 2);
-    runs.load(shared.stages[(k + 1 + L::ahead) % L::stages], p, left - L::ahead * tokens);
-
-    Made made;
-    float y[tokens], ended[own];
-    States inputs;
-    load_states(inputs, next);
-    end(ended, shared.stages[(k + L::stages - 1) % L::stages]);
-    if constexpr (!L::early) make(made, next, left);
-    if constexpr (L::early) {
-      put_outputs(ended, (k + 1) % 2);
-      __syncwarp();
-    }
+  // A tile: the states, and of its outputs this thread's part.
+  const auto work = [&](float (&y)[16], int turn) {
 #pragma unroll
     for (int i0 = 0; i0 < tokens; i0 += 4) {
       float step[4], input[4];
       load_floats(step, warp.steps(mine, i0));
       load_floats(input, warp.inputs(mine, i0));
+      if (!L::whole_tiles && i0 > 0) {  // behind the reads that they would hold up
+        const float four[4] = {y[i0 - 4], y[i0 - 3], y[i0 - 2], y[i0 - 1]};
+        store_floats(warp.parts(mine, part, i0 - 4), four);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float* both = &shared.states[k % 2][i0 + i][part * L::part];
+        const float* both = &shared.states[turn][i0 + i][part * L::part];
         constexpr int sums = states == 16 ? 2 : 1;  // so that little waits for the sum before it
         float sum[sums];
 #pragma unroll
@@ -308,30 +367,59 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
         }
         y[i0 + i] = sums == 1 ? sum[0] : sum[0] + sum[sums - 1];
       }
-      if constexpr (L::early) {
-        const float four[4] = {y[i0], y[i0 + 1], y[i0 + 2], y[i0 + 3]};
-        store_floats(&warp.parts[mine][part * (tokens + 4) + i0], four);
-      }
     }
-    if constexpr (L::early) make(made, next, left);
-    __syncwarp();
-    put(made), put_states(inputs, (k + 1) % 2);
-    if constexpr (!L::early) {
+  };
+
+  const auto stage = [&](int k) -> typename Memory::Stage& { return shared.stages[static_cast<unsigned>(k) % L::stages]; };
+  const int tiles = (length + tokens - 1) / tokens;
+  async_wait<L::ahead>();
+  __syncthreads();
+  Made made;
+  make(made, shared.stages[0], length);
+  {
+    States inputs;
+    load_states(inputs, shared.stages[0]);
+    put(made), put_states(inputs, 0);
+  }
+  int keep_at = 0;  // the token before which states are kept
+  for (int k = 0; k < tiles; ++k) {
+    async_wait<L::ahead - 1>();
+    __syncthreads();  // tile k is made, tile k + 1 is there, the outputs of tile k - 2 are
+    const int turn = k & 1, left = length - (k + 1) * tokens;  // left: behind this tile
+    if (p.kept != nullptr && k * tokens == keep_at) {
+      float* to = p.kept + (kept_row(p, chunk, chunk.begin + keep_at) * p.states + part * states) * p.channels + c;
 #pragma unroll
-      for (int i0 = 0; i0 < tokens; i0 += 4) {
-        const float four[4] = {y[i0], y[i0 + 1], y[i0 + 2], y[i0 + 3]};
-        store_floats(&warp.parts[mine][part * (tokens + 4) + i0], four);
-      }
-      put_outputs(ended, (k + 1) % 2);
+      for (int n = 0; n < states; ++n)
+        if (n < count) to[std::int64_t{n} * p.channels] = h[n];
+      keep_at += p.keep;
     }
+    if (k >= 2) store_outputs(k - 2);
+    runs.load(stage(k + 1 + L::ahead), p, left - L::ahead * tokens);
+
+    float y[tokens];
+    Values ended;
+    States inputs;
+    load_states(inputs, stage(k + 1));
+    end(ended, stage(k - 1));
+    make(made, stage(k + 1), left);
+    if constexpr (!L::whole_tiles) __syncwarp();
+    work(y, turn);
+    __syncwarp();
+    put(made), put_states(inputs, turn ^ 1);
+#pragma unroll
+    for (int i0 = L::whole_tiles ? 0 : tokens - 4; i0 < tokens; i0 += 4) {
+      const float four[4] = {y[i0], y[i0 + 1], y[i0 + 2], y[i0 + 3]};
+      store_floats(warp.parts(mine, part, i0), four);
+    }
+    own_tokens.store(shared.out[turn ^ 1], ended);
   }
   async_wait<0>();
   if (tiles > 0) {
     __syncthreads();
     if (tiles >= 2) store_outputs(tiles - 2);
-    float ended[own];
-    end(ended, shared.stages[(tiles - 1) % L::stages]);
-    put_outputs(ended, (tiles - 1) % 2);
+    Values ended;
+    end(ended, stage(tiles - 1));
+    own_tokens.store(shared.out[(tiles - 1) & 1], ended);
     __syncthreads();
     store_outputs(tiles - 1);
   }
