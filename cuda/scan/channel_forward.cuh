@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
     __syncwarp();
     const auto& rows = shared.rows[turn];
     const int left = chunk.end - t0;
+    T ended[L::tokens];  // written behind all reads, which they would hold up
 #pragma unroll
     for (int i0 = 0; i0 < L::tokens; i0 += together) {
       float step[together], input[together], gate[together], skip[together];
@@ -185,10 +186,12 @@ __global__ void __launch_bounds__(threads, 4) channel_kernel(const __grid_consta
             if constexpr (outputs) halves[n % 2] += h[n0 + n] * to[n];
           }
         }
-        if constexpr (outputs) shared.out[i0 + i][lane] = from_float<T>((halves[0] + halves[1] + skip[i]) * gate[i]);
+        if constexpr (outputs) ended[i0 + i] = from_float<T>((halves[0] + halves[1] + skip[i]) * gate[i]);
       }
     }
     if constexpr (outputs) {
+#pragma unroll
+      for (int i = 0; i < L::tokens; ++i) shared.out[i][lane] = ended[i];
       __syncwarp();
       out.store(shared.out, left, p.vector);
     }

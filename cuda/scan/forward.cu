@@ -23,7 +23,7 @@ constexpr int resident = L::padded == 256 ? 2 : 4;  // blocks of a multiprocesso
 template <class L>
 constexpr double fills = 0.75;
 template <>
-constexpr double fills<Whole> = 1.9;
+constexpr double fills<Whole> = 1.5;
 template <int split, int padded>
 constexpr double fills<Spread<split, padded>> = 0.0;  // in any case
 
@@ -209,9 +209,10 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
   }
 }
 
-// Calls body(layout{}). Up to 16 states: whole channels a thread where these make two warps a scheduler, spread over 2, 4 or 8
-// threads where these do. With fewer channels whole ones in chunks are faster (measured on an H200), unless sequences are too
-// short for many chunks. Up to 64 states: spread over 4 threads where these make two warps, else a Tiling, in chunks.
+// Calls body(layout{}). Up to 16 states: over as few threads a channel as there are channels for: 1 or 2 where over twice as
+// many there would be more than the three blocks a multiprocessor that run at once, 4 where these make two warps a scheduler.
+// With fewer channels whole ones in chunks are faster than 8 threads (measured on an H200), unless sequences are too short for
+// many chunks. Up to 64 states: over 4 threads where these make two warps, else a Tiling, in chunks.
 template <class Body>
 void with_layout(const Scan& args, const char* function, Body&& body) {
   const std::int64_t states = args.A.size[1], sequences = effcore::scan::sequences(args.x, args.offsets);
@@ -220,14 +221,16 @@ void with_layout(const Scan& args, const char* function, Body&& body) {
     return static_cast<double>(ceil_div(args.x.size[2], block_channels) * sequences) >=
            wanted * static_cast<double>(processors);
   };
-  const bool may_spread = args.keep % Spread<4>::tokens == 0, is_short = args.x.size[0] * args.x.size[1] <= 1024 * sequences;
+  const bool may_spread = args.keep % Spread<4>::tokens == 0;
+  const int few = fill(Spread<8>::block_channels, 0.9) ? 2048 : 1024;  // tokens of a sequence that chunks do not pay for
+  const bool is_short = args.x.size[0] * args.x.size[1] <= few * sequences;
   if (states > Tiling<4>::padded) return body(Tiling<16>{});
   if (states > Whole::padded) {
     if (may_spread && fill(Spread<4, 64>::block_channels, 1.9)) return body(Spread<4, 64>{});
     return body(Tiling<4>{});
   }
   if (!may_spread || fill(Whole::block_channels, fills<Whole>)) return body(Whole{});
-  if (fill(Spread<2>::block_channels, 1.9)) return body(Spread<2>{});
+  if (fill(Spread<2>::block_channels, fills<Whole>)) return body(Spread<2>{});
   if (fill(Spread<4>::block_channels, 1.9)) return body(Spread<4>{});
   if (is_short || fill(Spread<8>::block_channels, 1.5)) return body(Spread<8>{});
   body(Whole{});

@@ -1,5 +1,4 @@
-// The forward of the selective scan for few channels: up to 16 states over 2, 4 or 8 threads of a warp, up
-// to 64 over 4.
+// The forward of the selective scan for few channels: up to 16 states over 2, 4 or 8 threads of a warp, up to 64 over 4.
 //
 // A sequence can be gone through once, at N + 3 special functions a token and channel, or cut into chunks and gone through
 // twice, at 2 N + 4. Where spreading channels over threads makes enough warps, it does so at less. What it costs are values
@@ -8,7 +7,8 @@
 // thread's values of B or C of a token.
 //
 // A turn of the loop works on a tile, makes the steps and inputs of the next one and ends the outputs of the one before. Within
-// it all reads of shared memory stand before all writes, so that none waits for another.
+// it reads of shared memory stand before the writes that could hold them up, and there is no branch, so that a warp has
+// something to do while it waits: there may be one or two a scheduler.
 #pragma once
 #include "common/tile.cuh"
 #include "scan/tiles.cuh"
@@ -24,7 +24,7 @@ struct Spread {
   static constexpr int resident = split == 8 || states == 16 ? 2 : 3;  // blocks of a multiprocessor
   static constexpr int ahead = split == 8 ? 2 : 1;                     // tiles on their way: with few warps one is not enough
   static constexpr int stages = split == 8 ? 8 : 4;                    // a power of two, of at least 3 + ahead
-  static constexpr bool whole_tiles = states < 16;  // whether a tile's outputs fit in registers until all is read
+  static constexpr bool whole_tiles = states < 8;  // whether a tile's outputs wait in registers until all is read, or four
   // What a thread prepares and ends of a tile: tokens that follow each other, of channels 8 apart.
   static constexpr int own_channels = split == 2 ? 2 : 1, own = tokens / split / own_channels;
 };
@@ -36,8 +36,7 @@ constexpr bool by_matrices = sizeof(T) == 2 && L::channels >= 8;
 template <class T, class L>
 struct alignas(16) SpreadShared {
   static constexpr int run = 16 / sizeof(T);
-  // Rows, and those of a thread's tokens, stand so far apart that neither matrices' rows nor the threads' tokens meet in a
-  // bank.
+  // Rows, and those of four tokens, stand so far apart that neither matrices' rows nor the threads' tokens meet in a bank.
   struct Rows {
     static constexpr int row = L::block_channels + (L::split == 4 ? 0 : run);
     static constexpr int gap = L::split == 8 ? 0 : L::split == 4 && by_matrices<T, L> ? run : 2 * run;
@@ -59,7 +58,7 @@ struct alignas(16) SpreadShared {
       return &at[channel * L::tokens + (L::split == 8 ? channel : channel / 2) * 4 + token];
     }
   };
-  // Of the outputs, a thread's tokens in a row; the same holds for the threads that write and read four tokens of them.
+  // Of the outputs, a thread's tokens in a row. Neither those that write four tokens nor those that read them meet in a bank.
   struct Parts {
     static constexpr int thread = L::tokens + 4, pair = L::split == 2 ? 8 : 0;  // pair: between two channels and the next two
     static constexpr int channel = L::split * thread + (L::split == 2 ? 8 : L::split == 4 ? 0 : 16);
@@ -209,8 +208,7 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
   const int first = blockIdx.x % blocks * L::block_channels, c = first + threadIdx.x / 32 * L::channels + mine;
   Chunks::Chunk chunk;
   if (!p.chunks.find(chunk_row, chunk)) return;
-  const bool exists = c < p.channels, gated = p.z.data != nullptr;
-  const int count = exists ? min(max(p.states - part * states, 0), states) : 0;  // of this thread's states
+  const bool gated = p.z.data != nullptr;
   const int length = chunk.end - chunk.begin;
 
   using Runs = StageRuns<T, L>;
@@ -225,7 +223,10 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
     bias[j] = of < p.channels && p.bias.data != nullptr ? p.bias.at<T>(of) : 0.0f;
     D[j] = of < p.channels && p.D.data != nullptr ? p.D.at<T>(of) : 0.0f;
   }
+  // Of this thread's states, those that exist.
+  const auto count_states = [&] { return c < p.channels ? min(max(p.states - part * states, 0), states) : 0; };
   float A[states], h[states];
+  const int count = count_states();
 #pragma unroll
   for (int n = 0; n < states; ++n) {
     A[n] = n < count ? fmaxf(p.A.at<T>(c, part * states + n) * log2_e, -FLT_MAX) : 0.0f;
@@ -247,21 +248,10 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
 #pragma unroll
       for (int u = 0; u < own; ++u) {
         const float sum = made.step[j][u] + bias[j];
-        made.step[j][u] = select(p.softplus, softplus_of<T>(sum), sum);
+        // Steps behind the last token leave the state as it is.
+        made.step[j][u] = select(own_tokens.token + u < left, select(p.softplus, softplus_of<T>(sum), sum), 0.0f);
+        made.input[j][u] = made.step[j][u] * values[j][u];
       }
-    }
-    if (left < tokens) {
-#pragma unroll
-      for (int j = 0; j < own_channels; ++j) {
-#pragma unroll
-        for (int u = 0; u < own; ++u)
-          if (own_tokens.token + u >= left) made.step[j][u] = 0.0f;  // leaves the state as it is
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < own_channels; ++j) {
-#pragma unroll
-      for (int u = 0; u < own; ++u) made.input[j][u] = made.step[j][u] * values[j][u];
     }
   };
   const auto put = [&](const Made& made) {
@@ -360,9 +350,10 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
             load_floats(to, both + states + n0);
 #pragma unroll
           for (int n = 0; n < min(states, 4); ++n) {
-            h[n0 + n] = decay(step[i], A[n0 + n]) * h[n0 + n] + input[i] * from[n];
+            // An FMA of three registers takes two cycles of their banks, unless one was just read: here all states share one.
+            h[n0 + n] = fmaf(input[i], from[n], decay(step[i], A[n0 + n]) * h[n0 + n]);
             float& own_sum = sum[n % sums];
-            own_sum = n0 + n < sums ? h[n0 + n] * to[n] : own_sum + h[n0 + n] * to[n];
+            own_sum = n0 + n < sums ? h[n0 + n] * to[n] : fmaf(to[n], h[n0 + n], own_sum);
           }
         }
         y[i0 + i] = sums == 1 ? sum[0] : sum[0] + sum[sums - 1];
@@ -390,7 +381,7 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
       float* to = p.kept + (kept_row(p, chunk, chunk.begin + keep_at) * p.states + part * states) * p.channels + c;
 #pragma unroll
       for (int n = 0; n < states; ++n)
-        if (n < count) to[std::int64_t{n} * p.channels] = h[n];
+        if (n < count_states()) to[std::int64_t{n} * p.channels] = h[n];
       keep_at += p.keep;
     }
     if (k >= 2) store_outputs(k - 2);
@@ -423,7 +414,7 @@ __global__ void __launch_bounds__(threads, L::resident) spread_kernel(const __gr
     __syncthreads();
     store_outputs(tiles - 1);
   }
-  if (!exists) return;
+  if (c >= p.channels) return;
   const bool vectors = p.states % states == 0 && reinterpret_cast<std::uintptr_t>(p.leaving) % 16 == 0;
   store_run(p.leaving + (std::int64_t{chunk.sequence} * p.channels + c) * p.states, Run<float, states>::of(h), part * states,
             p.states, vectors);
