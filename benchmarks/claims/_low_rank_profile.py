@@ -16,7 +16,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.claims import _low_rank_roofline as roofline
 from effcore.nn.low_rank import LowRankConv2d
 
-KINDS = ("k x k", "1 x 1", "stem", "pools", "norms, activations")
+KINDS = ("k x k", "1 x 1", "stem", "norms, activations")
 CONVOLUTIONS = ("aten::cudnn_convolution", "aten::convolution_backward")
 
 
@@ -50,9 +50,10 @@ def kernels(step: Callable[[], Any], count: int = 3) -> list[dict[str, Any]]:
             row = {"kind": KINDS[1], "what": event.key, "x": event.input_shapes[0], "weight": event.input_shapes[1]}
             rows.append(row | {"calls": event.count / count, "us": us})
     for event in profiler.key_averages():
-        if event.device_type.name == "CUDA" and event.key.startswith("triton"):
+        if event.device_type.name == "CUDA" and event.key.startswith(("triton", "stem")):
             us = event.self_device_time_total / count
-            kind = KINDS[3 if "pool" in event.key else 4]
+            # "pad": the images as squares
+            kind = KINDS[2 if event.key.startswith("stem") or "pad" in event.key else 3]
             rows.append({"kind": kind, "what": event.key[:120], "calls": event.count / count, "us": us})
     return sorted(rows, key=lambda row: -row["us"])
 
@@ -67,7 +68,7 @@ def granted(model: nn.Module, x: Tensor, training: bool, rates: Ceilings) -> dic
         elif isinstance(module, nn.Conv2d):
             sums[_kind(list(module.weight.shape))] += seconds * 1e6
         elif not isinstance(module, nn.Linear):
-            sums[KINDS[3 if isinstance(module, nn.MaxPool2d | nn.AdaptiveAvgPool2d) else 4]] += seconds * 1e6
+            sums[KINDS[3]] += seconds * 1e6
     return sums
 
 

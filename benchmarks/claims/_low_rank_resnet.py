@@ -16,18 +16,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import ceilings
 from benchmarks.claims._low_rank_worker import Spec, Worker, start
 from benchmarks.ops import lowrank_cuda
 from effcore.methods import low_rank
-from effcore.methods.low_rank_callbacks import freeze
-from effcore.methods.low_rank_layers import find
+from effcore.methods.low_rank_layers import find, freeze
 from effcore.methods.low_rank_measure import observe
 from effcore.methods.low_rank_merge import branch, faster_branches, merge, timed_ranks
 from effcore.methods.low_rank_ranks import Timer, by_ratio
+from effcore.nn.stem import fuse_stem
 
 DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 # Per cent of images a second gained in training and at inference, as the papers have them.
@@ -53,7 +52,7 @@ GROUPS = (
 
 
 # Those whose steps are profiled, beside the dense one's.
-SPENT = ("merging", "timed ranks")
+SPENT = ("merging", "timed ranks", "timed ranks, freezing")
 BRANCHES = 4
 
 
@@ -62,23 +61,6 @@ def resnet(depth: int) -> nn.Module:
 
     config = transformers.ResNetConfig(depths=DEPTHS[depth], layer_type="bottleneck", num_labels=1000)
     return transformers.ResNetForImageClassification(config)
-
-
-@torch.no_grad()
-def fold(model: Any, images: Tensor) -> Tensor:
-    """Rewrites the stem's 7×7 convolution of stride 2 as one of 4×4 over squares of 2×2 pixels; returns the images as squares.
-
-    The outputs are the same, the convolution's padding a part of the images, and their channels 16: the 12 of a square and four
-    of zeros. For three channels cuDNN's kernels take many times their bound, in the dense model and in all others.
-    """
-    old = model.resnet.embedder.embedder.convolution
-    squares = F.pad(F.pixel_unshuffle(images, 2), (2, 1, 2, 1, 0, 4))
-    weight = F.pad(F.pixel_unshuffle(F.pad(old.weight, (1, 0, 1, 0)), 2), (0, 0, 0, 0, 0, 4))
-    new = nn.Conv2d(squares.shape[1], len(weight), 4, bias=False, device=weight.device, dtype=weight.dtype)
-    new.weight.copy_(weight)
-    model.resnet.embedder.embedder.convolution = new.to(memory_format=torch.channels_last)
-    model.resnet.embedder.num_channels = squares.shape[1]
-    return squares.to(memory_format=torch.channels_last)
 
 
 def variants(cuda: bool, training: bool) -> dict[str, Callable[[nn.Module, dict[str, Any]], Any]]:
@@ -138,11 +120,11 @@ def searched(spec: Spec) -> dict[str, Any] | None:
     if "timed" not in spec.variant:
         return None
     model, x = _dense(spec)
-    measure: Any = "training" if spec.training else "inference"
+    measure: Any = ("freezing" if "freezing" in spec.variant else "training") if spec.training else "inference"
     if spec.variant.startswith("merging"):
         return dict(timed_ranks(model, 2.0, [x], measure=measure))
     layers = find(model, [CORES] if spec.variant.startswith("cores") else None)[0]
-    timer = Timer(observe(model, layers, [x], moments=False), training=spec.training)
+    timer = Timer(observe(model, layers, [x], moments=False), measure)
     choices = [c for c in by_ratio(layers, 2.0, None, timer) if c.rank is not None]
     print(f"{spec}: {len(choices)} of {len(layers)} layers, one by one {_milliseconds(choices)}", flush=True)
     for c in choices:
@@ -165,10 +147,10 @@ def _dense(spec: Spec) -> tuple[nn.Module, Tensor]:
 
 
 def made(spec: Spec) -> tuple[nn.Module, Tensor]:
-    """The variant, and a batch for it."""
+    """The variant, and a batch for it. On a GPU the stem is fused, in the dense model as in all others."""
     model, x = _dense(spec)
     variants(spec.device == "cuda", spec.training)[spec.variant](model, dict(spec.ranks or ()))
-    return model, fold(model, x) if x.is_cuda else x
+    return fuse_stem(model) if x.is_cuda else model, x
 
 
 def rates_of(device: str) -> ceilings.Ceilings:
@@ -252,7 +234,7 @@ def _ranked(spec: Spec, ranks: dict[str, dict[str, Any]], save: Callable[[], Non
 
 
 def _searched_for(spec: Spec) -> Spec:
-    variant = spec.variant.removesuffix(", inner").removesuffix(", freezing").removesuffix(", branching")
+    variant = spec.variant.removesuffix(", inner").removesuffix(", branching")
     return dataclasses.replace(spec, variant=variant)
 
 

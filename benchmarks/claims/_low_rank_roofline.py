@@ -5,6 +5,7 @@ are wanted. A batch norm with what is fused into it (activation, residual) reads
 reads twice and writes once, and reads four times and writes once backward. The norm of a projected shortcut is fused into the
 block's last: its input is read with the other's and its output is never written, and backward both read one gradient. In
 training the two gradients that meet at a block's input are read, and their sum is written. Pooling moves its input and output.
+A stem that is fused is charged as its layers would be one by one: the convolution, the norm, the maximum.
 Nothing is charged for launches or for the bits of activations' signs, and nothing gained by caches.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.case import Work, dtype_name
 from benchmarks.ceilings import Ceilings
 from effcore.nn.low_rank import LowRankConv2d
+from effcore.nn.stem import StemConv2d
 
 BLOCK = "ResNetBottleNeckLayer"
 KINDS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -39,7 +41,13 @@ def layers(model: nn.Module, x: Tensor, training: bool, ceilings: Ceilings) -> d
         def after(module: Any, inputs: tuple[Tensor, ...], out: Tensor) -> None:
             item = out.element_size()
             read, written = inputs[0].numel() * batch * item, out.numel() * batch * item
-            if isinstance(module, LowRankConv2d):  # a pair of 1x1 convolutions, with nothing in memory between them
+            if isinstance(module, StemConv2d):  # with all behind it: half of the pixels a side are left
+                pixels, dense = 4.0 * out.numel() * batch / out.shape[1], 4.0 * written
+                flops = 2.0 * pixels * module.weight.numel()
+                product(name, [module.weight], read + dense + module.weight.numel() * item, flops)
+                moved = 2 * dense * (4 if training else 1) + (dense + written) * (2 if training else 1)
+                seconds[name] += moved / ceilings.copy
+            elif isinstance(module, LowRankConv2d):  # a pair of 1x1 convolutions, with nothing in memory between them
                 pixels, rank = out.numel() * batch // out.shape[1], module.ranks[0]
                 flops = 2.0 * pixels * rank * (module.in_channels + module.out_channels)
                 product(name, [module.first.weight, module.last.weight], read + written, flops)

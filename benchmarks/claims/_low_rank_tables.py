@@ -123,7 +123,7 @@ def _steps(rows: list[dict[str, Any]]) -> str:
                 *(f"{us:.0f} ({r[name]['roofline_us'][kind]:.0f})" for kind, us in r[name]["us"].items()),
             )
             for r in rows
-            for name in ("dense", "merging", "timed ranks")
+            for name in ("dense", "merging", "timed ranks", "timed ranks, freezing")
             if name in r
         ],
     )

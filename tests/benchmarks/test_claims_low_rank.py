@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.claims import _low_rank_roofline as roofline
-from benchmarks.claims._low_rank_resnet import fold
 from benchmarks.claims._low_rank_worker import in_seams
+from effcore.nn.stem import fuse_stem
 
 transformers = pytest.importorskip("transformers")
 
@@ -73,8 +73,14 @@ def test_a_network_in_seams_is_the_network(training):
     torch.testing.assert_close(got, wanted)
 
 
-def test_a_folded_stem_is_the_stem():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fused_stem_is_charged_as_its_layers(training):
     model, x = network()
-    wanted = model.eval()(x).logits
-    torch.testing.assert_close(model(fold(model, x)).logits, wanted)
+    rates = Ceilings({"float64": math.inf}, 1.0)
+    apart = roofline.layers(model, x, training, rates)
+    together = roofline.layers(fuse_stem(model), x, training, rates)
+    name = "resnet.embedder.embedder.convolution"
+    parts = {n for n in apart if n.startswith("resnet.embedder")}
+    assert parts == {name, "resnet.embedder.embedder.normalization", "resnet.embedder.pooler"}
+    assert together.pop(name) == sum(apart.pop(n) for n in parts)
+    assert together == apart

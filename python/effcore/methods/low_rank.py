@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from effcore.methods._tracked import Progress, tracked
 from effcore.methods.low_rank_factor import relative_error
 from effcore.methods.low_rank_layers import Layer, Rank, find, replace
 from effcore.methods.low_rank_measure import Seen, observe
-from effcore.methods.low_rank_ranks import Choice, Timer, by_error, by_ratio, by_time
+from effcore.methods.low_rank_ranks import Choice, Measure, Timer, by_error, by_ratio, by_time
 from effcore.methods.low_rank_report import DecompositionReport, LayerReport
 
 __all__ = ["decompose", "report"]
@@ -44,7 +44,7 @@ def decompose(
     ranks: Mapping[str, Rank] | None = None,
     data: Iterable[Any] | None = None,
     weighted: bool = True,
-    measure: Literal["inference", "training"] | None = "inference",
+    measure: Measure | None = "inference",
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     multiple: int | None = None,
@@ -65,7 +65,8 @@ def decompose(
     And:
         data: a few batches, each a mapping (``model(**batch)``), a sequence (``model(*batch)``) or a tensor.
         weighted: with ``data``, weight singular values by the inputs' second moments.
-        measure: with ``data``, time layers for inference or for training, or (None) do not.
+        measure: with ``data``, time layers for inference, for training, for training with the outer factors frozen
+            ("freezing", as :class:`~effcore.methods.low_rank_callbacks.Freezing` does), or (None) do not.
         include, exclude: regular expressions searched for in layer names.
         multiple: ranks are multiples of this (default: what this device's kernels like; 1: the paper's ranks).
         inplace: False leaves the model as it is and returns a copy.
@@ -83,9 +84,11 @@ def decompose(
     if time is not None and data is None:
         raise ValueError("effcore.decompose: time needs data: batches that show which shapes the layers see")
     if time is not None and measure is None:
-        raise ValueError("effcore.decompose: time needs measure to be 'inference' or 'training'")
-    if measure not in (None, "inference", "training"):
-        raise ValueError(f"effcore.decompose: measure must be 'inference', 'training' or None, got {measure!r}")
+        raise ValueError("effcore.decompose: time needs measure to be 'inference', 'training' or 'freezing'")
+    if measure not in (None, *get_args(Measure)):
+        raise ValueError(
+            f"effcore.decompose: measure must be 'inference', 'training', 'freezing' or None, got {measure!r}"
+        )
     if multiple is not None and multiple < 1:
         raise ValueError(f"effcore.decompose: multiple must be positive, got {multiple}")
     if not inplace:
@@ -102,7 +105,7 @@ def decompose(
         seen = observe(model, layers, data, moments=weighted)
     moments = {name: s.moments for name, s in (seen or {}).items()} if weighted else {}
     at.append(perf_counter())
-    timer = Timer(seen if measure is not None else None, training=measure == "training")
+    timer = Timer(seen if measure is not None else None, measure)
     if ratio is not None:
         choices = by_ratio(tracked(layers, "ranks", progress), ratio, multiple, timer)
     elif error is not None:

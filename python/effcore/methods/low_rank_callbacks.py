@@ -18,43 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from effcore.methods.low_rank import decompose
 from effcore.methods.low_rank_factor import MatrixFactors
-from effcore.methods.low_rank_layers import Rank, replace
+from effcore.methods.low_rank_layers import Rank, freeze, replace
 from effcore.methods.low_rank_ranks import snap
-from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
-
-
-def _outer(module: nn.Module) -> list[Tensor]:
-    """The factors that freezing keeps: the first of two, the two 1×1s of three."""
-    if isinstance(module, LowRankLinear):
-        return [module.down]
-    if isinstance(module, LowRankConv2d):
-        return [module.first.weight] if module.core is None else [module.first.weight, module.last.weight]
-    return []
-
-
-def _inner(module: nn.Module) -> list[Tensor]:
-    if isinstance(module, LowRankLinear):
-        return [module.up]
-    if isinstance(module, LowRankConv2d):
-        return [module.last.weight] if module.core is None else [module.core.weight]
-    return []
-
-
-def freeze(model: nn.Module, frozen: bool = True, *, inner: bool = False) -> int:
-    """Stops (or resumes) the training of all outer factors, or of the inner ones; returns how many parameters that are."""
-    count = 0
-    for module in model.modules():
-        for parameter in (_inner if inner else _outer)(module):
-            parameter.requires_grad_(not frozen)
-            if frozen:
-                parameter.grad = None
-            count += parameter.numel()
-    return count
+from effcore.nn.low_rank import LowRankLinear
 
 
 class _Schedule(ABC):

@@ -1,4 +1,4 @@
-"""Which layers of a model can be decomposed, their weights, and what takes their place."""
+"""Which layers of a model can be decomposed, their weights, what takes their place, and which of its factors are frozen."""
 
 from __future__ import annotations
 
@@ -223,3 +223,32 @@ def as_laid_out(weight: Tensor, new: M) -> M:
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent = model.get_submodule(name.rpartition(".")[0])
     setattr(parent, name.rpartition(".")[2], new)
+
+
+def _outer(module: nn.Module) -> list[Tensor]:
+    """The factors that freezing keeps: the first of two, the two 1×1s of three."""
+    if isinstance(module, LowRankLinear):
+        return [module.down]
+    if isinstance(module, LowRankConv2d):
+        return [module.first.weight] if module.core is None else [module.first.weight, module.last.weight]
+    return []
+
+
+def _inner(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, LowRankLinear):
+        return [module.up]
+    if isinstance(module, LowRankConv2d):
+        return [module.last.weight] if module.core is None else [module.core.weight]
+    return []
+
+
+def freeze(model: nn.Module, frozen: bool = True, *, inner: bool = False) -> int:
+    """Stops (or resumes) the training of all outer factors, or of the inner ones; returns how many parameters that are."""
+    count = 0
+    for module in model.modules():
+        for parameter in (_inner if inner else _outer)(module):
+            parameter.requires_grad_(not frozen)
+            if frozen:
+                parameter.grad = None
+            count += parameter.numel()
+    return count

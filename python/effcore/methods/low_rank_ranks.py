@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from effcore.methods.low_rank_factor import KernelFactors, MatrixFactors, relative_error
-from effcore.methods.low_rank_layers import Layer, Rank
+from effcore.methods.low_rank_layers import Layer, Rank, freeze
 from effcore.methods.low_rank_measure import Clock, Seen, shape_key
 
 SLACK = 1.03  # rates closer than this count as equal: the greater rank is kept, and a dense layer stays
 WINDOW = 0.75  # how far below the wanted rank the search for a faster one goes
+Measure = Literal["inference", "training", "freezing"]
 RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)  # candidates of a search by time
 
 
@@ -57,10 +58,11 @@ def default_multiple(layer: Layer) -> int:
 
 
 class Timer:
-    """Times of one model's layers."""
+    """Times of one model's layers, for inference, training, or training with the outer factors frozen."""
 
-    def __init__(self, seen: Mapping[str, Seen] | None, training: bool):
-        self.seen, self.clock = seen, Clock(training=training)
+    def __init__(self, seen: Mapping[str, Seen] | None, measure: Measure | None):
+        self.seen, self.frozen = seen, measure == "freezing"
+        self.clock = Clock(training=measure in ("training", "freezing"))
 
     def __bool__(self) -> bool:
         return self.seen is not None
@@ -73,7 +75,10 @@ class Timer:
     def at(self, layer: Layer, rank: Rank) -> float:
         assert self.seen is not None
         s = self.seen[layer.name]
-        return s.calls * self.clock((shape_key(layer), rank), layer.empty(rank), s)
+        factors = layer.empty(rank)
+        if self.frozen:
+            freeze(factors)
+        return s.calls * self.clock((shape_key(layer), rank), factors, s)
 
 
 def _usable(layer: Layer, rank: Rank) -> str:

@@ -1,0 +1,89 @@
+"""The fused stem: as a module of a network on any device; its kernels on a GPU (tests/cuda/check_stem.py tells their errors)."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from effcore.nn.stem import StemConv2d, fuse_stem, square_weight, squares
+
+transformers = pytest.importorskip("transformers")
+
+
+def network() -> nn.Module:
+    config = transformers.ResNetConfig(depths=[1], embedding_size=16, hidden_sizes=[32], num_labels=4)
+    model = transformers.ResNetForImageClassification(config)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+    return model
+
+
+class Torchvision(nn.Module):
+    """The names of its ResNet, and in its order."""
+
+    def __init__(self, **changes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False)
+        self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        for name, module in changes.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+
+
+def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """With all gradients and buffers."""
+    out = model(x)
+    out = getattr(out, "logits", out)
+    model.zero_grad()
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters()), *(b.clone() for b in model.buffers())]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [network, Torchvision])
+def test_a_model_with_a_fused_stem_is_the_model(make, training):
+    torch.manual_seed(0)
+    model = make().train(training)
+    fused = fuse_stem(copy.deepcopy(model))
+    assert any(isinstance(m, StemConv2d) for m in fused.modules())
+    assert list(fused.state_dict()) == list(model.state_dict())
+    for side in (64, 63):  # squares need an even side; without, torch's functions do it
+        x = torch.randn(2, 3, side, side)
+        torch.testing.assert_close(outputs(fused, x), outputs(model, x))
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        conv = next(m for m in other.modules() if isinstance(m, StemConv2d))
+        assert any(m is conv.norm for m in other.modules()), "the norm that it uses is the copy's"
+        assert len(list(other.parameters())) == len(list(model.parameters()))
+
+
+def test_squares_convolve_as_pixels():
+    x, weight = torch.randn(2, 3, 12, 16), torch.randn(8, 3, 7, 7)
+    taps = square_weight(weight).view(4, 4, 16, 8).permute(3, 2, 0, 1)
+    got = nn.functional.conv2d(squares(x).permute(0, 3, 1, 2), taps)
+    torch.testing.assert_close(got, nn.functional.conv2d(x, weight, stride=2, padding=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conv1": nn.Conv2d(3, 16, 3, padding=1, bias=False)}, "convolution must be 7x7"),
+        ({"conv1": nn.Conv2d(3, 16, 7, stride=2, padding=3)}, "without a bias"),
+        ({"conv1": nn.Conv2d(3, 128, 7, stride=2, padding=3, bias=False)}, "at most 64, got 128"),
+        ({"bn1": nn.GroupNorm(4, 16)}, "norm must be a BatchNorm2d"),
+        ({"relu": nn.GELU()}, "activation must be ReLU"),
+        ({"maxpool": nn.MaxPool2d(2, 2)}, "pool must be a maximum of 3x3"),
+        ({"maxpool": None}, "no stem"),
+    ],
+)
+def test_another_stem_is_refused(changes, message):
+    model = Torchvision(**changes)
+    with pytest.raises(ValueError, match=message):
+        fuse_stem(model)
+    assert not any(isinstance(m, StemConv2d) for m in model.modules())
