@@ -26,6 +26,7 @@ from effcore.methods.low_rank_layers import find, freeze
 from effcore.methods.low_rank_measure import observe
 from effcore.methods.low_rank_merge import branch, faster_branches, merge, timed_ranks
 from effcore.methods.low_rank_ranks import Timer, by_ratio
+from effcore.nn.batch_norm import faster_norms
 from effcore.nn.stem import fuse_stem
 
 DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
@@ -43,11 +44,13 @@ SEQUENTIAL = {
     "sequential freezing": ("freezing", "freezing, inner"),
     "timed ranks, sequential freezing": ("timed ranks, freezing", "timed ranks, freezing, inner"),
 }
+# The dense model with torch's own modules, to see what effcore's stem and norms save in all models.
+TORCH_STEM, TORCH_NORMS = "dense, torch's stem", "dense, torch's norms"
 # In the order in which they are measured. Those of one group compile together.
 GROUPS = (
     ("merging", "timed ranks", "timed ranks, freezing", "timed ranks, freezing, inner"),
     ("freezing", "freezing, inner", "branching", "timed ranks, branching", "vanilla"),
-    ("multiples", "merging, timed", "cores only, timed"),
+    ("multiples", "merging, timed", "cores only, timed", TORCH_STEM, TORCH_NORMS),
 )
 
 
@@ -99,7 +102,7 @@ def variants(cuda: bool, training: bool) -> dict[str, Callable[[nn.Module, dict[
         "timed ranks, freezing, inner": partial(given_frozen, inner=True),
     }
     return {
-        "dense": lambda model, ranks: None,
+        **dict.fromkeys(("dense", TORCH_STEM, TORCH_NORMS), lambda model, ranks: None),
         "vanilla": by_ratio_of(1),  # the paper's ranks: 38, 77, 154, 309
         "multiples": by_ratio_of(multiple),
         "timed ranks": given,
@@ -147,10 +150,14 @@ def _dense(spec: Spec) -> tuple[nn.Module, Tensor]:
 
 
 def made(spec: Spec) -> tuple[nn.Module, Tensor]:
-    """The variant, and a batch for it. On a GPU the stem is fused, in the dense model as in all others."""
+    """The variant, and a batch for it. On a GPU with effcore's stem and norms, in the dense model as in all others."""
     model, x = _dense(spec)
     variants(spec.device == "cuda", spec.training)[spec.variant](model, dict(spec.ranks or ()))
-    return fuse_stem(model) if x.is_cuda else model, x
+    if x.is_cuda and spec.variant != TORCH_NORMS:
+        faster_norms(model)
+    if x.is_cuda and spec.variant != TORCH_STEM:
+        fuse_stem(model)
+    return model, x
 
 
 def rates_of(device: str) -> ceilings.Ceilings:

@@ -1,4 +1,4 @@
-"""The fused stem: as a module of a network on any device; its kernels on a GPU (tests/cuda/check_stem.py tells their errors)."""
+"""The fused stem, as a module of a network, on any device (its kernels: tests/cuda/check_stem.py)."""
 
 from __future__ import annotations
 

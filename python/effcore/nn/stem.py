@@ -9,8 +9,6 @@ gradient needs it. The kernels are Triton's (:mod:`effcore.nn._stem_kernels`).
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 from typing import Any
 
@@ -19,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from effcore.nn.batch_norm import DTYPES, BatchNorm2d, follow, triton_is_here
+
 __all__ = ["StemConv2d", "StemNorm", "fuse_stem", "stem"]
 
 DEPTH = 16  # channels of a square
-DTYPES = (torch.bfloat16, torch.float16)
 PIXELS, WARPS = 128, 4  # of a program's product
 WINDOWS = 32  # of a program's maximum
 ROUNDS = 8
@@ -179,16 +178,8 @@ def stem(images: Tensor, weight: Tensor, norm: Any) -> Tensor:
     x, taps = squares(images.detach()), square_weight(weight.to(images.dtype))
     out, *_, mean, variance = _stem(x, taps, norm.weight.float(), norm.bias.float(), mean, variance, norm.eps, keep)
     if norm.training:
-        _follow(norm, mean, variance, x.shape[0] * (x.shape[1] - 3) * (x.shape[2] - 3))
+        follow(norm, mean, variance, x.shape[0] * (x.shape[1] - 3) * (x.shape[2] - 3))
     return out.permute(0, 3, 1, 2)
-
-
-@torch.no_grad()
-def _follow(norm: Any, mean: Tensor, variance: Tensor, pixels: int) -> None:
-    norm.num_batches_tracked.add_(1)
-    part = norm.num_batches_tracked.float().reciprocal() if norm.momentum is None else norm.momentum
-    norm.running_mean.add_(part * (mean - norm.running_mean))
-    norm.running_var.add_(part * (variance * (pixels / max(pixels - 1, 1)) - norm.running_var))
 
 
 class StemConv2d(nn.Conv2d):
@@ -199,7 +190,13 @@ class StemConv2d(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         if torch.is_autocast_enabled(images.device.type):
             images = images.to(torch.get_autocast_dtype(images.device.type))
-        if images.is_cuda and images.dtype in DTYPES and not images.requires_grad and _available() and _even(images):
+        if (
+            images.is_cuda
+            and images.dtype in DTYPES
+            and not images.requires_grad
+            and triton_is_here()
+            and _even(images)
+        ):
             return stem(images, self.weight, self.norm)
         n, y = self.norm, super().forward(images)
         return F.max_pool2d(F.relu(nn.BatchNorm2d.forward(n, y)), 3, 2, 1)  # type: ignore[arg-type]
@@ -216,11 +213,6 @@ class StemNorm(nn.Module):
 
 def _even(images: Tensor) -> bool:
     return images.shape[-1] % 2 == 0 and images.shape[-2] % 2 == 0
-
-
-@functools.cache
-def _available() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def fuse_stem(model: nn.Module) -> nn.Module:
@@ -275,7 +267,7 @@ def _unlike(conv: Any, norm: Any, activation: Any, pool: Any) -> str:
         )
     if conv.out_channels > 64 or conv.out_channels % 8:
         return f"the convolution must have a multiple of 8 channels, at most 64, got {conv.out_channels}"
-    if type(norm) is not nn.BatchNorm2d or not (norm.affine and norm.track_running_stats):
+    if type(norm) not in (nn.BatchNorm2d, BatchNorm2d) or not (norm.affine and norm.track_running_stats):
         return f"the norm must be a BatchNorm2d with parameters and running statistics, got {norm}"
     if not isinstance(activation, nn.ReLU):
         return f"the activation must be ReLU, got {activation}"
