@@ -8,7 +8,7 @@ from typing import Any
 
 
 def table(path: Path) -> str:
-    """Markdown for a file of `low_rank speed | layers | search` or of benchmarks/ops/lowrank_cuda.py."""
+    """Markdown for a file of `low_rank speed | layers | short | search` or of benchmarks/ops/lowrank_cuda.py."""
     report = json.loads(path.read_text())
     rows = report["rows"]
     if report.get("claim") == "speed":
@@ -29,6 +29,24 @@ def table(path: Path) -> str:
                     f"{r['weight']:.1f}",
                 )
                 for r in rows
+            ],
+        )
+    if report.get("claim") == "short":
+        return _lines(
+            ("model", "variant", "layers", "rank", "input", "ms dense", "ms", "saved in all", "predicted"),
+            [
+                (
+                    r["model"],
+                    r["variant"],
+                    f"{r['layers']} × {r['weight']}",
+                    str(r["rank"]),
+                    str(r["input"]),
+                    f"{r['ms_dense']:.3f}",
+                    f"{r['ms']:.3f}",
+                    f"{r['layers'] * (r['ms_dense'] - r['ms']):.2f}",
+                    f"{r['ms_predicted']:.2f}",
+                )
+                for r in sorted(rows, key=lambda r: r["layers"] * (r["ms_dense"] - r["ms"]) - r["ms_predicted"])[:10]
             ],
         )
     if report.get("claim") == "search":

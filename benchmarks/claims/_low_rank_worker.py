@@ -206,7 +206,7 @@ def _patiently(model: nn.Module, logits: Logits, x: Tensor, training: bool) -> N
     raise RuntimeError("no memory for a step")
 
 
-def _any_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
+def any_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
     return gram.new_ones(len(gram)), torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
@@ -225,7 +225,7 @@ def _serve(connection: Connection, spec: Spec) -> None:
 
     try:
         use_carried_libraries()
-        low_rank_factor._leading = _any_basis  # times do not depend on the weights
+        low_rank_factor._leading = any_basis  # times do not depend on the weights
         model, x = claim.made(spec)
         facts = {"gflops": _gflops(model, x)}
         facts["parameters"] = sum(p.numel() for p in model.parameters())

@@ -1,10 +1,12 @@
-"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | layers | search | progressive | smollm | table`.
+"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | layers | short | search | progressive | smollm | table`.
 
 speed: ResNets at 2× against the same model (on a GPU in bfloat16, channels_last, compiled), images a second of training and of
 inference, beside the paper's gains (arXiv 2407.20266), and where a step goes. Random weights: speed does not depend on them.
 Rows that the file of --json has already are not measured again.
 
 layers: their convolutions one by one, at dense and at reduced widths, beside the roofline's times.
+
+short: which layers, of the ranks that a file of `speed` (--ranks) found for training, save less than the roofline says.
 
 search: how long `decompose` takes on a ResNet-152 and on a LLaMA of 1.2 G parameters.
 
@@ -35,7 +37,7 @@ from benchmarks.run import use_carried_libraries  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.low_rank", description=__doc__)
-    parser.add_argument("claim", choices=("speed", "layers", "search", "progressive", "smollm", "table"))
+    parser.add_argument("claim", choices=("speed", "layers", "short", "search", "progressive", "smollm", "table"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--depths", type=int, nargs="+", default=[50], choices=(50, 101, 152))
     parser.add_argument(
@@ -67,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--ratios", type=float, nargs="+", help="(progressive, default 2 4 16; smollm, default 1.25 1.5 2)"
     )
     parser.add_argument("--windows", type=int, default=24, help="of 256 tokens, held out (smollm)")
+    parser.add_argument("--ranks", type=Path, help="a file of speed (short)")
     parser.add_argument("--json", type=Path, help="write the numbers; read them (table)")
     parser.add_argument("--picture", type=Path, help="draw speed's rows (table)")
     options = parser.parse_args(arguments)
@@ -102,7 +105,13 @@ def _rows(
     ranks: dict[str, dict[str, Any]],
     save: Callable[[], None],
 ) -> Iterable[dict[str, Any]]:
-    from benchmarks.claims import _low_rank_language, _low_rank_layers, _low_rank_resnet, _low_rank_search
+    from benchmarks.claims import (
+        _low_rank_language,
+        _low_rank_layers,
+        _low_rank_resnet,
+        _low_rank_search,
+        _low_rank_short,
+    )
 
     if options.claim == "progressive":
         return _low_rank_language.progressive(
@@ -121,6 +130,9 @@ def _rows(
         return _low_rank_language.smollm(tuple(options.ratios or (1.25, 1.5, 2.0)), options.device, options.windows)
     if options.claim == "layers":
         return _low_rank_layers.layers(options.batch or 256, options.plans, options.only == ["stem"])
+    if options.claim == "short":
+        found = json.loads(options.ranks.read_text())["ranks"]
+        return _low_rank_short.short(found, options.batch or 256)
     if options.claim == "search":
         return _low_rank_search.search(options.device)
     passes = [training for training, no in ((False, options.no_inference), (True, options.no_training)) if not no]
