@@ -28,8 +28,8 @@ from effcore.nn.batch_norm import faster_norms  # noqa: E402
 from effcore.nn.stem import stem  # noqa: E402
 
 # (images, channels of one, height, width, channels out)
-SMALL = ((2, 3, 2, 2, 8), (2, 3, 26, 34, 16), (3, 1, 30, 18, 24), (2, 4, 64, 64, 64))
-SHAPES = (*SMALL, (5, 3, 224, 160, 64), (16, 3, 224, 224, 64), (3, 2, 100, 222, 40))
+SMALL = ((2, 3, 2, 8, 8), (2, 3, 26, 40, 16), (3, 1, 30, 24, 24), (2, 4, 64, 64, 64))
+SHAPES = (*SMALL, (5, 3, 224, 160, 64), (16, 3, 224, 224, 64), (3, 2, 100, 216, 40))
 
 
 def plain(images: Tensor, weight: Tensor, norm: Any) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from effcore.nn.stem import StemConv2d, fuse_stem, square_weight, squares
+from effcore.nn.stem import StemConv2d, convolve, fuse_stem
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,7 +54,7 @@ def test_a_model_with_a_fused_stem_is_the_model(make, training):
     fused = fuse_stem(copy.deepcopy(model))
     assert any(isinstance(m, StemConv2d) for m in fused.modules())
     assert list(fused.state_dict()) == list(model.state_dict())
-    for side in (64, 63):  # squares need an even side; without, torch's functions do it
+    for side in (64, 63):
         x = torch.randn(2, 3, side, side)
         torch.testing.assert_close(outputs(fused, x), outputs(model, x))
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
@@ -63,11 +63,18 @@ def test_a_model_with_a_fused_stem_is_the_model(make, training):
         assert len(list(other.parameters())) == len(list(model.parameters()))
 
 
-def test_squares_convolve_as_pixels():
-    x, weight = torch.randn(2, 3, 12, 16), torch.randn(8, 3, 7, 7)
-    taps = square_weight(weight).view(4, 4, 16, 8).permute(3, 2, 0, 1)
-    got = nn.functional.conv2d(squares(x).permute(0, 3, 1, 2), taps)
-    torch.testing.assert_close(got, nn.functional.conv2d(x, weight, stride=2, padding=3))
+@pytest.mark.parametrize("features", [1, 3, 4])
+def test_blocks_convolve_as_pixels(features):
+    x, weight = (
+        torch.randn(2, features, 12, 16, dtype=torch.float64),
+        torch.randn(8, features, 7, 7, dtype=torch.float64),
+    )
+    got = convolve(x, weight.requires_grad_())
+    wanted = nn.functional.conv2d(x, weight, stride=2, padding=3).permute(0, 2, 3, 1)
+    torch.testing.assert_close(got, wanted)
+    assert got.shape == (2, 6, 8, 8)
+    gradient = torch.randn_like(wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(y, weight, gradient) for y in (got, wanted)))
 
 
 @pytest.mark.parametrize(

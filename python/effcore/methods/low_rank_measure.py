@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effcore.methods.low_rank_layers import Layer
 
-AHEAD = 1_000_000  # cycles that a GPU is kept busy with, about half a millisecond
+AHEAD, LONGEST = 1_000_000, 64_000_000  # cycles that a GPU is kept busy with: half a millisecond, and 30
 
 
 @dataclass
@@ -124,18 +124,23 @@ class Clock:
                     torch.autograd.grad(out, [x, *(p for p in module.parameters() if p.requires_grad)], out)
 
         times: list[float] = []
+        ahead = AHEAD
         for _ in range(2):
             once()
         begin = time.perf_counter()
         while len(times) < self.least or (time.perf_counter() - begin < self.seconds and len(times) < 100):
             if cuda:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(AHEAD)  # while the host launches: the time is to be the kernels'
+                torch.cuda._sleep(ahead)  # while the host launches: the time is to be the kernels'
                 start.record()
                 once()
                 end.record()
+                late = start.query()
                 end.synchronize()
-                times.append(start.elapsed_time(end))
+                if late and ahead < LONGEST:  # a busy host: the GPU has waited for it
+                    ahead *= 2
+                else:
+                    times.append(start.elapsed_time(end))
             else:
                 at = time.perf_counter()
                 once()

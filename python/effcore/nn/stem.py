@@ -1,164 +1,127 @@
 """The stem of a ResNet in few passes over memory: 7×7 convolution of stride 2, batch norm, ReLU, 3×3 maximum of stride 2.
 
-Of three channels a library's convolution reaches a tenth of its bound, and the norm, the ReLU and the maximum read and write
-the largest tensor of the network eleven times in training. Here the convolution is one of 4×4 taps over squares of 2×2 pixels,
-256 products for each output, which takes the norm's sums as it writes; the others are one pass forward. Backward, the norm's
-sums need only what each window has chosen, and the gradient of the convolution's output is made in registers where the weight's
-gradient needs it. The kernels are Triton's (:mod:`effcore.nn._stem_kernels`).
+Over three channels a library's convolution takes many times its bound. Over blocks of 2×8 pixels, 48 channels, it is one of 4×2
+blocks, whose 256 channels are those of four pixels side by side: the same numbers in the same place of memory. The norm, the ReLU
+and the maximum, one by one, read and write the network's largest tensor eleven times in training; here they are three kernels of
+Triton (:mod:`effcore.nn._stem_kernels`) that move less than half of it.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
-from effcore.nn.batch_norm import DTYPES, BatchNorm2d, follow, triton_is_here
+from effcore.nn.batch_norm import DTYPES, BatchNorm2d, batch_statistics, follow, triton_is_here
 
 __all__ = ["StemConv2d", "StemNorm", "fuse_stem", "stem"]
 
-DEPTH = 16  # channels of a square
-PIXELS, WARPS = 128, 4  # of a program's product
-WINDOWS = 32  # of a program's maximum
+SIDE_BY_SIDE = 4  # pixels of the output
+WINDOWS, SUMS, SQUARES = 16, 64, 16  # of a block: of the maximum, of the norm's sums, of y's gradient
 ROUNDS = 8
-PROGRAMS = 264  # that add up the weight's gradient: two a multiprocessor
 
 
-def squares(images: Tensor) -> Tensor:
-    """Images [B, c, H, W] as squares of 2×2 pixels [B, H/2 + 3, W/2 + 3, 16], the convolution's padding around them."""
-    padded = F.pad(F.pixel_unshuffle(images, 2), (2, 1, 2, 1, 0, DEPTH - 4 * images.shape[1]))
-    return padded.permute(0, 2, 3, 1).contiguous()
+def blocks(images: Tensor) -> Tensor:
+    """Images [B, c, H, W] as blocks of 2×8 pixels with the convolution's padding around them: [B, 16 c, H/2 + 3, W/8 + 1]."""
+    squares = F.pad(F.pixel_unshuffle(images, 2), (2, 2, 2, 1)).permute(0, 2, 3, 1).contiguous()
+    return squares.unflatten(2, (-1, SIDE_BY_SIDE)).flatten(3).permute(0, 3, 1, 2)
 
 
-def square_weight(weight: Tensor) -> Tensor:
-    """A kernel [C, c, 7, 7] as [256, C]: of 4×4 squares, by row, column, and channel of the square."""
-    taps = F.pixel_unshuffle(F.pad(weight, (1, 0, 1, 0)), 2)
-    return F.pad(taps, (0, 0, 0, 0, 0, DEPTH - taps.shape[1])).permute(2, 3, 1, 0).flatten(0, 2).contiguous()
+def block_weight(weight: Tensor) -> Tensor:
+    """A kernel [C, c, 7, 7] as one of 4×2 blocks for four pixels side by side: [4 C, 16 c, 4, 2]."""
+    squares = F.pixel_unshuffle(F.pad(weight, (1, 0, 1, 0)), 2)  # [C, 4 c, 4, 4]: by square
+    moved = torch.stack([F.pad(squares, (n, SIDE_BY_SIDE - n)) for n in range(SIDE_BY_SIDE)])  # [4, C, 4 c, 4, 8]
+    return moved.flatten(0, 1).unflatten(3, (2, SIDE_BY_SIDE)).permute(0, 4, 1, 2, 3).flatten(1, 2)
 
 
-@torch.library.triton_op("effcore::stem", mutates_args=())
-def _stem(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, each window's own y and its place, y, mean and variance: of the batch where none are given.
+def convolve(images: Tensor, weight: Tensor) -> Tensor:
+    """conv(images) of stride 2 and padding 3: [B, H/2, W/2, C]."""
+    y = F.conv2d(blocks(images), block_weight(weight).contiguous(memory_format=torch.channels_last))
+    return y.permute(0, 2, 3, 1).unflatten(3, (SIDE_BY_SIDE, -1)).flatten(2, 3)
 
-    x [B, Hs, Ws, 16], weight [256, C], out [B, H, W, C]. ``keep``: for a backward.
+
+@torch.library.triton_op("effcore::norm_relu_pool", mutates_args=())
+def _norm_relu_pool(
+    y: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float, training: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, ceil(H / 2), ceil(W / 2), C], each window's own y and its place of y [B, H, W, C], all contiguous.
+
+    ``training``: mean and variance are y's own, and y's gradient goes through them; ``keep``: there will be a backward.
     """
     import triton
 
     from effcore.nn import _stem_kernels as kernels
 
-    wrap = torch.library.wrap_triton
-    batch, height, width, channels = x.shape[0], x.shape[1] - 3, x.shape[2] - 3, weight.shape[1]
-    pixels, block_c = batch * height * width, max(16, triton.next_power_of_2(channels))
-    blocks = triton.cdiv(pixels, PIXELS)
-    y = x.new_empty(batch, height, width, channels)
-    sums = torch.empty((blocks, 2, channels), dtype=torch.float32, device=x.device)
-    wrap(kernels.stem_convolve)[(blocks,)](
-        x, weight, y, sums, pixels, height, width, channels, BLOCK=PIXELS, BLOCK_C=block_c, num_warps=WARPS
-    )
-    if mean is None or variance is None:
-        total, apart = sums.unbind(1)
-        mean = total.sum(0) / pixels
-        within = (pixels - PIXELS * torch.arange(blocks, device=x.device)).clamp(max=PIXELS)[:, None]
-        variance = (apart + within * (total / within - mean).square()).sum(0) / pixels
-    else:
-        mean, variance = mean.float(), variance.float()
+    batch, height, width, channels = y.shape
     scale = gamma * (variance + eps).rsqrt()
     shift = beta - mean * scale
-    out = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, channels)
-    kept = out.shape if keep else (0,)
-    own, place = x.new_empty(kept), torch.empty(kept, dtype=torch.int8, device=x.device)
-    windows = batch * ((height + 1) // 2) * ((width + 1) // 2)
-    wrap(kernels.stem_pool)[(triton.cdiv(windows, WINDOWS),)](
+    shape = (batch, (height + 1) // 2, (width + 1) // 2, channels)
+    out, windows = y.new_empty(shape), batch * shape[1] * shape[2]
+    own = y.new_empty(shape if keep else (0,))
+    place = torch.empty(own.shape, dtype=torch.int8, device=y.device)
+    torch.library.wrap_triton(kernels.stem_pool)[(triton.cdiv(windows, WINDOWS),)](
         y, scale, shift, out, own, place, windows, height, width, channels,
-        KEEP=keep, BLOCK=WINDOWS, BLOCK_C=block_c, num_warps=WARPS,
+        KEEP=keep, BLOCK=WINDOWS, BLOCK_C=triton.next_power_of_2(channels), num_warps=4,
     )  # fmt: skip
-    return out, own, place, y if keep else x.new_empty(0), mean.clone(), variance.clone()
+    return out, own, place
 
 
-@torch.library.triton_op("effcore::stem_backward", mutates_args=())
-def _stem_backward(
+@torch.library.triton_op("effcore::norm_relu_pool_backward", mutates_args=())
+def _norm_relu_pool_backward(
     gradient: Tensor,
     own: Tensor,
     place: Tensor,
     y: Tensor,
-    x: Tensor,
     gamma: Tensor,
     mean: Tensor,
     variance: Tensor,
     eps: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight [256, C], gamma and beta, in float32. ``training``: mean and variance are the batch's."""
+    """Gradients of y, gamma and beta."""
     import triton
 
     from effcore.nn import _stem_kernels as kernels
 
-    wrap = torch.library.wrap_triton
     batch, height, width, channels = y.shape
-    pixels, block_c = batch * height * width, max(16, triton.next_power_of_2(channels))
-    windows = batch * ((height + 1) // 2) * ((width + 1) // 2)
+    windows, block_c = batch * ((height + 1) // 2) * ((width + 1) // 2), triton.next_power_of_2(channels)
     gradient = gradient.contiguous()
-    blocks = triton.cdiv(windows, WINDOWS * ROUNDS)
-    sums = torch.empty((blocks, 2, channels), dtype=torch.float32, device=y.device)
-    wrap(kernels.stem_reduce)[(blocks,)](
-        gradient, own, place, mean, sums, windows, channels, BLOCK=WINDOWS, ROUNDS=ROUNDS, BLOCK_C=block_c
+    programs = triton.cdiv(windows, SUMS * ROUNDS)
+    sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=y.device)
+    wrap = torch.library.wrap_triton
+    wrap(kernels.stem_reduce)[(programs,)](
+        gradient, own, place, mean, sums, windows, channels, BLOCK=SUMS, ROUNDS=ROUNDS, BLOCK_C=block_c, num_warps=8
     )
     dbeta, apart = sums.sum(0).unbind(0)
-    scale = (variance + eps).rsqrt()
-    dgamma = apart * scale
-    # y's gradient is a (g - mean of g - normed y · mean of (g · normed y)) with a = gamma · scale: linear in g and y.
-    a = gamma * scale
-    slope = -a * scale * dgamma / pixels if training else torch.zeros_like(a)
-    offset = -a * dbeta / pixels - slope * mean if training else torch.zeros_like(a)
-    parts = torch.empty((PROGRAMS, 16 * DEPTH, channels), dtype=torch.float32, device=y.device)
-    wrap(kernels.stem_weight_gradient)[(PROGRAMS,)](
-        x, y, gradient, place, a, slope, offset, parts, pixels, triton.cdiv(pixels, PROGRAMS * 64), height, width, channels,
-        BLOCK=64, BLOCK_C=block_c, num_warps=8,
+    invstd = (variance + eps).rsqrt()
+    dgamma = apart * invstd
+    # y's gradient is scale · (g - mean of g - normed y · mean of (g · normed y)): linear in g and y.
+    scale, pixels = gamma * invstd, batch * height * width
+    slope = -scale * invstd * dgamma / pixels if training else torch.zeros_like(scale)
+    offset = -scale * dbeta / pixels - slope * mean if training else torch.zeros_like(scale)
+    dy = torch.empty_like(y)
+    wrap(kernels.stem_spread)[(triton.cdiv(windows, SQUARES),)](
+        gradient, place, y, dy, scale, slope, offset, windows, height, width, channels,
+        BLOCK=SQUARES, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
-    return parts.sum(0), dgamma, dbeta.clone()
-
-
-@register_flop_formula(torch.ops.effcore.stem)
-def _(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    batch, height, width, _depth = x_shape
-    return 2 * batch * (height - 3) * (width - 3) * weight_shape[0] * weight_shape[1]
-
-
-@register_flop_formula(torch.ops.effcore.stem_backward)
-def _(
-    gradient_shape: Any, own_shape: Any, place_shape: Any, y_shape: Any, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return 2 * math.prod(y_shape) * 16 * DEPTH
+    return dy, dgamma, dbeta.clone()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, gamma, _, given, _, eps, _ = inputs
-    _, own, place, y, mean, variance = output
-    ctx.mark_non_differentiable(own, place, y, mean, variance)
-    ctx.save_for_backward(own, place, y, x, gamma, mean, variance)
-    ctx.eps, ctx.training = eps, given is None
+    y, gamma, _, mean, variance, ctx.eps, ctx.training, _ = inputs
+    _, own, place = output
+    ctx.mark_non_differentiable(own, place)
+    ctx.save_for_backward(own, place, y, gamma, mean, variance)
 
 
 def _gradients(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-    own, place, y, x, gamma, mean, variance = ctx.saved_tensors
-    dweight, dgamma, dbeta = _stem_backward(gradient, own, place, y, x, gamma, mean, variance, ctx.eps, ctx.training)
-    return None, dweight.to(x.dtype), dgamma, dbeta, None, None, None, None
+    dy, dgamma, dbeta = _norm_relu_pool_backward(gradient, *ctx.saved_tensors, ctx.eps, ctx.training)
+    return dy, dgamma, dbeta, None, None, None, None, None
 
 
-_stem.register_autograd(_gradients, setup_context=_setup)
+_norm_relu_pool.register_autograd(_gradients, setup_context=_setup)
 
 
 def stem(images: Tensor, weight: Tensor, norm: Any) -> Tensor:
@@ -166,19 +129,23 @@ def stem(images: Tensor, weight: Tensor, norm: Any) -> Tensor:
 
     The convolution is 7×7 of stride 2 and padding 3, the maximum 3×3 of stride 2 and padding 1. While ``norm`` is in training
     mode, statistics are the batch's, which its running ones follow. Sums are float32; among equal numbers of a window the first
-    one is chosen, as by ``nn.MaxPool2d``. Differentiable, once, in weight and in the norm's weight and bias, not in the images.
+    one is chosen, as by ``nn.MaxPool2d``. Differentiable, once, in weight and in the norm's weight and bias.
 
     Args:
-        images: [B, c, H, W], c at most 4, H and W even; bfloat16 or float16, on a GPU.
+        images: [B, c, H, W], H even and W a multiple of 8; bfloat16 or float16, on a GPU.
         weight: [C, c, 7, 7], C a multiple of 8, at most 64; cast to images' dtype.
         norm: a batch norm with weight, bias and running statistics, which may be float32.
     """
-    mean, variance = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-    keep = torch.is_grad_enabled() and any(p.requires_grad for p in (weight, norm.weight, norm.bias))
-    x, taps = squares(images.detach()), square_weight(weight.to(images.dtype))
-    out, *_, mean, variance = _stem(x, taps, norm.weight.float(), norm.bias.float(), mean, variance, norm.eps, keep)
+    y = convolve(images, weight.to(images.dtype)).contiguous()
     if norm.training:
-        follow(norm, mean, variance, x.shape[0] * (x.shape[1] - 3) * (x.shape[2] - 3))
+        rows = y.detach().flatten(0, 2)
+        mean, variance = batch_statistics(rows)
+        follow(norm, mean, variance, len(rows))
+    else:
+        mean, variance = norm.running_mean.float(), norm.running_var.float()
+    keep = torch.is_grad_enabled() and (y.requires_grad or norm.weight.requires_grad or norm.bias.requires_grad)
+    gamma, beta = norm.weight.float(), norm.bias.float()
+    out, *_ = _norm_relu_pool(y, gamma, beta, mean, variance, norm.eps, norm.training, keep)
     return out.permute(0, 3, 1, 2)
 
 
@@ -190,13 +157,8 @@ class StemConv2d(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         if torch.is_autocast_enabled(images.device.type):
             images = images.to(torch.get_autocast_dtype(images.device.type))
-        if (
-            images.is_cuda
-            and images.dtype in DTYPES
-            and not images.requires_grad
-            and triton_is_here()
-            and _even(images)
-        ):
+        fits = images.shape[2] % 2 == 0 and images.shape[3] % (2 * SIDE_BY_SIDE) == 0
+        if images.is_cuda and images.dtype in DTYPES and fits and triton_is_here():
             return stem(images, self.weight, self.norm)
         n, y = self.norm, super().forward(images)
         return F.max_pool2d(F.relu(nn.BatchNorm2d.forward(n, y)), 3, 2, 1)  # type: ignore[arg-type]
@@ -209,10 +171,6 @@ class StemNorm(nn.Module):
         return x
 
     _check_input_dim = nn.BatchNorm2d._check_input_dim
-
-
-def _even(images: Tensor) -> bool:
-    return images.shape[-1] % 2 == 0 and images.shape[-2] % 2 == 0
 
 
 def fuse_stem(model: nn.Module) -> nn.Module:
