@@ -1,9 +1,9 @@
 """Triton kernels of :mod:`effcore.nn.stem`: max_pool(relu(norm(y))) and its gradients.
 
-y [B, H, W, C] has windows of 3×3, stride 2 and padding 1: [B, ceil(H / 2), ceil(W / 2), C]. All is bound by memory. In units of
-y's bytes: the maximum reads 1 and writes 0.6 (each window's result, its own y, and which of the nine it was, a byte); the norm's
-two sums need the windows' own y and gradient alone, 0.6; y's gradient reads 1.4 and writes 1. Norm, ReLU and maximum one by one
-move 11. The sums of blocks are written, and added in order: no atomics.
+y [B, H, W, C] has windows of 3×3, stride 2 and padding 1: [B, ceil(H / 2), ceil(W / 2), C]. All is bound by memory. In units
+of y's bytes: the maximum reads 1 and writes 0.6 (each window's result, its own y, and which of the nine it was, a byte); the
+norm's two sums need the windows' own y and gradient alone, 0.6; y's gradient reads 1.4 and writes 1. Norm, ReLU and maximum one
+by one move 11. The sums of blocks are written, and added in order: no atomics.
 """
 
 from __future__ import annotations

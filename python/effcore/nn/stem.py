@@ -1,9 +1,9 @@
 """The stem of a ResNet in few passes over memory: 7×7 convolution of stride 2, batch norm, ReLU, 3×3 maximum of stride 2.
 
-Over three channels a library's convolution takes many times its bound. Over blocks of 2×8 pixels, 48 channels, it is one of 4×2
-blocks, whose 256 channels are those of four pixels side by side: the same numbers in the same place of memory. The norm, the ReLU
-and the maximum, one by one, read and write the network's largest tensor eleven times in training; here they are three kernels of
-Triton (:mod:`effcore.nn._stem_kernels`) that move less than half of it.
+Over three channels a library's convolution takes many times its bound. Over blocks of 2×8 pixels, 48 channels, it is one of
+4×2 blocks, whose 256 channels are those of four pixels side by side: the same numbers in the same place of memory. The norm,
+the ReLU and the maximum, one by one, read and write the network's largest tensor eleven times in training; here they are three
+kernels of Triton (:mod:`effcore.nn._stem_kernels`) that move less than half of it.
 """
 
 from __future__ import annotations
