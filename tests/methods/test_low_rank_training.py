@@ -6,7 +6,7 @@ from torch import nn
 
 import effcore
 from effcore.errors import InputError
-from effcore.methods import low_rank_merge
+from effcore.methods import low_rank_merge, low_rank_ranks
 from effcore.methods.low_rank_callbacks import Freezing, ProgressiveDecomposition, SequentialFreezing, shrink
 from effcore.methods.low_rank_checkpoint import DESCRIPTION, load_decomposed, save_decomposed
 from effcore.methods.low_rank_factor import reorder
@@ -30,6 +30,28 @@ def test_freezing():
     model = network()
     Freezing().apply(model, 0, 0.0)
     assert trains(model) == {"0.core.weight", "1.last.weight", "3.up"}
+
+
+def test_ranks_are_timed_as_frozen_factors_train(monkeypatch):
+    """What is timed for "freezing" are factors whose outer ones are frozen, which can pay where training all does not."""
+    seen = []
+
+    def clock(self, key, module, seen_inputs):
+        frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
+        seen.append((self.training, type(module).__name__, frozen))
+        return 1.0 if isinstance(module, nn.Conv2d | nn.Linear) else 2.0 - 1.5 * bool(frozen)
+
+    monkeypatch.setattr(low_rank_ranks.Clock, "__call__", clock)
+    for measure, ranks in (("freezing", 2), ("training", 0)):
+        seen.clear()
+        model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 16, 16))
+        decomposed = effcore.decompose(model, 2.0, data=[torch.randn(2, 16, 4, 4)], measure=measure)
+        assert sum(isinstance(m, LowRankConv2d | LowRankLinear) for m in decomposed) == ranks
+        assert all(training for training, _, _ in seen)
+        frozen = {kind: names for _, kind, names in seen if kind.startswith("LowRank")}
+        outer = {"LowRankConv2d": ["first.weight", "last.weight"], "LowRankLinear": ["down"]}
+        assert frozen == (outer if measure == "freezing" else {kind: [] for kind in outer})
+        assert all(p.requires_grad for p in decomposed.parameters()), "the model itself is not frozen"
 
 
 def test_sequential_freezing_alternates():
