@@ -28,7 +28,7 @@ def _kind(size: list[int]) -> str:
 def kernels(step: Callable[[], Any], count: int = 3) -> list[dict[str, Any]]:
     """What a GPU did in one step: convolutions by the shapes of what they are called with, compiled kernels by name.
 
-    The last layer's product and the loss are left out, which take less than a hundredth.
+    Products are 1×1 convolutions of few pixels, and the last layer, which takes less than a hundredth; the loss is left out.
     """
     step()
     torch.cuda.synchronize()
@@ -45,7 +45,7 @@ def kernels(step: Callable[[], Any], count: int = 3) -> list[dict[str, Any]]:
             rows.append(
                 {"kind": _kind(weight), "what": what, "x": x, "weight": weight, "calls": event.count / count, "us": us}
             )
-        elif event.key.startswith("effcore::lowrank_linear"):
+        elif event.key.startswith(("effcore::lowrank_linear", "aten::mm", "aten::addmm")) and event.device_time_total:
             us = event.device_time_total / count
             row = {"kind": KINDS[1], "what": event.key, "x": event.input_shapes[0], "weight": event.input_shapes[1]}
             rows.append(row | {"calls": event.count / count, "us": us})
