@@ -27,6 +27,7 @@ from effcore.methods.low_rank_measure import observe
 from effcore.methods.low_rank_merge import branch, faster_branches, merge, timed_ranks
 from effcore.methods.low_rank_ranks import Timer, by_ratio
 from effcore.nn.batch_norm import faster_norms
+from effcore.nn.faster import faster
 from effcore.nn.stem import fuse_stem
 
 DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
@@ -150,14 +151,16 @@ def _dense(spec: Spec) -> tuple[nn.Module, Tensor]:
 
 
 def made(spec: Spec) -> tuple[nn.Module, Tensor]:
-    """The variant, and a batch for it. On a GPU with effcore's stem and norms, in the dense model as in all others."""
+    """The variant, and a batch for it."""
     model, x = _dense(spec)
     variants(spec.device == "cuda", spec.training)[spec.variant](model, dict(spec.ranks or ()))
-    if x.is_cuda and spec.variant != TORCH_NORMS:
-        faster_norms(model)
-    if x.is_cuda and spec.variant != TORCH_STEM:
-        fuse_stem(model)
     return model, x
+
+
+def made_faster(spec: Spec, model: nn.Module) -> None:
+    """On a GPU, the dense model as all others; but for the two that show what that brings."""
+    if spec.device == "cuda":
+        {TORCH_NORMS: fuse_stem, TORCH_STEM: faster_norms}.get(spec.variant, faster)(model)
 
 
 def rates_of(device: str) -> ceilings.Ceilings:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effcore.methods.low_rank_factor import KernelFactors, MatrixFactors, svd_rank, tucker_ranks
 from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
+from effcore.nn.side_by_side import NarrowConv2d
 
 M = TypeVar("M", bound=nn.Module)
 Kind = Literal["linear", "conv1d", "pointwise", "conv"]
@@ -130,7 +131,7 @@ def _kind(module: nn.Module) -> Kind | None:
         return "linear"
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers"):
         return "conv1d"
-    if type(module) is nn.Conv2d:
+    if type(module) in (nn.Conv2d, NarrowConv2d):
         return "pointwise" if tuple(module.kernel_size) == (1, 1) else "conv"
     return None
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effcore.nn.batch_norm import DTYPES, BatchNorm2d, batch_statistics, follow, triton_is_here
+from effcore.nn.side_by_side import block_weight, blocks, pixels
 
 __all__ = ["StemConv2d", "StemNorm", "fuse_stem", "stem"]
 
@@ -23,23 +24,12 @@ WINDOWS, SUMS, SQUARES = 16, 64, 16  # of a block: of the maximum, of the norm's
 ROUNDS = 8
 
 
-def blocks(images: Tensor) -> Tensor:
-    """Images [B, c, H, W] as blocks of 2×8 pixels with the convolution's padding around them: [B, 16 c, H/2 + 3, W/8 + 1]."""
-    squares = F.pad(F.pixel_unshuffle(images, 2), (2, 2, 2, 1)).permute(0, 2, 3, 1).contiguous()
-    return squares.unflatten(2, (-1, SIDE_BY_SIDE)).flatten(3).permute(0, 3, 1, 2)
-
-
-def block_weight(weight: Tensor) -> Tensor:
-    """A kernel [C, c, 7, 7] as one of 4×2 blocks for four pixels side by side: [4 C, 16 c, 4, 2]."""
-    squares = F.pixel_unshuffle(F.pad(weight, (1, 0, 1, 0)), 2)  # [C, 4 c, 4, 4]: by square
-    moved = torch.stack([F.pad(squares, (n, SIDE_BY_SIDE - n)) for n in range(SIDE_BY_SIDE)])  # [4, C, 4 c, 4, 8]
-    return moved.flatten(0, 1).unflatten(3, (2, SIDE_BY_SIDE)).permute(0, 4, 1, 2, 3).flatten(1, 2)
-
-
 def convolve(images: Tensor, weight: Tensor) -> Tensor:
     """conv(images) of stride 2 and padding 3: [B, H/2, W/2, C]."""
-    y = F.conv2d(blocks(images), block_weight(weight).contiguous(memory_format=torch.channels_last))
-    return y.permute(0, 2, 3, 1).unflatten(3, (SIDE_BY_SIDE, -1)).flatten(2, 3)
+    squares = F.pad(F.pixel_unshuffle(images, 2), (2, 2, 2, 1)).permute(0, 2, 3, 1).contiguous()
+    of_squares = F.pixel_unshuffle(F.pad(weight, (1, 0, 1, 0)), 2)  # [C, 4 c, 4, 4]
+    y = F.conv2d(blocks(squares, SIDE_BY_SIDE), block_weight(of_squares, SIDE_BY_SIDE, 2, 0))
+    return pixels(y, SIDE_BY_SIDE)
 
 
 @torch.library.triton_op("effcore::norm_relu_pool", mutates_args=())
