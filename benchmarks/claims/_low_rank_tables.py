@@ -8,7 +8,7 @@ from typing import Any
 
 
 def table(path: Path) -> str:
-    """Markdown for a file of `low_rank speed | layers | short | search` or of benchmarks/ops/lowrank_cuda.py."""
+    """Markdown for a file of `low_rank speed | layers | parts | short | search` or of benchmarks/ops/lowrank_cuda.py."""
     report = json.loads(path.read_text())
     rows = report["rows"]
     if report.get("claim") == "speed":
@@ -27,6 +27,20 @@ def table(path: Path) -> str:
                     f"{r['bound'] / r['forward']:.0%}",
                     f"{r['input']:.1f}",
                     f"{r['weight']:.1f}",
+                )
+                for r in rows
+            ],
+        )
+    if report.get("claim") == "parts":
+        return _lines(
+            ("part", "torch's, us", "effcore's, us", "bound, us", "of the bound"),
+            [
+                (
+                    r["part"],
+                    f"{r['torch']['us']:.0f}",
+                    f"{r['effcore']['us']:.0f}",
+                    f"{r['bound_us']:.0f}",
+                    f"{r['bound_us'] / r['effcore']['us']:.0%}",
                 )
                 for r in rows
             ],

@@ -1,10 +1,12 @@
-"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | layers | short | search | progressive | smollm | table`.
+"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | layers | parts | short | search | progressive | smollm | table`.
 
 speed: ResNets at 2× against the same model (on a GPU in bfloat16, channels_last, compiled), images a second of training and of
 inference, beside the paper's gains (arXiv 2407.20266), and where a step goes. Random weights: speed does not depend on them.
 Rows that the file of --json has already are not measured again.
 
 layers: their convolutions one by one, at dense and at reduced widths, beside the roofline's times.
+
+parts: the stem, the norms and the narrow convolutions that all models of `speed` have, beside torch's.
 
 short: which layers, of the ranks that a file of `speed` (--ranks) found for training, save less than the roofline says.
 
@@ -37,7 +39,9 @@ from benchmarks.run import use_carried_libraries  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.low_rank", description=__doc__)
-    parser.add_argument("claim", choices=("speed", "layers", "short", "search", "progressive", "smollm", "table"))
+    parser.add_argument(
+        "claim", choices=("speed", "layers", "parts", "short", "search", "progressive", "smollm", "table")
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--depths", type=int, nargs="+", default=[50], choices=(50, 101, 152))
     parser.add_argument(
@@ -108,6 +112,7 @@ def _rows(
     from benchmarks.claims import (
         _low_rank_language,
         _low_rank_layers,
+        _low_rank_parts,
         _low_rank_resnet,
         _low_rank_search,
         _low_rank_short,
@@ -130,6 +135,8 @@ def _rows(
         return _low_rank_language.smollm(tuple(options.ratios or (1.25, 1.5, 2.0)), options.device, options.windows)
     if options.claim == "layers":
         return _low_rank_layers.layers(options.batch or 256, options.plans, options.only == ["stem"])
+    if options.claim == "parts":
+        return _low_rank_parts.parts(options.batch or 256)
     if options.claim == "short":
         found = json.loads(options.ranks.read_text())["ranks"]
         return _low_rank_short.short(found, options.batch or 256)
