@@ -131,7 +131,7 @@ def _kind(module: nn.Module) -> Kind | None:
         return "linear"
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers"):
         return "conv1d"
-    if type(module) in (nn.Conv2d, NarrowConv2d):
+    if isinstance(module, nn.Conv2d) and type(module) in (nn.Conv2d, NarrowConv2d):
         return "pointwise" if tuple(module.kernel_size) == (1, 1) else "conv"
     return None
 
