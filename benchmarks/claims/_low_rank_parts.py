@@ -1,7 +1,7 @@
-"""What `effcore.nn.faster` changes, one by one: a ResNet's stem, its batch norms, narrow convolutions; forward and backward.
+"""What `effcore.nn.faster` changes, one by one: a ResNet's stem, narrow convolutions; forward and backward.
 
-Each as torch.compile makes it of torch's module and of ours, in microseconds of kernels, beside the bound by memory of what is
-fused: a norm as in _low_rank_roofline; the stem as images and convolution's output, each read or written as often as it must.
+Each as torch.compile makes it of torch's module and of ours, in microseconds of kernels, beside the bound by memory: of the
+stem, images and the convolution's output, each read or written as often as it must.
 """
 
 from __future__ import annotations
@@ -28,46 +28,17 @@ class Stem(nn.Module):
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
 
-class Last(nn.Module):
-    """The end of a bottleneck: two gradients meet there."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
-        out = torch.relu(self.norm(x) + shortcut)
-        return out.clone(), out.view_as(out)
-
-
 def parts(batch: int) -> Iterator[dict[str, Any]]:
     rates, _ = ceilings(torch.zeros(64 << 20, device="cuda"))
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device="cuda").bfloat16().to(memory_format=torch.channels_last)
 
-    def norm(channels: int) -> nn.Module:
-        return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
-
     images, y = batch * 224 * 224 * 3, batch * 112 * 112 * 64
     # Forward: images, y written, y twice, windows. Backward: windows' gradients twice, y, its gradient both ways, images.
     cases: list[tuple[str, nn.Module, list[Tensor], bool, float]] = [
         ("stem", Stem(), [random(batch, 3, 224, 224)], False, 2 * images + 6 * y + 0.75 * y)
     ]
-    for channels, side in ((64, 56), (256, 14), (512, 7)):
-        x = random(batch, channels, side, side)
-        cases.append((f"norm, ReLU: {channels} of {side}×{side}", norm(channels), [x], True, 8.0 * x.numel()))
-    for channels, side in ((256, 56), (1024, 14)):
-        x = random(batch, channels, side, side)
-        cases.append(
-            (
-                f"norm, sum, ReLU: {channels} of {side}×{side}",
-                Last(channels),
-                [x, random(*x.shape)],
-                True,
-                12.0 * x.numel(),
-            )
-        )
     narrow = nn.Conv2d(32, 32, 3, padding=1, bias=False)
     x = random(batch, 32, 56, 56)
     cases.append(("3×3, 32 channels of 56×56", nn.Sequential(narrow), [x], True, 6.0 * x.numel()))

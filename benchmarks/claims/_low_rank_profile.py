@@ -50,7 +50,7 @@ def kernels(step: Callable[[], Any], count: int = 3) -> list[dict[str, Any]]:
             row = {"kind": KINDS[1], "what": event.key, "x": event.input_shapes[0], "weight": event.input_shapes[1]}
             rows.append(row | {"calls": event.count / count, "us": us})
     for event in profiler.key_averages():
-        if event.device_type.name == "CUDA" and event.key.startswith(("triton", "stem", "batch_sums")):
+        if event.device_type.name == "CUDA" and event.key.startswith(("triton", "stem")):
             us = event.self_device_time_total / count
             # "pad": the images as squares
             kind = KINDS[2 if event.key.startswith("stem") or "pad" in event.key else 3]

@@ -26,9 +26,7 @@ from effcore.methods.low_rank_layers import find, freeze
 from effcore.methods.low_rank_measure import observe
 from effcore.methods.low_rank_merge import branch, faster_branches, merge, timed_ranks
 from effcore.methods.low_rank_ranks import Timer, by_ratio
-from effcore.nn.batch_norm import faster_norms
 from effcore.nn.faster import faster
-from effcore.nn.stem import fuse_stem
 
 DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 # Per cent of images a second gained in training and at inference, as the papers have them.
@@ -45,13 +43,12 @@ SEQUENTIAL = {
     "sequential freezing": ("freezing", "freezing, inner"),
     "timed ranks, sequential freezing": ("timed ranks, freezing", "timed ranks, freezing, inner"),
 }
-# The dense model with torch's own modules, to see what effcore's stem and norms save in all models.
-TORCH_STEM, TORCH_NORMS = "dense, torch's stem", "dense, torch's norms"
+TORCHS = "dense, torch's stem"  # what effcore's saves in all models
 # In the order in which they are measured. Those of one group compile together.
 GROUPS = (
     ("merging", "timed ranks", "timed ranks, freezing", "timed ranks, freezing, inner"),
     ("freezing", "freezing, inner", "branching", "timed ranks, branching", "vanilla"),
-    ("multiples", "merging, timed", "cores only, timed", TORCH_STEM, TORCH_NORMS),
+    ("multiples", "merging, timed", "cores only, timed", TORCHS),
 )
 
 
@@ -103,7 +100,7 @@ def variants(cuda: bool, training: bool) -> dict[str, Callable[[nn.Module, dict[
         "timed ranks, freezing, inner": partial(given_frozen, inner=True),
     }
     return {
-        **dict.fromkeys(("dense", TORCH_STEM, TORCH_NORMS), lambda model, ranks: None),
+        **dict.fromkeys(("dense", TORCHS), lambda model, ranks: None),
         "vanilla": by_ratio_of(1),  # the paper's ranks: 38, 77, 154, 309
         "multiples": by_ratio_of(multiple),
         "timed ranks": given,
@@ -158,9 +155,9 @@ def made(spec: Spec) -> tuple[nn.Module, Tensor]:
 
 
 def made_faster(spec: Spec, model: nn.Module) -> None:
-    """On a GPU, the dense model as all others; but for the two that show what that brings."""
-    if spec.device == "cuda":
-        {TORCH_NORMS: fuse_stem, TORCH_STEM: faster_norms}.get(spec.variant, faster)(model)
+    """On a GPU, the dense model as all others."""
+    if spec.device == "cuda" and spec.variant != TORCHS:
+        faster(model)
 
 
 def rates_of(device: str) -> ceilings.Ceilings:

@@ -6,7 +6,7 @@ Rows that the file of --json has already are not measured again.
 
 layers: their convolutions one by one, at dense and at reduced widths, beside the roofline's times.
 
-parts: the stem, the norms and the narrow convolutions that all models of `speed` have, beside torch's.
+parts: the stem and the narrow convolutions that models of `speed` have, beside torch's.
 
 short: which layers, of the ranks that a file of `speed` (--ranks) found for training, save less than the roofline says.
 

@@ -17,7 +17,6 @@ from torch import nn
 from effcore.errors import InputError
 from effcore.files import write_atomically
 from effcore.methods.low_rank_layers import replace
-from effcore.nn.batch_norm import BatchNorm2d
 from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
 from effcore.nn.side_by_side import NarrowConv2d
 
@@ -48,7 +47,7 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
             "padding_mode",
         )
         return {"kind": "conv2d", "bias": module.bias is not None} | {n: getattr(module, n) for n in names}
-    if type(module) in (nn.BatchNorm2d, BatchNorm2d):
+    if type(module) is nn.BatchNorm2d:
         own = ("num_features", "eps", "momentum", "affine", "track_running_stats")
         return {"kind": "batch_norm2d"} | {n: getattr(module, n) for n in own}
     return None

@@ -1,9 +1,9 @@
 """Triton kernels of :mod:`effcore.nn.stem`: max_pool(relu(norm(y))) and its gradients.
 
 y [B, H, W, C] has windows of 3×3, stride 2 and padding 1: [B, ceil(H / 2), ceil(W / 2), C]. All is bound by memory. In units
-of y's bytes: the maximum reads 1 and writes 0.6 (each window's result, its own y, and which of the nine it was, a byte); the
-norm's two sums need the windows' own y and gradient alone, 0.6; y's gradient reads 1.4 and writes 1. Norm, ReLU and maximum one
-by one move 11. The sums of blocks are written, and added in order: no atomics.
+of y's bytes: the statistics read 1; the maximum reads 1 and writes 0.6 (each window's result, its own y, and which of the nine
+it was, a byte); the norm's two sums need the windows' own y and gradient alone, 0.6; y's gradient reads 1.4 and writes 1. Norm,
+ReLU and maximum one by one move 11. The sums of programs are written, and added in order: no atomics.
 """
 
 from __future__ import annotations
@@ -19,6 +19,29 @@ def _split(index, height, width):
     """(image, row, column) of what is counted through."""
     rest = index // width
     return (rest // height).to(tl.int64), rest % height, index % width
+
+
+@triton.jit
+def stem_sums(y, sums, rows, rounds, channels, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Σ (y - y₀) and Σ (y - y₀)² of y [rows, C] over a program's rows: sums [programs, 2, C].
+
+    y₀, the first row, is near the mean, so that squares do not cancel.
+    """
+    c = tl.arange(0, BLOCK_C)
+    there = c < channels
+    first = tl.load(y + c, mask=there, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    squares = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    for round in range(rounds):
+        row = (tl.program_id(0).to(tl.int64) + round * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
+        kept = (row < rows)[:, None] & there[None, :]
+        value = tl.load(y + row[:, None] * channels + c[None, :], mask=kept, other=0.0).to(tl.float32)
+        value = tl.where(kept, value - first, 0.0)
+        total += value
+        squares += value * value
+    to = sums + tl.program_id(0) * 2 * channels + c
+    tl.store(to, tl.sum(total, 0), mask=there)
+    tl.store(to + channels, tl.sum(squares, 0), mask=there)
 
 
 @triton.jit
@@ -124,7 +147,7 @@ def stem_spread(
     right, under = kept & (2 * j + 1 < width)[:, None], (2 * i + 1 < height)[:, None]
     _give(y, dy, at, kept, a, b, d, tl.where(p == 4, g, 0.0))
     _give(y, dy, at + channels, right, a, b, d, tl.where(p == 5, g, 0.0) + tl.where(p_beside == 3, g_beside, 0.0))
-    at += width.to(tl.int64) * channels
+    at = ((image * height + 2 * i + 1) * width + 2 * j)[:, None] * channels + c[None, :]
     _give(y, dy, at, kept & under, a, b, d, tl.where(p == 7, g, 0.0) + tl.where(p_below == 1, g_below, 0.0))
     both = tl.where(p == 8, g, 0.0) + tl.where(p_beside == 6, g_beside, 0.0)
     both += tl.where(p_below == 2, g_below, 0.0) + tl.where(p_both == 0, g_both, 0.0)

@@ -2,24 +2,27 @@
 
 Over three channels a library's convolution takes many times its bound. Over blocks of 2×8 pixels, 48 channels, it is one of
 4×2 blocks, whose 256 channels are those of four pixels side by side: the same numbers in the same place of memory. The norm,
-the ReLU and the maximum, one by one, read and write the network's largest tensor eleven times in training; here they are three
+the ReLU and the maximum, one by one, read and write the network's largest tensor eleven times in training; here they are four
 kernels of Triton (:mod:`effcore.nn._stem_kernels`) that move less than half of it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effcore.nn.batch_norm import DTYPES, BatchNorm2d, batch_statistics, follow, triton_is_here
 from effcore.nn.side_by_side import block_weight, blocks, pixels
 
 __all__ = ["StemConv2d", "StemNorm", "fuse_stem", "stem"]
 
+DTYPES = (torch.bfloat16, torch.float16)
+TRITON = importlib.util.find_spec("triton") is not None
 SIDE_BY_SIDE = 4  # pixels of the output
+ROWS, PROGRAMS = 64, 1056  # of the statistics: eight programs a multiprocessor
 WINDOWS, SUMS, SQUARES = 16, 64, 16  # of a block: of the maximum, of the norm's sums, of y's gradient
 ROUNDS = 8
 
@@ -30,6 +33,24 @@ def convolve(images: Tensor, weight: Tensor) -> Tensor:
     of_squares = F.pixel_unshuffle(F.pad(weight, (1, 0, 1, 0)), 2)  # [C, 4 c, 4, 4]
     y = F.conv2d(blocks(squares, SIDE_BY_SIDE), block_weight(of_squares, SIDE_BY_SIDE, 2, 0))
     return pixels(y, SIDE_BY_SIDE)
+
+
+@torch.library.triton_op("effcore::stem_statistics", mutates_args=())
+def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (of all, not of all but one) of each channel of y [rows, C], in float32; no gradient."""
+    import triton
+
+    from effcore.nn import _stem_kernels as kernels
+
+    count, channels = rows.shape
+    programs = min(PROGRAMS, triton.cdiv(count, ROWS))
+    sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=rows.device)
+    torch.library.wrap_triton(kernels.stem_sums)[(programs,)](
+        rows, sums, count, triton.cdiv(count, programs * ROWS), channels,
+        BLOCK=ROWS, BLOCK_C=triton.next_power_of_2(channels), num_warps=4,
+    )  # fmt: skip
+    mean, square = (sums.sum(0) / count).unbind(0)
+    return rows[0] + mean, (square - mean.square()).clamp(min=0.0)
 
 
 @torch.library.triton_op("effcore::norm_relu_pool", mutates_args=())
@@ -129,14 +150,23 @@ def stem(images: Tensor, weight: Tensor, norm: Any) -> Tensor:
     y = convolve(images, weight.to(images.dtype)).contiguous()
     if norm.training:
         rows = y.detach().flatten(0, 2)
-        mean, variance = batch_statistics(rows)
-        follow(norm, mean, variance, len(rows))
+        mean, variance = _statistics(rows)
+        _follow(norm, mean, variance, len(rows))
     else:
         mean, variance = norm.running_mean.float(), norm.running_var.float()
     keep = torch.is_grad_enabled() and (y.requires_grad or norm.weight.requires_grad or norm.bias.requires_grad)
     gamma, beta = norm.weight.float(), norm.bias.float()
     out, *_ = _norm_relu_pool(y, gamma, beta, mean, variance, norm.eps, norm.training, keep)
     return out.permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def _follow(norm: Any, mean: Tensor, variance: Tensor, count: int) -> None:
+    """The running statistics follow those of a batch of ``count`` numbers a channel."""
+    norm.num_batches_tracked.add_(1)
+    part = norm.num_batches_tracked.float().reciprocal() if norm.momentum is None else norm.momentum
+    norm.running_mean.add_(part * (mean - norm.running_mean))
+    norm.running_var.add_(part * (variance * (count / max(count - 1, 1)) - norm.running_var))
 
 
 class StemConv2d(nn.Conv2d):
@@ -148,7 +178,7 @@ class StemConv2d(nn.Conv2d):
         if torch.is_autocast_enabled(images.device.type):
             images = images.to(torch.get_autocast_dtype(images.device.type))
         fits = images.shape[2] % 2 == 0 and images.shape[3] % (2 * SIDE_BY_SIDE) == 0
-        if images.is_cuda and images.dtype in DTYPES and fits and triton_is_here():
+        if images.is_cuda and images.dtype in DTYPES and fits and TRITON:
             return stem(images, self.weight, self.norm)
         n, y = self.norm, super().forward(images)
         return F.max_pool2d(F.relu(nn.BatchNorm2d.forward(n, y)), 3, 2, 1)  # type: ignore[arg-type]
@@ -215,7 +245,7 @@ def _unlike(conv: Any, norm: Any, activation: Any, pool: Any) -> str:
         )
     if conv.out_channels > 64 or conv.out_channels % 8:
         return f"the convolution must have a multiple of 8 channels, at most 64, got {conv.out_channels}"
-    if type(norm) not in (nn.BatchNorm2d, BatchNorm2d) or not (norm.affine and norm.track_running_stats):
+    if type(norm) is not nn.BatchNorm2d or not (norm.affine and norm.track_running_stats):
         return f"the norm must be a BatchNorm2d with parameters and running statistics, got {norm}"
     if not isinstance(activation, nn.ReLU):
         return f"the activation must be ReLU, got {activation}"
