@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims import _low_rank_recovery_tables
+
 
 def table(path: Path) -> str:
-    """Markdown for a file of `low_rank speed | layers | parts | short | search` or of benchmarks/ops/lowrank_cuda.py."""
+    """Markdown for a file of any `low_rank` claim but smollm, or of benchmarks/ops/lowrank_cuda.py."""
     report = json.loads(path.read_text())
     rows = report["rows"]
     if report.get("claim") == "speed":
         return _gains([r for r in rows if r["variant"] != "spent"]) + _steps(
             [r for r in rows if r["variant"] == "spent"]
         )
+    if report.get("claim") == "progressive":
+        return _lines(*_low_rank_recovery_tables.table(rows))
     if report.get("claim") == "layers":
         return _lines(
             ("convolution", "pixels", "forward, us", "of the bound", "input's gradient", "weight's gradient"),
@@ -173,10 +177,13 @@ def _lines(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def picture(path: Path, image: Path) -> None:
-    """Of a file of `low_rank speed`: each variant's gain, the roofline's and the paper's."""
+    """Of a file of `low_rank speed`: each variant's gain, the roofline's and the paper's. Or of `low_rank progressive`."""
     from matplotlib.figure import Figure
 
-    rows: list[dict[str, Any]] = [r for r in json.loads(path.read_text())["rows"] if r["variant"] != "spent"]
+    report = json.loads(path.read_text())
+    if report.get("claim") == "progressive":
+        return _low_rank_recovery_tables.picture(report["rows"], image)
+    rows: list[dict[str, Any]] = [r for r in report["rows"] if r["variant"] != "spent"]
     groups = sorted({(r["model"], r["what"]) for r in rows})
     figure = Figure(figsize=(4.5 * len(groups), 3.6), layout="constrained")
     axes: Any = figure.subplots(1, len(groups), squeeze=False)[0]

@@ -12,8 +12,8 @@ short: which layers, of the ranks that a file of `speed` (--ranks) found for tra
 
 search: how long `decompose` takes on a ResNet-152 and on a LLaMA of 1.2 G parameters.
 
-progressive: a small LLaMA trained on the standard library, its MLPs 2×, 4× and 16× smaller in one step or in several,
-equal tokens.
+progressive: a small LLaMA trained on PyTorch's sources, its MLPs 16× smaller in one step, in several, or in one whose cut-off
+part fades: equal size, equal tokens, each with a learning rate of its own.
 
 smollm: SmolLM2-135M's perplexity at several ratios, plain against data-aware SVD, without training.
 
@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="(speed)")
     parser.add_argument("--only", nargs="+", default=[], help="some variants: merging freezing (speed); stem (layers)")
     parser.add_argument("--warm", action="store_true", help="compile for the caches and measure nothing (speed)")
-    parser.add_argument("--at-once", type=int, default=2, help="processes that compile at a time (speed)")
+    parser.add_argument(
+        "--at-once", type=int, default=2, help="processes that compile (speed) or train (progressive) at a time"
+    )
     parser.add_argument(
         "--plans",
         type=int,
@@ -61,21 +63,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-training", action="store_true", help="inference alone (speed)")
     parser.add_argument("--no-inference", action="store_true", help="training alone (speed)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the dense model (progressive)")
-    parser.add_argument("--recovery", type=int, default=200, help="training steps after decomposing (progressive)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(progressive)")
-    parser.add_argument("--width", type=int, default=192, help="(progressive)")
-    parser.add_argument("--layers", type=int, default=4, help="(progressive)")
     parser.add_argument(
-        "--early", type=float, default=0.2, help="part of the recovery before the last stage (progressive)"
+        "--recovery", type=int, nargs="+", default=[100], help="training steps after decomposing (progressive)"
     )
-    parser.add_argument("--lr", type=float, default=5e-4, help="of the recovery (progressive)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="that are reported (progressive)")
+    parser.add_argument("--tuning", type=int, default=100, help="the seed on which settings are found (progressive)")
+    parser.add_argument("--width", type=int, default=64, help="(progressive)")
+    parser.add_argument("--layers", type=int, default=2, help="(progressive)")
     parser.add_argument(
-        "--ratios", type=float, nargs="+", help="(progressive, default 2 4 16; smollm, default 1.25 1.5 2)"
+        "--ratios", type=float, nargs="+", help="(progressive, the first, default 16; smollm, default 1.25 1.5 2)"
     )
     parser.add_argument("--windows", type=int, default=24, help="of 256 tokens, held out (smollm)")
     parser.add_argument("--ranks", type=Path, help="a file of speed (short)")
     parser.add_argument("--json", type=Path, help="write the numbers; read them (table)")
-    parser.add_argument("--picture", type=Path, help="draw speed's rows (table)")
+    parser.add_argument("--picture", type=Path, help="draw the rows of speed or progressive (table)")
     options = parser.parse_args(arguments)
     if options.claim == "table":
         from benchmarks.claims import _low_rank_tables
@@ -113,23 +114,22 @@ def _rows(
         _low_rank_language,
         _low_rank_layers,
         _low_rank_parts,
+        _low_rank_recovery,
         _low_rank_resnet,
         _low_rank_search,
         _low_rank_short,
     )
 
     if options.claim == "progressive":
-        return _low_rank_language.progressive(
-            options.steps,
+        ratio = (options.ratios or [16.0])[0]
+        return _low_rank_recovery.progressive(
+            _low_rank_recovery.Setup(
+                options.width, options.layers, options.steps, options.batch or 8, ratio, options.device
+            ),
             options.recovery,
             options.seeds,
-            options.width,
-            options.layers,
-            tuple(options.ratios or (2.0, 4.0, 16.0)),
-            options.device,
-            batch=options.batch or 8,
-            early=options.early,
-            lr=options.lr,
+            options.tuning,
+            options.at_once,
         )
     if options.claim == "smollm":
         return _low_rank_language.smollm(tuple(options.ratios or (1.25, 1.5, 2.0)), options.device, options.windows)

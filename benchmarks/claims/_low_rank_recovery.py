@@ -1,0 +1,353 @@
+"""One step against several, and against one step whose cut-off part fades: perplexity after equally many tokens of recovery.
+
+A byte-level LLaMA is trained on PyTorch's own sources (less than once over them), its MLPs become ``ratio`` times smaller, and
+the model recovers. Each way has, at each length of the recovery, a learning rate and other settings of its own, found on a seed
+that is not reported; each has as many trials.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effcore.methods import low_rank
+from effcore.methods.low_rank_callbacks import ProgressiveDecomposition
+from effcore.methods.low_rank_layers import replace as put
+from effcore.nn.low_rank import LowRankLinear
+
+LENGTH = 256  # bytes of a window
+EAGER = 3  # steps before a CUDA graph is captured
+ONE, STAGES, FADING = "one step", "stages", "fading"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is made smaller and how it recovers."""
+
+    kind: str
+    lr: float = 1e-3
+    warm: int = 20  # steps over which the rate rises, again after each change of parameters
+    end: float = 0.1  # of the rate, where its cosine ends
+    weighted: bool = False  # singular values, by the activations' second moments
+    early: float = 0.2  # the part of the recovery before the final rank stands alone
+    stages: int = 4
+    trained: bool = False  # what fades
+
+
+@dataclass(frozen=True)
+class Setup:
+    width: int
+    layers: int
+    steps: int
+    batch: int
+    ratio: float
+    device: str
+    folder: str = ""  # of the dense models, while they are needed
+
+
+class Faded(nn.Module):
+    """up · down x + gate · rest x: the dense layer where the gate is one, its truncation, ``pair``, where it is zero."""
+
+    def __init__(self, weight: Tensor, pair: LowRankLinear, gate: Tensor, trained: bool):
+        super().__init__()
+        self.pair, self.gate = pair, gate
+        self.rest = nn.Parameter(weight - pair.weight, requires_grad=trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pair(x) + self.gate * F.linear(x, self.rest)
+
+
+class Fading:
+    """Decomposes once; what was cut off stays beside the factors and fades linearly to nothing."""
+
+    def __init__(self, ratio: float, over: int, options: dict[str, Any], trained: bool):
+        self.ratio, self.over, self.options, self.trained = ratio, over, options, trained
+        self.stage = 0
+        self.gate = torch.ones(())
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, step: int, epoch: float, optimizer: torch.optim.Optimizer) -> None:
+        if self.stage == 0:
+            self.gate = torch.ones((), device=next(model.parameters()).device)
+            dense = {n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            low_rank.decompose(model, self.ratio, **self.options)
+            for name, weight in dense.items():
+                pair = model.get_submodule(name)
+                if isinstance(pair, LowRankLinear):
+                    put(model, name, Faded(weight, pair, self.gate, self.trained))
+            optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+            self.stage = 1
+        if self.stage == 1:
+            self.gate.fill_(max(0.0, 1 - (step + 1) / (self.over + 1)))
+            if step >= self.over:
+                for name, module in list(model.named_modules()):
+                    if isinstance(module, Faded):
+                        put(model, name, module.pair)
+                optimizer.param_groups[0]["params"] = list(model.parameters())
+                self.stage = 2
+
+
+@cache
+def _text(device: str) -> tuple[Tensor, Tensor]:
+    """Windows to train on and windows held out, of other files."""
+    from effcore.data import byte_tokenizer
+    from effcore.data.corpus import load_corpus
+
+    corpus = load_corpus(Path(torch.__file__).parent, byte_tokenizer())
+
+    def windows(tokens: np.ndarray) -> Tensor:
+        count = len(tokens) // LENGTH
+        return torch.from_numpy(np.asarray(tokens[: count * LENGTH], dtype=np.int64)).view(count, LENGTH)
+
+    held = windows(corpus.validation)
+    return windows(corpus.train).to(device), held[:: max(1, len(held) // 512)][:512].to(device)
+
+
+def _fresh(setup: Setup) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from effcore.data import byte_tokenizer
+
+    torch.set_float32_matmul_precision("high")
+    config = LlamaConfig(
+        vocab_size=len(byte_tokenizer()),
+        hidden_size=setup.width,
+        intermediate_size=3 * setup.width,
+        num_hidden_layers=setup.layers,
+        num_attention_heads=setup.width // 32,
+    )
+    return LlamaForCausalLM(config).to(setup.device)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Tensor, batch: int = 32) -> float:
+    was, losses = model.training, []
+    model.eval()
+    for part in windows.split(batch):
+        losses.append(float(model(input_ids=part, labels=part).loss) * len(part))
+    model.train(was)
+    return math.exp(sum(losses) / len(windows))
+
+
+def train(
+    model: nn.Module,
+    windows: Tensor,
+    steps: int,
+    batch: int,
+    way: Way,
+    schedule: Any = None,
+    *,
+    half: bool = False,
+    each: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """AdamW under a cosine; ``schedule.apply`` runs ahead of each step. After a stage the rate rises anew: new parameters have
+    no moments yet. On a GPU a CUDA graph repeats the steps between two changes of the model. Returns the losses [steps]."""
+    cuda = windows.is_cuda
+    rate = torch.tensor(way.lr, device=windows.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, capturable=cuda)
+    draw = torch.Generator().manual_seed(0)
+    order = torch.randint(len(windows), (steps, batch), generator=draw).to(windows.device)
+    part, last = windows[:batch].clone(), torch.zeros((), device=windows.device)
+    losses = torch.zeros(steps, device=windows.device)
+    graph: torch.cuda.CUDAGraph | None = None
+    eager, changed = EAGER, 0
+
+    def one() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16) if half and cuda else nullcontext():
+            loss = model(input_ids=part, labels=part).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        last.copy_(loss.detach())
+
+    model.train()
+    side = torch.cuda.Stream() if cuda else None
+    for step in range(steps):
+        if schedule is not None:
+            stage = schedule.stage
+            schedule.apply(model, step, 0.0, optimizer)
+            if schedule.stage != stage:
+                graph, eager = None, EAGER
+                if isinstance(schedule, ProgressiveDecomposition):
+                    changed = step
+        each(step)
+        rise = min(1.0, (step - changed + 1) / way.warm)
+        rate.fill_(way.lr * rise * (way.end + (1 - way.end) * 0.5 * (1 + math.cos(math.pi * step / steps))))
+        part.copy_(windows[order[step]])
+        if side is None:
+            one()
+        elif eager > 0:  # moments and libraries' memory come into being
+            eager -= 1
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                one()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            if graph is None:
+                optimizer.zero_grad(set_to_none=True)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    one()
+            graph.replay()
+        losses[step] = last
+    return losses.cpu()
+
+
+def _file(setup: Setup, seed: int) -> Path:
+    return Path(setup.folder) / f"dense{seed}.pt"
+
+
+def pretrain(setup: Setup, seed: int) -> dict[str, Any]:
+    windows, held = _text(setup.device)
+    torch.manual_seed(seed)
+    model, at = _fresh(setup), perf_counter()
+    train(model, windows, setup.steps, setup.batch, Way("dense", 1e-3), half=True)
+    torch.save(model.state_dict(), _file(setup, seed))
+    return {
+        "seed": seed,
+        "way": {"kind": "dense"},
+        "perplexity": perplexity(model, held),
+        "windows": len(windows),
+        "seconds": round(perf_counter() - at, 1),
+    }
+
+
+@cache
+def _dense(setup: Setup, seed: int) -> nn.Module:
+    model = _fresh(setup)
+    model.load_state_dict(torch.load(_file(setup, seed), map_location=setup.device))
+    return model
+
+
+def recover(setup: Setup, seed: int, way: Way, steps: int, points: int = 0) -> dict[str, Any]:
+    """One row: the held-out perplexity at the end, and ``points`` on the way there and around each change."""
+    at = perf_counter()
+    windows, held = _text(setup.device)
+    model = copy.deepcopy(_dense(setup, seed))
+    options: dict[str, Any] = {"include": ["mlp"], "multiple": 1}
+    if way.weighted:
+        options |= {
+            "measure": None,
+            "data": [{"input_ids": w} for w in windows[:: len(windows) // 128][:128].split(32)],
+        }
+    over = max(1, round(steps * way.early))
+    schedule: Any
+    if way.kind == FADING:
+        schedule = Fading(setup.ratio, over, options, way.trained)
+    else:
+        count = way.stages if way.kind == STAGES else 1
+        ratios, every = (setup.ratio ** (1 / count),) * count, max(1, over // max(1, count - 1))
+        schedule = ProgressiveDecomposition(ratios, every=every, options=options)
+    curve: list[tuple[int, float]] = []
+
+    def look(step: int) -> None:
+        if points and (step % max(1, steps // points) == 0 or step == 5):
+            curve.append((step, perplexity(model, held[::4])))
+
+    losses = train(model, windows, steps, setup.batch, way, schedule, each=look)
+    bins = losses.view(-1, max(1, steps // 20))[:20] if steps % 20 == 0 else losses[None]
+    return {
+        "seed": seed,
+        "steps": steps,
+        "way": asdict(way),
+        "mlp_parameters": sum(p.numel() for n, p in model.named_parameters() if "mlp" in n),
+        "perplexity": perplexity(model, held),
+        "perplexity_dense": None,
+        "curve": curve,
+        "losses": [round(float(b), 4) for b in bins.mean(1)],
+        "seconds": round(perf_counter() - at, 1),
+    }
+
+
+RATES = (1e-3, 2e-3, 5e-4, 1e-4)
+
+
+def _around(way: Way, first: bool) -> list[Way]:
+    """Trials around what is best so far, as many for one step as for each of the others. Where another length of the recovery
+    has been searched before, rates alone and one more."""
+    if not first:
+        rates = [replace(way, lr=way.lr * f) for f in (0.5, 0.7, 1.4, 2.0)]
+        return [*rates, replace(way, warm=2 * way.warm) if way.kind == ONE else replace(way, early=way.early / 2)]
+    trials = [replace(way, lr=way.lr * f) for f in (0.7, 1.4)]
+    trials += [replace(way, end=0.0), replace(way, weighted=True), replace(way, warm=60), replace(way, warm=5)]
+    if way.kind == ONE:
+        also = [replace(way, lr=way.lr * f, end=0.0) for f in (0.7, 1.4)] + [replace(way, lr=way.lr * 1.4, warm=60)]
+    elif way.kind == STAGES:
+        also = [replace(way, early=0.1), replace(way, early=0.4), replace(way, early=0.1, stages=2)]
+    else:
+        also = [replace(way, early=0.1), replace(way, early=0.4), replace(way, trained=True)]
+    return trials + also
+
+
+def _together(way: Way, trials: dict[Way, float]) -> Way:
+    """All single changes of this way that were better than it."""
+    names = ("lr", "warm", "end", "weighted", "early", "stages", "trained")
+    better = [w for w in trials if w.kind == way.kind and trials[w] < trials[way]]
+    result = way
+    for other in sorted(better, key=trials.__getitem__, reverse=True):  # of two rates the better one
+        result = replace(result, **{n: getattr(other, n) for n in names if getattr(other, n) != getattr(way, n)})
+    return result
+
+
+def progressive(
+    setup: Setup, lengths: Sequence[int], seeds: Sequence[int], tuning: int, at_once: int
+) -> Iterator[dict[str, Any]]:
+    """Rows as they come; "trial" says which are those of the seed on which settings are found."""
+    with tempfile.TemporaryDirectory() as folder:
+        setup = replace(setup, folder=folder)
+        _text("cpu")  # the corpus is cut once
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(at_once, mp_context=context) as pool:
+            dense = {}
+            for future in as_completed([pool.submit(pretrain, setup, s) for s in (tuning, *seeds)]):
+                row = future.result()
+                dense[row["seed"]] = row["perplexity"]
+                print(row, flush=True)
+                yield row
+
+            def run(jobs: list[tuple[int, Way]], steps: int, trial: bool) -> Iterator[dict[str, Any]]:
+                futures = [pool.submit(recover, setup, s, w, steps, 0 if trial else 12) for s, w in jobs]
+                for future in as_completed(futures):
+                    row = future.result() | {"trial": trial}
+                    row["perplexity_dense"] = dense[row["seed"]]
+                    print(row["seed"], steps, round(row["perplexity"], 4), row["seconds"], row["way"], flush=True)
+                    yield row
+
+            chosen = [Way(kind) for kind in (ONE, STAGES, FADING)]
+            for k, steps in enumerate(lengths):
+                if k:
+                    chosen = [replace(w, warm=max(2, round(w.warm * steps / lengths[k - 1]))) for w in chosen]
+                trials: dict[Way, float] = {}
+                for stage in range(3):
+                    if stage == 0:
+                        ways = [replace(w, lr=r) for r in RATES for w in chosen] if k == 0 else chosen
+                    elif stage == 1:
+                        ways = [w for c in chosen for w in _around(c, k == 0)]
+                    else:
+                        ways = [_together(c, trials) for c in chosen]
+                    for row in run([(tuning, w) for w in dict.fromkeys(ways) if w not in trials], steps, True):
+                        trials[Way(**row["way"])] = row["perplexity"]
+                        yield row
+                    if stage != 1:
+                        chosen = [_best(w.kind, trials) for w in chosen]
+                yield from run([(s, w) for s in seeds for w in chosen], steps, False)
+
+
+def _best(kind: str, trials: dict[Way, float]) -> Way:
+    return min((w for w in trials if w.kind == kind), key=trials.__getitem__)

@@ -1,0 +1,113 @@
+"""The tables and the picture of `low_rank progressive`: perplexity against the length of the recovery and against its rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.claims._low_rank_recovery import FADING, ONE, STAGES
+
+KINDS = (ONE, STAGES, FADING)
+COLORS = {ONE: "#2a6f97", STAGES: "#bc4749", FADING: "#6a994e"}
+Rows = list[dict[str, Any]]
+
+
+def _reported(rows: Rows) -> Rows:
+    return [r for r in rows if r.get("trial") is False]
+
+
+def _settings(way: dict[str, Any]) -> str:
+    """What a way does, without what it does not use."""
+    svd = "weighted" if way["weighted"] else "plain"
+    text = f"rate {way['lr']:.2g} over {way['warm']} steps to {way['end']:g} of it, {svd}"
+    if way["kind"] == STAGES:
+        text += f", {way['stages']} stages in {way['early']:.0%}"
+    if way["kind"] == FADING:
+        text += f", over {way['early']:.0%}" + (", what fades is trained" if way["trained"] else "")
+    return text
+
+
+def table(rows: Rows) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines: each length of the recovery, each way, each seed."""
+    done = _reported(rows)
+    seeds = sorted({r["seed"] for r in done})
+    lines = []
+    for steps in sorted({r["steps"] for r in done}):
+        at = {(r["way"]["kind"], r["seed"]): r for r in done if r["steps"] == steps}
+        for kind in KINDS:
+            mine = [at[kind, s] for s in seeds if (kind, s) in at]
+            if not mine:
+                continue
+            against = [r["perplexity"] / at[ONE, r["seed"]]["perplexity"] - 1 for r in mine if (ONE, r["seed"]) in at]
+            trials = [r for r in rows if r.get("trial") and r["steps"] == steps and r["way"]["kind"] == kind]
+            lines.append(
+                (
+                    str(steps),
+                    kind,
+                    ", ".join(f"{r['perplexity']:.3f}" for r in mine),
+                    f"{mean(r['perplexity'] for r in mine):.3f}",
+                    "" if kind == ONE else ", ".join(f"{a:+.2%}" for a in against),
+                    _settings(mine[0]["way"]),
+                    str(len(trials)),
+                )
+            )
+    head = ("steps", "way", "perplexity, each seed", "mean", "to one step", "settings", "trials")
+    return head, lines
+
+
+def _by_rate(rows: Rows, steps: int, kind: str) -> list[tuple[float, float]]:
+    """(rate, perplexity) of the trials that differ in the rate alone, the largest such set."""
+    sets: dict[str, list[tuple[float, float]]] = {}
+    for r in rows:
+        if r.get("trial") and r["steps"] == steps and r["way"]["kind"] == kind:
+            key = str({k: v for k, v in r["way"].items() if k != "lr"})
+            sets.setdefault(key, []).append((r["way"]["lr"], r["perplexity"]))
+    return sorted(max(sets.values(), key=len, default=[]))
+
+
+def picture(rows: Rows, image: Path) -> None:
+    """Along one recovery; at the end of each, against one step; at each learning rate."""
+    from matplotlib.figure import Figure
+
+    done = _reported(rows)
+    lengths = sorted({r["steps"] for r in done})
+    searched = max({r["steps"] for r in rows if r.get("trial")}, key=lambda n: len(_by_rate(rows, n, ONE)))
+    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
+    along, ends, rates = figure.subplots(1, 3)
+    seed = min(r["seed"] for r in done)
+    for kind in KINDS:
+        color: Any = COLORS[kind]
+        for row in (r for r in done if (r["seed"], r["steps"], r["way"]["kind"]) == (seed, searched, kind)):
+            points = [*row["curve"], (searched, row["perplexity"])]
+            along.plot(*zip(*points, strict=True), ".-", color=color, label=kind)
+        curve = _by_rate(rows, searched, kind)
+        rates.plot(*zip(*curve, strict=True), "o-", color=color, label=kind)
+        if kind != ONE:
+            _ends(ends, done, lengths, kind)
+    along.set(yscale="log", xlabel="steps of recovery", ylabel="perplexity, held out")
+    along.set_title(f"along {searched} steps, seed {seed}", fontsize=9)
+    ends.axhline(0, color=COLORS[ONE], label=ONE)
+    ends.set(xscale="log", xlabel="steps of recovery", ylabel="perplexity against one step, %")
+    ends.set_title("at the end: each seed, and the mean", fontsize=9)
+    ends.set_xticks(lengths, [str(n) for n in lengths])
+    ends.minorticks_off()
+    rates.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="perplexity, held out")
+    rates.set_title(f"at the end of {searched} steps, on the tuning seed", fontsize=9)
+    for axis in (along, ends, rates):
+        axis.legend(fontsize=7)
+    figure.savefig(image, dpi=130)
+
+
+def _ends(axis: Any, done: Rows, lengths: Iterable[int], kind: str) -> None:
+    line = []
+    for steps in lengths:
+        at = {(r["way"]["kind"], r["seed"]): r["perplexity"] for r in done if r["steps"] == steps}
+        seeds = [s for k, s in at if k == kind and (ONE, s) in at]
+        gains = [100 * (at[kind, s] / at[ONE, s] - 1) for s in seeds]
+        if gains:
+            axis.plot([steps] * len(gains), gains, "_", color=COLORS[kind], ms=12)
+            line.append((steps, mean(gains)))
+    if line:
+        axis.plot(*zip(*line, strict=True), ".-", color=COLORS[kind], label=kind)
