@@ -22,13 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effcore.methods import low_rank
 from effcore.methods.low_rank_callbacks import ProgressiveDecomposition
-from effcore.methods.low_rank_layers import replace as put
-from effcore.nn.low_rank import LowRankLinear
 
 LENGTH = 256  # bytes of a window
 EAGER = 3  # steps before a CUDA graph is captured
@@ -46,7 +42,6 @@ class Way:
     weighted: bool = False  # singular values, by the activations' second moments
     early: float = 0.2  # the part of the recovery before the final rank stands alone
     stages: int = 4
-    trained: bool = False  # what fades
 
 
 @dataclass(frozen=True)
@@ -58,48 +53,6 @@ class Setup:
     ratio: float
     device: str
     folder: str = ""  # of the dense models, while they are needed
-
-
-class Faded(nn.Module):
-    """up · down x + gate · rest x: the dense layer where the gate is one, its truncation, ``pair``, where it is zero."""
-
-    def __init__(self, weight: Tensor, pair: LowRankLinear, gate: Tensor, trained: bool):
-        super().__init__()
-        self.pair, self.gate = pair, gate
-        self.rest = nn.Parameter(weight - pair.weight, requires_grad=trained)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pair(x) + self.gate * F.linear(x, self.rest)
-
-
-class Fading:
-    """Decomposes once; what was cut off stays beside the factors and fades linearly to nothing."""
-
-    def __init__(self, ratio: float, over: int, options: dict[str, Any], trained: bool):
-        self.ratio, self.over, self.options, self.trained = ratio, over, options, trained
-        self.stage = 0
-        self.gate = torch.ones(())
-
-    @torch.no_grad()
-    def apply(self, model: nn.Module, step: int, epoch: float, optimizer: torch.optim.Optimizer) -> None:
-        if self.stage == 0:
-            self.gate = torch.ones((), device=next(model.parameters()).device)
-            dense = {n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-            low_rank.decompose(model, self.ratio, **self.options)
-            for name, weight in dense.items():
-                pair = model.get_submodule(name)
-                if isinstance(pair, LowRankLinear):
-                    put(model, name, Faded(weight, pair, self.gate, self.trained))
-            optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
-            self.stage = 1
-        if self.stage == 1:
-            self.gate.fill_(max(0.0, 1 - (step + 1) / (self.over + 1)))
-            if step >= self.over:
-                for name, module in list(model.named_modules()):
-                    if isinstance(module, Faded):
-                        put(model, name, module.pair)
-                optimizer.param_groups[0]["params"] = list(model.parameters())
-                self.stage = 2
 
 
 @cache
@@ -150,7 +103,7 @@ def train(
     steps: int,
     batch: int,
     way: Way,
-    schedule: Any = None,
+    schedule: ProgressiveDecomposition | None = None,
     *,
     half: bool = False,
     each: Callable[[int], None] = lambda step: None,
@@ -180,12 +133,11 @@ def train(
     side = torch.cuda.Stream() if cuda else None
     for step in range(steps):
         if schedule is not None:
-            stage = schedule.stage
+            before = schedule.stage, schedule.fading
             schedule.apply(model, step, 0.0, optimizer)
-            if schedule.stage != stage:
+            if before != (schedule.stage, schedule.fading):
                 graph, eager = None, EAGER
-                if isinstance(schedule, ProgressiveDecomposition):
-                    changed = step
+                changed = changed if schedule.stage == before[0] else step
         each(step)
         rise = min(1.0, (step - changed + 1) / way.warm)
         rate.fill_(way.lr * rise * (way.end + (1 - way.end) * 0.5 * (1 + math.cos(math.pi * step / steps))))
@@ -247,13 +199,10 @@ def recover(setup: Setup, seed: int, way: Way, steps: int, points: int = 0) -> d
             "data": [{"input_ids": w} for w in windows[:: len(windows) // 128][:128].split(32)],
         }
     over = max(1, round(steps * way.early))
-    schedule: Any
-    if way.kind == FADING:
-        schedule = Fading(setup.ratio, over, options, way.trained)
-    else:
-        count = way.stages if way.kind == STAGES else 1
-        ratios, every = (setup.ratio ** (1 / count),) * count, max(1, over // max(1, count - 1))
-        schedule = ProgressiveDecomposition(ratios, every=every, options=options)
+    count = way.stages if way.kind == STAGES else 1
+    every = over if way.kind == FADING else max(1, over // max(1, count - 1))
+    ratios = (setup.ratio ** (1 / count),) * count
+    schedule = ProgressiveDecomposition(ratios, every, options=options, fade=way.kind == FADING)
     curve: list[tuple[int, float]] = []
 
     def look(step: int) -> None:
@@ -275,29 +224,20 @@ def recover(setup: Setup, seed: int, way: Way, steps: int, points: int = 0) -> d
     }
 
 
-RATES = (1e-3, 2e-3, 5e-4, 1e-4)
+RATES = (1e-3, 2e-3, 4e-3)
 
 
-def _around(way: Way, first: bool) -> list[Way]:
-    """Trials around what is best so far, as many for one step as for each of the others. Where another length of the recovery
-    has been searched before, rates alone and one more."""
-    if not first:
-        rates = [replace(way, lr=way.lr * f) for f in (0.5, 0.7, 1.4, 2.0)]
-        return [*rates, replace(way, warm=2 * way.warm) if way.kind == ONE else replace(way, early=way.early / 2)]
-    trials = [replace(way, lr=way.lr * f) for f in (0.7, 1.4)]
-    trials += [replace(way, end=0.0), replace(way, weighted=True), replace(way, warm=60), replace(way, warm=5)]
+def _around(way: Way) -> list[Way]:
+    """Trials around what is best so far, as many for one step as for each of the others."""
+    trials = [replace(way, lr=way.lr * f) for f in (0.7, 1.4)] + [replace(way, warm=3 * way.warm)]
     if way.kind == ONE:
-        also = [replace(way, lr=way.lr * f, end=0.0) for f in (0.7, 1.4)] + [replace(way, lr=way.lr * 1.4, warm=60)]
-    elif way.kind == STAGES:
-        also = [replace(way, early=0.1), replace(way, early=0.4), replace(way, early=0.1, stages=2)]
-    else:
-        also = [replace(way, early=0.1), replace(way, early=0.4), replace(way, trained=True)]
-    return trials + also
+        return [*trials, replace(way, lr=way.lr * 1.4, warm=3 * way.warm)]
+    return [*trials, replace(way, early=way.early / 2)]
 
 
 def _together(way: Way, trials: dict[Way, float]) -> Way:
     """All single changes of this way that were better than it."""
-    names = ("lr", "warm", "end", "weighted", "early", "stages", "trained")
+    names = ("lr", "warm", "end", "weighted", "early", "stages")
     better = [w for w in trials if w.kind == way.kind and trials[w] < trials[way]]
     result = way
     for other in sorted(better, key=trials.__getitem__, reverse=True):  # of two rates the better one
@@ -338,7 +278,7 @@ def progressive(
                     if stage == 0:
                         ways = [replace(w, lr=r) for r in RATES for w in chosen] if k == 0 else chosen
                     elif stage == 1:
-                        ways = [w for c in chosen for w in _around(c, k == 0)]
+                        ways = [w for c in chosen for w in _around(c)]
                     else:
                         ways = [_together(c, trials) for c in chosen]
                     for row in run([(tuning, w) for w in dict.fromkeys(ways) if w not in trials], steps, True):

@@ -25,7 +25,7 @@ def _settings(way: dict[str, Any]) -> str:
     if way["kind"] == STAGES:
         text += f", {way['stages']} stages in {way['early']:.0%}"
     if way["kind"] == FADING:
-        text += f", over {way['early']:.0%}" + (", what fades is trained" if way["trained"] else "")
+        text += f", over {way['early']:.0%}"
     return text
 
 

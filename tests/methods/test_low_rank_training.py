@@ -10,6 +10,7 @@ from effcore.methods import low_rank_merge, low_rank_ranks
 from effcore.methods.low_rank_callbacks import Freezing, ProgressiveDecomposition, SequentialFreezing, shrink
 from effcore.methods.low_rank_checkpoint import DESCRIPTION, load_decomposed, save_decomposed
 from effcore.methods.low_rank_factor import reorder
+from effcore.methods.low_rank_fading import Fading, fade, set_share, settle
 from effcore.methods.low_rank_merge import bottlenecks, branch, faster_branches, merge, timed_ranks
 from effcore.methods.low_rank_ranks import pays
 from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
@@ -73,26 +74,70 @@ def test_shrinking_is_the_truncated_svd_of_the_product():
     torch.testing.assert_close(model[0].weight.double(), best, rtol=1e-4, atol=1e-5)
 
 
-def test_progressive_decomposition_trains_on():
+@pytest.mark.parametrize("fading", [False, True])
+def test_progressive_decomposition_trains_on(fading):
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    schedule = ProgressiveDecomposition((1.5, 2.0), every=3, start=2, options={"multiple": 1})
+    schedule = ProgressiveDecomposition((1.5, 2.0), every=3, start=2, options={"multiple": 1}, fade=fading)
     x, target = torch.randn(64, 32), torch.randn(64, 32)
-    ranks = []
-    for step in range(8):
+    ranks, kinds = [], []
+    for step in range(10):
         schedule.apply(model, step, 0.0, optimizer)
         loss = (model(x) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        ranks.append(getattr(model[0], "rank", None))
-        assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+        ranks.append(getattr(getattr(model[0], "layer", model[0]), "rank", None))
+        kinds.append(type(model[0]))
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        assert {id(p) for g in optimizer.param_groups for p in g["params"]} == trained
     first = ranks[2]
-    assert ranks[:2] == [None, None] and ranks[2:5] == [first] * 3 and ranks[5:] == [first // 2] * 3
+    assert ranks[:2] == [None, None] and ranks[2:5] == [first] * 3 and ranks[5:] == [first // 2] * 5
+    assert kinds[2:] == ([Fading] * 6 if fading else [LowRankLinear] * 6) + [LowRankLinear] * 2
     with pytest.raises(ValueError, match="ratios must be above 1"):
         ProgressiveDecomposition((1.0,), every=1)
     with pytest.raises(ValueError, match="every must be positive"):
         ProgressiveDecomposition((2.0,), every=0)
+
+
+def test_what_is_cut_off_fades():
+    """A stage changes no output; then the outputs go straight to those of the factors, which stay the same parameters."""
+    from transformers.pytorch_utils import Conv1D
+
+    convolutions = (nn.Conv2d(16, 24, 1), nn.Conv2d(24, 16, 3, padding=1))
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, 32), Conv1D(40, 32), LowRankLinear(40, 48, 30))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    low_rank = model[5]
+    x = torch.randn(3, 16, 4, 4)
+    dense = model(x)
+    schedule = ProgressiveDecomposition((2.0,), every=4, options={"multiple": 1})
+    schedule.apply(model, 0, 0.0)
+    kinds = [type(m) for m in model]
+    assert [k is Fading for k in kinds] == [True, True, False, True, True, False] and model[5] is low_rank
+    factors = {id(p) for m in model if isinstance(m, Fading) for p in m.layer.parameters()}
+    set_share(model, 1.0)
+    torch.testing.assert_close(model(x), dense, rtol=1e-4, atol=1e-5)
+    shares, layer, y = [], model[0], torch.randn(3, 16, 4, 4)
+    expected = [layer.layer(y) + (1 - k / 5) * layer.rest(y) for k in (1, 2, 3, 4)]
+    for step in range(4):
+        schedule.apply(model, step, 0.0)
+        shares.append(model[0].share.item())
+        torch.testing.assert_close(model[0](y), expected[step])
+    assert shares == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    set_share(model, 0.0)
+    cut = model(x)
+    schedule.apply(model, 4, 0.0)
+    assert not any(isinstance(m, Fading) for m in model.modules())
+    torch.testing.assert_close(model(x), cut)
+    assert factors <= {id(p) for p in model.parameters()}
+    shrunk = dict(model.named_modules())
+    shrink(model, 2.0, only=["5"])
+    expected = low_rank(torch.ones(1, 40))
+    fade(model, shrunk)
+    torch.testing.assert_close(model[5](torch.ones(1, 40)), expected, rtol=1e-4, atol=1e-5)
+    settle(model)
+    assert isinstance(model[5], LowRankLinear) and model[5].rank == 15
 
 
 @pytest.mark.slow

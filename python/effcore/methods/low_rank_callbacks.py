@@ -5,8 +5,8 @@ the Hugging Face Trainer of any of them.
 
     freezing               of two factors the first stays, of three both 1×1s: their gradients are not computed (2407.20266)
     sequential freezing    the frozen and the training factors change places every epoch (2309.03824)
-    progressive            2× and recover, again and again: W ≈ up · down; up ≈ up' · m, down' = m · down. One step to the same
-                           size costs more accuracy (2407.20266: GPT-2 to a quarter, 22.0 against 28.2 perplexity)
+    progressive            what a decomposition cuts off fades while the model trains. Or in stages, without fading
+                           (2407.20266): 2× and recover, again and again: W ≈ up · down; up ≈ up' · m, down' = m · down
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from effcore.methods.low_rank import decompose
 from effcore.methods.low_rank_factor import MatrixFactors
+from effcore.methods.low_rank_fading import Fading, fade, set_share, settle
 from effcore.methods.low_rank_layers import Rank, freeze, replace
 from effcore.methods.low_rank_ranks import snap
 from effcore.nn.low_rank import LowRankLinear
@@ -74,21 +75,25 @@ class SequentialFreezing(_Schedule):
 
 @dataclass
 class ProgressiveDecomposition(_Schedule):
-    """Decomposes a little, lets the model recover, and goes on from the factors.
+    """Decomposes, lets what was cut off fade while the model trains, and goes on from the factors.
 
     Args:
         ratios: how far each stage shrinks the layers, for instance (2, 2): a half, then a quarter.
         every: steps between stages; the first is at ``start``.
         options: for :func:`effcore.decompose` at the first stage (include, exclude, data, multiple).
+        fade: what a stage cuts off falls linearly to nothing over ``every`` steps
+            (:mod:`effcore.methods.low_rank_fading`); with it one ratio is enough. False: it is gone at once, as in the paper.
 
     A stage replaces parameters. With ``apply(..., optimizer)`` (the callback hands it over) the optimizer's groups are given
-    the new ones, whose moments begin anew.
+    the new ones, whose moments begin anew. Train past the last stage by more than ``every`` steps, a tenth or a fifth of the
+    whole: only then do the factors stand alone (``low_rank_fading.settle`` drops what is left earlier).
     """
 
     ratios: tuple[float, ...]
     every: int
     start: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    fade: bool = True
 
     def __post_init__(self) -> None:
         if not self.ratios or any(not r > 1 for r in self.ratios):
@@ -99,18 +104,32 @@ class ProgressiveDecomposition(_Schedule):
                 f"got {self.every} and {self.start}"
             )
         self.stage = 0
+        self.fading = False
 
     def apply(self, model: nn.Module, step: int, epoch: float, optimizer: Optimizer | None = None) -> None:
         wanted = 0 if step < self.start else min(len(self.ratios), (step - self.start) // self.every + 1)
-        if wanted <= self.stage:
-            return
-        old = dict(model.named_parameters())
+        if wanted > self.stage:
+            self._decompose(model, wanted, optimizer)
+        if self.fading:
+            begun = self.start + (self.stage - 1) * self.every
+            share = 1 - (step - begun + 1) / (self.every + 1)
+            set_share(model, max(0.0, share))
+            if step >= begun + self.every:
+                settle(model)
+                self.fading = False
+
+    def _decompose(self, model: nn.Module, wanted: int, optimizer: Optimizer | None) -> None:
+        settle(model)
+        old, layers = dict(model.named_parameters()), dict(model.named_modules())
         while self.stage < wanted:
             if self.stage == 0:
                 decompose(model, ratio=self.ratios[0], **self.options)
             else:
                 shrink(model, self.ratios[self.stage], multiple=self.options.get("multiple"))
             self.stage += 1
+        if self.fade:
+            fade(model, layers)
+            self.fading = True
         if optimizer is not None:
             _hand_over(optimizer, old, model)
 
@@ -153,7 +172,8 @@ def shrink(
 def _hand_over(optimizer: Optimizer, old: Mapping[str, nn.Parameter], model: nn.Module) -> None:
     """Parameters that are gone leave the optimizer; new ones join the group of the layer that they replace."""
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    now = dict(model.named_parameters())
+    rests = {id(p) for m in model.modules() if isinstance(m, Fading) for p in m.rest.parameters()}  # do not train
+    now = {n: p for n, p in model.named_parameters() if id(p) not in rests}
     kept = {id(p) for p in now.values()}
     home = {name.rpartition(".")[0]: group_of[id(p)] for name, p in old.items() if id(p) in group_of}
     for group in optimizer.param_groups:
