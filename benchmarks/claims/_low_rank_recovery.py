@@ -224,7 +224,8 @@ def recover(setup: Setup, seed: int, way: Way, steps: int, points: int = 0) -> d
     }
 
 
-RATES = (1e-3, 2e-3, 4e-3)
+# What the search on six layers found, where its differences were more than a few thousandths.
+FOUND = (Way(ONE, warm=60), Way(FADING), Way(STAGES, early=0.1))
 
 
 def _around(way: Way) -> list[Way]:
@@ -246,9 +247,17 @@ def _together(way: Way, trials: dict[Way, float]) -> Way:
 
 
 def progressive(
-    setup: Setup, lengths: Sequence[int], seeds: Sequence[int], tuning: int, at_once: int
+    setup: Setup,
+    lengths: Sequence[int],
+    seeds: Sequence[int],
+    tuning: int,
+    at_once: int,
+    *,
+    rates: Sequence[float],
+    refine: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Rows as they come; "trial" says which are those of the seed on which settings are found."""
+    """Rows as they come; "trial" says which are those of the seed on which settings are found: the rates, of the first length,
+    and with ``refine`` what lies around the best one."""
     with tempfile.TemporaryDirectory() as folder:
         setup = replace(setup, folder=folder)
         _text("cpu")  # the corpus is cut once
@@ -269,14 +278,14 @@ def progressive(
                     print(row["seed"], steps, round(row["perplexity"], 4), row["seconds"], row["way"], flush=True)
                     yield row
 
-            chosen = [Way(kind) for kind in (ONE, STAGES, FADING)]
+            chosen = list(FOUND)
             for k, steps in enumerate(lengths):
                 if k:
                     chosen = [replace(w, warm=max(2, round(w.warm * steps / lengths[k - 1]))) for w in chosen]
                 trials: dict[Way, float] = {}
-                for stage in range(3):
+                for stage in range(3 if refine else 1):
                     if stage == 0:
-                        ways = [replace(w, lr=r) for r in RATES for w in chosen] if k == 0 else chosen
+                        ways = [replace(w, lr=r) for r in rates for w in chosen] if k == 0 else chosen
                     elif stage == 1:
                         ways = [w for c in chosen for w in _around(c)]
                     else:
@@ -286,7 +295,7 @@ def progressive(
                         yield row
                     if stage != 1:
                         chosen = [_best(w.kind, trials) for w in chosen]
-                yield from run([(s, w) for s in seeds for w in chosen], steps, False)
+                yield from run([(s, w) for w in chosen for s in seeds], steps, False)
 
 
 def _best(kind: str, trials: dict[Way, float]) -> Way:

@@ -67,6 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--recovery", type=int, nargs="+", default=[100], help="training steps after decomposing (progressive)"
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="that are reported (progressive)")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1.4e-3, 2e-3, 2.8e-3, 4e-3], help="to begin with (progressive)"
+    )
+    parser.add_argument("--refine", action="store_true", help="go on around the best rates (progressive)")
     parser.add_argument("--tuning", type=int, default=100, help="the seed on which settings are found (progressive)")
     parser.add_argument("--width", type=int, default=64, help="(progressive)")
     parser.add_argument("--layers", type=int, default=2, help="(progressive)")
@@ -130,6 +134,8 @@ def _rows(
             options.seeds,
             options.tuning,
             options.at_once,
+            rates=options.rates,
+            refine=options.refine,
         )
     if options.claim == "smollm":
         return _low_rank_language.smollm(tuple(options.ratios or (1.25, 1.5, 2.0)), options.device, options.windows)
