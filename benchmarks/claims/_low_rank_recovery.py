@@ -225,7 +225,7 @@ def recover(setup: Setup, seed: int, way: Way, steps: int, points: int = 0) -> d
 
 
 # What the search on six layers found, where its differences were more than a few thousandths.
-FOUND = (Way(ONE, warm=60), Way(FADING), Way(STAGES, early=0.1))
+FOUND = (Way(ONE, warm=60), Way(ONE), Way(FADING), Way(STAGES, early=0.1))
 
 
 def _around(way: Way) -> list[Way]:
@@ -256,8 +256,8 @@ def progressive(
     rates: Sequence[float],
     refine: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Rows as they come; "trial" says which are those of the seed on which settings are found: the rates, of the first length,
-    and with ``refine`` what lies around the best one."""
+    """Rows as they come; "trial" says which are those of the seed on which settings are found: each rate, and with
+    ``refine`` what lies around the best one."""
     with tempfile.TemporaryDirectory() as folder:
         setup = replace(setup, folder=folder)
         _text("cpu")  # the corpus is cut once
@@ -285,7 +285,7 @@ def progressive(
                 trials: dict[Way, float] = {}
                 for stage in range(3 if refine else 1):
                     if stage == 0:
-                        ways = [replace(w, lr=r) for r in rates for w in chosen] if k == 0 else chosen
+                        ways = [replace(w, lr=r) for r in rates for w in chosen]
                     elif stage == 1:
                         ways = [w for c in chosen for w in _around(c)]
                     else:
@@ -294,7 +294,7 @@ def progressive(
                         trials[Way(**row["way"])] = row["perplexity"]
                         yield row
                     if stage != 1:
-                        chosen = [_best(w.kind, trials) for w in chosen]
+                        chosen = [_best(kind, trials) for kind in (ONE, FADING, STAGES)]
                 yield from run([(s, w) for w in chosen for s in seeds], steps, False)
 
 
