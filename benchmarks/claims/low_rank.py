@@ -1,4 +1,5 @@
-"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | layers | parts | short | search | progressive | smollm | table`.
+"""Low rank's claims: `python -m benchmarks.claims.low_rank speed | layers | parts | short | search | progressive | smollm |
+table`.
 
 speed: ResNets at 2× against the same model (on a GPU in bfloat16, channels_last, compiled), images a second of training and of
 inference, beside the paper's gains (arXiv 2407.20266), and where a step goes. Random weights: speed does not depend on them.
