@@ -65,7 +65,7 @@ bool patches(const char* function, const Patches& args, const Launch& launch) {
   const int piece = kernel[2] % 64 == 0 ? 64 : kernel[2] % 32 == 0 ? 32 : 16;
   int group = 4;
   while (group > 1 && (grid[2] % group != 0 || kernel[2] != piece || group * piece > 64)) group /= 2;
-  if (reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0 || voxels_of(x, kernel, group) > std::int64_t{1} << 31) return false;
+  if (reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0 || voxels_of(x, kernel, group) >= std::int64_t{1} << 31) return false;
   if (args.bias != nullptr && (args.bias->stride[0] != 1 || reinterpret_cast<std::uintptr_t>(args.bias->data) % 4 != 0))
     return false;
   if (rows == 0) return true;

@@ -53,7 +53,8 @@ def patch_embed3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """As check_patches in cpp/src/conv3d_check.cpp."""
+    """As check_patches in cpp/src/conv3d_check.cpp, which sees only clips that are read in place: others, and shapes without
+    data (meta), are products of torch's."""
     f, voxels = "effcore.patch_embed3d", "frames, height, width]"
     if x.dtype not in DTYPES:
         raise ValueError(f"{f}: x is {_name(x.dtype)} but {', '.join(map(_name, DTYPES))} are supported")
