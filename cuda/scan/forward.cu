@@ -19,11 +19,15 @@ namespace {
 template <class L>
 constexpr int resident = L::padded == 256 ? 2 : 4;  // blocks of a multiprocessor: 128 registers a thread
 
+// Blocks a multiprocessor from which on fewer threads a channel are taken: half as many channels a block would make over three
+// blocks, which is what runs at once.
+constexpr double halves_overflow = 1.5;
+
 // Blocks a multiprocessor from which on tokens are gone through once.
 template <class L>
 constexpr double fills = 0.75;
 template <>
-constexpr double fills<Whole> = 1.5;
+constexpr double fills<Whole> = halves_overflow;
 template <int split, int padded>
 constexpr double fills<Spread<split, padded>> = 0.0;  // in any case
 
@@ -230,7 +234,7 @@ void with_layout(const Scan& args, const char* function, Body&& body) {
     return body(Tiling<4>{});
   }
   if (!may_spread || fill(Whole::block_channels, fills<Whole>)) return body(Whole{});
-  if (fill(Spread<2>::block_channels, fills<Whole>)) return body(Spread<2>{});
+  if (fill(Spread<2>::block_channels, halves_overflow)) return body(Spread<2>{});
   if (fill(Spread<4>::block_channels, 1.9)) return body(Spread<4>{});
   if (is_short || fill(Spread<8>::block_channels, 1.5)) return body(Spread<8>{});
   body(Whole{});

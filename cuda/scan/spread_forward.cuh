@@ -32,6 +32,11 @@ struct Spread {
 // Whether 8 channels of a tile go between shared memory and registers as two matrices of 8 tokens each, transposed on the way.
 template <class T, class L>
 constexpr bool by_matrices = sizeof(T) == 2 && L::channels >= 8;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool stores_matrices = false;  // there they can be loaded only
+#else
+constexpr bool stores_matrices = true;
+#endif
 
 template <class T, class L>
 struct alignas(16) SpreadShared {
@@ -180,7 +185,7 @@ struct OwnTokens {
   __device__ __forceinline__ void store(Rows& to, const Values& y) const {
 #pragma unroll
     for (int j = 0; j < L::own_channels; ++j) {
-      if constexpr (by_matrices<T, L>) {
+      if constexpr (stores_matrices && by_matrices<T, L>) {
         asm volatile(
             "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(&to) + place + j * 16),
             "r"(pack<T>(y[j][0], y[j][1])), "r"(pack<T>(y[j][2], y[j][3]))

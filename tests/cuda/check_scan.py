@@ -126,6 +126,8 @@ def scan_leaves(batch, tokens, channels, states, dtype, layout, parts, sequences
 
 # batch, tokens, channels, states; cuts of packed sequences. Up to 16 states: a channel over 8 threads; in the seven last ones
 # over 4 threads, and whole ones: in one pass and, from 1025 tokens on, in chunks.
+# Sequences of about 2,048 channels that go over 2 threads a channel: 32 blocks each, 1.75 a multiprocessor in all.
+HALVES = round(1.75 * torch.cuda.get_device_properties(0).multi_processor_count / 32)
 PROBLEMS = [
     (1, 1, 1, 1, None),
     (2, 7, 5, 3, None),
@@ -140,8 +142,8 @@ PROBLEMS = [
     (2, 0, 8, 4, None),
     (4, 40, 2048, 16, None),
     (1, 150, 2001, 13, [0, 40, 40, 120, 150]),
-    (8, 100, 2048, 16, None),
-    (1, 150, 2001, 13, [0, 40, 40, 57, 58, 80, 100, 120, 150]),
+    (HALVES, 100, 2048, 16, None),
+    (1, 150, 2001, 13, [0, 0, *(150 * i // (HALVES - 1) for i in range(1, HALVES))]),
     (17, 20, 2048, 16, None),
     (1, 1100, 70, 16, None),
     (1, 2200, 33, 9, [0, 930, 2200]),
