@@ -127,7 +127,7 @@ def grid() -> tuple[list[Case], list[Case]]:
     cases += [change(many, first_key="query", keys=450, dim=256, value_dim=256)]
     # A row's later scores are larger than those of its first tile: within the range of what is relative to these, and beyond.
     for dtype, dim, sink in [("bf16", d, x) for d in (64, 128, 256) for x in (15.0, 40.0, 120.0)] + [
-        ("fp16", d, x) for d in (64, 128, 256) for x in (8.0, 15.0, 40.0)
+        ("fp16", 64, 15.0)
     ]:
         sized = change(base, dtype=dtype, queries=700, keys=700, dim=dim, value_dim=dim, sink=sink, layers=3)
         cases += [sized, change(sized, lengths=True, batch=3, causal=False)]

@@ -64,7 +64,7 @@ struct ForwardConsumer {
 
     auto softmax = [&] {
       if constexpr (anchored)
-        return AnchoredSoftmax<T>(s.scale_log2, row, s.queries);
+        return AnchoredSoftmax(s.scale_log2, row, s.queries);
       else
         return Softmax<known_lse>(s.scale_log2);
     }();

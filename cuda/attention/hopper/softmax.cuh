@@ -123,13 +123,9 @@ struct Softmax {
 // Two rows of a thread, whose exponentials are relative to a fixed number: the maximum of the first tile in which the row sees
 // a key. No tile but that one needs its maximum, and no sum is ever rescaled. Where a later score is so much larger that the
 // row leaves the range, `finish` says so, and the row has to be computed with a running maximum.
-template <class T>
 struct AnchoredSoftmax {
-  static constexpr bool narrow = std::is_same_v<T, fp16>;
-  // Of a row's sum, and so of all that it is made of. With values up to 1e26 the outputs stay in the range of float32, too.
-  static constexpr float limit = narrow ? 65504.0f : 0x1p40f;
-  // float16 ends at 2^16, and drops what is below 2^-25: the first tile's maximum becomes 2^-2 in it, and 2^-7 where the row
-  // sees few keys of that tile, for then those to come may well be far above it.
+  // Of a row's sum. With values up to 1e26 the outputs stay in the range of float32, too.
+  static constexpr float limit = 0x1p40f;
 
   float scale_log2;
   float anchor[2], sum[2];  // anchor: in units of log2; -inf: no key seen yet
@@ -189,24 +185,9 @@ struct AnchoredSoftmax {
 #pragma unroll
       for (int n = 1; n < Count / 4; ++n) highest = fmaxf(highest, fmaxf(score[4 * n + 2 * i], score[4 * n + 2 * i + 1]));
       highest = row_max(highest);
-      const float lifted = highest * scale_log2 + lift_of(score, i);
-      if (anchor[i] == -INFINITY) anchor[i] = lifted;
+      if (anchor[i] == -INFINITY) anchor[i] = highest * scale_log2;
     }
     searching = __any_sync(~0u, anchor[0] == -INFINITY || anchor[1] == -INFINITY);
-  }
-  // Of row i, whose maximum becomes 2^-lift.
-  template <int Count>
-  __device__ __forceinline__ static float lift_of([[maybe_unused]] const float (&score)[Count], [[maybe_unused]] int i) {
-    if constexpr (narrow) {
-      float seen = 0.0f;
-#pragma unroll
-      for (int n = 0; n < Count / 4; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) seen += score[4 * n + 2 * i + e] == -INFINITY ? 0.0f : 1.0f;
-      return row_sum(seen) < 8.0f ? 7.0f : 2.0f;
-    } else {
-      return 0.0f;
-    }
   }
 };
 
