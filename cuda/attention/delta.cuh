@@ -73,15 +73,17 @@ __global__ void __launch_bounds__(delta_threads) delta_kernel(const __grid_const
       }
     }
   } else {
+#pragma unroll
     for (int i = 0; i < count; ++i) {
       if (query(i) >= s.queries) continue;
       const T* const a = row_of<T>(p.dout, batch, head, query(i));
       const T* const b = row_of<T>(p.out, batch, head, query(i));
-      T* const scaled = static_cast<T*>(p.scaled) + (row0 + query(i)) * s.value_dim;
-      for (int column = lane; column < s.value_dim; column += lanes) {
+      for (int column = lane; column < s.value_dim; column += lanes)
         sum[i] = fmaf(to_float(a[column]), to_float(b[column]), sum[i]);
-        if (p.scaled != nullptr) scaled[column] = from_float<T>(to_float(a[column]) * factor[i]);
-      }
+      if (p.scaled == nullptr) continue;
+      T* const scaled = static_cast<T*>(p.scaled) + (row0 + query(i)) * s.value_dim;
+      for (int column = lane; column < s.value_dim; column += lanes)
+        scaled[column] = from_float<T>(to_float(a[column]) * factor[i]);
     }
   }
 #pragma unroll
@@ -94,8 +96,8 @@ __global__ void __launch_bounds__(delta_threads) delta_kernel(const __grid_const
     if (query(i) >= s.queries) continue;
     if (lane == 0) p.delta[row0 + query(i)] = sum[i];
     if (p.turns == nullptr) continue;
-    const int first =
-        query(i) / p.block_q * p.block_q;  // nobody else writes dq of a block of queries that meets no block of keys
+    // Nobody else writes dq of a block of queries that meets no block of keys.
+    const int first = query(i) / p.block_q * p.block_q;
     if (KeyRange(seen, first, min(first + p.block_q, s.queries) - 1).empty()) {
       T* const to = row_of<T>(p.dq, batch, head, query(i));
       for (int column = lane; column < s.head_dim; column += lanes) to[column] = from_float<T>(0.0f);

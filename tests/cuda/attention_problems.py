@@ -30,6 +30,7 @@ class Case:
     layers: int = 2
     scale: float | None = None
     sink: float = 0.0  # what half of the queries of half of the heads score a far key with
+    own: float = 0.0  # how far a row's own key is above the others
 
     def name(self) -> str:
         marks = [
@@ -42,6 +43,7 @@ class Case:
         marks += [self.layout] if self.layout != "head" else []
         marks += [f"scale={self.scale}"] if self.scale is not None else []
         marks += [f"sink={self.sink:g}"] if self.sink else []
+        marks += [f"own={self.own:g}"] if self.own else []
         return " ".join(marks)
 
 
@@ -62,6 +64,13 @@ def add_sink(case: Case, q: Tensor, k: Tensor) -> None:
         q[..., 0] = 0.0
         q[:, ::2, ::2, 0] = 8.0
         k[:, :, 5, 0] = case.sink * case.dim**0.5 / 8
+
+
+def add_own(case: Case, q: Tensor, k: Tensor) -> None:
+    """What is small beside the score of a row's own key counts where there are many of it."""
+    with torch.no_grad():
+        q *= (case.own / case.dim**0.5) ** 0.5
+        k.copy_(q[:, :: case.heads // case.kv_heads])
 
 
 def visibility(case: Case) -> dict[str, Tensor | None]:
@@ -131,6 +140,10 @@ def grid() -> tuple[list[Case], list[Case]]:
     ]:
         sized = change(base, dtype=dtype, queries=700, keys=700, dim=dim, value_dim=dim, sink=sink, layers=3)
         cases += [sized, change(sized, lengths=True, batch=3, causal=False)]
+    cases += [
+        change(base, dtype=dtype, batch=1, heads=1, kv_heads=1, queries=8192, keys=8192, layers=2, own=13.0)
+        for dtype in ("bf16", "fp16")
+    ]
     decode = [
         change(
             base,

@@ -37,6 +37,7 @@ from tests.cuda.attention_problems import (  # noqa: E402
     DTYPES,
     FLOOR,
     Case,
+    add_own,
     add_sink,
     backward_grid,
     grid,
@@ -126,6 +127,8 @@ def check(case: Case, keep: str) -> dict:
     values = [tensor(case, case.kv_heads, case.keys, case.value_dim) for _ in range(case.layers)]
     if case.sink:
         add_sink(case, q, k)
+    if case.own:
+        add_own(case, q, k)
     grads = [tensor(case, case.heads, case.queries, case.value_dim, False) for _ in range(case.layers)]
     seen = visibility(case)
     options = dict(causal=case.causal, scale=case.scale, **seen)
