@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 
@@ -13,6 +14,16 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run failed for a reason outside the program (a full disk, a loss that is not a number). The message is one line."""
+
+
+def input_error(error: Exception, where: str = "") -> InputError:
+    """What a function of ours refused, as the user's to fix: ``where`` takes the place of the function's name.
+
+    >>> input_error(ValueError("effcore.nn.conv3d: groups must be positive, got 0"), "--groups")
+    InputError('--groups: groups must be positive, got 0')
+    """
+    reason = re.sub(r"^effcore(\.\w+)*: ", "", str(error))
+    return InputError(f"{where}: {reason}" if where else reason)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -67,6 +67,25 @@ def test_a_classifier_is_no_language_model(run, tmp_path, tied):
         assert code == 2 and last.startswith("effcore: classifier: not a language model") and told in last
 
 
+def test_what_a_function_refused_loses_the_function_s_name():
+    from effcore.errors import input_error
+
+    for told in ("effcore: bad x", "effcore.conv3d: bad x", "effcore.nn.conv3d: bad x", "bad x"):
+        assert str(input_error(ValueError(told))) == "bad x"
+        assert str(input_error(ValueError(told), "--x")) == "--x: bad x"
+    assert str(input_error(ValueError("a: effcore.nn: b"))) == "a: effcore.nn: b"
+
+
+def test_a_file_named_like_a_function_keeps_its_name(run):
+    for arguments, told in (
+        (["generate", "effcore.gguf", "-p", "x"], "effcore: effcore.gguf: no such model"),
+        (["compare", "effcore"], "effcore: effcore: no finished run here"),
+        (["calibrate", "effcore.laplace", "-o", "out", "--count", "10"], "effcore: effcore.laplace: no such folder"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2 and err.startswith(told) and err.count("\n") == 1
+
+
 def overrides(*more):
     return [part for setting in [*TINY, *more] for part in ("--set", setting)]
 

@@ -6,7 +6,6 @@ Commands import what they need when they run.
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Annotated, NoReturn
 
@@ -83,7 +82,5 @@ def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
 
 
 def _fail(message: object, code: int) -> NoReturn:
-    """One line, without the name of the function that found it."""
-    line = re.sub(r"^effcore(\.\w+)?: ", "", " ".join(str(message).split()))
-    print(f"effcore: {line}", file=sys.stderr)
+    print(f"effcore: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)

@@ -94,7 +94,7 @@ def _calibrate(
     from effcore.cli.progress import lines
     from effcore.data.questions import answer_tokens, batches, next_line_questions, read_questions
     from effcore.data.sources import standard_library
-    from effcore.errors import InputError
+    from effcore.errors import InputError, input_error
     from effcore.files import staged
     from effcore.methods._tracked import tracked
     from effcore.methods.bayesian_moe import laplace
@@ -111,36 +111,39 @@ def _calibrate(
         list(batches(part, tokenizer, size=batch_size, max_length=max_length))
         for part in (questions[:first], questions[first:second], questions[second:])
     )
-    posterior = laplace(
-        network,
-        fit,
-        answers=answer_tokens(tokenizer, len(questions[0].choices)),
-        checkpoint=fit_file,
-        keep_checkpoint=True,
-        progress=None if quiet else partial(lines("fit"), "batch"),
-        **settings,
-    )
-    posterior.fit_heldout(tracked(held, "batch", None if quiet else lines("prior")))
+    try:
+        posterior = laplace(
+            network,
+            fit,
+            answers=answer_tokens(tokenizer, len(questions[0].choices)),
+            checkpoint=fit_file,
+            keep_checkpoint=True,
+            progress=None if quiet else partial(lines("fit"), "batch"),
+            **settings,
+        )
+        posterior.fit_heldout(tracked(held, "batch", None if quiet else lines("prior")))
 
-    def logits(part: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        return torch.cat([posterior.logit_distribution(b)[0].cpu() for b in part])
+        def logits(part: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+            return torch.cat([posterior.logit_distribution(b)[0].cpu() for b in part])
 
-    def labels(part: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        return torch.cat([b["labels"] for b in part])
+        def labels(part: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+            return torch.cat([b["labels"] for b in part])
 
-    plain, truth = logits(test), labels(test)
-    temperature = fit_temperature(logits(held), labels(held))
-    predictions = {
-        "MAP": plain.softmax(1),
-        f"temperature {temperature:.2f}": (plain / temperature).softmax(1),
-        "posterior": torch.cat([posterior.predict(b).cpu() for b in test]),
-    }
-    result = {
-        "scores": {name: scores(p, truth) for name, p in predictions.items()},
-        "questions": {"fit": first, "prior": second - first, "test": len(questions) - second},
-        "prior_variance": posterior.prior_variance.tolist(),
-        "unrouted": posterior.unrouted,
-    }
+        plain, truth = logits(test), labels(test)
+        temperature = fit_temperature(logits(held), labels(held))
+        predictions = {
+            "MAP": plain.softmax(1),
+            f"temperature {temperature:.2f}": (plain / temperature).softmax(1),
+            "posterior": torch.cat([posterior.predict(b).cpu() for b in test]),
+        }
+        result = {
+            "scores": {name: scores(p, truth) for name, p in predictions.items()},
+            "questions": {"fit": first, "prior": second - first, "test": len(questions) - second},
+            "prior_variance": posterior.prior_variance.tolist(),
+            "unrouted": posterior.unrouted,
+        }
+    except InputError as error:
+        raise input_error(error) from error
     with staged(out) as folder:
         posterior.save(folder / "posterior.safetensors")
         draw_reliability(folder / "reliability.png", {name: (p, truth) for name, p in predictions.items()})

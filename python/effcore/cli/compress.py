@@ -34,7 +34,7 @@ def compress(
 
     from effcore.cli.output import check_free
     from effcore.cli.progress import lines
-    from effcore.errors import InputError
+    from effcore.errors import InputError, input_error
     from effcore.files import staged
     from effcore.methods import low_rank
     from effcore.methods.low_rank_checkpoint import DESCRIPTION, save_decomposed
@@ -71,7 +71,7 @@ def compress(
             progress=None if quiet else lines("compress"),
         )
     except ValueError as bad:
-        raise InputError(str(bad)) from bad
+        raise input_error(bad) from bad
     result = low_rank.report(network)
     with staged(out) as folder:
         save_decomposed(network, folder)

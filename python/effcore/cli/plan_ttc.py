@@ -41,7 +41,7 @@ def ttc(
     json_: Annotated[bool, typer.Option("--json", help="Print the decisions as JSON on standard output.")] = False,
 ) -> None:
     """The first checkpoint at which samples at test time make up for the rest of the training (TTC-aware training)."""
-    from effcore.errors import InputError, RunError
+    from effcore.errors import RunError, input_error
     from effcore.methods.ttc import Costs, TTCPlan
     from effcore.training.ttc_plan import decide, draw, read_points
 
@@ -57,7 +57,7 @@ def ttc(
             margin,
         )
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise input_error(error) from error
     decisions = decide(plan, points)
     if json_:
         print(json.dumps([decision.as_json() for decision in decisions]))

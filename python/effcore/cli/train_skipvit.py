@@ -32,7 +32,7 @@ def skipvit(
 ) -> None:
     """Patches that matter little skip some blocks (SkipViT): accuracy and images a second, with and without."""
     from effcore.cli.output import check_free
-    from effcore.errors import InputError
+    from effcore.errors import InputError, input_error
 
     if learning_rate <= 0:
         raise InputError(f"--learning-rate must be positive, got {learning_rate}")
@@ -59,7 +59,7 @@ def skipvit(
     try:
         skip_tokens(models["skipvit"], drop, leave, rejoin, warmup=start)
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise input_error(error) from error
     rows: list[dict[str, Any]] = []
     for name, model in models.items():
         speed = train_classifier(

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from effcore.data.json_lines import json_lines
-from effcore.errors import InputError, RunError, disk_is_full
+from effcore.errors import InputError, RunError, disk_is_full, input_error
 from effcore.files import check_place, staged, write_atomically
 from effcore.methods.vds_report import measure, table
 from effcore.methods.vds_run import is_run
@@ -152,7 +152,7 @@ def adapt(
     try:
         learner = VerifierTTT(model, tokenizer, judge, run=out, listener=listener, **settings)
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise input_error(error) from error
     _check_lengths(model, tokenizer, [q for asked, _ in sets.values() for q in asked], learner.max_new_tokens)
     if out.is_dir() and not resume:
         shutil.rmtree(out)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from effcore.data.labelled import LabelledTexts, load_labelled
-from effcore.errors import InputError
+from effcore.errors import InputError, input_error
 from effcore.files import staged, write_atomically
 from effcore.methods.swiftlearn import SwiftLearnSampler
 from effcore.training import models
@@ -80,7 +80,7 @@ def make_sampler(recipe: Recipe, samples: int) -> SwiftLearnSampler:
     try:
         return SwiftLearnSampler(samples, **asdict(recipe.swiftlearn), seed=recipe.training.seed)
     except ValueError as error:
-        raise InputError(f"swiftlearn: {str(error).split(': ', 1)[-1]}") from error
+        raise input_error(error, "swiftlearn") from error
 
 
 def train_classifier(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer, set_seed
 
-from effcore.errors import InputError
+from effcore.errors import InputError, input_error
 from effcore.models import FlowHNForCausalLM, Layout, SharedLlamaForCausalLM
 from effcore.training.models import load_model, quiet_transformers
 
@@ -108,4 +108,4 @@ def choose_region(model: Any, region: int) -> None:
     try:
         model.set_layout(Layout.from_shared(model.config.num_hidden_layers, region))
     except ValueError as error:
-        raise InputError(f"--region {region}: {str(error).removeprefix('effcore: ')}") from error
+        raise input_error(error, f"--region {region}") from error

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 import effcore.models
 from effcore.data import byte_tokenizer
-from effcore.errors import InputError
+from effcore.errors import InputError, input_error
 from effcore.methods.low_rank_checkpoint import DESCRIPTION, load_decomposed
 from effcore.methods.vds_run import is_run
 from effcore.models import (
@@ -189,7 +189,7 @@ def parse_layout(text: str, layers: int) -> Layout:
     try:
         return Layout.parse(text, layers)
     except ValueError as error:
-        raise InputError(f"layout {text}: {str(error).removeprefix('effcore.Layout: ')}") from error
+        raise input_error(error, f"layout {text}") from error
 
 
 def make_sharing(model: Any, mode: str) -> SharedLlamaForCausalLM:
@@ -202,7 +202,7 @@ def make_sharing(model: Any, mode: str) -> SharedLlamaForCausalLM:
     try:
         return effcore.models.share_activations(model, mode=mode, layout=layout)
     except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
+        raise input_error(error) from error
 
 
 def describe(model: Any, cache_dtype: torch.dtype) -> dict[str, Any]:

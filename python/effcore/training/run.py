@@ -18,7 +18,7 @@ from transformers import PrinterCallback, default_data_collator
 import effcore
 from effcore.data import Corpus, PackedTokens, load_corpus
 from effcore.data.packing import spread
-from effcore.errors import InputError, RunError, disk_is_full
+from effcore.errors import InputError, RunError, disk_is_full, input_error
 from effcore.files import staged, write_atomically
 from effcore.methods.echo_llama import ECHOSchedule
 from effcore.methods.epas import EPASSchedule, StaticSchedule
@@ -189,7 +189,7 @@ def make_schedule(method: str, recipe: Recipe, layers: int) -> SharingSchedule |
                 distillation=echo.distillation,
             )
     except ValueError as error:
-        raise InputError(f"{method}: {str(error).split(': ', 1)[-1]}") from error
+        raise input_error(error, method) from error
     return None
 
 

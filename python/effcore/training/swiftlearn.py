@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from effcore.errors import InputError
+from effcore.errors import InputError, input_error
 from effcore.methods.swiftlearn import SwiftLearnSampler
 from effcore.methods.swiftlearn_callback import SwiftLearnCallback
 from effcore.training import checkpoint
@@ -70,7 +70,7 @@ class SwiftLearnMixin(Trainer):
         try:
             self.sampler.load_state_dict(checkpoint.load_tree(path))
         except ValueError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise input_error(error, str(path)) from error
 
 
 class SwiftLearnTrainer(SwiftLearnMixin, Trainer):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effcore.errors import InputError
+from effcore.errors import InputError, input_error
 from effcore.methods.ttc import Decision, TTCPlan
 from effcore.methods.ttc_curves import TooFew
 
@@ -62,7 +62,7 @@ def decide(plan: TTCPlan, points: list[Point]) -> list[Decision]:
                 plan.points.pop()
                 decision = plan.add(tokens, accuracies, confirm=confirm)
         except ValueError as error:
-            raise InputError(f"{tokens:g} tokens: {str(error).split(': ', 1)[-1]}") from error
+            raise input_error(error, f"{tokens:g} tokens") from error
         decisions.append(decision)
         if decision.stop:
             break
