@@ -86,6 +86,87 @@ def test_a_file_named_like_a_function_keeps_its_name(run):
         assert code == 2 and err.startswith(told) and err.count("\n") == 1
 
 
+@pytest.fixture
+def adapted(tmp_path):
+    """Folders of a language model, of an adapter to it, and of both in one."""
+    import peft
+    import torch
+    import transformers
+
+    from effcore.data import byte_tokenizer
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    base, adapter, both = (tmp_path / name for name in ("base", "adapter", "both"))
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(base)
+    model.save_pretrained(both)
+    model.config.name_or_path = model.name_or_path = str(base)
+    wanted = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, wanted)
+    for folder in (adapter, both):
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        return base, adapter, both, tokens, model.eval()(tokens).logits
+
+
+def without(name, *folders):
+    from safetensors.torch import load_file, save_file
+
+    for file in folders:
+        weights = {key: value for key, value in load_file(file).items() if name not in key}
+        save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_an_adapter_comes_with_its_whole_base(run, adapted):
+    import torch
+
+    from effcore.training.models import load_model
+
+    _, _, _, tokens, wanted = adapted
+    for folder in ("adapter", "both"):
+        model, _ = load_model(folder, inference=True)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(tokens).logits, wanted)
+        code, out, err = run("generate", folder, "-p", "x", "-n", "4", "--json")
+        assert code == 0 and json.loads(out)["tokens"] <= 4, err
+        code, out, err = run(
+            *("calibrate", folder, "-o", f"{folder}-out", "--count", "10", "--max-length", "64"),
+            *("--targets", "lora", "--rank", "1", "--json", "--quiet"),
+        )
+        assert code == 0 and "posterior" in json.loads(out)["scores"], err
+        code, _, err = run("compress", folder, "--ratio", "2", "-o", "out")
+        assert code == 2 and err.startswith(f"effcore: {folder}: an adapter, which can generate")
+
+
+@pytest.mark.parametrize("lacking", ["lm_head", "lora_A"])
+def test_an_adapter_and_its_base_must_be_whole(run, adapted, lacking):
+    base, adapter, both, *_ = adapted
+    if lacking == "lm_head":
+        without(lacking, base / "model.safetensors", both / "model.safetensors")
+    else:
+        without(lacking, adapter / "adapter_model.safetensors", both / "adapter_model.safetensors")
+    for folder, bad in (("adapter", base if lacking == "lm_head" else "adapter"), ("both", "both")):
+        for arguments in (["generate", folder, "-p", "x"], ["calibrate", folder, "-o", "out", "--count", "10"]):
+            code, _, err = run(*arguments)
+            last = err.splitlines()[-1]
+            assert code == 2 and last.startswith(f"effcore: {bad}: not a "), err
+            assert lacking in last
+
+
+def test_an_adapter_names_its_base(run, adapted):
+    _, adapter, *_ = adapted
+    for named, told in ((None, "adapter that names no base model"), ("adapter", "cannot be loaded")):
+        settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": named}
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
+        code, _, err = run("generate", "adapter", "-p", "x")
+        assert code == 2 and told in err.splitlines()[-1]
+
+
 def overrides(*more):
     return [part for setting in [*TINY, *more] for part in ("--set", setting)]
 

@@ -51,7 +51,7 @@ def complete(
         InputError: no model at ``path``, a region that it was not trained for, a prompt that is too long.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(path, dtype=torch.float32 if device == "cpu" else None, decomposed=True)
+    model, tokenizer = load_model(path, dtype=torch.float32 if device == "cpu" else None, inference=True)
     model = model.to(device).eval()
     if region is not None:
         choose_region(model, region)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ from effcore.models import (
 )
 from effcore.training.checkpoint import checkpoints
 from effcore.training.recipe import ModelSettings, Recipe
+
+ADAPTER = "adapter_config.json"  # what PEFT calls it
 
 
 def fresh_model(settings: ModelSettings, tokenizer: Any, seed: int) -> LlamaForCausalLM:
@@ -81,17 +84,19 @@ def fresh_flowhn(recipe: Recipe, tokenizer: Any) -> FlowHNForCausalLM:
     return FlowHNForCausalLM(config)
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None, decomposed: bool = False) -> tuple[Any, Any]:
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, inference: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint: a folder of ``save_pretrained``, a run folder of ``effcore train``, or a GGUF file.
 
     Args:
-        decomposed: whether what ``effcore compress`` wrote will do too.
+        inference: whether the model will only run: what ``effcore compress`` wrote and adapters (PEFT) will do then too.
 
     Raises:
         InputError: there is nothing at ``path``, it is damaged, lacks weights, or is not a causal language model.
     """
     folder, options = _resolve(Path(path))
-    if decomposed and (folder / DESCRIPTION).is_file():
+    if not inference and (folder / ADAPTER).is_file():
+        raise InputError(f"{path}: an adapter, which can generate; merge it into its model first")
+    if inference and (folder / DESCRIPTION).is_file():
         model, tokenizer = load_decomposed(folder), load_tokenizer(path)
         return model if dtype is None else model.to(dtype), tokenizer
     if dtype is not None:
@@ -114,12 +119,33 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, decomposed
 def whole_model(folder: Path, **options: Any) -> Any:
     """A causal language model of transformers, all of whose weights lie in the folder; others would be drawn at random.
 
+    An adapter (PEFT) comes attached to the model that it was trained on: the one in its folder, or the one that it names.
+
     Raises:
-        InputError: weights are missing, the model is a classifier, or decomposed.
+        InputError: weights are missing, the model is a classifier, or decomposed, or the adapter names no model.
     """
+    if not (folder / ADAPTER).is_file():
+        return _whole_base(folder, options)
+    base = folder
+    if not (folder / "config.json").is_file():
+        named = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not named:
+            raise InputError(f"{folder}: an adapter that names no base model")
+        base = Path(named)
+    model = _whole_base(base, options)
+    found = model.load_adapter(str(folder), dtype=model.dtype)
+    if missing := sorted(found.missing_keys):
+        raise InputError(f"{folder}: not a whole adapter: it has no {', '.join(missing[:3])}")
+    return model
+
+
+def _whole_base(folder: Path, options: dict[str, Any]) -> Any:
     if (folder / DESCRIPTION).is_file():
         raise InputError(f"{folder}: a decomposed model, which can generate; give the one that it was made of")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    # With an adapter transformers would tell what the adapter lacks and not the model: it finds none in that subfolder.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, adapter_kwargs={"subfolder": "without"}, **options
+    )
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{folder}: not a language model: it has no {', '.join(missing[:3])}")
@@ -154,7 +180,7 @@ def _resolve(path: Path) -> tuple[Path, dict[str, Any]]:
         return path / "model", {}
     if is_run(path):
         raise InputError(f"{path}: no model here, but what effcore adapt keeps; with --merge it also saves the model")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path, {}
     if inside := checkpoints(path):
         return inside[-1], {}
