@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.case import Work, dtype_name
 from benchmarks.ceilings import Ceilings
 from effcore.nn.low_rank import LowRankConv2d
-from effcore.nn.stem import StemConv2d
+from effcore.nn.stem import StemConv2d, StemNorm
 
 BLOCK = "ResNetBottleNeckLayer"
 KINDS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -70,6 +70,7 @@ def layers(model: nn.Module, x: Tensor, training: bool, ceilings: Ceilings) -> d
 
     pairs = [(n, m) for n, m in model.named_modules() if isinstance(m, LowRankConv2d) and m.core is None]
     inside = {id(child) for _, pair in pairs for child in pair.children()}
+    inside |= {id(m) for m in model.modules() if isinstance(m, StemNorm)}  # charged with the stem
     names = pairs + [(n, m) for n, m in model.named_modules() if isinstance(m, KINDS) and id(m) not in inside]
     first = next(n for n, m in names if isinstance(m, nn.Conv2d))
     blocks = [(n, m) for n, m in model.named_modules() if type(m).__name__ == BLOCK]

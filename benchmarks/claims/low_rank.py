@@ -76,13 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=64, help="(progressive)")
     parser.add_argument("--layers", type=int, default=2, help="(progressive)")
     parser.add_argument(
-        "--ratios", type=float, nargs="+", help="(progressive, the first, default 16; smollm, default 1.25 1.5 2)"
+        "--ratios", type=float, nargs="+", help="(progressive, one, default 16; smollm, default 1.25 1.5 2)"
     )
     parser.add_argument("--windows", type=int, default=24, help="of 256 tokens, held out (smollm)")
     parser.add_argument("--ranks", type=Path, help="a file of speed (short)")
     parser.add_argument("--json", type=Path, help="write the numbers; read them (table)")
     parser.add_argument("--picture", type=Path, help="draw the rows of speed or progressive (table)")
     options = parser.parse_args(arguments)
+    if options.claim == "progressive" and len(options.ratios or ()) > 1:
+        parser.error("progressive takes one of --ratios")
     if options.claim == "table":
         from benchmarks.claims import _low_rank_tables
 

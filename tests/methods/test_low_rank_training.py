@@ -100,7 +100,7 @@ def test_progressive_decomposition_trains_on(fading):
         ProgressiveDecomposition((2.0,), every=0)
 
 
-def test_what_is_cut_off_fades():
+def test_what_is_cut_off_fades(tmp_path):
     """A stage changes no output; then the outputs go straight to those of the factors, which stay the same parameters."""
     from transformers.pytorch_utils import Conv1D
 
@@ -118,6 +118,8 @@ def test_what_is_cut_off_fades():
     factors = {id(p) for m in model if isinstance(m, Fading) for p in m.layer.parameters()}
     set_share(model, 1.0)
     torch.testing.assert_close(model(x), dense, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="layer 0 lost still fades"):
+        save_decomposed(model, tmp_path)
     shares, layer, y = [], model[0], torch.randn(3, 16, 4, 4)
     expected = [layer.layer(y) + (1 - k / 5) * layer.rest(y) for k in (1, 2, 3, 4)]
     for step in range(4):
@@ -147,8 +149,8 @@ def test_schedules_inside_the_trainer(tmp_path):
     model, _ = hugging_face("llama")
     rows = [{"input_ids": torch.randint(0, 50, (9,)), "labels": torch.randint(0, 50, (9,))} for _ in range(8)]
     arguments = transformers.TrainingArguments(
-        tmp_path, max_steps=6, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True
-    )
+        tmp_path, max_steps=4, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True
+    )  # which is before the second stage has faded
     schedule = ProgressiveDecomposition((1.5, 2.0), every=2, start=1, options={"multiple": 1})
     trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[schedule.callback()])
     trainer.train()

@@ -11,7 +11,7 @@ from torch import nn
 
 from effcore.nn.faster import faster
 from effcore.nn.low_rank import LowRankConv2d
-from effcore.nn.side_by_side import NarrowConv2d, block_weight, blocks, narrow, pixels
+from effcore.nn.side_by_side import NarrowConv2d, block_weight, blocks, convolve_pairs, narrow, pixels
 from effcore.nn.stem import StemConv2d, StemNorm
 
 
@@ -26,6 +26,17 @@ def test_blocks_convolve_as_pixels(count, width):
     torch.testing.assert_close(got.permute(0, 3, 1, 2), wanted)
     gradient = torch.randn_like(wanted)
     torch.testing.assert_close(*(torch.autograd.grad(y, weight, gradient) for y in (got.permute(0, 3, 1, 2), wanted)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_pairs_convolve_as_pixels(bias):
+    conv = nn.Conv2d(5, 7, 3, padding=1, bias=bias, dtype=torch.float64)
+    x = torch.randn(3, 5, 5, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    got, wanted = convolve_pairs(x, conv.weight, conv.bias), conv(x)
+    torch.testing.assert_close(got, wanted)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    leaves, gradient = (x, *conv.parameters()), torch.randn_like(wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(y, leaves, gradient) for y in (got, wanted)))
 
 
 def test_which_convolutions_are_narrow():

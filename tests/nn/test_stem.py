@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from effcore.nn.stem import StemConv2d, convolve, fuse_stem
+from effcore.nn.stem import StemConv2d, convolve, fuse_stem, stem
 
 transformers = pytest.importorskip("transformers")
 
@@ -94,3 +94,18 @@ def test_another_stem_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         fuse_stem(model)
     assert not any(isinstance(m, StemConv2d) for m in model.modules())
+
+
+def test_a_norm_that_is_put_there_later_is_refused():
+    fused = fuse_stem(Torchvision())
+    x = torch.randn(2, 3, 32, 32)
+    assert isinstance(fused.bn1, nn.BatchNorm2d)
+    assert fused.to("meta")(x.to("meta")).shape == (2, 16, 8, 8)
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(fuse_stem(Torchvision()))
+    with pytest.raises(RuntimeError, match="bn1 is SyncBatchNorm now"):
+        fused(x)
+
+
+def test_what_the_kernels_do_not_serve_is_refused():
+    with pytest.raises(ValueError, match="images must be bfloat16 or float16 on a GPU"):
+        stem(torch.randn(2, 3, 32, 32), torch.randn(16, 3, 7, 7), nn.BatchNorm2d(16))

@@ -13,11 +13,11 @@ class EachStep(TrainerCallback):
     """Calls ``change(model, state, optimizer)`` when training begins and before each optimizer step.
 
     Step and epoch are the Trainer's (``state.global_step``, ``state.epoch``), so a resumed run needs no more. The optimizer is
-    the user's, not what Accelerate makes of it.
+    the user's, not what Accelerate makes of it. ``end(model)`` is called when training ends.
     """
 
-    def __init__(self, change: Callable[[Any, TrainerState, Any], object]):
-        self.change = change
+    def __init__(self, change: Callable[[Any, TrainerState, Any], object], end: Callable[[Any], object] | None = None):
+        self.change, self.end = change, end
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -28,3 +28,9 @@ class EachStep(TrainerCallback):
         self.change(kwargs["model"], state, optimizer)
 
     on_train_begin = on_step_begin
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.end is not None:
+            self.end(kwargs["model"])

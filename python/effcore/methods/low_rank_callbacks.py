@@ -86,7 +86,9 @@ class ProgressiveDecomposition(_Schedule):
 
     A stage replaces parameters. With ``apply(..., optimizer)`` (the callback hands it over) the optimizer's groups are given
     the new ones, whose moments begin anew. Train past the last stage by more than ``every`` steps, a tenth or a fifth of the
-    whole: only then do the factors stand alone (``low_rank_fading.settle`` drops what is left earlier).
+    whole: only then do the factors stand alone. When the Trainer ends earlier, its callback drops what is left; in a loop
+    ``low_rank_fading.settle(model)`` does. Until then the model is larger than it was and ``save_decomposed`` refuses it, and
+    checkpoints of the Trainer have the names of what fades.
     """
 
     ratios: tuple[float, ...]
@@ -105,6 +107,14 @@ class ProgressiveDecomposition(_Schedule):
             )
         self.stage = 0
         self.fading = False
+
+    def callback(self) -> Any:
+        """As a ``TrainerCallback``; what has not faded when training ends is dropped."""
+        from effcore.methods.callback import EachStep
+
+        return EachStep(
+            lambda model, at, optimizer: self.apply(model, at.global_step, at.epoch or 0.0, optimizer), end=settle
+        )
 
     def apply(self, model: nn.Module, step: int, epoch: float, optimizer: Optimizer | None = None) -> None:
         wanted = 0 if step < self.start else min(len(self.ratios), (step - self.start) // self.every + 1)

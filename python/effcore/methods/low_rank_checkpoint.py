@@ -16,6 +16,7 @@ from torch import nn
 
 from effcore.errors import InputError
 from effcore.files import write_atomically
+from effcore.methods.low_rank_fading import Fading
 from effcore.methods.low_rank_layers import replace
 from effcore.nn.low_rank import LowRankConv2d, LowRankLinear
 from effcore.nn.side_by_side import NarrowConv2d
@@ -66,8 +67,18 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def save_decomposed(model: nn.Module, folder: str | Path) -> None:
-    """Writes a decomposed model; :func:`load_decomposed` reads it without the dense one."""
+    """Writes a decomposed model; :func:`load_decomposed` reads it without the dense one.
+
+    Raises:
+        ValueError: what was cut off still fades beside a layer's factors (:mod:`effcore.methods.low_rank_fading`).
+    """
     from safetensors.torch import save_model
+
+    for name, module in model.named_modules():
+        if isinstance(module, Fading):
+            raise ValueError(
+                f"effcore.save_decomposed: what layer {name} lost still fades; low_rank_fading.settle(model) drops it"
+            )
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,8 @@ def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return conv(x)
     if x.dim() != 4 or x.numel() > FEW * x.shape[1] or not x.is_contiguous(memory_format=torch.channels_last):
         return conv(x)
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        return conv(x)
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["NarrowConv2d", "block_weight", "blocks", "narrow", "pixels"]
+__all__ = ["NarrowConv2d", "block_weight", "blocks", "convolve_pairs", "narrow", "pixels"]
 
 NARROW = 32  # channels, at which two pixels side by side are faster than one
 
@@ -37,6 +37,13 @@ def block_weight(weight: Tensor, count: int, taps: int, first: int) -> Tensor:
     return of_blocks.contiguous(memory_format=torch.channels_last)
 
 
+def convolve_pairs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """conv(x) of 3×3, stride 1 and padding 1, over pairs of pixels: x [B, C, H, W], channels_last, W even."""
+    twice = None if bias is None else bias.repeat(2)
+    y = F.conv2d(blocks(x.permute(0, 2, 3, 1), 2), block_weight(weight, 2, 3, 1), twice, padding=1)
+    return pixels(y, 2).permute(0, 3, 1, 2)
+
+
 class NarrowConv2d(nn.Conv2d):
     """``nn.Conv2d`` of at most 32 channels; 3×3 over channels_last pixels of a GPU in half precision, over pairs of them."""
 
@@ -51,9 +58,7 @@ class NarrowConv2d(nn.Conv2d):
         half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.dtype == self.weight.dtype
         if not half or x.dim() != 4 or x.shape[3] % 2 or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
-        bias = None if self.bias is None else self.bias.repeat(2)
-        y = F.conv2d(blocks(x.permute(0, 2, 3, 1), 2), block_weight(self.weight, 2, 3, 1), bias, padding=1)
-        return pixels(y, 2).permute(0, 3, 1, 2)
+        return convolve_pairs(x, self.weight, self.bias)
 
 
 def narrow(conv: nn.Conv2d) -> nn.Conv2d:

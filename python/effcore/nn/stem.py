@@ -3,12 +3,12 @@
 Over three channels a library's convolution takes many times its bound. Over blocks of 2×8 pixels, 48 channels, it is one of
 4×2 blocks, whose 256 channels are those of four pixels side by side: the same numbers in the same place of memory. The norm,
 the ReLU and the maximum, one by one, read and write the network's largest tensor eleven times in training; here they are four
-kernels of Triton (:mod:`effcore.nn._stem_kernels`) that move less than half of it.
+kernels of Triton (:mod:`effcore.ops.norm_relu_pool`) that move less than half of it.
 """
 
 from __future__ import annotations
 
-import importlib.util
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,15 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effcore.nn.side_by_side import block_weight, blocks, pixels
+from effcore.ops.norm_relu_pool import TRITON, norm_relu_pool, statistics
 
 __all__ = ["StemConv2d", "StemNorm", "fuse_stem", "stem"]
 
 DTYPES = (torch.bfloat16, torch.float16)
-TRITON = importlib.util.find_spec("triton") is not None
 SIDE_BY_SIDE = 4  # pixels of the output
-ROWS, PROGRAMS = 64, 1056  # of the statistics: eight programs a multiprocessor
-WINDOWS, SUMS, SQUARES = 16, 64, 16  # of a block: of the maximum, of the norm's sums, of y's gradient
-ROUNDS = 8
 
 
 def convolve(images: Tensor, weight: Tensor) -> Tensor:
@@ -33,106 +30,6 @@ def convolve(images: Tensor, weight: Tensor) -> Tensor:
     of_squares = F.pixel_unshuffle(F.pad(weight, (1, 0, 1, 0)), 2)  # [C, 4 c, 4, 4]
     y = F.conv2d(blocks(squares, SIDE_BY_SIDE), block_weight(of_squares, SIDE_BY_SIDE, 2, 0))
     return pixels(y, SIDE_BY_SIDE)
-
-
-@torch.library.triton_op("effcore::stem_statistics", mutates_args=())
-def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (of all, not of all but one) of each channel of y [rows, C], in float32; no gradient."""
-    import triton
-
-    from effcore.nn import _stem_kernels as kernels
-
-    count, channels = rows.shape
-    programs = min(PROGRAMS, triton.cdiv(count, ROWS))
-    sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=rows.device)
-    torch.library.wrap_triton(kernels.stem_sums)[(programs,)](
-        rows, sums, count, triton.cdiv(count, programs * ROWS), channels,
-        BLOCK=ROWS, BLOCK_C=triton.next_power_of_2(channels), num_warps=4,
-    )  # fmt: skip
-    mean, square = (sums.sum(0) / count).unbind(0)
-    return rows[0] + mean, (square - mean.square()).clamp(min=0.0)
-
-
-@torch.library.triton_op("effcore::norm_relu_pool", mutates_args=())
-def _norm_relu_pool(
-    y: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float, training: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, ceil(H / 2), ceil(W / 2), C], each window's own y and its place of y [B, H, W, C], all contiguous.
-
-    ``training``: mean and variance are y's own, and y's gradient goes through them; ``keep``: there will be a backward.
-    """
-    import triton
-
-    from effcore.nn import _stem_kernels as kernels
-
-    batch, height, width, channels = y.shape
-    scale = gamma * (variance + eps).rsqrt()
-    shift = beta - mean * scale
-    shape = (batch, (height + 1) // 2, (width + 1) // 2, channels)
-    out, windows = y.new_empty(shape), batch * shape[1] * shape[2]
-    own = y.new_empty(shape if keep else (0,))
-    place = torch.empty(own.shape, dtype=torch.int8, device=y.device)
-    torch.library.wrap_triton(kernels.stem_pool)[(triton.cdiv(windows, WINDOWS),)](
-        y, scale, shift, out, own, place, windows, height, width, channels,
-        KEEP=keep, BLOCK=WINDOWS, BLOCK_C=triton.next_power_of_2(channels), num_warps=4,
-    )  # fmt: skip
-    return out, own, place
-
-
-@torch.library.triton_op("effcore::norm_relu_pool_backward", mutates_args=())
-def _norm_relu_pool_backward(
-    gradient: Tensor,
-    own: Tensor,
-    place: Tensor,
-    y: Tensor,
-    gamma: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, gamma and beta."""
-    import triton
-
-    from effcore.nn import _stem_kernels as kernels
-
-    batch, height, width, channels = y.shape
-    windows, block_c = batch * ((height + 1) // 2) * ((width + 1) // 2), triton.next_power_of_2(channels)
-    gradient = gradient.contiguous()
-    programs = triton.cdiv(windows, SUMS * ROUNDS)
-    sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=y.device)
-    wrap = torch.library.wrap_triton
-    wrap(kernels.stem_reduce)[(programs,)](
-        gradient, own, place, mean, sums, windows, channels, BLOCK=SUMS, ROUNDS=ROUNDS, BLOCK_C=block_c, num_warps=8
-    )
-    dbeta, apart = sums.sum(0).unbind(0)
-    invstd = (variance + eps).rsqrt()
-    dgamma = apart * invstd
-    # y's gradient is scale · (g - mean of g - normed y · mean of (g · normed y)): linear in g and y.
-    scale, pixels = gamma * invstd, batch * height * width
-    slope = -scale * invstd * dgamma / pixels if training else torch.zeros_like(scale)
-    offset = -scale * dbeta / pixels - slope * mean if training else torch.zeros_like(scale)
-    dy = torch.empty_like(y)
-    wrap(kernels.stem_spread)[(triton.cdiv(windows, SQUARES),)](
-        gradient, place, y, dy, scale, slope, offset, windows, height, width, channels,
-        BLOCK=SQUARES, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
-    return dy, dgamma, dbeta.clone()
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    y, gamma, _, mean, variance, ctx.eps, ctx.training, _ = inputs
-    _, own, place = output
-    ctx.mark_non_differentiable(own, place)
-    ctx.save_for_backward(own, place, y, gamma, mean, variance)
-
-
-def _gradients(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-    dy, dgamma, dbeta = _norm_relu_pool_backward(gradient, *ctx.saved_tensors, ctx.eps, ctx.training)
-    return dy, dgamma, dbeta, None, None, None, None, None
-
-
-_norm_relu_pool.register_autograd(_gradients, setup_context=_setup)
 
 
 def stem(images: Tensor, weight: Tensor, norm: Any) -> Tensor:
@@ -146,18 +43,45 @@ def stem(images: Tensor, weight: Tensor, norm: Any) -> Tensor:
         images: [B, c, H, W], H even and W a multiple of 8; bfloat16 or float16, on a GPU.
         weight: [C, c, 7, 7], C a multiple of 8, at most 64; cast to images' dtype.
         norm: a batch norm with weight, bias and running statistics, which may be float32.
+
+    Raises:
+        ValueError: naming what does not fit.
     """
+    _check(images, weight, norm)
     y = convolve(images, weight.to(images.dtype)).contiguous()
     if norm.training:
         rows = y.detach().flatten(0, 2)
-        mean, variance = _statistics(rows)
+        mean, variance = statistics(rows)
         _follow(norm, mean, variance, len(rows))
     else:
         mean, variance = norm.running_mean.float(), norm.running_var.float()
     keep = torch.is_grad_enabled() and (y.requires_grad or norm.weight.requires_grad or norm.bias.requires_grad)
     gamma, beta = norm.weight.float(), norm.bias.float()
-    out, *_ = _norm_relu_pool(y, gamma, beta, mean, variance, norm.eps, norm.training, keep)
+    out, *_ = norm_relu_pool(y, gamma, beta, mean, variance, norm.eps, norm.training, keep)
     return out.permute(0, 3, 1, 2)
+
+
+def _check(images: Tensor, weight: Tensor, norm: Any) -> None:
+    if not images.is_cuda or images.dtype not in DTYPES or not TRITON:
+        raise ValueError(
+            f"effcore.stem: images must be bfloat16 or float16 on a GPU with Triton, got {images.dtype} on {images.device}"
+        )
+    if images.dim() != 4 or images.shape[2] % 2 or images.shape[3] % (2 * SIDE_BY_SIDE):
+        raise ValueError(
+            f"effcore.stem: images must be [batch, channels, height, width], height even and width a multiple of "
+            f"{2 * SIDE_BY_SIDE}, got {list(images.shape)}"
+        )
+    channels = weight.shape[0]
+    if weight.shape != (channels, images.shape[1], 7, 7) or channels % 8 or channels > 64:
+        raise ValueError(
+            f"effcore.stem: weight must be [C, {images.shape[1]}, 7, 7], C a multiple of 8 and at most 64, "
+            f"got {list(weight.shape)}"
+        )
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(norm, name)
+        if tensor is None or tensor.shape != (channels,) or tensor.device != images.device:
+            got = "none" if tensor is None else f"{list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"effcore.stem: the norm's {name} must be [{channels}] on {images.device}, got {got}")
 
 
 @torch.no_grad()
@@ -172,32 +96,43 @@ def _follow(norm: Any, mean: Tensor, variance: Tensor, count: int) -> None:
 class StemConv2d(nn.Conv2d):
     """A stem's convolution, that does what stands behind it as well: in half precision on a GPU as :func:`stem`."""
 
-    norm: StemNorm
+    around: tuple[nn.Module, str]  # who holds the norm, and as what
+
+    @property
+    def norm(self) -> StemNorm:
+        """The norm, where it stands in the model."""
+        holder, name = self.around
+        norm = attrgetter(name)(holder)
+        if type(norm) is not StemNorm:
+            raise RuntimeError(
+                f"effcore.fuse_stem: {name} is {type(norm).__name__} now, behind which ReLU and maximum are gone; replace "
+                "norms (SyncBatchNorm) before the stem is fused"
+            )
+        return norm
 
     def forward(self, images: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(images.device.type):
-            images = images.to(torch.get_autocast_dtype(images.device.type))
+        norm = self.norm
+        if images.is_cuda and torch.is_autocast_enabled("cuda"):
+            images = images.to(torch.get_autocast_dtype("cuda"))
         fits = images.shape[2] % 2 == 0 and images.shape[3] % (2 * SIDE_BY_SIDE) == 0
         if images.is_cuda and images.dtype in DTYPES and fits and TRITON:
-            return stem(images, self.weight, self.norm)
-        n, y = self.norm, super().forward(images)
-        return F.max_pool2d(F.relu(nn.BatchNorm2d.forward(n, y)), 3, 2, 1)  # type: ignore[arg-type]
+            return stem(images, self.weight, norm)
+        return F.max_pool2d(F.relu(nn.BatchNorm2d.forward(norm, super().forward(images))), 3, 2, 1)
 
 
-class StemNorm(nn.Module):
-    """Holds what a :class:`StemConv2d` norms with, under the names that it had, and gives back what it gets."""
+class StemNorm(nn.BatchNorm2d):
+    """The norm by which a :class:`StemConv2d` norms, under the name that it had; it gives back what it gets."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
-
-    _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 def fuse_stem(model: nn.Module) -> nn.Module:
     """Makes a ResNet's stem one module, in place; its parameters and their names stay. Returns the model.
 
     Hugging Face's ResNets, and those of torchvision and timm whose stem is conv1, bn1, an activation, maxpool. Where images are
-    not as :func:`stem` wants them, the same is computed by torch's own functions.
+    not as :func:`stem` wants them, the same is computed by torch's own functions. The norm stays a ``BatchNorm2d`` in its
+    place, to be frozen or loaded; another that is put there later raises when the model is called.
 
     Raises:
         ValueError: there is no such stem: a 7×7 convolution of stride 2 without a bias over at most 4 channels, a batch norm
@@ -211,7 +146,7 @@ def fuse_stem(model: nn.Module) -> nn.Module:
         if why := _unlike(conv, norm, activation, pool):
             raise ValueError(f"effcore.fuse_stem: {why}")
         conv.__class__, norm.__class__ = StemConv2d, StemNorm
-        conv.__dict__["norm"] = norm  # not a child: it has its place and its name
+        conv.__dict__["around"] = module, names[1]  # no children of its own: the norm has its place and its name
         for name in names[2:]:
             place, _, last = name.rpartition(".")
             setattr(module.get_submodule(place), last, nn.Identity())

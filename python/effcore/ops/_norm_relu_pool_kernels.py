@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`effcore.nn.stem`: max_pool(relu(norm(y))) and its gradients.
+"""Triton kernels of :mod:`effcore.ops.norm_relu_pool`: max_pool(relu(norm(y))) and its gradients.
 
 y [B, H, W, C] has windows of 3×3, stride 2 and padding 1: [B, ceil(H / 2), ceil(W / 2), C]. All is bound by memory. In units
 of y's bytes: the statistics read 1; the maximum reads 1 and writes 0.6 (each window's result, its own y, and which of the nine
