@@ -3,9 +3,9 @@
 // The product that gives dq lags one step behind: by then the other warpgroup's dS is there, nobody waits for it, and the two
 // warpgroups need not run in step, so that one multiplies while the other exponentiates. Products block the warp that issues
 // them, so what is done beside them has to stand between them: the exponentials between those of dP, a part of dq on its way to
-// shared memory between those of S, and dS of one half of the queries between those of dk of the other. lse and delta are read
-// ahead. H200, one process, length 8192, 16k tokens of H * D = 2048, causal, with the kernel for delta: D = 128 2.48 ms, D = 64
-// 3.00; in another process 2.57 and 3.05, and with each of these behind its products 2.81 and 3.53.
+// shared memory between those of S, and dS of one half of the queries between those of dk of the other (with each of them
+// behind its products 1.09 times as long at D = 128, 1.16 at 64). lse and delta are read ahead. Times and counters of this
+// order and of others: benchmarks/results/attention_backward_ncu_h200.txt.
 #pragma once
 #include "attention/hopper/backward_sums.cuh"
 
