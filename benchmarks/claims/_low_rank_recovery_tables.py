@@ -68,34 +68,37 @@ def _by_rate(rows: Rows, steps: int, kind: str) -> list[tuple[float, float]]:
 
 
 def picture(rows: Rows, image: Path) -> None:
-    """Along one recovery; at the end of each, against one step; at each learning rate."""
+    """Of the trials of the length that was searched most: the best of each way along the recovery, and all rates; and, where
+    seeds are reported, what is gained at the end of each length."""
     from matplotlib.figure import Figure
 
     done = _reported(rows)
-    lengths = sorted({r["steps"] for r in done})
-    searched = max({r["steps"] for r in rows if r.get("trial")}, key=lambda n: len(_by_rate(rows, n, ONE)))
-    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
-    along, ends, rates = figure.subplots(1, 3)
-    seed = min(r["seed"] for r in done)
+    trials = [r for r in rows if r.get("trial")]
+    steps = max({r["steps"] for r in trials}, key=lambda n: len(_by_rate(rows, n, ONE)))
+    figure = Figure(figsize=(13.5 if done else 9, 3.8), layout="constrained")
+    along, rates, *ends = figure.subplots(1, 3 if done else 2)
     for kind in KINDS:
         color: Any = COLORS[kind]
-        for row in (r for r in done if (r["seed"], r["steps"], r["way"]["kind"]) == (seed, searched, kind)):
-            points = [*row["curve"], (searched, row["perplexity"])]
-            along.plot(*zip(*points, strict=True), ".-", color=color, label=kind)
-        curve = _by_rate(rows, searched, kind)
-        rates.plot(*zip(*curve, strict=True), "o-", color=color, label=kind)
-        if kind != ONE:
-            _ends(ends, done, lengths, kind)
-    along.set(yscale="log", xlabel="steps of recovery", ylabel="perplexity, held out")
-    along.set_title(f"along {searched} steps, seed {seed}", fontsize=9)
-    ends.axhline(0, color=COLORS[ONE], label=ONE)
-    ends.set(xscale="log", xlabel="steps of recovery", ylabel="perplexity against one step, %")
-    ends.set_title("at the end: each seed, and the mean", fontsize=9)
-    ends.set_xticks(lengths, [str(n) for n in lengths])
-    ends.minorticks_off()
-    rates.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="perplexity, held out")
-    rates.set_title(f"at the end of {searched} steps, on the tuning seed", fontsize=9)
-    for axis in (along, ends, rates):
+        mine = [r for r in trials if (r["steps"], r["way"]["kind"]) == (steps, kind)]
+        if mine:
+            losses = min(mine, key=lambda r: r["perplexity"])["losses"]
+            width = steps / len(losses)
+            along.plot([(i + 0.5) * width for i in range(len(losses))], losses, ".-", color=color, label=kind)
+        rates.plot(*zip(*_by_rate(rows, steps, kind), strict=True), "o-", color=color, label=kind)
+    along.set(xlabel="steps of recovery", ylabel="training loss, nats a byte")
+    along.set_title("the best trial of each way, the same batches", fontsize=9)
+    rates.set(xscale="log", xlabel="peak of the learning rate", ylabel="perplexity, held out")
+    rates.set_title(f"after {steps} steps, all else equal", fontsize=9)
+    for axis in ends:
+        lengths = sorted({r["steps"] for r in done})
+        for kind in (STAGES, FADING):
+            _ends(axis, done, lengths, kind)
+        axis.axhline(0, color=COLORS[ONE], label=ONE)
+        axis.set(xscale="log", xlabel="steps of recovery", ylabel="perplexity against one step, %")
+        axis.set_title("at the end: each seed, and the mean", fontsize=9)
+        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.minorticks_off()
+    for axis in (along, rates, *ends):
         axis.legend(fontsize=7)
     figure.savefig(image, dpi=130)
 
