@@ -151,7 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 TABLES |= {f"epas_profile_{claim}": partial(_profile, claim) for claim in ("train", "decode")}
 TABLES |= {"epas_speed": _epas, "echo_speed": _echo}
-PAGES = ("ops.md", "epas.md", "echo-llama.md")
+PAGES = ("attention-speed.md", "epas.md", "echo-llama.md")
 
 
 def fill(text: str) -> str:

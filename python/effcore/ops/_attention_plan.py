@@ -1,6 +1,5 @@
-"""Measured tables (docs/ops.md): whether a layer group keeps its probabilities or recomputes them, with the reason in words;
-and whose kernels a layer that shares nothing runs on.
-"""
+"""Measured tables (docs/attention-speed.md): whether a layer group keeps its probabilities or recomputes them, with the reason
+in words; and whose kernels a layer that shares nothing runs on."""
 
 from __future__ import annotations
 

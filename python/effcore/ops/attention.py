@@ -351,7 +351,7 @@ def plan_keep(q: Tensor, k: Tensor, *, causal: bool, consumers: int) -> str:
 
     A function of shapes, dtype, the device's kernels and the budget alone, so that fake tensors and checkpoint recomputation
     decide alike. On the CPU reading P costs less than computing it wherever it fits the budget; on a GPU a measured table
-    decides (docs/ops.md).
+    decides (docs/attention-speed.md).
 
     Args:
         q: [B, Hq, Sq, D], of which shape, dtype and device count; k: [B, Hkv, Sk, D].
