@@ -38,7 +38,12 @@ class _Schedule(ABC):
         """As a ``TrainerCallback``."""
         from effcore.methods.callback import EachStep
 
-        return EachStep(lambda model, at, optimizer: self.apply(model, at.global_step, at.epoch or 0.0, optimizer))
+        return EachStep(
+            lambda model, at, optimizer: self.apply(model, at.global_step, at.epoch or 0.0, optimizer), self.finish
+        )
+
+    def finish(self, model: nn.Module) -> None:  # noqa: B027 (most have nothing to do)
+        """What is left to do when training ends; the callback does it, a loop of one's own calls it."""
 
 
 @dataclass
@@ -87,7 +92,7 @@ class ProgressiveDecomposition(_Schedule):
     A stage replaces parameters. With ``apply(..., optimizer)`` (the callback hands it over) the optimizer's groups are given
     the new ones, whose moments begin anew. Train past the last stage by more than ``every`` steps, a tenth or a fifth of the
     whole: only then do the factors stand alone. When the Trainer ends earlier, its callback drops what is left; in a loop
-    ``low_rank_fading.settle(model)`` does. Until then the model is larger than it was and ``save_decomposed`` refuses it, and
+    ``finish(model)`` does. Until then the model is larger than it was and ``save_decomposed`` refuses it, and
     checkpoints of the Trainer have the names of what fades.
     """
 
@@ -108,13 +113,9 @@ class ProgressiveDecomposition(_Schedule):
         self.stage = 0
         self.fading = False
 
-    def callback(self) -> Any:
-        """As a ``TrainerCallback``; what has not faded when training ends is dropped."""
-        from effcore.methods.callback import EachStep
-
-        return EachStep(
-            lambda model, at, optimizer: self.apply(model, at.global_step, at.epoch or 0.0, optimizer), end=settle
-        )
+    def finish(self, model: nn.Module) -> None:
+        settle(model)
+        self.fading = False
 
     def apply(self, model: nn.Module, step: int, epoch: float, optimizer: Optimizer | None = None) -> None:
         wanted = 0 if step < self.start else min(len(self.ratios), (step - self.start) // self.every + 1)

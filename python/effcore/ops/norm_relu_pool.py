@@ -1,7 +1,7 @@
 """max_pool(relu(norm(y))), 3×3 of stride 2, and its gradients in four passes over memory, on a GPU.
 
-Kernels of Triton (:mod:`effcore.ops._norm_relu_pool_kernels`), which PyTorch's CUDA packages bring: they are what
-``torch.compile`` would have to find, and graphs take them without a break. Where Triton is missing there are no such ops.
+Kernels of Triton (:mod:`effcore.ops._norm_relu_pool_kernels`), which PyTorch's CUDA packages bring, and which ``torch.compile``
+takes into its graphs. Where Triton is missing there are no such ops.
 """
 
 from __future__ import annotations
