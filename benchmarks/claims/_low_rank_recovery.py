@@ -225,7 +225,7 @@ def recover(setup: Setup, seed: int, way: Way, steps: int, points: int = 0) -> d
 
 
 # What the search on six layers found, where its differences were more than a few thousandths.
-FOUND = (Way(ONE, warm=60), Way(ONE), Way(FADING), Way(STAGES, early=0.1))
+FOUND = (Way(ONE, warm=60), Way(ONE), Way(FADING, warm=60), Way(FADING), Way(STAGES, early=0.1))
 
 
 def _around(way: Way) -> list[Way]:
@@ -255,9 +255,11 @@ def progressive(
     *,
     rates: Sequence[float],
     refine: bool,
+    kinds: Sequence[str] = (ONE, FADING, STAGES),
+    done: Sequence[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Rows as they come; "trial" says which are those of the seed on which settings are found: each rate, and with
-    ``refine`` what lies around the best one."""
+    ``refine`` what lies around the best one. Trials among ``done`` are not run again."""
     with tempfile.TemporaryDirectory() as folder:
         setup = replace(setup, folder=folder)
         _text("cpu")  # the corpus is cut once
@@ -278,11 +280,17 @@ def progressive(
                     print(row["seed"], steps, round(row["perplexity"], 4), row["seconds"], row["way"], flush=True)
                     yield row
 
-            chosen = list(FOUND)
+            chosen = [w for w in FOUND if w.kind in kinds]
             for k, steps in enumerate(lengths):
                 if k:
                     chosen = [replace(w, warm=max(2, round(w.warm * steps / lengths[k - 1]))) for w in chosen]
-                trials: dict[Way, float] = {}
+                known = [r for r in done if r.get("trial") and r["seed"] == tuning and r["steps"] == steps]
+                fields = asdict(FOUND[0]).keys()  # rows of another version may have others
+                trials = {
+                    Way(**r["way"]): r["perplexity"]
+                    for r in known
+                    if r["way"]["kind"] in kinds and r["way"].keys() == fields
+                }
                 for stage in range(3 if refine else 1):
                     if stage == 0:
                         ways = [replace(w, lr=r) for r in rates for w in chosen]
@@ -294,7 +302,7 @@ def progressive(
                         trials[Way(**row["way"])] = row["perplexity"]
                         yield row
                     if stage != 1:
-                        chosen = [_best(kind, trials) for kind in (ONE, FADING, STAGES)]
+                        chosen = [_best(kind, trials) for kind in kinds]
                 yield from run([(s, w) for w in chosen for s in seeds], steps, False)
 
 

@@ -49,7 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--batch", type=int, help="images (speed; default 256 on cuda, 4 on cpu); sequences (progressive; default 8)"
     )
     parser.add_argument("--rounds", type=int, default=7, help="(speed)")
-    parser.add_argument("--only", nargs="+", default=[], help="some variants: merging freezing (speed); stem (layers)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help='some variants: merging freezing (speed); stem (layers); fading stages "one step" (progressive)',
+    )
     parser.add_argument("--warm", action="store_true", help="compile for the caches and measure nothing (speed)")
     parser.add_argument(
         "--at-once", type=int, default=2, help="processes that compile (speed) or train (progressive) at a time"
@@ -95,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     use_carried_libraries()
     rows: list[dict[str, Any]] = []
     ranks: dict[str, dict[str, Any]] = {}  # those that timing found
-    if options.claim == "speed" and options.json and options.json.exists():
+    if options.claim in ("speed", "progressive") and options.json and options.json.exists():  # go on where it ended
         before = json.loads(options.json.read_text())
         rows, ranks = before["rows"], before.get("ranks", {})
 
@@ -139,6 +144,8 @@ def _rows(
             options.at_once,
             rates=options.rates,
             refine=options.refine,
+            kinds=options.only or (_low_rank_recovery.ONE, _low_rank_recovery.FADING, _low_rank_recovery.STAGES),
+            done=done,
         )
     if options.claim == "smollm":
         return _low_rank_language.smollm(tuple(options.ratios or (1.25, 1.5, 2.0)), options.device, options.windows)
