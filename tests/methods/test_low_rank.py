@@ -235,6 +235,7 @@ BAD = {
     "rank pair limit": (lambda: effcore.decompose(plain(), ranks={"1": (4, 25)}), r"1 to 16 and 1 to 24, got \(4, 25\)"),
     "unknown": (lambda: effcore.decompose(plain(), ranks={"00": 4}), "ranks names '00', which the model does not have"),
     "include": (lambda: effcore.decompose(plain(), 2.0, include=["nope"]), "include 'nope' matches no"),
+    "no layers": (lambda: effcore.decompose(nn.ReLU(), 2.0), "ReLU has no dense linear or convolution layer"),
     "multiple": (lambda: effcore.decompose(plain(), 2.0, multiple=0), "multiple must be positive"),
     "measure": (lambda: effcore.decompose(plain(), 2.0, measure="both"), "measure must be"),
     "no batch": (lambda: effcore.decompose(plain(), 2.0, data=[]), "data gave no batch"),

@@ -76,9 +76,9 @@ def decompose(
         The model. :func:`report` tells what became of each layer.
 
     Raises:
-        ValueError: not one target, a target out of range, an unknown layer, a rank that a layer cannot have, weights that are
-            quantised, sparse or not finite, or a shared (tied) weight that was asked for by name. Tied weights that were not
-            asked for stay dense and tied.
+        ValueError: not one target, a target out of range, a model without dense layers, an unknown layer, a rank that a layer
+            cannot have, weights that are quantised, sparse or not finite, or a shared (tied) weight that was asked for by
+            name. Tied weights that were not asked for stay dense and tied.
     """
     target = _target(ratio, error, time, ranks)
     if time is not None and data is None:
@@ -97,6 +97,8 @@ def decompose(
         include = [f"^{re.escape(name)}$" for name in ranks]
         _known(model, ranks)
     layers, stay = find(model, include, exclude)
+    if not layers and not stay:
+        raise ValueError(f"effcore.decompose: {type(model).__name__} has no dense linear or convolution layer")
     before = sum(p.numel() for p in model.parameters())
     at = [perf_counter()]
 
