@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,26 @@ def train_and_test(make: Make, steps: int, seed: int, device: str, dtype: torch.
     return (right / 2000).tolist()
 
 
-def accuracy(device: str, dtype: torch.dtype, steps: int, seeds: list[int], names: list[str]) -> list[dict]:
-    rows = []
+def accuracy(
+    device: str,
+    dtype: torch.dtype,
+    steps: int,
+    seeds: list[int],
+    names: list[str],
+    held: list[dict[str, Any]],
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """A row a method. ``held``: rows whose runs are not made again; ``keep`` is called with all rows after each run."""
+    rows = {row["method"]: row for row in held}
     for name in names:
-        runs = {str(seed): train_and_test(METHODS[name], steps, seed, device, dtype) for seed in seeds}
         parameters = sum(p.numel() for p in Small(METHODS[name]).parameters())
-        rows.append(summary({"method": name, "parameters": parameters, "runs": runs}))
-    return rows
+        row = rows.setdefault(name, {"method": name, "parameters": parameters, "runs": {}})
+        for seed in map(str, seeds):
+            if seed not in row["runs"]:
+                row["runs"][seed] = train_and_test(METHODS[name], steps, int(seed), device, dtype)
+                keep(list(rows.values()))
+        summary(row)
+    return list(rows.values())
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:

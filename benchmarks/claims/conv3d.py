@@ -39,7 +39,7 @@ import effcore  # noqa: E402
 for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
     effcore.__path__.append(folder)
 
-from benchmarks.claims import _kernels  # noqa: E402
+from benchmarks.claims import _kernels, _runs  # noqa: E402
 from benchmarks.claims._conv3d_accuracy import accuracy, join  # noqa: E402
 from benchmarks.claims._conv3d_networks import METHODS, TASKS, Make, Task  # noqa: E402
 
@@ -235,6 +235,16 @@ def patches(device: str, batch: int, rounds: int) -> list[dict]:
     return rows
 
 
+def _held(path: Path | None, settings: dict[str, str]) -> list[dict]:
+    """The rows of ``path``, from where a run of accuracy goes on; exits where they are of other settings."""
+    if path is None or not path.is_file():
+        return []
+    held = json.loads(path.read_text())
+    if other := _runs.differing({k: v for k, v in settings.items() if k not in ("only", "seeds")}, held["settings"]):
+        sys.exit(f"{path} holds runs with another {other}: give another --json, or remove it")
+    return held["rows"]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.conv3d", description=__doc__)
     parser.add_argument("claim", choices=(*TASKS, "profile", "patches", "accuracy"))
@@ -269,6 +279,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             options.json.write_text(json.dumps(report, indent=1))
         return 0
+    machine = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    settings = {k: str(v) for k, v in vars(options).items() if k != "json" and v is not None}
+
+    def write(rows: list[dict]) -> None:
+        if options.json:
+            report = {"settings": settings, "machine": machine, "torch": torch.__version__, "rows": rows}
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(report, indent=1))
+
     if options.claim in TASKS:
         names = options.only or list(METHODS)
         task, first = TASKS[options.claim], not options.channels_last
@@ -280,13 +299,10 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.claim == "patches":
         rows = patches(options.device, batch, options.rounds)
     else:
-        rows = accuracy(options.device, dtype, options.steps, options.seeds, options.only or list(METHODS))
-    machine = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
-    settings = {k: str(v) for k, v in vars(options).items() if k != "json" and v is not None}
-    report = {"settings": settings, "machine": machine, "torch": torch.__version__, "rows": rows}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1))
+        held = _held(options.json, settings)
+        names = options.only or list(METHODS)
+        rows = accuracy(options.device, dtype, options.steps, options.seeds, names, held, write)
+    write(rows)
     return 0
 
 
