@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from effcore.nn.stem import StemConv2d, convolve, fuse_stem, stem
+from effcore.reference import norm_relu_pool as ref
 
 transformers = pytest.importorskip("transformers")
 
@@ -61,6 +62,31 @@ def test_a_model_with_a_fused_stem_is_the_model(make, training):
         conv = next(m for m in other.modules() if isinstance(m, StemConv2d))
         assert any(m is conv.norm for m in other.modules()), "the norm that it uses is the copy's"
         assert len(list(other.parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("side", [(32, 48), (30, 18), (2, 16), (33, 27), (1, 1)])
+def test_a_fused_stem_is_its_convolution_and_the_reference(side, training):
+    torch.manual_seed(1)
+    model = Torchvision().double().train(training)
+    for tensor in (model.bn1.weight, model.bn1.bias, model.bn1.running_mean):
+        nn.init.normal_(tensor)
+    images, norm = torch.randn(2, 3, *side, dtype=torch.float64), model.bn1
+    leaves = [model.conv1.weight, norm.weight, norm.bias]
+    blocks = side[0] % 2 == 0 and side[1] % 8 == 0
+    y = convolve(images, leaves[0]) if blocks else model.conv1(images).permute(0, 2, 3, 1)
+    old = norm.running_mean.clone(), norm.running_var.clone()
+    wanted = ref.norm_relu_pool(y, *leaves[1:], *old, norm.eps, training)
+    got = fuse_stem(model)(images).permute(0, 2, 3, 1)
+    torch.testing.assert_close(got, wanted)
+    gradient = torch.randn_like(wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(z, leaves, gradient) for z in (got, wanted)))
+    if training:
+        mean, variance = ref.statistics(y.detach().flatten(0, 2))
+        count = y.numel() // y.shape[-1]
+        variance = variance * count / (count - 1)
+        torch.testing.assert_close(norm.running_mean, old[0].lerp(mean, 0.1))
+        torch.testing.assert_close(norm.running_var, old[1].lerp(variance, 0.1))
 
 
 @pytest.mark.parametrize("features", [1, 3, 4])
