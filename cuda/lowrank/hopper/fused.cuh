@@ -193,12 +193,6 @@ struct FusedConsumer {
     turn.next();
     return address;
   }
-  // Awaited all at once: a wait among products would cost them a fence each.
-  template <int Count>
-  __device__ __forceinline__ void factors(std::uint32_t (&addresses)[Count]) {
-#pragma unroll
-    for (std::uint32_t& address : addresses) address = panel();
-  }
   __device__ __forceinline__ static Factor factor(std::uint32_t address) {
     return Factor(address, transposed ? box : 2 * box, false);
   }
@@ -222,16 +216,15 @@ struct FusedConsumer {
     for (auto& part : sums) clear(part);
     for (int step = 0; step < p.first_steps; ++step) {
       const sm90::SharedOperand<false> x(panel() + static_cast<std::uint32_t>(warpgroup * box * 128), box, false);
-      std::uint32_t first[parts];
-      factors(first);
 #pragma unroll
-      for (int part = 0; part < parts; ++part) sm90::pin(sums[part]);
-      sm90::wgmma_begin();
-#pragma unroll
-      for (int part = 0; part < parts; ++part)
-        sm90::multiply<T, width, 4, false, transposed>(sums[part], x, factor(first[part]), true);
-      sm90::wgmma_commit();
-      sm90::wgmma_wait<1>();
+      for (int part = 0; part < parts; ++part) {
+        const std::uint32_t first = panel();
+        sm90::pin(sums[part]);
+        sm90::wgmma_begin();
+        sm90::multiply<T, width, 4, false, transposed>(sums[part], x, factor(first), true);
+        sm90::wgmma_commit();
+      }
+      sm90::wgmma_wait<parts>();
       if (step > 0) release(1 + parts);
     }
     sm90::wgmma_wait<0>();
@@ -259,23 +252,30 @@ struct FusedConsumer {
   }
 
   // One tile at a time, and not a second set of sums for the next one's product: a warpgroup that is a tile ahead holds panels,
-  // and the ring has none to spare (2-7 % lost on an H200).
+  // and the ring has none to spare (2-7 % lost on an H200). From one tile to the next a warpgroup has no time to spare either:
+  // a wait takes a hundred cycles where the panel is there, so the next panel is awaited, and the last given back, while one is
+  // multiplied; and the memory for the result, while the last one is.
   __device__ __forceinline__ void multiply(Tile& tile, const Block (&h)[panels]) {
     const bool biased = p.bias != nullptr;
-    if (!biased) await_turn();
-    std::uint32_t second[panels];
-    factors(second);
-    if (biased) {
-      begin_with_bias(tile);
-      await_turn();
-    }
+    std::uint32_t second = panel();
+    if (biased) begin_with_bias(tile);
+    await_turn();
     sm90::pin(tile);
-    sm90::wgmma_begin();
 #pragma unroll
-    for (int q = 0; q < panels; ++q)
-      sm90::multiply<T, tile_columns, 4, transposed>(tile, h[q], factor(second[q]), q > 0 || biased);
-    sm90::wgmma_commit();
-    give_turn();
+    for (int q = 0; q < panels; ++q) {
+      sm90::wgmma_begin();
+      sm90::multiply<T, tile_columns, 4, transposed>(tile, h[q], factor(second), q > 0 || biased);
+      sm90::wgmma_commit();
+      if (q + 1 < panels)
+        second = panel();
+      else
+        give_turn();
+      if (q > 0) {
+        sm90::wgmma_wait<1>();
+        release(1);
+      }
+    }
+    begin_staging();
   }
 
   __device__ __forceinline__ void begin_with_bias(Tile& tile) {
@@ -291,11 +291,10 @@ struct FusedConsumer {
   __device__ __forceinline__ void finish(Tile& tile, int column) {
     sm90::wgmma_wait<0>();
     sm90::pin(tile);
-    release(panels);
+    release(1);
     Block values[2];
 #pragma unroll
     for (int i = 0; i < tile_columns / 4; ++i) values[i / 16][i / 4 % 4][i % 4] = pack<T>(tile[2 * i], tile[2 * i + 1]);
-    begin_staging();
     stage(0, values[0]);
     stage(1, values[1]);
     if (p.activation != Activation::none) {
