@@ -10,6 +10,8 @@
 // step sizes, inputs and gates, in shared memory. That and the tile's first four tokens are one run of instructions without a
 // branch, so that little waits for what stands before it. Threads leave their sums over states in shared memory, and whole rows
 // are written from there.
+#include <cmath>
+
 #include "scan/channel_forward.cuh"
 #include "scan/spread_forward.cuh"
 
@@ -19,17 +21,13 @@ namespace {
 template <class L>
 constexpr int resident = L::padded == 256 ? 2 : 4;  // blocks of a multiprocessor: 128 registers a thread
 
-// Blocks a multiprocessor from which on fewer threads a channel are taken: half as many channels a block would make over three
-// blocks, which is what runs at once.
-constexpr double halves_overflow = 1.5;
-
 // Blocks a multiprocessor from which on tokens are gone through once.
 template <class L>
 constexpr double fills = 0.75;
 template <>
-constexpr double fills<Whole> = halves_overflow;
-template <int split, int padded>
-constexpr double fills<Spread<split, padded>> = 0.0;  // in any case
+constexpr double fills<Whole> = 1.5;
+template <int split, int padded, int roles>
+constexpr double fills<Spread<split, padded, roles>> = 0.0;  // in any case
 
 // What the threads of a warp add to the outputs of a tile, a thread's states each. Rows of states and of tokens stand so far
 // apart that neither the threads, which write a token's channels, nor the lanes, which read their share, meet in a bank.
@@ -213,30 +211,38 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
   }
 }
 
-// Calls body(layout{}). Up to 16 states: over as few threads a channel as there are channels for: 1 or 2 where over twice as
-// many there would be more than the three blocks a multiprocessor that run at once, 4 where these make two warps a scheduler.
-// With fewer channels whole ones in chunks are faster than 8 threads (measured on an H200), unless sequences are too short for
-// many chunks. Up to 64 states: over 4 threads where these make two warps, else a Tiling, in chunks.
+// Calls body(layout{}). Up to 16 states: whole channels where their blocks are two a multiprocessor; else over as few threads a
+// channel as there are channels for, measured on an H200. Over 2: two blocks run at once, so not where these would be followed
+// by a few more. Over 4 where that makes two a multiprocessor, or where those over 8 do not run at once, else over 8, but with
+// fewer channels whole ones in chunks are faster, unless sequences are too short for many chunks. Up to 64 states: over 4
+// threads where there are channels for it, else a Tiling, in chunks.
 template <class Body>
 void with_layout(const Scan& args, const char* function, Body&& body) {
   const std::int64_t states = args.A.size[1], sequences = effcore::scan::sequences(args.x, args.offsets);
   const std::int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const auto fill = [&](std::int64_t block_channels, double wanted) {
-    return static_cast<double>(ceil_div(args.x.size[2], block_channels) * sequences) >=
-           wanted * static_cast<double>(processors);
+  const std::int64_t memory = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, function);
+  const auto fill = [&](std::int64_t block_channels) {  // blocks a multiprocessor
+    return static_cast<double>(ceil_div(args.x.size[2], block_channels) * sequences) / static_cast<double>(processors);
   };
-  const bool may_spread = args.keep % Spread<4>::tokens == 0;
-  const int few = fill(Spread<8>::block_channels, 0.9) ? 2048 : 1024;  // tokens of a sequence that chunks do not pay for
-  const bool is_short = args.x.size[0] * args.x.size[1] <= few * sequences;
+  const auto fits = [&]<class L>(L, std::int64_t blocks) {  // on one multiprocessor
+    constexpr std::int64_t reserved = 1024;
+    constexpr std::int64_t bytes = sizeof(SpreadShared<bf16, L>), float_bytes = sizeof(SpreadShared<float, L>);
+    return args.keep % L::tokens == 0 && blocks * (reserved + (args.x.dtype == DType::float32 ? float_bytes : bytes)) <= memory;
+  };
   if (states > Tiling<4>::padded) return body(Tiling<16>{});
   if (states > Whole::padded) {
-    if (may_spread && fill(Spread<4, 64>::block_channels, 1.9)) return body(Spread<4, 64>{});
+    if (fill(Spread<4, 64>::block_channels) >= 1.9 && fits(Spread<4, 64>{}, 1)) return body(Spread<4, 64>{});
     return body(Tiling<4>{});
   }
-  if (!may_spread || fill(Whole::block_channels, fills<Whole>)) return body(Whole{});
-  if (fill(Spread<2>::block_channels, halves_overflow)) return body(Spread<2>{});
-  if (fill(Spread<4>::block_channels, 1.9)) return body(Spread<4>{});
-  if (is_short || fill(Spread<8>::block_channels, 1.5)) return body(Spread<8>{});
+  if (fill(Whole::block_channels) >= 1.9) return body(Whole{});
+  const double over_2 = fill(Spread<2>::block_channels), over_8 = fill(Spread<8>::block_channels);
+  if (over_2 >= 1.5 && over_2 - (std::ceil(over_2) - 1) > 2.0 / 3 && fits(Spread<2>{}, 2)) return body(Spread<2>{});
+  const bool at_once = over_8 <= 2 || fits(Spread<8>{}, 3);
+  if ((fill(Spread<4>::block_channels) >= 1.9 || !at_once) && fits(Spread<4>{}, 1)) return body(Spread<4>{});
+  const int few = over_8 >= 0.9 ? 3072 : 1024;  // tokens of a sequence that chunks do not pay for
+  const bool is_short = args.x.size[0] * args.x.size[1] <= few * sequences;
+  if (is_short && over_8 <= 1 && fits(Spread<8, 16, 3>{}, 1)) return body(Spread<8, 16, 3>{});
+  if ((is_short || over_8 >= 1.5) && fits(Spread<8>{}, 1)) return body(Spread<8>{});
   body(Whole{});
 }
 
@@ -252,7 +258,7 @@ void launch_pass(const char* f, const ScanParams& p, cudaStream_t stream) {
   if constexpr (std::is_same_v<L, Whole>)
     launch(f, channel_kernel<T, L, outputs>, blocks, threads, warps * sizeof(Lane<T, L>), stream, p);
   else if constexpr (fills<L> == 0)
-    launch(f, spread_kernel<T, L>, blocks, threads, sizeof(SpreadShared<T, L>), stream, p);
+    launch(f, spread_kernel<T, L>, blocks, L::block_threads, sizeof(SpreadShared<T, L>), stream, p);
   else
     launch(f, scan_kernel<T, L, outputs>, blocks, threads, sizeof(Shared<L>), stream, p);
 }

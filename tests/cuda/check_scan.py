@@ -124,10 +124,10 @@ def scan_leaves(batch, tokens, channels, states, dtype, layout, parts, sequences
     return leaves
 
 
-# batch, tokens, channels, states; cuts of packed sequences. Up to 16 states: a channel over 8 threads; in the seven last ones
-# over 4 threads, and whole ones: in one pass and, from 1025 tokens on, in chunks.
-# Sequences of about 2,048 channels that go over 2 threads a channel: 32 blocks each, 1.75 a multiprocessor in all.
-HALVES = round(1.75 * torch.cuda.get_device_properties(0).multi_processor_count / 32)
+# Sequences of about 2,048 channels that go over 2 threads a channel: 32 blocks each, up to two a multiprocessor.
+HALVES = 2 * torch.cuda.get_device_properties(0).multi_processor_count // 32
+# batch, tokens, channels, states; cuts of packed sequences. Up to 16 states: a channel over 8 threads, in three roles; from
+# (2, 40, 2048) on in two, over 4 and 2 threads, and whole ones: in one pass and, from 1025 tokens on, in chunks.
 PROBLEMS = [
     (1, 1, 1, 1, None),
     (2, 7, 5, 3, None),
@@ -140,6 +140,7 @@ PROBLEMS = [
     (1, 200, 64, 16, [0, 3, 3, 100, 199, 200]),
     (1, 90, 17, 40, [0, 90]),
     (2, 0, 8, 4, None),
+    (2, 40, 2048, 16, None),
     (4, 40, 2048, 16, None),
     (1, 150, 2001, 13, [0, 40, 40, 120, 150]),
     (HALVES, 100, 2048, 16, None),
@@ -152,13 +153,28 @@ PROBLEMS = [
 ]
 
 
+LAYOUTS = (("plain", False), ("sliced", True), ("token-major", True))
+LARGE = 1 << 17  # elements from which on --small leaves out what takes the same kernels for all sizes
+
+
+def is_wanted(number: int, large: bool, kind: str, layout: str, small: bool) -> bool:
+    """small: one layout by turns; one in two dtypes of what is large, which has kernels of its own."""
+    if not small:
+        return kind == "bf16" or layout == "sliced"
+    if large:
+        return kind != "fp16" and layout == "token-major"
+    return kind == "bf16" and layout == LAYOUTS[number % 3][0]
+
+
 def problems(
     small: bool,
 ) -> Iterator[tuple[str, Callable[[Any, dict[str, Tensor]], Any], dict[str, Tensor], list[Tensor]]]:
-    for batch, tokens, channels, states, cuts in PROBLEMS:
+    for number, (batch, longest, channels, states, cuts) in enumerate(PROBLEMS):
+        large = batch * longest * channels >= LARGE
+        tokens = min(longest, 40) if small and large and cuts is None else longest
         for kind, dtype in DTYPES.items():
-            for layout, parts in (("plain", False), ("sliced", True), ("token-major", True)):
-                if (small and kind != "bf16") or (kind != "bf16" and layout != "sliced"):
+            for layout, parts in LAYOUTS:
+                if not is_wanted(number, large, kind, layout, small):
                     continue
                 torch.manual_seed(tokens)
                 offsets = None if cuts is None else torch.tensor(cuts, dtype=torch.int32, device="cuda")
@@ -173,6 +189,8 @@ def problems(
 
                 if tokens:  # the reference of nothing has no graph
                     yield f"scan {name}", scan, leaves, grads
+                if small and large:
+                    continue
                 for width in (2, 4, 8) if parts else (4,):
                     conv_leaves = {"x": leaves["x"], "weight": torch.randn(channels, width, device="cuda").to(dtype)}
                     if parts:
@@ -411,21 +429,45 @@ def time_conv(tokens: int, channels: int, batch: int, report: list[dict[str, Any
     print(text, flush=True)
 
 
+def sanitizers(parts: int = 4) -> dict[str, list[subprocess.Popen[str]]]:
+    """Small problems under each tool, over several processes, which wait for their processors more than for the GPU."""
+    uncached = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return {
+        tool: [
+            subprocess.Popen(
+                ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=scan",
+                 sys.executable, __file__, "--small", str(part), str(parts)],
+                env=uncached if tool == "memcheck" else None, stdout=subprocess.PIPE, text=True,
+            )
+            for part in range(parts)
+        ]
+        for tool in ("memcheck", "racecheck")
+    }  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sanitize", action="store_true", help="small problems under compute-sanitizer")
-    parser.add_argument("--small", action="store_true", help="few problems")
+    parser.add_argument("--small", type=int, nargs=2, metavar=("PART", "PARTS"), help="every PARTS-th of few problems")
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--no-check", action="store_true", help="times alone")
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.small:  # what the sanitizer runs: our kernels alone
-        for _, call, leaves, grads in problems(True):
-            evaluate(lambda x, call=call: call(ops, x), leaves, grads)
-            without_gradients(lambda x, call=call: call(ops, x), leaves)
+        part, parts = options.small
+        for i, (_, call, leaves, grads) in enumerate(problems(True)):
+            if i % parts != part:
+                continue
+            if leaves["x"].numel() < LARGE:
+                evaluate(lambda x, call=call: call(ops, x), leaves, grads)
+                without_gradients(lambda x, call=call: call(ops, x), leaves)
+            else:
+                call(ops, {n: t.detach().requires_grad_() for n, t in leaves.items()})  # keeps states for a backward
         torch.cuda.synchronize()
         return 0
     results: Results = []
-    for check in (lambda: [judge(*problem) for problem in problems(False)], check_steps, check_edges):
+    checks = (lambda: [judge(*problem) for problem in problems(False)], check_steps, check_edges)
+    for check in () if options.no_check else checks:
         try:
             results += check()
         except Exception as problem:  # one failing family of problems must not hide the others
@@ -439,20 +481,13 @@ def main() -> int:
         "passed": len(results) - len(failed),
         "failed": failed,
     }
-    if options.sanitize:
-        uncached = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        running = {
-            tool: subprocess.Popen(
-                ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=scan",
-                 sys.executable, __file__, "--small"],
-                env=uncached if tool == "memcheck" else None, stdout=subprocess.PIPE, text=True,
-            )
-            for tool in ("memcheck", "racecheck")
-        }  # fmt: skip
-        for tool, process in running.items():
-            lines = [line for line in process.communicate()[0].splitlines() if "=====" in line][-3:]
-            print(tool, process.returncode, *lines, sep="\n  ", flush=True)
-            record[tool] = {"status": process.returncode, "tail": lines}
+    for tool, processes in (sanitizers() if options.sanitize else {}).items():
+        tails, status = [], []
+        for process in processes:
+            lines = process.communicate()[0].splitlines()
+            tails.append([line for line in lines if "=====" in line][-3:]), status.append(process.returncode)
+            print(tool, status[-1], *tails[-1], sep="\n  ", flush=True)
+        record[tool] = {"status": status, "tail": tails}
     report: list[dict[str, Any]] = []
     if options.time:
         for batch, tokens, channels, states in (
