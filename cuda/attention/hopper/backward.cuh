@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
   if (threadIdx.x == 0) {
     // In the order in which blocks start, so that nobody waits for a block that has not.
     control.number = atomicAdd(p.ticket, 1);
-    control.q.init(consumer_warps, 32), control.dout.init(consumer_warps), control.scores.init(consumer_warps);
+    control.q.init(consumer_warps, 1 + 32), control.dout.init(consumer_warps), control.scores.init(consumer_warps);
     for (BarrierWord& ds : control.ds) Barrier::init(&ds, consumer_warps);
     for (BarrierWord& turn : control.turn) Barrier::init(&turn, 1);
     for (BarrierWord& added : control.added) Barrier::init(&added, consumer_warps);
@@ -201,6 +201,8 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
       owner_produce<T, D, values>(p, shared, control, seen, batch, kv_head, work.block);
     else if (threadIdx.x < 96)
       owner_take_turns<D, values>(p, shared, control, seen, batch, kv_head, work.block);
+    else
+      owner_describe<Tiles>(p, shared, control, seen, batch, kv_head, work.block);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();
     if constexpr (values == Values::one)

@@ -1,19 +1,19 @@
-// The warps of the owner's backward (backward.cuh) that multiply nothing: one brings tiles, one waits for turns of dq.
+// The warps of the owner's backward (backward.cuh) that multiply nothing: one brings tiles, two wait for turns of dq, one
+// brings what a step needs besides.
 #pragma once
 #include "attention/hopper/backward_tiles.cuh"
 #include "attention/turns.cuh"
 
 namespace effcore::cuda::hopper {
 
-// Warp 0: brings tiles, lse and delta.
+// Warp 0: brings tiles. It must have nothing to wait for but stages: what a step needs besides, warp 3 brings.
 template <class T, int D, Values values>
 __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
                                               const Visibility& seen, int batch, int kv_head, int block) {
   using Tiles = OwnerTiles<D, values>;
   constexpr int queries = Tiles::queries, keys = Tiles::keys;
-  constexpr float log2e = 1.4426950408889634f;
   const Shape& s = p.shape;
-  const int lane = threadIdx.x % 32, key0 = block * keys, query_blocks = (s.queries + queries - 1) / queries;
+  const int lane = threadIdx.x % 32, key0 = block * keys;
   attention::Steps<queries, keys> steps(seen, s.queries, s.group, block);
   attention::Step step = steps.next();
   if (step.exists() && lane == 0) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
   const auto dout_tile = [&] { return shared + Tiles::dout_at + item.stage * Tiles::queries_bytes; };
   char* const values_at = shared + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes;
   for (; step.exists(); step = steps.next()) {
-    const int head = kv_head * s.group + step.head, query0 = step.block * queries, row = batch * s.heads + head;
+    const int head = kv_head * s.group + step.head, query0 = step.block * queries;
     const auto load_item = [&](int layer) {
       control.dout.wait_empty(item);
       if (lane == 0) {
@@ -55,28 +55,12 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
     // The first item before Q: with one stage of Q, the one before is released only behind the first product.
     if constexpr (values != Values::one) load_item(p.layers - 1);
     control.q.wait_empty(q);
-    if (lane == 0)
+    if (lane == 0) {
+      control.q.expect(q, Tiles::queries_bytes);
       load_panels<D>(p.q, &control.q.full[q.stage], shared + Tiles::q_at + q.stage * Tiles::queries_bytes, queries, query0,
                      head, batch, Keep::last);
+    }
     if constexpr (values == Values::one) load_item(0);
-    float* const statistics = reinterpret_cast<float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries;
-#pragma unroll
-    for (int i = lane; i < queries; i += 32) {
-      const int query = query0 + i;
-      const std::int64_t at = static_cast<std::int64_t>(row) * s.queries + query;
-      const float lse = query < s.queries ? p.lse[at] : -INFINITY;
-      statistics[i] = lse == -INFINITY ? INFINITY : lse * log2e;
-      statistics[queries + i] = query < s.queries ? p.delta[at] : 0.0f;
-    }
-    if (lane == 0) {
-      const int last_query = min(query0 + queries, s.queries) - 1;
-      const attention::KeyBlocks met(seen, s.queries, step.block, queries, keys);
-      const bool masked = key0 + keys > seen.end(query0) || key0 < seen.begin(last_query);
-      control.info[q.stage] = {
-          row * query_blocks + step.block, query0,
-          (masked ? step_masked : 0) | (block == met.first ? step_first : 0) | (block == met.last ? step_last : 0)};
-    }
-    control.q.expect_by_warp(q, Tiles::queries_bytes);
     if constexpr (values != Values::one)
       for (int l = p.layers - 2; l >= 0; --l) load_item(l);
     load_slot();
@@ -94,6 +78,37 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
   if (lane == 0) {
     control.more[item.stage] = false;
     Barrier::arrive(&control.dout.full[item.stage]);
+  }
+}
+
+// Warp 3: a step's lse and delta, and what is to be known about it.
+template <class Tiles>
+__device__ __forceinline__ void owner_describe(const OwnerParams& p, char* shared, OwnerControl<Tiles>& control,
+                                               const Visibility& seen, int batch, int kv_head, int block) {
+  constexpr int queries = Tiles::queries, keys = Tiles::keys;
+  const Shape& s = p.shape;
+  const int key0 = block * keys, query_blocks = (s.queries + queries - 1) / queries, row0 = batch * s.heads + kv_head * s.group;
+  attention::Steps<queries, keys> steps(seen, s.queries, s.group, block);
+  attention::Step step = steps.next();
+  Turn<Tiles::q_stages> q;
+  RowStatistics<queries> statistics;
+  const auto read = [&] {
+    if (step.exists()) statistics.read(s, p.lse, p.delta, row0 + step.head, step.block * queries);
+  };
+  for (read(); step.exists(); q.next()) {
+    const int query0 = step.block * queries;
+    const attention::KeyBlocks met(seen, s.queries, step.block, queries, keys);
+    const bool masked = key0 + keys > seen.end(query0) || key0 < seen.begin(min(query0 + queries, s.queries) - 1);
+    control.q.wait_empty(q);
+    if (threadIdx.x % 32 == 0)
+      control.info[q.stage] = {
+          (row0 + step.head) * query_blocks + step.block, query0,
+          (masked ? step_masked : 0) | (block == met.first ? step_first : 0) | (block == met.last ? step_last : 0)};
+    float* const to = reinterpret_cast<float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries;
+    statistics.store_lse(to), statistics.store_delta(to + queries);
+    Barrier::arrive(&control.q.full[q.stage]);  // each lane answers for its own stores
+    step = steps.next();
+    read();
   }
 }
 

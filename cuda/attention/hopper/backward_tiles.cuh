@@ -1,8 +1,9 @@
 // How the backward kernels of sm_90a cut their work and their shared memory, and the arguments they take.
 //
 // A block owns 128 keys of a kv head and walks over the queries that see them, head by head of the group (Steps). Its warps:
-// one warpgroup of helpers (warp 0 brings tiles, warp 1 waits for and passes on turns of dq) and two that multiply, each with
-// 64 of the keys. All tiles are panels of 64 columns in the 128-byte swizzle (wgmma.cuh).
+// one warpgroup of helpers (warp 0 brings tiles, warps 1 and 2 wait for and pass on turns of dq, warp 3 brings what a step
+// needs besides) and two that multiply, each with 64 of the keys. All tiles are panels of 64 columns in the 128-byte swizzle
+// (wgmma.cuh).
 #pragma once
 #include <cuda.h>
 
@@ -132,6 +133,38 @@ __device__ __forceinline__ void load_panels(const CUtensorMap& map, BarrierWord*
     cute::SM90_TMA_LOAD_4D::copy(&map, barrier, static_cast<std::uint64_t>(keep), to + panel * rows * panel_row_bytes,
                                  panel * panel_columns, token, head, batch);
 }
+
+// lse of the queries of a step, and delta where it is wanted, on their way to shared memory by a warp. Read a step ahead: with
+// these loads in the warp that brings the tiles, a step took no less time than that warp (H200, ncu: it never waited for an
+// empty stage).
+template <int queries>
+class RowStatistics {
+ public:
+  // `row` counts heads of the whole batch. Without `delta`, null, there is none.
+  __device__ __forceinline__ void read(const Shape& s, const float* lse, const float* delta, int row, int query0) {
+#pragma unroll
+    for (int i = 0; i < parts; ++i) {
+      const int query = query0 + 32 * i + static_cast<int>(threadIdx.x % 32);
+      const std::int64_t at = static_cast<std::int64_t>(row) * s.queries + query;
+      lse_[i] = query < s.queries ? lse[at] : -INFINITY;
+      if (delta != nullptr) delta_[i] = query < s.queries ? delta[at] : 0.0f;
+    }
+  }
+  // In units of log2, and infinite where a query sees nothing.
+  __device__ __forceinline__ void store_lse(float* to) const {
+    constexpr float log2e = 1.4426950408889634f;
+#pragma unroll
+    for (int i = 0; i < parts; ++i) to[32 * i + threadIdx.x % 32] = lse_[i] == -INFINITY ? INFINITY : lse_[i] * log2e;
+  }
+  __device__ __forceinline__ void store_delta(float* to) const {
+#pragma unroll
+    for (int i = 0; i < parts; ++i) to[32 * i + threadIdx.x % 32] = delta_[i];
+  }
+
+ private:
+  static constexpr int parts = queries / 32;
+  float lse_[parts], delta_[parts];
+};
 
 constexpr int behind_probs = 1 << 30;  // more rows of kept probabilities than a tensor may have
 

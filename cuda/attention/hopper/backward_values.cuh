@@ -35,7 +35,6 @@ __device__ __forceinline__ void values_produce(const ValuesParams& p, char* shar
                                                const Visibility& seen, int batch, int kv_head, int block) {
   using Tiles = ValuesTiles<D>;
   constexpr int queries = Tiles::queries, keys = Tiles::keys;
-  constexpr float log2e = 1.4426950408889634f;
   const Shape& s = p.shape;
   const int lane = threadIdx.x % 32, key0 = block * keys;
   attention::Steps<queries, keys> steps(seen, s.queries, s.group, block);
@@ -46,26 +45,48 @@ __device__ __forceinline__ void values_produce(const ValuesParams& p, char* shar
   }
   Turn<Tiles::stages> item;
   for (; step.exists(); step = steps.next(), item.next()) {
-    const int head = kv_head * s.group + step.head, query0 = step.block * queries, row = batch * s.heads + head;
+    const int head = kv_head * s.group + step.head, query0 = step.block * queries;
     control.ring.wait_empty(item);
     BarrierWord* const full = &control.ring.full[item.stage];
     if (lane == 0) {
+      control.ring.expect(item, 2 * Tiles::queries_bytes);
       load_panels<D>(p.q, full, shared + Tiles::q_at + item.stage * Tiles::queries_bytes, queries, query0, head, batch,
                      Keep::last);
       load_panels<D>(p.dout, full, shared + Tiles::dout_at + item.stage * Tiles::queries_bytes, queries, query0, head, batch,
                      Keep::last);
-      const bool masked = key0 + keys > seen.end(query0) || key0 < seen.begin(min(query0 + queries, s.queries) - 1);
+    }
+  }
+  control.ring.wait_empty(item);
+  if (lane == 0) Barrier::arrive(&control.ring.full[item.stage]);
+}
+
+// Warp 1: a step's lse, and what is to be known about it.
+template <int D>
+__device__ __forceinline__ void values_describe(const ValuesParams& p, char* shared, ValuesControl<ValuesTiles<D>>& control,
+                                                const Visibility& seen, int batch, int kv_head, int block) {
+  using Tiles = ValuesTiles<D>;
+  constexpr int queries = Tiles::queries, keys = Tiles::keys;
+  const Shape& s = p.shape;
+  const int lane = threadIdx.x % 32, key0 = block * keys, row0 = batch * s.heads + kv_head * s.group;
+  attention::Steps<queries, keys> steps(seen, s.queries, s.group, block);
+  attention::Step step = steps.next();
+  Turn<Tiles::stages> item;
+  RowStatistics<queries> statistics;
+  const auto read = [&] {
+    if (step.exists()) statistics.read(s, p.lse, nullptr, row0 + step.head, step.block * queries);
+  };
+  for (read(); step.exists(); item.next()) {
+    const int query0 = step.block * queries;
+    const bool masked = key0 + keys > seen.end(query0) || key0 < seen.begin(min(query0 + queries, s.queries) - 1);
+    control.ring.wait_empty(item);
+    if (lane == 0) {
       control.info[item.stage] = {0, query0, masked ? step_masked : 0};
       control.more[item.stage] = true;
     }
-    float* const statistics = reinterpret_cast<float*>(shared + Tiles::lse_at) + item.stage * queries;
-#pragma unroll
-    for (int i = lane; i < queries; i += 32) {
-      const int query = query0 + i;
-      const float lse = query < s.queries ? p.lse[static_cast<std::int64_t>(row) * s.queries + query] : -INFINITY;
-      statistics[i] = lse == -INFINITY ? INFINITY : lse * log2e;
-    }
-    control.ring.expect_by_warp(item, 2 * Tiles::queries_bytes);
+    statistics.store_lse(reinterpret_cast<float*>(shared + Tiles::lse_at) + item.stage * queries);
+    Barrier::arrive(&control.ring.full[item.stage]);  // each lane answers for its own stores
+    step = steps.next();
+    read();
   }
   control.ring.wait_empty(item);
   if (lane == 0) control.more[item.stage] = false;
@@ -140,7 +161,7 @@ __global__ void __launch_bounds__(backward_threads, 1) values_kernel(const __gri
   auto& control = *reinterpret_cast<ValuesControl<Tiles>*>(shared + Tiles::control_at);
   static_assert(sizeof(control) <= 256);
   if (threadIdx.x == 0) {
-    control.ring.init(consumer_warps, 32);
+    control.ring.init(consumer_warps, 1 + 32);
     Barrier::init(&control.k, 1);
     cutlass::arch::fence_barrier_init();
   }
@@ -150,7 +171,10 @@ __global__ void __launch_bounds__(backward_threads, 1) values_kernel(const __gri
   const Visibility seen(p.shape, batch);
   if (threadIdx.x < helper_threads) {
     cutlass::arch::warpgroup_reg_dealloc<Tiles::Registers::helper>();
-    if (threadIdx.x < 32) values_produce<T, D>(p, shared, control, seen, batch, kv_head, work.block);
+    if (threadIdx.x < 32)
+      values_produce<T, D>(p, shared, control, seen, batch, kv_head, work.block);
+    else if (threadIdx.x < 64)
+      values_describe<D>(p, shared, control, seen, batch, kv_head, work.block);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();
     values_consume<T, D>(p, shared, control, seen, batch, kv_head, work.block);

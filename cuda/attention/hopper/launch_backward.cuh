@@ -46,7 +46,7 @@ class Maps {
 
 // Heads that run together, so that about `together` blocks of keys of each are under way, one step apart: they find Q, dout and
 // dq's sums in L2, while the more of a head start at once, the longer they wait for their first turns (H200, one layer, length
-// 4096: D = 64 1.66 ms with 4, 1.73 with 8; D = 128 1.41-1.43 with 4 and 1.43-1.47 with 8 or 16).
+// 4096: D = 64 1.66 ms with 4, 1.73 with 8; D = 128 1.29 with 4, 1.28 with 8, 1.30 with 16, 1.39 with 32).
 inline Schedule heads_together(int heads, int blocks, int together, const char* function) {
   const int wanted = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount, function) / together);
   const int sections = std::max(1, (heads + wanted / 2) / wanted);
@@ -59,8 +59,8 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   const Shape& s = p.shape;
   OwnerParams params;
   params.shape = s;
-  params.schedule =
-      heads_together(s.batch * s.kv_heads, attention::ceil_div(s.keys, Tiles::keys), values == Values::one ? 4 : 12, function);
+  constexpr int together = values != Values::one ? 12 : D == 128 ? 8 : 4;
+  params.schedule = heads_together(s.batch * s.kv_heads, attention::ceil_div(s.keys, Tiles::keys), together, function);
   params.lse = p.lse, params.delta = p.delta;
   params.layers = p.layers, params.dout_stages = Tiles::dout_stages(p.layers);
   params.dq_at = Tiles::staged(p.layers) ? Tiles::dq_at(p.layers) : 0;
