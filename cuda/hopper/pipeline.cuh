@@ -41,13 +41,6 @@ struct Ring {
   __device__ __forceinline__ void expect(const Turn<Stages>& turn, int bytes) {
     Barrier::arrive_and_expect_tx(&full[turn.stage], static_cast<std::uint32_t>(bytes));
   }
-  // By a whole warp where each lane is a producer, for it has stored something: each answers for its own stores.
-  __device__ __forceinline__ void expect_by_warp(const Turn<Stages>& turn, int bytes) {
-    if (threadIdx.x % 32 == 0)
-      expect(turn, bytes);
-    else
-      Barrier::arrive(&full[turn.stage]);
-  }
   // By one thread of each consumer, when its reads have ended.
   __device__ __forceinline__ void release(const Turn<Stages>& turn) { Barrier::arrive(&empty[turn.stage]); }
 };
