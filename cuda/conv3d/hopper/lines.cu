@@ -43,7 +43,7 @@ std::int64_t tap_stride(const TensorView& kernel, int dims) {
   return height == 1 || kernel.stride[2] == width * kernel.stride[dims - 1] ? kernel.stride[dims - 1] : 0;
 }
 
-constexpr int most_lead = 5;
+constexpr int most_lead = 4;
 
 // By how many taps one warpgroup is served before the other. A box stays until both have read it and are at their next tap,
 // whose weights must have been fetched before the box that takes its place.

@@ -96,18 +96,6 @@ struct LinesMemory {
   sm90::BarrierWord received[received_parts];  // the other block's sums
   sm90::BarrierWord room[received_parts];      // for ours, where its boxes were
   int offset[Positions];                       // of a position's results, in pieces of 8, or -1
-
-  // By a warp. Each ring's words `full` stand before those of `empty`.
-  __device__ __forceinline__ void init(int lane, int readers_of_weights) {
-    auto* const words = reinterpret_cast<sm90::BarrierWord*>(this);
-    constexpr int voxel_words = 2 * most_line_voxel_stages, ring_words = voxel_words + 2 * most_line_weight_stages;
-    for (int i = lane; i < ring_words + 2 * received_parts; i += 32) {
-      int count = 1;
-      if (i >= most_line_voxel_stages && i < voxel_words) count = 2;
-      if (i >= voxel_words + most_line_weight_stages && i < ring_words) count = readers_of_weights;
-      sm90::Barrier::init(&words[i], static_cast<std::uint32_t>(count));
-    }
-  }
 };
 
 // An 8 x 8 tile of 16-bit elements across a warp, transposed.
@@ -251,23 +239,18 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
   extern __shared__ __align__(1024) char memory[];
   char* const weight_memory = memory + p.voxel_stages * p.stage_bytes;
   auto& shared = *reinterpret_cast<LinesMemory<positions>*>(weight_memory + p.weight_stages * weight_bytes);
-  const int warp = sm90::uniform(static_cast<int>(threadIdx.x) / 32), lane = threadIdx.x % 32;
-  if (warp == line_consumers / 32) {
-    if (lane == 0) {
-      for (const CUtensorMap* map : {&p.box, &p.box_with_halo, &p.weights[0], &p.weights[p.packed ? 0 : 1]})
-        cute::prefetch_tma_descriptor(map);
-    }
-    shared.init(lane, readers + (p.packed ? 0 : adding_warps));
-    __syncwarp();
+  if (threadIdx.x == line_consumers) {
+    for (const CUtensorMap* map : {&p.box, &p.box_with_halo, &p.weights[0], &p.weights[p.packed ? 0 : 1]})
+      cute::prefetch_tma_descriptor(map);
+    shared.voxels.init(2);
+    shared.weights.init(readers + (p.packed ? 0 : adding_warps));
     if constexpr (Split)
-      if (lane < received_parts)
-        sm90::Barrier::arrive_and_expect_tx(&shared.received[lane],
-                                            static_cast<std::uint32_t>(lane == 0 ? bytes_of_part(0) : bytes_of_part(1)));
+      for (int i = 0; i < received_parts; ++i) {
+        sm90::Barrier::init(&shared.room[i], 1);
+        sm90::Barrier::init(&shared.received[i], 1);
+        sm90::Barrier::arrive_and_expect_tx(&shared.received[i], static_cast<std::uint32_t>(bytes_of_part(i)));
+      }
     cutlass::arch::fence_barrier_init();
-    __syncwarp();
-  } else {
-    // Parameters arrive line by line, and each line takes long: the other warps ask for one each.
-    asm volatile("" ::"r"(reinterpret_cast<const int*>(&p.tiling)[warp * 16]));
   }
   int begin = 0, blocks = p.blocks, first_item = blockIdx.x, items = gridDim.x;  // blocks of channels
   std::uint32_t rank = 0;
@@ -286,7 +269,7 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
 
   sm90::Turn<most_line_voxel_stages> voxel_turn;
   sm90::Turn<most_line_weight_stages> weight_turn;
-  const int warpgroup = warp / 4;
+  const int warpgroup = sm90::uniform(static_cast<int>(threadIdx.x) / 128);
 
   // The other warps beside the producer's, ahead of the products. They give back every stage, or they would lose count of laps.
   const auto add_middles = [&] {
@@ -493,7 +476,7 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     release();
 
     const int first_column = column_block * Columns;
-    const int row = first_column + own_column + threadIdx.x % 128 / 32 * 16;
+    const int lane = threadIdx.x % 32, row = first_column + own_column + threadIdx.x % 128 / 32 * 16;
     const T* const bias = static_cast<const T*>(p.bias);
     float add[2] = {};
 #pragma unroll
