@@ -59,8 +59,7 @@ template <class T, int Columns, int First, int Second, bool Split, bool Transpos
 bool run(const char* function, LinesParams p, const Launch& launch) {
   const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
   constexpr int positions = positions_of_lines<Columns, First, Second>;
-  constexpr int most_voxel_stages = Split ? most_line_voxel_stages : 3,
-                most_weight_stages = Split ? most_line_weight_stages : 8;
+  constexpr int most_voxel_stages = Split ? most_line_voxel_stages : 3;
   constexpr int weight_bytes = (Split ? 64 : Columns) * 128;
   if (Split) p.stage_bytes = std::max(p.stage_bytes, most_part_bytes);
   const auto bytes = [&](int voxels, int weights) {
@@ -70,7 +69,7 @@ bool run(const char* function, LinesParams p, const Launch& launch) {
   p.voxel_stages = 2, p.weight_stages = Split ? least_split_weight_stages : 3;
   if (bytes(p.voxel_stages, p.weight_stages) > memory) return false;
   while (p.voxel_stages < most_voxel_stages && bytes(p.voxel_stages + 1, p.weight_stages) <= memory) ++p.voxel_stages;
-  while (p.weight_stages < most_weight_stages && bytes(p.voxel_stages, p.weight_stages + 1) <= memory) ++p.weight_stages;
+  while (p.weight_stages < most_line_weight_stages && bytes(p.voxel_stages, p.weight_stages + 1) <= memory) ++p.weight_stages;
   const int shared_bytes = bytes(p.voxel_stages, p.weight_stages);
   if (Split) p.lead = lead(p);
   const int device = device_attribute(cudaDevAttrMultiProcessorCount, function);

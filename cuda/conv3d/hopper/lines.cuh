@@ -41,7 +41,7 @@ namespace sm90 = effcore::cuda::hopper;
 
 constexpr int line_consumers = 2 * 128, line_threads = line_consumers + 128;
 constexpr int line_registers = 240, line_fetching_registers = 24;
-constexpr int most_line_voxel_stages = 5, most_line_weight_stages = 12, most_frames = 16;
+constexpr int most_line_voxel_stages = 5, most_line_weight_stages = 8, most_frames = 16;
 constexpr int adding_warps = 3, adding_threads = adding_warps * 32;  // of the producer's warpgroup
 
 // Blocks of a cluster give each other their sums of 64 columns in parts, which begin at these positions and come where boxes of
