@@ -233,6 +233,8 @@ template <class T, int Columns, int First, int Second, bool Split, bool Transpos
 __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __grid_constant__ LinesParams p) {
   // Where sums are swapped, a stage of weights is one warpgroup's, of its own columns.
   constexpr int weight_columns = Split ? 64 : Columns, weight_bytes = weight_columns * 128, readers = Split ? 1 : 2;
+  // A stage is released by a thread of each warpgroup, or of each warp: see `pass`.
+  constexpr int releasing = Split ? 4 : 1;
   constexpr int positions = positions_of_lines<Columns, First, Second>;
   static_assert(Columns == 128 || (Second == 0 && !Split));
   static_assert(!Split || First == begin_of_part(received_parts));
@@ -242,8 +244,8 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
   if (threadIdx.x == line_consumers) {
     for (const CUtensorMap* map : {&p.box, &p.box_with_halo, &p.weights[0], &p.weights[p.packed ? 0 : 1]})
       cute::prefetch_tma_descriptor(map);
-    shared.voxels.init(2);
-    shared.weights.init(readers + (p.packed ? 0 : adding_warps));
+    shared.voxels.init(2 * releasing);
+    shared.weights.init(readers * releasing + (p.packed ? 0 : adding_warps));
     if constexpr (Split)
       for (int i = 0; i < received_parts; ++i) {
         sm90::Barrier::init(&shared.room[i], 1);
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
         sm90::fence_async();
         asm volatile("bar.sync 4, 96;" ::: "memory");
         if (thread == 0) sm90::Barrier::arrive(&shared.weights.full[stage]);
-        give_back(weight_turn.stage, thread == 0 ? 1 + readers : 1);
+        give_back(weight_turn.stage, thread == 0 ? 1 + readers * releasing : 1);
       } else {
         shared.weights.wait_full(weight_turn);
       }
@@ -414,12 +416,12 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     // Stages that the product under way reads are released behind the next one.
     int read_weights = -1, read_voxels = -1;
     const auto release = [&] {
-      if (threadIdx.x % 128 != 0) return;
+      if (threadIdx.x % (128 / releasing) != 0) return;
       if (read_weights >= 0) sm90::Barrier::arrive(&shared.weights.empty[read_weights]);
       if (read_voxels >= 0) sm90::Barrier::arrive(&shared.voxels.empty[read_voxels]);
     };
     // Passes over the other warpgroup's stages before its own next one, and waits until they have been full: a barrier tells
-    // odd laps from even ones alone. They are not filled again meanwhile, for this warpgroup has yet to release its last one.
+    // odd laps from even ones alone. They are not filled again meanwhile, for this warp has yet to release its last one.
     int other = leads ? -lead : 0, other_tap = 0;
     const auto pass = [&](bool wait) {
       if (other >= 0 && other < steps) {
