@@ -43,35 +43,20 @@ std::int64_t tap_stride(const TensorView& kernel, int dims) {
   return height == 1 || kernel.stride[2] == width * kernel.stride[dims - 1] ? kernel.stride[dims - 1] : 0;
 }
 
-constexpr int most_lead = 4;
-
-// By how many taps one warpgroup is served before the other. A box stays until both have read it and are at their next tap,
-// whose weights must have been fetched before the box that takes its place.
-int lead(const LinesParams& p) {
-  int most = most_lead;
-  const int boxes = (p.blocks + 1) / 2 * p.frames_of_taps;
-  const auto first = [&](int box) { return box / p.frames_of_taps * p.taps + p.frame[box % p.frames_of_taps].first; };
-  for (int box = p.voxel_stages; box < boxes; ++box) most = std::min(most, first(box) - first(box - p.voxel_stages + 1) - 1);
-  return most;
-}
-
 template <class T, int Columns, int First, int Second, bool Split, bool Transposed>
 bool run(const char* function, LinesParams p, const Launch& launch) {
   const int memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, function);
   constexpr int positions = positions_of_lines<Columns, First, Second>;
-  constexpr int most_voxel_stages = Split ? most_line_voxel_stages : 3;
-  constexpr int weight_bytes = (Split ? 64 : Columns) * 128;
-  if (Split) p.stage_bytes = std::max(p.stage_bytes, most_part_bytes);
   const auto bytes = [&](int voxels, int weights) {
-    const int rings = voxels * p.stage_bytes + weights * weight_bytes;
-    return static_cast<int>(ceil_div(rings + static_cast<int>(sizeof(LinesMemory<positions>)), 16)) * 16;
+    const int rings = voxels * p.stage_bytes + weights * Columns * 128;  // room for the other parts of the other block's sums
+    const int all = (Split ? first_part_bytes : 0) + rings + static_cast<int>(sizeof(LinesMemory<positions>));
+    return static_cast<int>(ceil_div(all, 16)) * 16;
   };
-  p.voxel_stages = 2, p.weight_stages = Split ? least_split_weight_stages : 3;
+  p.voxel_stages = 2, p.weight_stages = 3;
   if (bytes(p.voxel_stages, p.weight_stages) > memory) return false;
-  while (p.voxel_stages < most_voxel_stages && bytes(p.voxel_stages + 1, p.weight_stages) <= memory) ++p.voxel_stages;
+  while (p.voxel_stages < most_line_voxel_stages && bytes(p.voxel_stages + 1, p.weight_stages) <= memory) ++p.voxel_stages;
   while (p.weight_stages < most_line_weight_stages && bytes(p.voxel_stages, p.weight_stages + 1) <= memory) ++p.weight_stages;
   const int shared_bytes = bytes(p.voxel_stages, p.weight_stages);
-  if (Split) p.lead = lead(p);
   const int device = device_attribute(cudaDevAttrMultiProcessorCount, function);
   // The middle's two kernels take two stages at once, for which a block of three waits: with 128 channels at [32, 16, 28, 28]
   // about as long as for another tap. There packing them pays.
@@ -101,7 +86,7 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
   if (to.size[0] * to.stride[0] >= std::int64_t{1} << 33) return false;  // offsets of 8 elements in 32 bits
   const std::int64_t* const grid = to.size + 2;
   const std::vector<Column> columns = columns_of(problem.taps, 1, max_taps);
-  std::vector<FrameOfTaps> frames = frames_of(columns);
+  const std::vector<FrameOfTaps> frames = frames_of(columns);
   const Lines lines(frames, grid[2], from.size[4]);
   if (frames.size() > most_frames || lines.pitch > 256) return false;
 
@@ -140,7 +125,7 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
   const TensorView &spatial = problem.spatial, &temporal = problem.temporal;
   const std::int64_t between[2] = {tap_stride(spatial, 4), tap_stride(temporal, 3)};
   if (in_place) {
-    const int box_rows = transposed || choice.split ? 64 : columns_of_block;
+    const int box_rows = transposed ? 64 : columns_of_block;
     if (between[0] == 0 || between[1] == 0) return false;
     if (!encode_kernels(&p.weights[0], from.dtype, spatial.data, spatial.size[1], spatial.size[2] * spatial.size[3],
                         spatial.size[0], between[0], spatial.stride[0], box_rows) ||
@@ -149,15 +134,10 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
       return false;
   } else if (!encode_kernels(&p.weights[0], from.dtype, problem.packed, problem.padded_channels, problem.packed_taps,
                              problem.padded_columns, problem.padded_columns * problem.padded_channels, problem.padded_channels,
-                             choice.split ? 64 : columns_of_block)) {
+                             columns_of_block)) {
     return false;
   }
 
-  const auto taps_of = [&](const FrameOfTaps& f) {
-    return std::count_if(problem.taps.begin(), problem.taps.end(), [&](const auto& tap) { return tap.place[0] == f.t; });
-  };
-  if (choice.split)  // first the box that lasts longest
-    std::stable_sort(frames.begin(), frames.end(), [&](const auto& a, const auto& b) { return taps_of(a) > taps_of(b); });
   int numbers = 0;
   for (const FrameOfTaps& f : frames) {
     LoadedFrame& frame = p.frame[p.frames_of_taps++];
@@ -181,14 +161,13 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
   const std::int64_t halo_rows = box.line() * (box.h + lines.halo);
   p.tiling = Tiling(box, grid, to.size[0], problem.step);
   p.first_w = static_cast<int>(lines.first_w);
-  p.column_blocks = Divider(column_blocks);
+  p.column_blocks = static_cast<int>(column_blocks);
   p.items = static_cast<int>(items);
   p.box_bytes = box.rows() * 128, p.halo_bytes = static_cast<int>(halo_rows * 128);
   p.zero_from = p.halo_bytes, p.stage_bytes = static_cast<int>(ceil_div(halo_rows + lines.margin, 8) * 1024);
   p.blocks = static_cast<int>(problem.padded_channels / 64);
   p.half_blocks = (from.size[1] - 1) % 64 < 32 ? 1 : 0;
   p.packed = !in_place;
-  p.taps = numbers;
   p.columns = static_cast<int>(to.size[1]);
   p.out = to.data;
   constexpr int out_order[4] = {0, 2, 3, 4};

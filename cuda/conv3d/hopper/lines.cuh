@@ -14,9 +14,7 @@
 // dropped. For 3 x 3 + 2 taps that is 1.14 + 2 boxes instead of the 11 that taps read one by one.
 //
 // Where there are fewer tiles than half of the device, a cluster of two blocks shares one: each sums half of the channels,
-// gives the other its sums of 64 of the columns, those of one warpgroup, through distributed shared memory, and stores those of
-// the other one. The warpgroup that gives its sums away is served first: it multiplies alone at the beginning, and while its
-// sums are on their way the other one multiplies alone.
+// gives the other its sums of half of the positions through distributed shared memory, in parts, and stores the other half.
 //
 // Kernels with their channels inside (channels_last_3d) are read where they lie, as rows of input channels for the gradient of
 // the data, which wgmma then reads transposed. The middle of the cross has two kernels: both come, and are added, rounded
@@ -41,21 +39,12 @@ namespace sm90 = effcore::cuda::hopper;
 
 constexpr int line_consumers = 2 * 128, line_threads = line_consumers + 128;
 constexpr int line_registers = 240, line_fetching_registers = 24;
-constexpr int most_line_voxel_stages = 5, most_line_weight_stages = 8, most_frames = 16;
+constexpr int most_line_voxel_stages = 3, most_line_weight_stages = 8, most_frames = 16;
 constexpr int adding_warps = 3, adding_threads = adding_warps * 32;  // of the producer's warpgroup
 
-// Blocks of a cluster give each other their sums of 64 columns in parts, which begin at these positions and come where boxes of
-// voxels were.
-constexpr int received_parts = 2;
-constexpr int begin_of_part(int i) {
-  constexpr int begin[] = {0, 120, 216};
-  return begin[i];
-}
-constexpr int bytes_of_part(int i) {
-  return (begin_of_part(i + 1) - begin_of_part(i)) * 64 * 4;
-}
-constexpr int most_part_bytes = bytes_of_part(0), least_split_weight_stages = 8;
-static_assert(most_part_bytes >= bytes_of_part(1));
+// Blocks of a cluster swap their sums in parts. The first has a place of its own, before the rings; the others come where the
+// rings were.
+constexpr int received_parts = 4, first_part_bytes = 32 / 2 * line_consumers * 4;
 
 // Taps that share a box.
 struct LoadedFrame {
@@ -73,12 +62,10 @@ struct LoadedTap {
 struct LinesParams {
   CUtensorMap box, box_with_halo, weights[2];  // spatial and temporal, or packed
   Tiling tiling;                               // of positions, margins included
-  int items, first_w;
-  Divider column_blocks;
+  int items, column_blocks, first_w;
   int voxel_stages, weight_stages, stage_bytes, box_bytes, halo_bytes, zero_from;
   int frames_of_taps, blocks;  // blocks: of 64 channels
   int half_blocks;             // 1 where the last of them has at most 32
-  int taps, lead;              // lead: by how many taps the warpgroup that gives its sums away is served earlier
   bool packed;
   int columns;
   void* out;
@@ -94,7 +81,6 @@ struct LinesMemory {
   sm90::Ring<most_line_voxel_stages> voxels;
   sm90::Ring<most_line_weight_stages> weights;
   sm90::BarrierWord received[received_parts];  // the other block's sums
-  sm90::BarrierWord room[received_parts];      // for ours, where its boxes were
   int offset[Positions];                       // of a position's results, in pieces of 8, or -1
 };
 
@@ -105,30 +91,32 @@ __device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t x) {
   return y;
 }
 
-__device__ __forceinline__ std::uint32_t in_block(const void* shared, std::uint32_t rank) {
-  std::uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
-  return address;
-}
+// Where the sums of positions from `From` on lie among those that begin at `Begin`, four of a thread side by side.
+template <int Begin, int From>
+constexpr int sums_before = (From - Begin) / 8 * line_consumers;
 
-// Sends part I of a warpgroup's sums to the other block of the cluster, four of a thread side by side. They count at the
-// barrier themselves.
-template <int I, int N>
-__device__ __forceinline__ void send(const float (&sums)[N], const char* place, sm90::BarrierWord* arrived, std::uint32_t to) {
-  const std::uint32_t address = in_block(place + threadIdx.x % 128 * 16, to), barrier = in_block(arrived, to);
+// Sends the sums of positions `From` to `To` to the other block of the cluster, four of a thread side by side. They count at
+// the barrier themselves: an arrival would have to wait for all stores before it, those of results too.
+template <int Begin, int From, int To, int N>
+__device__ __forceinline__ void send(const float (&sums)[N], float4* received, sm90::BarrierWord* arrived, std::uint32_t to) {
+  std::uint32_t address, barrier;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address(received + sums_before<Begin, From> + threadIdx.x)), "r"(to));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(arrived)), "r"(to));
 #pragma unroll
-  for (int i = begin_of_part(I) / 2; i < begin_of_part(I + 1) / 2; i += 4)
+  for (int i = From / 2; i < To / 2; i += 4)
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     address + (i - begin_of_part(I) / 2) * 512),
+                     address + (i - From / 2) / 4 * line_consumers * 16),
                  "f"(sums[i]), "f"(sums[i + 1]), "f"(sums[i + 2]), "f"(sums[i + 3]), "r"(barrier)
                  : "memory");
 }
 
-template <int I, int N>
-__device__ __forceinline__ void add_received(float (&sums)[N], const char* place) {
+template <int Begin, int From, int To, int N>
+__device__ __forceinline__ void add_received(float (&sums)[N], const float4* received) {
 #pragma unroll
-  for (int i = begin_of_part(I) / 2; i < begin_of_part(I + 1) / 2; i += 4) {
-    const float4 x = reinterpret_cast<const float4*>(place)[(i - begin_of_part(I) / 2) * 32 + threadIdx.x % 128];
+  for (int i = From / 2; i < To / 2; i += 4) {
+    const float4 x = received[sums_before<Begin, From> + (i - From / 2) / 4 * line_consumers + threadIdx.x];
     sums[i] += x.x, sums[i + 1] += x.y, sums[i + 2] += x.z, sums[i + 3] += x.w;
   }
 }
@@ -167,40 +155,6 @@ __device__ __forceinline__ void store_lines(const float (&sums)[N], const int* o
   }
 }
 
-// Results of a warpgroup to shared memory: a row of 64 columns a position, its pieces of 8 swizzled.
-template <class T, int N>
-__device__ __forceinline__ void stage_lines(const float (&sums)[N], char* to, const float (&add)[2]) {
-  const int lane = threadIdx.x % 32, piece = threadIdx.x % 128 / 32 * 2 + lane / 8 % 2, row = lane % 8;
-  const std::uint32_t at = shared_address(to + (lane / 16 * 8 + row) * 128 + (piece ^ row) * 16);
-#pragma unroll
-  for (int n = 0; n < N / 4; n += 2) {
-    const std::uint32_t a = pack<T>(sums[4 * n] + add[0], sums[4 * n + 1] + add[0]);
-    const std::uint32_t b = pack<T>(sums[4 * n + 2] + add[1], sums[4 * n + 3] + add[1]);
-    if (n + 1 < N / 4) {
-      const std::uint32_t c = pack<T>(sums[4 * n + 4] + add[0], sums[4 * n + 5] + add[0]);
-      const std::uint32_t d = pack<T>(sums[4 * n + 6] + add[1], sums[4 * n + 7] + add[1]);
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at + n * 1024), "r"(a),
-                   "r"(b), "r"(c), "r"(d)
-                   : "memory");
-    } else {
-      asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at + n * 1024), "r"(a), "r"(b)
-                   : "memory");
-    }
-  }
-}
-
-// By both warpgroups: such rows to where they belong, of each no more than `columns`.
-template <class T, int Positions>
-__device__ __forceinline__ void store_staged(const char* from, const int* offset, T* to, int columns) {
-  const int piece = threadIdx.x % 8;
-#pragma unroll
-  for (int begin = 0; begin < Positions; begin += line_consumers / 8) {
-    const int i = begin + threadIdx.x / 8, at = i < Positions ? offset[i] : -1;
-    const uint4 x = *reinterpret_cast<const uint4*>(from + i * 128 + (piece ^ i % 8) * 16);
-    if (at >= 0 && piece * 8 < columns) *reinterpret_cast<uint4*>(to + std::int64_t{at} * 8 + piece * 8) = x;
-  }
-}
-
 // Of two pairs, each sum rounded once.
 template <class T>
 __device__ __forceinline__ std::uint32_t add_pairs(std::uint32_t a, std::uint32_t b) {
@@ -223,6 +177,52 @@ __device__ __forceinline__ void add_weights(char* weights, const char* added, in
   }
 }
 
+// Where two blocks that share a tile of positions part it.
+template <int Positions>
+constexpr int middle_of = (Positions / 2 + 7) / 8 * 8;
+
+// Where part `i` of `count` positions begins.
+constexpr int begin_of_part(int i, int count) {
+  return (i * (count / 8) + received_parts - 1) / received_parts * 8;
+}
+
+// Gives the other block its sums of the positions from `Theirs` on and stores those from `Own` on, in parts: while one is on
+// its way, the one before is stored. Neither block ends before it has all that the other sends.
+template <class T, int Own, int OwnCount, int Theirs, int TheirCount, int N>
+__device__ __forceinline__ void swap_and_store(float (&sums)[N], float4* received, sm90::BarrierWord* arrived, std::uint32_t to,
+                                               const int* offset, T* out, const float (&add)[2], bool exists) {
+  if (threadIdx.x == 0) {
+    const auto expect = [&]<int I>(std::integral_constant<int, I>) {
+      constexpr int count = begin_of_part(I + 1, OwnCount) - begin_of_part(I, OwnCount);
+      sm90::Barrier::arrive_and_expect_tx(&arrived[I], count / 2 * line_consumers * 4);
+    };
+    expect(std::integral_constant<int, 0>{}), expect(std::integral_constant<int, 1>{});
+    expect(std::integral_constant<int, 2>{}), expect(std::integral_constant<int, 3>{});
+  }
+  const auto send_part = [&]<int I>(std::integral_constant<int, I>) {
+    constexpr int from = Theirs + begin_of_part(I, TheirCount), end = Theirs + begin_of_part(I + 1, TheirCount);
+    send<Theirs, from, end>(sums, received, &arrived[I], to);
+  };
+  const auto store_part = [&]<int I>(std::integral_constant<int, I>) {
+    constexpr int from = Own + begin_of_part(I, OwnCount), end = Own + begin_of_part(I + 1, OwnCount);
+    wait_in_cluster(&arrived[I]);
+    add_received<Own, from, end>(sums, received);
+    store_lines<T, from, end>(sums, offset, out, add, exists);
+  };
+  static_assert(begin_of_part(1, OwnCount) / 2 * line_consumers * 4 == first_part_bytes);
+  wait_in_cluster();  // The other block has begun,
+  arrive_in_cluster();
+  send_part(std::integral_constant<int, 0>{});
+  wait_in_cluster();  // and has read its last stages.
+  send_part(std::integral_constant<int, 1>{});
+  store_part(std::integral_constant<int, 0>{});
+  send_part(std::integral_constant<int, 2>{});
+  store_part(std::integral_constant<int, 1>{});
+  send_part(std::integral_constant<int, 3>{});
+  store_part(std::integral_constant<int, 2>{});
+  store_part(std::integral_constant<int, 3>{});
+}
+
 // With 128 columns each warpgroup takes half of them, and all positions by two instructions (or one, Second = 0); with 64 it
 // takes all of them, and half of the positions.
 template <int Columns, int First, int Second>
@@ -231,43 +231,30 @@ constexpr int positions_of_lines = Columns == 128 ? First + Second : 2 * First;
 // Transposed: weights stand as rows of columns (the gradient of the data, kernels where they lie).
 template <class T, int Columns, int First, int Second, bool Split, bool Transposed>
 __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __grid_constant__ LinesParams p) {
-  // Where sums are swapped, a stage of weights is one warpgroup's, of its own columns.
-  constexpr int weight_columns = Split ? 64 : Columns, weight_bytes = weight_columns * 128, readers = Split ? 1 : 2;
-  // A stage is released by a thread of each warpgroup, or of each warp: see `pass`.
-  constexpr int releasing = Split ? 4 : 1;
-  constexpr int positions = positions_of_lines<Columns, First, Second>;
+  constexpr int weight_bytes = Columns * 128, positions = positions_of_lines<Columns, First, Second>;
+  constexpr int readers = 2;  // of a stage of weights
   static_assert(Columns == 128 || (Second == 0 && !Split));
-  static_assert(!Split || First == begin_of_part(received_parts));
   extern __shared__ __align__(1024) char memory[];
-  char* const weight_memory = memory + p.voxel_stages * p.stage_bytes;
+  char* const voxel_memory = memory + (Split ? first_part_bytes : 0);
+  char* const weight_memory = voxel_memory + p.voxel_stages * p.stage_bytes;
   auto& shared = *reinterpret_cast<LinesMemory<positions>*>(weight_memory + p.weight_stages * weight_bytes);
   if (threadIdx.x == line_consumers) {
     for (const CUtensorMap* map : {&p.box, &p.box_with_halo, &p.weights[0], &p.weights[p.packed ? 0 : 1]})
       cute::prefetch_tma_descriptor(map);
-    shared.voxels.init(2 * releasing);
-    shared.weights.init(readers * releasing + (p.packed ? 0 : adding_warps));
+    shared.voxels.init(2);
+    shared.weights.init(readers + (p.packed ? 0 : adding_warps));
     if constexpr (Split)
-      for (int i = 0; i < received_parts; ++i) {
-        sm90::Barrier::init(&shared.room[i], 1);
-        sm90::Barrier::init(&shared.received[i], 1);
-        sm90::Barrier::arrive_and_expect_tx(&shared.received[i], static_cast<std::uint32_t>(bytes_of_part(i)));
-      }
+      for (sm90::BarrierWord& word : shared.received) sm90::Barrier::init(&word, 1);
     cutlass::arch::fence_barrier_init();
   }
   int begin = 0, blocks = p.blocks, first_item = blockIdx.x, items = gridDim.x;  // blocks of channels
   std::uint32_t rank = 0;
   if constexpr (Split) {
+    arrive_in_cluster();  // the barriers are there
     rank = cute::block_rank_in_cluster();
     begin = static_cast<int>(rank) * blocks / 2, blocks = (static_cast<int>(rank) + 1) * blocks / 2;
     first_item /= 2, items /= 2;
   }
-  // In block `rank` of a cluster warpgroup `rank` keeps its sums; the other one's weights come `lead` taps earlier.
-  const int steps = (blocks - begin) * p.taps, lead = Split ? p.lead : 0;
-  // Where block `to` of the cluster receives part i of the other's sums: in the stages whose last boxes are read first.
-  const auto place_of = [&](int i, std::uint32_t to) {
-    const int channels = (static_cast<int>(to) + 1) * p.blocks / 2 - static_cast<int>(to) * p.blocks / 2;
-    return memory + (channels * p.frames_of_taps + i) % p.voxel_stages * p.stage_bytes;
-  };
 
   sm90::Turn<most_line_voxel_stages> voxel_turn;
   sm90::Turn<most_line_weight_stages> weight_turn;
@@ -281,34 +268,29 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
       if (thread % 32 == 0)
         for (int i = 0; i < count; ++i) sm90::Barrier::arrive(&shared.weights.empty[stage]);
     };
-    const auto add_middle = [&](int& tap) {
-      const int stage = weight_turn.stage;
-      if (p.tap[tap].added >= 0) {
-        weight_turn.next(p.weight_stages);
-        shared.weights.wait_full(weight_turn);
-        add_weights<T, weight_columns>(weight_memory + stage * weight_bytes, weight_memory + weight_turn.stage * weight_bytes,
-                                       thread);
-        sm90::fence_async();
-        asm volatile("bar.sync 4, 96;" ::: "memory");
-        if (thread == 0) sm90::Barrier::arrive(&shared.weights.full[stage]);
-        give_back(weight_turn.stage, thread == 0 ? 1 + readers * releasing : 1);
-      } else {
-        shared.weights.wait_full(weight_turn);
-      }
-      give_back(stage, 1);
-      weight_turn.next(p.weight_stages);
-      if (++tap == p.taps) tap = 0;
-    };
-    int tap = 0, tap_behind = 0;
     for (int item = first_item; item < p.items; item += items)
-      for (int step = 0; step < steps + lead; ++step) {
-        if (!Split || step < steps) add_middle(tap);
-        if (Split && step >= lead) add_middle(tap_behind);
+      for (int i = begin * p.frames_of_taps; i < blocks * p.frames_of_taps; ++i) {
+        const LoadedFrame& frame = p.frame[i % p.frames_of_taps];
+        for (int tap = frame.first; tap < frame.first + frame.taps; ++tap, weight_turn.next(p.weight_stages)) {
+          const int stage = weight_turn.stage;
+          if (p.tap[tap].added >= 0) {
+            weight_turn.next(p.weight_stages);
+            shared.weights.wait_full(weight_turn);
+            add_weights<T, Columns>(weight_memory + stage * weight_bytes, weight_memory + weight_turn.stage * weight_bytes,
+                                    thread);
+            sm90::fence_async();
+            asm volatile("bar.sync 4, 96;" ::: "memory");
+            if (thread == 0) sm90::Barrier::arrive(&shared.weights.full[stage]);
+            give_back(weight_turn.stage, thread == 0 ? 1 + readers : 1);
+          } else {
+            shared.weights.wait_full(weight_turn);
+          }
+          give_back(stage, 1);
+        }
       }
   };
 
   if (warpgroup == 2) {
-    if constexpr (Split) arrive_in_cluster();  // the barriers are there
     cutlass::arch::warpgroup_reg_dealloc<line_fetching_registers>();
     if (threadIdx.x >= line_consumers + 32) {
       asm volatile("bar.sync 0, 384;" ::: "memory");
@@ -322,79 +304,57 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     bool waited = !p.packed;
     if (waited) wait_for_kernel_before();
     for (int item = first_item; item < p.items; item += items) {
-      int column_block = item;
-      const Corner at = p.tiling.corner(p.column_blocks.take(column_block));
-      const int first_column = column_block * Columns;
-      const auto load_weights = [&](int column, int& tap, int& block) {
-        const auto load = [&](int map, int number, int stage) {
-          for (int panel = 0; panel < (Transposed ? weight_columns / 64 : 1); ++panel)
-            cute::SM90_TMA_LOAD_3D::copy(&p.weights[map], &shared.weights.full[weight_turn.stage], keep,
-                                         weight_memory + stage * weight_bytes + panel * 64 * 128,
-                                         Transposed ? column + panel * 64 : block * 64, number,
-                                         Transposed ? block * 64 : column);
-        };
-        const LoadedTap& loaded = p.tap[tap];
-        const int stage = weight_turn.stage;
-        shared.weights.wait_empty(weight_turn);
-        if (loaded.added >= 0) {  // both arrive at the second one's barrier; at the first one's do those who add them
-          weight_turn.next(p.weight_stages);
-          shared.weights.wait_empty(weight_turn);
-        }
-        shared.weights.expect(weight_turn, loaded.added >= 0 ? 2 * weight_bytes : weight_bytes);
-        load(loaded.map, loaded.number, stage);
-        if (loaded.added >= 0) load(1, loaded.added, weight_turn.stage);
-        weight_turn.next(p.weight_stages);
-        if (++tap == p.taps) tap = 0, ++block;
-      };
-      int tap = 0, block = begin, frame_number = 0, tap_behind = 0, block_behind = begin;
-      for (int step = 0; step < steps + lead; ++step) {
-        if (!Split || step < steps) {
-          if (const LoadedFrame& frame = p.frame[frame_number]; tap == frame.first) {
-            shared.voxels.wait_empty(voxel_turn);
-            shared.voxels.expect(voxel_turn, frame.halo ? p.halo_bytes : p.box_bytes);
-            cute::SM90_TMA_LOAD_5D::copy(frame.halo ? &p.box_with_halo : &p.box, &shared.voxels.full[voxel_turn.stage], keep,
-                                         memory + voxel_turn.stage * p.stage_bytes, block * 64, p.first_w,
-                                         at.t * p.tiling.step[0] + frame.t, at.b, at.h + frame.h);
-            voxel_turn.next(p.voxel_stages);
-            if (++frame_number == p.frames_of_taps) frame_number = 0;
-            if (!waited) wait_for_kernel_before();  // which packs the weights, and began behind the one that wrote the voxels
-            waited = true;
+      const Corner at = p.tiling.corner(item / p.column_blocks);
+      const int first_column = item % p.column_blocks * Columns;
+      for (int block = begin; block < blocks; ++block)
+        for (int i = 0; i < p.frames_of_taps; ++i) {
+          const LoadedFrame& frame = p.frame[i];
+          shared.voxels.wait_empty(voxel_turn);
+          shared.voxels.expect(voxel_turn, frame.halo ? p.halo_bytes : p.box_bytes);
+          cute::SM90_TMA_LOAD_5D::copy(frame.halo ? &p.box_with_halo : &p.box, &shared.voxels.full[voxel_turn.stage], keep,
+                                       voxel_memory + voxel_turn.stage * p.stage_bytes, block * 64, p.first_w,
+                                       at.t * p.tiling.step[0] + frame.t, at.b, at.h + frame.h);
+          voxel_turn.next(p.voxel_stages);
+          if (!waited) wait_for_kernel_before();  // which packs the weights, and began behind the one that wrote the voxels
+          waited = true;
+          for (int i = frame.first; i < frame.first + frame.taps; ++i) {
+            const auto load_weights = [&](int map, int number, int stage) {
+              for (int panel = 0; panel < (Transposed ? Columns / 64 : 1); ++panel)
+                cute::SM90_TMA_LOAD_3D::copy(&p.weights[map], &shared.weights.full[weight_turn.stage], keep,
+                                             weight_memory + stage * weight_bytes + panel * 64 * 128,
+                                             Transposed ? first_column + panel * 64 : block * 64, number,
+                                             Transposed ? block * 64 : first_column);
+            };
+            const LoadedTap& tap = p.tap[i];
+            const int stage = weight_turn.stage;
+            shared.weights.wait_empty(weight_turn);
+            if (tap.added >= 0) {  // both arrive at the second one's barrier; at the first one's do those who add them
+              weight_turn.next(p.weight_stages);
+              shared.weights.wait_empty(weight_turn);
+            }
+            shared.weights.expect(weight_turn, tap.added >= 0 ? 2 * weight_bytes : weight_bytes);
+            load_weights(tap.map, tap.number, stage);
+            if (tap.added >= 0) load_weights(1, tap.added, weight_turn.stage);
+            weight_turn.next(p.weight_stages);
           }
-          load_weights(first_column + (Split && rank == 0 ? 64 : 0), tap, block);
         }
-        if (Split && step >= lead) load_weights(first_column + (rank == 0 ? 0 : 64), tap_behind, block_behind);
-      }
     }
     // Where blocks have one tile each, little hides their beginning: the next kernel's may pass theirs meanwhile.
     if (p.items <= items) let_next_kernel_begin();
-    if constexpr (Split) {  // Says where there is room for the other block's sums.
-      wait_in_cluster();
-      for (sm90::BarrierWord& word : shared.room) {
-        shared.voxels.wait_empty(voxel_turn);
-        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(in_block(&word, rank ^ 1))
-                     : "memory");
-        voxel_turn.next(p.voxel_stages);
-      }
-    }
     return;
   }
 
   // The last line's right margin, which no box writes.
-  for (int stage = 0; stage < p.voxel_stages; ++stage)
-#pragma unroll 1
-    for (int i = p.zero_from + static_cast<int>(threadIdx.x) * 4; i < p.stage_bytes; i += line_consumers * 4)
-      *reinterpret_cast<int*>(memory + stage * p.stage_bytes + i) = 0;
+  const int zeros = (p.stage_bytes - p.zero_from) / 4;
+  for (int i = threadIdx.x; i < zeros * p.voxel_stages; i += line_consumers)
+    *reinterpret_cast<int*>(voxel_memory + i / zeros * p.stage_bytes + p.zero_from + i % zeros * 4) = 0;
   sm90::fence_async();
-  if constexpr (Split) arrive_in_cluster();  // what comes over there is not zeroed any more
   asm volatile("bar.sync 0, 384;" ::: "memory");
   cutlass::arch::warpgroup_reg_alloc<line_registers>();
-  const bool leads = Split && warpgroup != static_cast<int>(rank);
   const int own_column = Columns == 128 ? warpgroup * 64 : 0, own_position = Columns == 128 ? 0 : warpgroup * First;
   for (int item = first_item; item < p.items; item += items) {
     asm volatile("bar.sync 1, 256;" ::: "memory");  // the last tile's offsets have been read
-    int column_block = item;
-    const Corner at = p.tiling.corner(p.column_blocks.take(column_block));
-#pragma unroll 1
+    const Corner at = p.tiling.corner(item / p.column_blocks);
     for (int r = threadIdx.x; r < positions; r += line_consumers) {
       const Corner position = p.tiling.position(at, r);
       const bool exists = r < p.tiling.box.rows() && p.tiling.holds(position);
@@ -402,7 +362,6 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
                                   position.w * p.out_stride[3];
       shared.offset[r] = exists ? static_cast<int>(offset / 8) : -1;
     }
-    if constexpr (Split) asm volatile("bar.sync 1, 256;" ::: "memory");  // the offsets are there
 
     float first[First / 2], second[Second > 0 ? Second / 2 : 1];
 #pragma unroll
@@ -416,47 +375,26 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
     // Stages that the product under way reads are released behind the next one.
     int read_weights = -1, read_voxels = -1;
     const auto release = [&] {
-      if (threadIdx.x % (128 / releasing) != 0) return;
+      if (threadIdx.x % 128 != 0) return;
       if (read_weights >= 0) sm90::Barrier::arrive(&shared.weights.empty[read_weights]);
       if (read_voxels >= 0) sm90::Barrier::arrive(&shared.voxels.empty[read_voxels]);
     };
-    // Passes over the other warpgroup's stages before its own next one, and waits until they have been full: a barrier tells
-    // odd laps from even ones alone. They are not filled again meanwhile, for this warp has yet to release its last one.
-    int other = leads ? -lead : 0, other_tap = 0;
-    const auto pass = [&](bool wait) {
-      if (other >= 0 && other < steps) {
-        for (int i = p.tap[other_tap].added >= 0 ? 2 : 1; i > 0; --i, weight_turn.next(p.weight_stages))
-          if (wait) shared.weights.wait_full(weight_turn);
-        if (++other_tap == p.taps) other_tap = 0;
-      }
-      ++other;
-    };
-    // Those before the first stage of the warpgroup that follows have been full when the other one is at the last of them.
-    const int all_led = min(lead, steps - 1);
-    int led = 0;
-    if (Split && !leads) {
-      while (other <= lead) pass(false);
-      asm volatile("bar.sync 3, 256;" ::: "memory");
-    }
     // Blocks of channels of which Depth * 16 exist.
     const auto sum_blocks = [&]<int Depth>(int count, std::integral_constant<int, Depth>) {
       for (int i = 0; i < count * p.frames_of_taps; ++i) {
         const LoadedFrame& frame = p.frame[i % p.frames_of_taps];
         shared.voxels.wait_full(voxel_turn);
-        const std::uint32_t voxels = shared_address(memory + voxel_turn.stage * p.stage_bytes);
+        const std::uint32_t voxels = shared_address(voxel_memory + voxel_turn.stage * p.stage_bytes);
         const int end = frame.first + frame.taps;
         for (int tap = frame.first; tap < end; ++tap) {
-          if (Split && led > 0) pass(true);
           shared.weights.wait_full(weight_turn);
-          if (leads && led == all_led) asm volatile("bar.arrive 3, 256;" ::: "memory");
-          ++led;
           char* const weights = weight_memory + weight_turn.stage * weight_bytes;
           const int stage = weight_turn.stage;
           weight_turn.next(p.weight_stages);
           if (p.tap[tap].added >= 0) weight_turn.next(p.weight_stages);
           const std::uint32_t rows = voxels + static_cast<std::uint32_t>((p.tap[tap].shift + own_position) * 128);
-          const sm90::SharedOperand<Transposed> a(
-              shared_address(weights) + static_cast<std::uint32_t>(Split ? 0 : own_column * 128), 64, false);
+          const sm90::SharedOperand<Transposed> a(shared_address(weights) + static_cast<std::uint32_t>(own_column * 128), 64,
+                                                  false);
           const sm90::SharedOperand<false> b(rows, First, false), c(rows + First * 128, Second, false);
           pin();
           sm90::wgmma_begin();
@@ -471,45 +409,34 @@ __global__ void __launch_bounds__(line_threads, 1) conv3d_lines_kernel(const __g
       }
       sm90::wgmma_wait<0>();
       pin();
+      release();
+      read_weights = read_voxels = -1;
     };
     const int halves = blocks == p.blocks ? p.half_blocks : 0;
     sum_blocks(blocks - begin - halves, std::integral_constant<int, 4>{});
     if (halves != 0) sum_blocks(halves, std::integral_constant<int, 2>{});
-    release();
 
-    const int first_column = column_block * Columns;
-    const int lane = threadIdx.x % 32, row = first_column + own_column + threadIdx.x % 128 / 32 * 16;
+    asm volatile("bar.sync 1, 256;" ::: "memory");  // the offsets are there
+    const int lane = threadIdx.x % 32, row = item % p.column_blocks * Columns + own_column + threadIdx.x % 128 / 32 * 16;
     const T* const bias = static_cast<const T*>(p.bias);
     float add[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (const int n = row + lane / 4 + 8 * half; bias != nullptr && n < p.columns)
         add[half] = to_float(bias[n * p.bias_stride]);
+    const int column = row + lane % 4 / 2 * 4 + lane % 2 * 8;
+    T* const to = static_cast<T*>(p.out) + column;
+    const bool columns_exist = column < p.columns;
     if constexpr (Split) {
-      char* const results = place_of(0, rank);
-      if (leads) {
-        wait_in_cluster();  // The other block has begun.
-        const std::uint32_t to = rank ^ 1;
-        wait_in_cluster(&shared.room[0]);
-        send<0>(first, place_of(0, to), &shared.received[0], to);
-        wait_in_cluster(&shared.room[1]);
-        send<1>(first, place_of(1, to), &shared.received[1], to);
-      } else {
-        wait_in_cluster(&shared.received[0]);
-        add_received<0>(first, results);
-        wait_in_cluster(&shared.received[1]);
-        add_received<1>(first, place_of(1, rank));
-        asm volatile("bar.sync 2, 128;" ::: "memory");  // all have read what is overwritten now
-        stage_lines<T>(first, results, add);
-      }
-      asm volatile("bar.sync 1, 256;" ::: "memory");
-      const int kept = first_column + static_cast<int>(rank) * 64;
-      store_staged<T, First>(results, shared.offset, static_cast<T*>(p.out) + kept, p.columns - kept);
+      constexpr int middle = middle_of<First>;
+      auto* const received = reinterpret_cast<float4*>(memory);
+      if (rank == 0)
+        swap_and_store<T, 0, middle, middle, First - middle>(first, received, shared.received, 1, shared.offset, to, add,
+                                                             columns_exist);
+      else
+        swap_and_store<T, middle, First - middle, 0, middle>(first, received, shared.received, 0, shared.offset, to, add,
+                                                             columns_exist);
     } else {
-      asm volatile("bar.sync 1, 256;" ::: "memory");  // the offsets are there
-      const int column = row + lane % 4 / 2 * 4 + lane % 2 * 8;
-      T* const to = static_cast<T*>(p.out) + column;
-      const bool columns_exist = column < p.columns;
       store_lines<T, 0, First>(first, shared.offset + own_position, to, add, columns_exist);
       if constexpr (Second > 0) store_lines<T, 0, Second>(second, shared.offset + First, to, add, columns_exist);
     }
