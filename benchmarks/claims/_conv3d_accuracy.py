@@ -78,8 +78,7 @@ def accuracy(
             if seed not in row["runs"]:
                 row["runs"][seed] = train_and_test(METHODS[name], steps, int(seed), device, dtype)
                 keep(list(rows.values()))
-        summary(row)
-    return list(rows.values())
+    return [summary(row) for row in rows.values()]
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:

@@ -259,7 +259,7 @@ def progressive(
     done: Sequence[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Rows as they come; "trial" says which are those of the seed on which settings are found: each rate, and with
-    ``refine`` what lies around the best one. Trials among ``done`` are not run again."""
+    ``refine`` what lies around the best one. What is among ``done`` is not run again, but for the dense models."""
     with tempfile.TemporaryDirectory() as folder:
         setup = replace(setup, folder=folder)
         _text("cpu")  # the corpus is cut once
@@ -303,7 +303,14 @@ def progressive(
                         yield row
                     if stage != 1:
                         chosen = [_best(kind, trials) for kind in kinds]
-                yield from run([(s, w) for w in chosen for s in seeds], steps, False)
+                made = [(r["seed"], r["way"]) for r in done if r.get("trial") is False and r["steps"] == steps]
+                yield from run([(s, w) for w in chosen for s in seeds if (s, asdict(w)) not in made], steps, False)
+
+
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of: a later one takes the place of an earlier one."""
+    way = row["way"]
+    return (row["seed"], row.get("steps"), row.get("trial"), *(way.items() if row.get("trial") else [way["kind"]]))
 
 
 def _best(kind: str, trials: dict[Way, float]) -> Way:

@@ -235,12 +235,13 @@ def patches(device: str, batch: int, rounds: int) -> list[dict]:
     return rows
 
 
-def _held(path: Path | None, settings: dict[str, str]) -> list[dict]:
-    """The rows of ``path``, from where a run of accuracy goes on; exits where they are of other settings."""
+def _held(path: Path | None, head: dict[str, Any]) -> list[dict]:
+    """The rows of ``path``, from where a run of accuracy goes on; exits where they are of another machine or settings."""
     if path is None or not path.is_file():
         return []
     held = json.loads(path.read_text())
-    if other := _runs.differing({k: v for k, v in settings.items() if k not in ("only", "seeds")}, held["settings"]):
+    held["settings"] = {k: v for k, v in held["settings"].items() if k not in ("only", "seeds")}
+    if other := _runs.differing(head, held):
         sys.exit(f"{path} holds runs with another {other}: give another --json, or remove it")
     return held["rows"]
 
@@ -280,7 +281,10 @@ def main(arguments: list[str] | None = None) -> int:
             options.json.write_text(json.dumps(report, indent=1))
         return 0
     machine = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
-    settings = {k: str(v) for k, v in vars(options).items() if k != "json" and v is not None}
+    apart = (
+        {"json", "only", "seeds"} if options.claim == "accuracy" else {"json"}
+    )  # accuracy: each row has its runs' own
+    settings = {k: str(v) for k, v in vars(options).items() if k not in apart and v is not None}
 
     def write(rows: list[dict]) -> None:
         if options.json:
@@ -299,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.claim == "patches":
         rows = patches(options.device, batch, options.rounds)
     else:
-        held = _held(options.json, settings)
+        held = _held(options.json, {"machine": machine, "torch": torch.__version__, "settings": settings})
         names = options.only or list(METHODS)
         rows = accuracy(options.device, dtype, options.steps, options.seeds, names, held, write)
     write(rows)

@@ -35,6 +35,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
+from benchmarks.claims._low_rank_recovery import place  # noqa: E402
+from benchmarks.claims._runs import differing  # noqa: E402
 from benchmarks.run import use_carried_libraries  # noqa: E402
 
 
@@ -90,6 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.claim == "progressive" and len(options.ratios or ()) > 1:
         parser.error("progressive takes one of --ratios")
+    ways = ("one step", "fading", "stages")
+    if options.claim == "progressive" and not set(options.only) <= set(ways):
+        parser.error(
+            f"--only names {', '.join(sorted(set(options.only) - set(ways)))}; progressive has {', '.join(ways)}"
+        )
     if options.claim == "table":
         from benchmarks.claims import _low_rank_tables
 
@@ -100,17 +107,25 @@ def main(arguments: list[str] | None = None) -> int:
     use_carried_libraries()
     rows: list[dict[str, Any]] = []
     ranks: dict[str, dict[str, Any]] = {}  # those that timing found
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    head: dict[str, Any] = {"claim": options.claim, "machine": machine, "torch": torch.__version__}
+    if options.claim == "progressive":
+        names = ("width", "layers", "steps", "batch", "ratios", "tuning")
+        head["settings"] = {name: getattr(options, name) for name in names}
     if options.claim in ("speed", "progressive") and options.json and options.json.exists():  # go on where it ended
         before = json.loads(options.json.read_text())
+        if "settings" in head and (other := differing(head, {"settings": None} | before)):
+            parser.error(f"{options.json} holds runs with another {other}: give another --json, or remove it")
         rows, ranks = before["rows"], before.get("ranks", {})
 
     def save() -> None:  # after each row: these runs are long
         if options.json:
-            machine = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-            report = {"claim": options.claim, "machine": machine, "torch": torch.__version__, "rows": rows}
-            options.json.write_text(json.dumps(report | ({"ranks": ranks} if ranks else {}), indent=1))
+            report = head | {"rows": rows} | ({"ranks": ranks} if ranks else {})
+            options.json.write_text(json.dumps(report, indent=1))
 
     for row in _rows(options, list(rows), ranks, save):
+        if options.claim == "progressive":
+            rows[:] = [r for r in rows if place(r) != place(row)]
         rows.append(row)
         save()
     return 0

@@ -213,9 +213,9 @@ __global__ void __launch_bounds__(threads, resident<L>) scan_kernel(const __grid
 
 // Calls body(layout{}). Up to 16 states: whole channels where their blocks are two a multiprocessor; else over as few threads a
 // channel as there are channels for, measured on an H200. Over 2: two blocks run at once, so not where these would be followed
-// by a few more. Over 4 where that makes two a multiprocessor, or where those over 8 do not run at once, else over 8, but with
-// fewer channels whole ones in chunks are faster, unless sequences are too short for many chunks. Up to 64 states: over 4
-// threads where there are channels for it, else a Tiling, in chunks.
+// by a few more, and not in float32, of which two do not fit. Over 4 where that makes two a multiprocessor, or where those over
+// 8 do not run at once, else over 8, but with fewer channels whole ones in chunks are faster, unless sequences are too short
+// for many chunks. Up to 64 states: over 4 threads where there are channels for it, else a Tiling, in chunks.
 template <class Body>
 void with_layout(const Scan& args, const char* function, Body&& body) {
   const std::int64_t states = args.A.size[1], sequences = effcore::scan::sequences(args.x, args.offsets);

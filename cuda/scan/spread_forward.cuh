@@ -7,9 +7,9 @@
 // of B or C of a token.
 //
 // Such channels make one or two warps a scheduler, which would wait for themselves. So half of a block's warps go through the
-// states of a tile, while the other half makes the steps and inputs of the next one and ends the outputs of the one before;
-// they meet once a tile. As all this goes through shared memory anyway, it takes no more accesses, and hardly more
-// instructions, than warps that do both.
+// states of a tile, while the other half makes the steps and inputs of the next one and ends the outputs of the one before
+// (or, in three roles, a third each); they meet once a tile. As all this goes through shared memory anyway, it takes no more
+// accesses, and hardly more instructions, than warps that do both.
 #pragma once
 #include "common/tile.cuh"
 #include "scan/tiles.cuh"

@@ -127,7 +127,7 @@ def scan_leaves(batch, tokens, channels, states, dtype, layout, parts, sequences
 # Sequences of about 2,048 channels that go over 2 threads a channel: 32 blocks each, up to two a multiprocessor.
 HALVES = 2 * torch.cuda.get_device_properties(0).multi_processor_count // 32
 # batch, tokens, channels, states; cuts of packed sequences. Up to 16 states: a channel over 8 threads, in three roles; from
-# (2, 40, 2048) on in two, over 4 and 2 threads, and whole ones: in one pass and, from 1025 tokens on, in chunks.
+# (2, 40, 2048) on in two, over 4 and 2 threads (float32: 4), and whole ones: in one pass and, from 1025 tokens on, in chunks.
 PROBLEMS = [
     (1, 1, 1, 1, None),
     (2, 7, 5, 3, None),

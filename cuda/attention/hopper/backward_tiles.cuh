@@ -134,9 +134,8 @@ __device__ __forceinline__ void load_panels(const CUtensorMap& map, BarrierWord*
                                  panel * panel_columns, token, head, batch);
 }
 
-// lse of the queries of a step, and delta where it is wanted, on their way to shared memory by a warp. Read a step ahead: with
-// these loads in the warp that brings the tiles, a step took no less time than that warp (H200, ncu: it never waited for an
-// empty stage).
+// lse of the queries of a step, and delta where it is wanted, on their way to shared memory by a warp of their own, which reads
+// them a step ahead. The warp that brings the tiles would wait for them at every step, and the step for it (H200, ncu).
 template <int queries>
 class RowStatistics {
  public:
@@ -163,6 +162,7 @@ class RowStatistics {
 
  private:
   static constexpr int parts = queries / 32;
+  static_assert(parts * 32 == queries);
   float lse_[parts], delta_[parts];
 };
 
