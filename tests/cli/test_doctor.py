@@ -11,7 +11,7 @@ import pytest
 
 import effcore
 from effcore.cli import main
-from effcore.cli.doctor import _cuda_rows
+from effcore.cli.doctor import _WITH_PRODUCTS, _WITHOUT_PRODUCTS, _cuda_rows
 
 
 @pytest.fixture
@@ -32,9 +32,20 @@ def test_doctor(run):
     assert all(row["path"] and row["reason"] for row in findings["ops"])
     assert findings["packages"]["torch"]
     code, out = run("doctor")
-    assert code == 0 and all(
-        family in out for family in ("attention", "conv3d", "kronecker", "lowrank", "routing", "scan")
-    )
+    assert code == 0
+    for row in findings["ops"]:
+        assert all(word in out for word in row["family"].replace(",", " ").split())
+
+
+def test_doctor_names_the_families_that_take_amx(run, monkeypatch):
+    for isa, families in (("v4", {"all"}), ("amx", {"all", _WITH_PRODUCTS, _WITHOUT_PRODUCTS})):
+        monkeypatch.setattr("effcore.cli.doctor._build", lambda problems, isa=isa: {"isa": isa})
+        code, out = run("doctor", "--json")
+        rows = [row for row in json.loads(out)["ops"] if row["device"] == "cpu" and row["family"] != "QK group"]
+        assert code == 0 and {row["family"] for row in rows} == families
+        assert {row["path"] for row in rows} == ({"v4"} if isa == "v4" else {"avx512", "amx tiles"})
+        code, out = run("doctor")
+        assert code == 0 and all(word in out for word in ", ".join(families).split(", "))
 
 
 def test_doctor_asks_the_library_for_each_family(monkeypatch):

@@ -223,7 +223,8 @@ def test_a_file_from_before_temperatures_has_one_of_1(tmp_path):
     tensors, about = read_safetensors(file)
     del about["temperature"]
     write_safetensors(file, tensors, about)
-    assert torch.equal(Posterior.load(file, model).predict((x,)), plain)
+    # Not to the bit: a product's order of summation may follow where its operands lie in memory (MKL on AMD's CPUs).
+    torch.testing.assert_close(Posterior.load(file, model).predict((x,)), plain)
 
 
 def test_prediction_averages_the_softmax():
