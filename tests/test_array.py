@@ -275,7 +275,7 @@ def test_torch_is_not_imported():
 
 def test_build_info():
     info = ea.build_info()
-    assert info["isa"] in ("v2", "v3", "v4", "amx", "portable")
+    assert info["isa"] in ("v2", "v3", "v4", "bf16", "amx", "portable")
     assert {"version", "compiler", "threads", "dtypes", "cuda"} <= info.keys()
 
 

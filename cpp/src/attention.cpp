@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "attention_kernels.h"
-#include "effcore/cpu.h"
+#include "choose.h"
 #include "effcore/error.h"
 #include "scratch.h"
 #include "tasks.h"
@@ -18,28 +18,15 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }
 
-// The kernels of the widest instruction set that this machine has; AMX is for bfloat16.
-#if defined(__x86_64__)
-#define EFFCORE_CHOOSE(family)                                                               \
-  switch (isa()) {                                                                           \
-    case Isa::amx: return dtype == DType::bfloat16 ? amx::family(dtype) : v4::family(dtype); \
-    case Isa::v4: return v4::family(dtype);                                                  \
-    case Isa::v3: return v3::family(dtype);                                                  \
-    default: return v2::family(dtype);                                                       \
-  }
-#else
-#define EFFCORE_CHOOSE(family) return v2::family(dtype);
-#endif
 const ForwardKernels& forward_kernels(DType dtype) {
-  EFFCORE_CHOOSE(forward_kernels)
+  EFFCORE_RETURN_PRODUCTS(forward_kernels, dtype)
 }
 const BackwardKernels& backward_kernels(DType dtype) {
-  EFFCORE_CHOOSE(backward_kernels)
+  EFFCORE_RETURN_PRODUCTS(backward_kernels, dtype)
 }
 const DecodeKernels& decode_kernels(DType dtype) {
-  EFFCORE_CHOOSE(decode_kernels)
+  EFFCORE_RETURN_PRODUCTS(decode_kernels, dtype)
 }
-#undef EFFCORE_CHOOSE
 
 // Packed heads and partial sums of one wave stay below this, as long as one kv head does.
 constexpr std::int64_t wave_bytes = std::int64_t{128} << 20;

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "choose.h"
 #include "conv3d_kernels.h"
-#include "effcore/cpu.h"
 #include "scratch.h"
 #include "tasks.h"
 
@@ -13,15 +13,7 @@ namespace effcore::conv3d {
 namespace {
 
 const Kernels& kernels_for(DType dtype) {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::amx: return dtype == DType::bfloat16 ? amx::kernels(dtype) : v4::kernels(dtype);
-    case Isa::v4: return v4::kernels(dtype);
-    case Isa::v3: return v3::kernels(dtype);
-    default: break;
-  }
-#endif
-  return v2::kernels(dtype);
+  EFFCORE_RETURN_PRODUCTS(kernels, dtype)
 }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {

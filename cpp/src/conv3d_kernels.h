@@ -83,6 +83,9 @@ const Kernels& kernels(DType dtype);
 namespace v4 {
 const Kernels& kernels(DType dtype);
 }
+namespace bf16 {
+const Kernels& kernels(DType dtype);  // bfloat16 alone
+}
 namespace amx {
 const Kernels& kernels(DType dtype);  // bfloat16 alone
 }

@@ -12,7 +12,7 @@
 namespace effcore {
 namespace {
 
-constexpr const char* names[] = {"v2", "v3", "v4", "amx"};
+constexpr const char* names[] = {"v2", "v3", "v4", "bf16", "amx"};
 
 #if defined(__x86_64__)
 // The kernel saves the 8 KiB of tile registers only for processes that asked; the request covers every thread of the process.
@@ -36,7 +36,8 @@ Isa best() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("x86-64-v3")) return Isa::v2;
   if (!__builtin_cpu_supports("x86-64-v4")) return Isa::v3;
-  return __builtin_cpu_supports("avx512bf16") && has_amx_bf16() && request_amx() ? Isa::amx : Isa::v4;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::v4;
+  return has_amx_bf16() && request_amx() ? Isa::amx : Isa::bf16;
 }
 #else
 Isa best() {
@@ -59,6 +60,14 @@ const Isa chosen = choose();
 
 Isa isa() {
   return chosen;
+}
+
+bool is_amd() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
 }
 
 const char* isa_name() {

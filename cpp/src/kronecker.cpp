@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "effcore/cpu.h"
+#include "choose.h"
 #include "kronecker_kernels.h"
 #include "pages.h"
 #include "scratch.h"
@@ -24,17 +24,7 @@ constexpr std::int64_t wave_bytes = std::int64_t{16} << 20;
 // Results beyond this are written past the caches.
 constexpr std::int64_t cached_bytes = std::int64_t{16} << 20;
 
-const GramKernels& gram_kernels(DType dtype) {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::amx: return dtype == DType::bfloat16 ? amx::gram_kernels(dtype) : v4::gram_kernels(dtype);
-    case Isa::v4: return v4::gram_kernels(dtype);
-    case Isa::v3: return v3::gram_kernels(dtype);
-    default: break;
-  }
-#endif
-  return v2::gram_kernels(dtype);
-}
+const GramKernels& gram_kernels(DType dtype){EFFCORE_RETURN_PRODUCTS(gram_kernels, dtype)}
 
 // Of one expert's result.
 std::int64_t matrix_bytes(const TensorView& x) {

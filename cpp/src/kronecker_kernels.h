@@ -42,6 +42,9 @@ const GramKernels& gram_kernels(DType dtype);
 namespace v4 {
 const GramKernels& gram_kernels(DType dtype);
 }
+namespace bf16 {
+const GramKernels& gram_kernels(DType dtype);  // bfloat16 alone
+}
 namespace amx {
 const GramKernels& gram_kernels(DType dtype);  // bfloat16 alone
 }

@@ -23,7 +23,6 @@ struct Product {
 
 struct ProductKernels {
   std::int64_t block;  // weights of one task
-  Limits limits;
   bool operand_from_sums;  // the operand is made of float sums rather than of rows in the tensors' dtype
   std::int64_t (*operand_bytes)(std::int64_t rows, std::int64_t k);
   // rows [m, k] in the tensors' dtype
@@ -48,9 +47,11 @@ namespace v4 {
 const ProductKernels& product_kernels(DType dtype);
 const ActivationKernels& activation_kernels(DType dtype);
 }  // namespace v4
+namespace bf16 {
+const ProductKernels& product_kernels(DType dtype);  // bfloat16 alone
+}
 namespace amx {
-const ProductKernels& product_kernels(DType dtype);
-const ActivationKernels& activation_kernels(DType dtype);
-}  // namespace amx
+const ProductKernels& product_kernels(DType dtype);  // bfloat16 alone
+}
 
 }  // namespace effcore::lowrank

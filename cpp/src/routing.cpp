@@ -5,7 +5,7 @@
 #include <cstring>
 #include <limits>
 
-#include "effcore/cpu.h"
+#include "choose.h"
 #include "routing_kernels.h"
 #include "routing_rows.h"
 #include "scratch.h"
@@ -13,15 +13,7 @@
 namespace effcore::routing {
 
 const RowKernels& row_kernels(DType dtype) {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::amx:
-    case Isa::v4: return v4::row_kernels(dtype);
-    case Isa::v3: return v3::row_kernels(dtype);
-    default: break;
-  }
-#endif
-  return v2::row_kernels(dtype);
+  EFFCORE_RETURN_VECTORS(row_kernels, dtype)
 }
 
 namespace {

@@ -39,9 +39,6 @@ const RowKernels& row_kernels(DType dtype);
 namespace v4 {
 const RowKernels& row_kernels(DType dtype);
 }
-namespace amx {
-const RowKernels& row_kernels(DType dtype);
-}
 
 // The ones for this machine.
 const RowKernels& row_kernels(DType dtype);

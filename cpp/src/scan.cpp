@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "effcore/cpu.h"
+#include "choose.h"
 #include "routing_kernels.h"
 #include "scan_kernels.h"
 #include "scratch.h"
@@ -17,24 +17,12 @@
 namespace effcore::scan {
 namespace {
 
-#if defined(__x86_64__)
-#define EFFCORE_DISPATCH(FUNCTION)              \
-  switch (isa()) {                              \
-    case Isa::amx: return amx::FUNCTION(dtype); \
-    case Isa::v4: return v4::FUNCTION(dtype);   \
-    case Isa::v3: return v3::FUNCTION(dtype);   \
-    default: return v2::FUNCTION(dtype);        \
-  }
-#else
-#define EFFCORE_DISPATCH(FUNCTION) return v2::FUNCTION(dtype);
-#endif
 const ScanKernels& scan_kernels(DType dtype) {
-  EFFCORE_DISPATCH(scan_kernels)
+  EFFCORE_RETURN_VECTORS(scan_kernels, dtype)
 }
 const ScanBackwardKernels& scan_backward_kernels(DType dtype) {
-  EFFCORE_DISPATCH(scan_backward_kernels)
+  EFFCORE_RETURN_VECTORS(scan_backward_kernels, dtype)
 }
-#undef EFFCORE_DISPATCH
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;

@@ -37,15 +37,17 @@ def test_doctor(run):
         assert all(word in out for word in row["family"].replace(",", " ").split())
 
 
-def test_doctor_names_the_families_that_take_amx(run, monkeypatch):
-    for isa, families in (("v4", {"all"}), ("amx", {"all", _WITH_PRODUCTS, _WITHOUT_PRODUCTS})):
-        monkeypatch.setattr("effcore.cli.doctor._build", lambda problems, isa=isa: {"isa": isa})
-        code, out = run("doctor", "--json")
-        rows = [row for row in json.loads(out)["ops"] if row["device"] == "cpu" and row["family"] != "QK group"]
-        assert code == 0 and {row["family"] for row in rows} == families
-        assert {row["path"] for row in rows} == ({"v4"} if isa == "v4" else {"avx512", "amx tiles"})
-        code, out = run("doctor")
-        assert code == 0 and all(word in out for word in ", ".join(families).split(", "))
+@pytest.mark.parametrize(
+    "isa, paths", [("v3", {"avx2"}), ("bf16", {"avx512", "avx512_bf16"}), ("amx", {"avx512", "amx tiles"})]
+)
+def test_doctor_names_the_families_with_products_of_bfloat16(run, monkeypatch, isa, paths):
+    monkeypatch.setattr("effcore.cli.doctor._build", lambda problems: {"isa": isa})
+    code, out = run("doctor", "--json")
+    rows = [row for row in json.loads(out)["ops"] if row["device"] == "cpu" and row["family"] != "QK group"]
+    families = {"all", _WITH_PRODUCTS, _WITHOUT_PRODUCTS} if len(paths) > 1 else {"all"}
+    assert code == 0 and {row["family"] for row in rows} == families and {row["path"] for row in rows} == paths
+    code, out = run("doctor")
+    assert code == 0 and all(word in out for word in ", ".join(families).split(", "))
 
 
 def test_doctor_asks_the_library_for_each_family(monkeypatch):

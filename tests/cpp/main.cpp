@@ -35,7 +35,7 @@ int run(int argc, char** argv) {
   bool good = failed == 0;
   const bool child = argc > 1;
 #if defined(__x86_64__)
-  const char* isas[] = {"v2", "v3", "v4"};
+  const char* isas[] = {"v2", "v3", "v4", "bf16"};
   for (int level = 0; !child && level < static_cast<int>(isa()); ++level) {
     std::fflush(stdout);
     const std::string command = std::string("EFFCORE_ISA=") + isas[level] + " '" + argv[0] + "' child";

@@ -31,9 +31,9 @@ struct QueryOf {
   using type = typename E::Accumulator;
   static constexpr std::int64_t pad = width<type>;
 };
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 template <>
-struct QueryOf<Amx> {
+struct QueryOf<Pairs> {
   using type = bfloat16;
   static constexpr std::int64_t pad = 2 * width<float>;
 };

@@ -85,7 +85,7 @@ struct Family {
     const Depth live = live_depth(g, plane);
     const std::int64_t begin = live.begin / E::steps * E::steps;
     {
-      const typename E::Session session;
+      [[maybe_unused]] const typename E::Session session;
       for (std::int64_t k = begin; k == begin || k < live.end; k += chunk) {
         simd::Product<Operand, T> p;
         p.k = simd::depth<E>(most(0, least(chunk, live.end - k)));
@@ -144,7 +144,7 @@ struct Family {
     T* const sums = reinterpret_cast<T*>(job.partial + task * partial_bytes(columns));
 
     bool add = false;
-    const typename E::Session session;
+    [[maybe_unused]] const typename E::Session session;
     for (std::int64_t block = split * blocks / job.splits; block < (split + 1) * blocks / job.splits; ++block) {
       const std::int64_t plane = block / job.blocks, first = block % job.blocks * gradient_rows;
       const std::int64_t rows = least(gradient_rows, plane_rows(g) - first);
@@ -192,16 +192,8 @@ struct Family {
         }
   }
 
-  static constexpr Kernels kernels = {direct<E> ? simd::tile_rows : overhang,
-                                      gradient_rows,
-                                      gradient_chunk,
-                                      packed_bytes,
-                                      partial_bytes,
-                                      arrange,
-                                      pack,
-                                      rows,
-                                      weights,
-                                      reduce};
+  static constexpr Kernels kernels = {E::rows_at_once, gradient_rows, gradient_chunk, packed_bytes, partial_bytes,
+                                      arrange,         pack,          rows,           weights,      reduce};
 };
 
 }  // namespace

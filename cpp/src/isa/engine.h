@@ -14,9 +14,10 @@ struct Simd {
   using Accumulator = T;  // of scores, sums and statistics
   using Operand = T;      // of the products
   static constexpr std::int64_t panel = attention::EFFCORE_ISA::panel<T>, steps = 1;
-  static constexpr std::int64_t row_block = 128;      // query rows of a task; a multiple of probs_tile
-  static constexpr std::int64_t forward_keys = 512;   // keys between two updates of the running maximum
-  static constexpr std::int64_t backward_keys = 128;  // keys of a block of dS
+  static constexpr std::int64_t rows_at_once = tile_rows;  // of C
+  static constexpr std::int64_t row_block = 128;           // query rows of a task; a multiple of probs_tile
+  static constexpr std::int64_t forward_keys = 512;        // keys between two updates of the running maximum
+  static constexpr std::int64_t backward_keys = 128;       // keys of a block of dS
 
   struct Session {};  // held while a task multiplies
 

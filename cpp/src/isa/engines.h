@@ -1,7 +1,7 @@
 // Which engine computes a dtype in this unit.
 #pragma once
 #include "engine.h"
-#include "engine_amx.h"
+#include "engine_pairs.h"
 
 namespace effcore::attention::EFFCORE_ISA {
 namespace {
@@ -9,9 +9,9 @@ namespace {
 // Family<E>::kernels of the engine for this dtype.
 template <template <class> class Family>
 inline const auto& choose(DType dtype) {
-#if defined(__AMX_BF16__)
-  (void)dtype;  // the baseline unit asks the tiles for bfloat16 alone
-  return Family<Amx>::kernels;
+#if defined(__AVX512BF16__)
+  (void)dtype;  // the baseline unit asks these units for bfloat16 alone
+  return Family<Pairs>::kernels;
 #else
   switch (dtype) {
     case DType::float64: return Family<Simd<double, double> >::kernels;

@@ -1,9 +1,9 @@
 // result = alpha * X^T X + beta * previous, one block of the upper triangle at a time, and its mirror.
 //
 // Bound: FLOPs, half of those of a general product: 256 x 256 blocks on and above the diagonal, and in a block on the diagonal
-// only the vectors that reach above it. X is packed once a segment as the right operand of product.h or of the AMX tiles,
-// and read from there for both sides: X^T of the SIMD engine is the packed panel itself, walked along its columns; AMX needs
-// its left operand row-major, a transpose of 32-bit lanes of the packed tiles.
+// only the vectors that reach above it. X is packed once a segment as the right operand of product.h or of the pairs,
+// and read from there for both sides: X^T of the SIMD engine is the packed panel itself, walked along its columns; pairs need
+// their left operand row-major, a transpose of 32-bit lanes of the packed tiles.
 #include "../kronecker_kernels.h"
 #include "../scratch.h"
 #include "engines.h"
@@ -30,11 +30,11 @@ struct Left {  // SIMD: element (i, step) of a panel is packed[step * panel + i]
   }
 };
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 template <>
-struct Left<simd::Amx> {
+struct Left<simd::Pairs> {
   using Operand = simd::bfloat16;
-  static constexpr std::int64_t rows = 2 * simd::tile;
+  static constexpr std::int64_t rows = round_up(2 * simd::tile, simd::Pairs::rows_at_once);
   static constexpr bool by_vector = false;
   // Rows an odd number of cache lines apart: the sixteen rows of a tile fall into different sets.
   static std::int64_t stride(std::int64_t depth) { return round_up(depth, 64) + simd::tile_steps; }
@@ -59,7 +59,7 @@ struct Left<simd::Amx> {
 };
 #endif
 
-// Of a block's two operands, 256 KiB each in float32: 256 columns of 256 steps. AMX takes twice the steps in the same bytes.
+// Of a block's two operands, 256 KiB each in float32: 256 columns of 256 steps. Pairs take twice the steps in the same bytes.
 template <class Operand>
 constexpr std::int64_t k_block = 1024 / sizeof(Operand);
 

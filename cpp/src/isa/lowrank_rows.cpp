@@ -3,12 +3,13 @@
 //
 // Bound: bytes of the weights. Each is loaded once from memory for all rows. Two engines:
 //   Dots   c[m, n] = Σ rows[m, k] weights[n, k] in vectors along k, 16 (8) running sums in registers for 4 weights of 4, 2 or 1
-//   rows Tiles  bfloat16 on AMX: Cᵀ [weights, rows] = W [weights, k] rowsᵀ. The weights are the left operand, which tiles read
+//          rows; Lanes says what a vector of weights is
+//   Tiles  bfloat16 on AMX: Cᵀ [weights, rows] = W [weights, k] rowsᵀ. The weights are the left operand, which tiles read
 //          row-major from where they lie; only the rows are packed. 16 weights x 16 rows x 32 steps an instruction.
 #include "../lowrank_kernels.h"
 #include "../scratch.h"
 #include "activation.h"
-#include "engine_amx.h"
+#include "engine_pairs.h"
 
 namespace effcore::lowrank::EFFCORE_ISA {
 namespace {
@@ -33,17 +34,64 @@ void finish(const Product& p, std::int64_t first, T* c) {
   }
 }
 
-template <class Storage, class T>
+// A vector of numbers as the accumulators have them.
+template <class StorageType, class Sum>
+struct Lanes {
+  using Storage = StorageType;
+  using T = Sum;
+  using Operand = T;
+  using Weights = Vector<T>;
+  static constexpr std::int64_t step = width<T>;
+  static constexpr bool operand_from_sums = true;
+
+  [[gnu::always_inline]] static Weights read(const Storage* from) { return simd::load_as(from, T{}); }
+  static Weights read_rest(const Storage* from, std::int64_t n) {
+    T rest[step];
+    simd::load_row(rest, from, n, step);
+    return simd::load(static_cast<const T*>(rest));
+  }
+  [[gnu::always_inline]] static Vector<T> add(Vector<T> sum, const Operand* row, Weights y) {
+    return sum + simd::load(row) * y;
+  }
+};
+
+#if defined(__AVX512BF16__)
+// A vector of pairs, multiplied as they are: half the instructions, and the rows in half the bytes.
+struct PairLanes {
+  using Storage = simd::bfloat16;
+  using T = float;
+  using Operand = Storage;
+  using Weights = __m512bh;
+  static constexpr std::int64_t step = 2 * width<T>;
+  static constexpr bool operand_from_sums = false;
+
+  [[gnu::always_inline]] static Weights read(const Storage* from) {
+    return reinterpret_cast<Weights>(_mm512_loadu_si512(from));
+  }
+  static Weights read_rest(const Storage* from, std::int64_t n) {
+    return reinterpret_cast<Weights>(_mm512_maskz_loadu_epi16((1u << n) - 1, from));
+  }
+  [[gnu::always_inline]] static Vector<T> add(Vector<T> sum, const Operand* row, Weights y) {
+    return reinterpret_cast<Vector<T> >(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), read(row), y));
+  }
+};
+#endif
+
+template <class L>
 struct Dots {
+  using Storage = typename L::Storage;
+  using Operand = typename L::Operand;
+  using T = typename L::T;
   static constexpr int sums = simd::vector_bytes == 64 ? 16 : 8;  // of 32 or 16 registers
 
   static std::int64_t operand_bytes(std::int64_t rows, std::int64_t k) {
-    return rows * round_up(k, width<T>) * static_cast<std::int64_t>(sizeof(T));
+    return rows * round_up(k, L::step) * static_cast<std::int64_t>(sizeof(Operand));
   }
   static void prepare(void* operand, const void* rows_, std::int64_t stride, std::int64_t m, std::int64_t k) {
     const auto* rows = static_cast<const Storage*>(rows_);
-    const std::int64_t padded = round_up(k, width<T>);
-    for (std::int64_t i = 0; i < m; ++i) simd::load_row(static_cast<T*>(operand) + i * padded, rows + i * stride, k, padded);
+    const std::int64_t padded = round_up(k, L::step);
+    for (std::int64_t i = 0; i < m; ++i)
+      simd::load_row(static_cast<Operand*>(operand) + i * padded, rows + i * stride, k, padded);
   }
 
   // part[m][n] = a vector whose sum is c[m][n], for `rows` rows and a few weights, of which the ones from `valid` on repeat the
@@ -52,7 +100,7 @@ struct Dots {
   struct Tile {
     static constexpr int columns = sums / rows < 4 ? sums / rows : 4, ways = sums / rows / columns;
 
-    static void multiply(std::int64_t k, const T* a, std::int64_t a_row, const char* weights, std::int64_t stride,
+    static void multiply(std::int64_t k, const Operand* a, std::int64_t a_row, const char* weights, std::int64_t stride,
                          std::int64_t valid, Vector<T>* part) {
       Vector<T> sum[ways][rows * columns] = {};
       const Storage* w[columns];
@@ -62,26 +110,24 @@ struct Dots {
         for (int n = 0; n < columns; ++n) {
           // The next weights at the same depth: the processor itself looks ahead along one row, and rows are short.
           __builtin_prefetch(reinterpret_cast<const char*>(w[n] + i) + columns * stride, 0, 2);
-          const Vector<T> y = weight(n);
+          const typename L::Weights y = weight(n);
 #pragma GCC unroll 4
-          for (int m = 0; m < rows; ++m) sum[way][m * columns + n] += simd::load(a + m * a_row + i) * y;
+          for (int m = 0; m < rows; ++m) {
+            Vector<T>& x = sum[way][m * columns + n];
+            x = L::add(x, a + m * a_row + i, y);
+          }
         }
       };
       std::int64_t i = 0;
-      for (; i + ways * width<T> <= k; i += ways * width<T>)
+      for (; i + ways * L::step <= k; i += ways * L::step)
 #pragma GCC unroll 4
         for (int way = 0; way < ways; ++way) {
-          const std::int64_t at = i + way * width<T>;
-          step(way, at, [&](int n) __attribute__((always_inline)) { return simd::load_as(w[n] + at, T{}); });
+          const std::int64_t at = i + way * L::step;
+          step(way, at, [&](int n) __attribute__((always_inline)) { return L::read(w[n] + at); });
         }
-      for (; i + width<T> <= k; i += width<T>)
-        step(0, i, [&](int n) __attribute__((always_inline)) { return simd::load_as(w[n] + i, T{}); });
-      if (i < k)
-        step(0, i, [&](int n) __attribute__((always_inline)) {
-          T rest[width<T>];
-          simd::load_row(rest, w[n] + i, k - i, width<T>);
-          return simd::load(static_cast<const T*>(rest));
-        });
+      for (; i + L::step <= k; i += L::step)
+        step(0, i, [&](int n) __attribute__((always_inline)) { return L::read(w[n] + i); });
+      if (i < k) step(0, i, [&](int n) __attribute__((always_inline)) { return L::read_rest(w[n] + i, k - i); });
 #pragma GCC unroll 4
       for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 4
@@ -97,8 +143,8 @@ struct Dots {
   template <int rows>
   static void across(const Product& p, std::int64_t first, std::int64_t m, T* c) {
     constexpr int columns = Tile<rows>::columns;
-    const std::int64_t a_row = round_up(p.k, width<T>), n = least(block, p.columns - first);
-    const T* a = static_cast<const T*>(p.operand) + m * a_row;
+    const std::int64_t a_row = round_up(p.k, L::step), n = least(block, p.columns - first);
+    const Operand* a = static_cast<const Operand*>(p.operand) + m * a_row;
     Vector<T> part[rows * block];
     for (std::int64_t j = 0; j < n; j += columns)
       Tile<rows>::multiply(p.k, a, a_row, p.weights + (first + j) * p.weight_stride, p.weight_stride, n - j, part + j);
@@ -126,7 +172,7 @@ struct Tiles {
 
   static std::int64_t operand_bytes(std::int64_t rows, std::int64_t k) { return round_up(rows, tile) * round_up(k, steps) * 2; }
   static void prepare(void* operand, const void* rows, std::int64_t stride, std::int64_t m, std::int64_t k) {
-    simd::Amx::pack_transposed(static_cast<Storage*>(operand), k, 0, static_cast<const Storage*>(rows), stride, m, 0, m);
+    simd::Pairs::pack_transposed(static_cast<Storage*>(operand), k, 0, static_cast<const Storage*>(rows), stride, m, 0, m);
   }
 
   // Cᵀ [block][columns of `wide` tiles] (+)= weights [block, k] rowsᵀ
@@ -150,7 +196,7 @@ struct Tiles {
     const char* const weights = p.weights + first * p.weight_stride;
     const auto* const operand = static_cast<const Storage*>(p.operand);
     {
-      const simd::Amx::Session session;
+      const simd::Pairs::Session session;
       if (whole > 0)
         multiply_block(whole, reinterpret_cast<const Storage*>(weights), p.weight_stride / 2, operand, panel, wide, transposed,
                        false);
@@ -171,8 +217,7 @@ struct Tiles {
     finish<Storage, float>(p, first, c);
   }
 
-  // Against oneDNN on 2 cores: 1.5-2x up to 16 rows, 1.2-1.5x at 64, which is as far as the running sums stay in the cache.
-  static constexpr ProductKernels table = {block, {.most_rows = 64}, false, operand_bytes, prepare, multiply};
+  static constexpr ProductKernels table = {block, false, operand_bytes, prepare, multiply};
 };
 #endif
 
@@ -211,28 +256,26 @@ struct Activations {
   static constexpr ActivationKernels table = {activate, backward};
 };
 
-// Against torch on 2 cores with AVX-512: float16 gains 1.3-1.9x from 4 rows to 16, 1.0-1.2x at one. MKL multiplies a few rows
-// of float32 out of the cache as fast as they come; it loses from 4 rows on where the factors do not fit (0.94-1.1x at 2
-// to 2.5 MiB, 1.05-1.2x at 4 to 6, 1.3-1.4x at 8). The limit lies between what was measured at 2.5 and at 4 MiB.
-template <class Storage, class T>
-constexpr Limits limits =
-    sizeof(Storage) == 2 ? Limits{.most_rows = 16} : Limits{.least_rows = 4, .most_rows = 16, .least_bytes = 3 << 20};
-template <class Storage, class T>
-constexpr ProductKernels dots = {
-    block, limits<Storage, T>, true, Dots<Storage, T>::operand_bytes, Dots<Storage, T>::prepare, Dots<Storage, T>::multiply};
+template <class L>
+constexpr ProductKernels dots = {block, L::operand_from_sums, Dots<L>::operand_bytes, Dots<L>::prepare, Dots<L>::multiply};
 
 }  // namespace
 
 const ProductKernels& product_kernels(DType dtype) {
 #if defined(__AMX_BF16__)
-  if (dtype == DType::bfloat16) return Tiles::table;
-#endif
+  (void)dtype;  // asked for bfloat16 alone, as the next is
+  return Tiles::table;
+#elif defined(__AVX512BF16__)
+  (void)dtype;
+  return dots<PairLanes>;
+#else
   switch (dtype) {
-    case DType::float64: return dots<double, double>;
-    case DType::bfloat16: return dots<simd::bfloat16, float>;
-    case DType::float16: return dots<simd::float16, float>;
-    default: return dots<float, float>;
+    case DType::float64: return dots<Lanes<double, double> >;
+    case DType::bfloat16: return dots<Lanes<simd::bfloat16, float> >;
+    case DType::float16: return dots<Lanes<simd::float16, float> >;
+    default: return dots<Lanes<float, float> >;
   }
+#endif
 }
 
 const ActivationKernels& activation_kernels(DType dtype) {

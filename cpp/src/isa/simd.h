@@ -16,7 +16,7 @@
 #include "../attention_kernels.h"
 
 #ifndef EFFCORE_ISA
-#error "compile the units of this folder with -DEFFCORE_ISA=v2, v3, v4 or amx"
+#error "compile the units of this folder with -DEFFCORE_ISA=v2, v3, v4, bf16 or amx"
 #endif
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors as arguments of functions that are all inlined

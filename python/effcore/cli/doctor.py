@@ -157,18 +157,21 @@ def _ops(findings: dict[str, Any]) -> list[dict[str, str]]:
     if not findings["build"]:
         return []
     isa = str(findings["build"].get("isa", "unknown"))
-    vector = {"amx": "avx512"}.get(isa, isa)
+    vector = {"v2": "sse4.2", "v3": "avx2", "v4": "avx512", "bf16": "avx512", "amx": "avx512"}.get(isa, isa)
     rows = [
         _row("cpu", "float32, float64", vector, f"the widest vectors that this CPU and build have ({isa})", "all"),
         _row("cpu", "float16", vector, "converted to float32 while it is read", "all"),
     ]
+    permission = findings["cpu"].get("amx_permission")
+    no_amx = "the system does not permit AMX here" if permission is False else "this CPU or build has no AMX"
     if isa == "amx":
         rows.append(_row("cpu", "bfloat16", "amx tiles", "AMX is present and the system permits it", _WITH_PRODUCTS))
+    elif isa == "bf16":
+        rows.append(_row("cpu", "bfloat16", "avx512_bf16", f"dot products of pairs; {no_amx}", _WITH_PRODUCTS))
+    if isa in ("amx", "bf16"):
         rows.append(_row("cpu", "bfloat16", vector, "no matrix products", _WITHOUT_PRODUCTS))
     else:
-        permission = findings["cpu"].get("amx_permission")
-        why = "the system does not permit AMX here" if permission is False else "this CPU or build has no AMX"
-        rows.append(_row("cpu", "bfloat16", vector, f"converted to float32: {why}", "all"))
+        rows.append(_row("cpu", "bfloat16", vector, f"converted to float32: {no_amx} and no AVX-512 BF16", "all"))
     cuda = findings["cuda"]
     if not cuda["available"]:
         rows.append(_row("cuda", "all", "none", cuda["reason"], "all"))
