@@ -22,7 +22,7 @@ struct Product {
 };
 
 struct ProductKernels {
-  std::int64_t block;  // weights of one task
+  std::int64_t block;      // weights of one task
   bool operand_from_sums;  // the operand is made of float sums rather than of rows in the tensors' dtype
   std::int64_t (*operand_bytes)(std::int64_t rows, std::int64_t k);
   // rows [m, k] in the tensors' dtype
