@@ -1,4 +1,4 @@
-"""The roofline of a ResNet counts what a compiled block moves: every byte of a small one, by hand."""
+"""The roofline of a ResNet counts what a compiled block moves: every byte of a small one, by hand. The command's arguments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.claims import _low_rank_roofline as roofline
+from benchmarks.claims import low_rank
 from benchmarks.claims._low_rank_worker import in_seams
 from effcore.nn.stem import fuse_stem
 
@@ -84,3 +85,11 @@ def test_a_fused_stem_is_charged_as_its_layers(training):
     assert parts == {name, "resnet.embedder.embedder.normalization", "resnet.embedder.pooler"}
     assert together.pop(name) == sum(apart.pop(n) for n in parts)
     assert together == apart
+
+
+@pytest.mark.parametrize("claim, only", [("speed", "timed"), ("progressive", "merging"), ("search", "stem")])
+def test_an_unknown_variant_is_refused_by_name(capsys, claim, only):
+    """Not measured, silently, with exit code 0."""
+    with pytest.raises(SystemExit) as ended:
+        low_rank.main([claim, "--only", only, "--json", "/nowhere/x.json"])
+    assert ended.value.code == 2 and f"--only names {only}: {claim} has" in capsys.readouterr().err
