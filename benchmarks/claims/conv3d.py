@@ -235,12 +235,16 @@ def patches(device: str, batch: int, rounds: int) -> list[dict]:
     return rows
 
 
+# Options of accuracy that say which runs to make: a file may hold others.
+_OF_RUNS = {"only", "seeds"}
+
+
 def _held(path: Path | None, head: dict[str, Any]) -> list[dict]:
     """The rows of ``path``, from where a run of accuracy goes on; exits where they are of another machine or settings."""
     if path is None or not path.is_file():
         return []
     held = json.loads(path.read_text())
-    held["settings"] = {k: v for k, v in held["settings"].items() if k not in ("only", "seeds")}
+    held["settings"] = {k: v for k, v in held["settings"].items() if k not in _OF_RUNS}
     if other := _runs.differing(head, held):
         sys.exit(f"{path} holds runs with another {other}: give another --json, or remove it")
     return held["rows"]
@@ -281,9 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.json.write_text(json.dumps(report, indent=1))
         return 0
     machine = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
-    apart = (
-        {"json", "only", "seeds"} if options.claim == "accuracy" else {"json"}
-    )  # accuracy: each row has its runs' own
+    apart = {"json"} | (_OF_RUNS if options.claim == "accuracy" else set())
     settings = {k: str(v) for k, v in vars(options).items() if k not in apart and v is not None}
 
     def write(rows: list[dict]) -> None:

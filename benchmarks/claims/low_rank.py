@@ -35,7 +35,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
-from benchmarks.claims._low_rank_recovery import place  # noqa: E402
+from benchmarks.claims._low_rank_recovery import FADING, ONE, STAGES, place  # noqa: E402
 from benchmarks.claims._runs import differing  # noqa: E402
 from benchmarks.run import use_carried_libraries  # noqa: E402
 
@@ -135,7 +135,7 @@ def _known(claim: str) -> tuple[str, ...]:
         from benchmarks.claims._low_rank_resnet import GROUPS
 
         return tuple(name for group in GROUPS for name in group)
-    return {"progressive": ("one step", "fading", "stages"), "layers": ("stem",)}.get(claim, ())
+    return {"progressive": (ONE, FADING, STAGES), "layers": ("stem",)}.get(claim, ())
 
 
 def _rows(
@@ -166,7 +166,7 @@ def _rows(
             options.at_once,
             rates=options.rates,
             refine=options.refine,
-            kinds=options.only or (_low_rank_recovery.ONE, _low_rank_recovery.FADING, _low_rank_recovery.STAGES),
+            kinds=options.only or (ONE, FADING, STAGES),
             done=done,
         )
     if options.claim == "smollm":

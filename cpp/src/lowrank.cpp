@@ -55,7 +55,7 @@ constexpr Limits few_beyond_the_cache[] = {{.least_rows = 4, .most_rows = 16, .l
 constexpr Limits amd_float16[] = {{.least_rows = 2, .most_rows = 1024}};
 constexpr Limits amd_float32[] = {{.least_rows = 2, .most_rows = 256}, {.most_rows = 1, .least_bytes = 3 * mib / 2}};
 constexpr Limits amd_float64[] = {{.least_rows = 2, .most_rows = 32}, {.most_rows = 1, .least_bytes = 3 * mib / 2}};
-// And with the kernels of AVX2, as a Zen 2 or 3 has them.
+// And on it with the kernels of AVX2 (EFFCORE_ISA=v3), which a Zen 2 or 3 takes.
 constexpr Limits amd_float16_avx2[] = {{.most_rows = 128}};
 constexpr Limits amd_float32_avx2[] = {{.least_rows = 2, .most_rows = 4}, {.most_rows = 32, .least_bytes = 3 * mib / 2}};
 constexpr Limits amd_float64_avx2[] = {{.most_rows = 8, .least_bytes = 3 * mib}};

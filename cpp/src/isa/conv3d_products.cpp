@@ -22,7 +22,7 @@ struct Family {
 
   // Steps of the depth between two passes over the sums: for SIMD a panel of weights stays in the first-level cache, for
   // tiles the sums' way there and back must hide behind products.
-  static constexpr std::int64_t chunk = direct<E> ? simd::product_steps : 512;
+  static constexpr std::int64_t chunk = direct<E> ? E::Tiles::most_steps : 512;
   static constexpr std::int64_t gradient_rows = 128, gradient_chunk = 256;
 
   static std::int64_t packed_bytes(std::int64_t depth, std::int64_t columns) {
@@ -192,8 +192,8 @@ struct Family {
         }
   }
 
-  static constexpr Kernels kernels = {E::rows_at_once, gradient_rows, gradient_chunk, packed_bytes, partial_bytes,
-                                      arrange,         pack,          rows,           weights,      reduce};
+  static constexpr Kernels kernels = {E::Tiles::rows, gradient_rows, gradient_chunk, packed_bytes, partial_bytes,
+                                      arrange,        pack,          rows,           weights,      reduce};
 };
 
 }  // namespace

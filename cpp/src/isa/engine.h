@@ -13,15 +13,15 @@ struct Simd {
   using Storage = S;      // of the tensors
   using Accumulator = T;  // of scores, sums and statistics
   using Operand = T;      // of the products
+  using Tiles = VectorTiles<T>;
   static constexpr std::int64_t panel = attention::EFFCORE_ISA::panel<T>, steps = 1;
-  static constexpr std::int64_t rows_at_once = tile_rows;  // of C
-  static constexpr std::int64_t row_block = 128;           // query rows of a task; a multiple of probs_tile
-  static constexpr std::int64_t forward_keys = 512;        // keys between two updates of the running maximum
-  static constexpr std::int64_t backward_keys = 128;       // keys of a block of dS
+  static constexpr std::int64_t row_block = 128;      // query rows of a task; a multiple of probs_tile
+  static constexpr std::int64_t forward_keys = 512;   // keys between two updates of the running maximum
+  static constexpr std::int64_t backward_keys = 128;  // keys of a block of dS
 
   struct Session {};  // held while a task multiplies
 
-  static void multiply(const Product<T>& p) { multiply_blocks(p); }
+  static void multiply(const Product<T>& p) { multiply_blocks<Tiles>(p); }
 
   static void pack_rows(T* packed, std::int64_t depth, std::int64_t first, const Storage* from, std::int64_t row_stride,
                         std::int64_t rows, std::int64_t n, std::int64_t valid_begin, std::int64_t valid_end) {

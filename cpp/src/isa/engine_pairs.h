@@ -30,12 +30,16 @@ namespace {
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-struct Pairs : PairProducts {
+struct Pairs {
   using Storage = bfloat16;
   using Accumulator = float;
   using Operand = bfloat16;
+  using Tiles = PairTiles;
+  using Session = PairSession;
   static constexpr std::int64_t panel = tile, steps = tile_steps;
   static constexpr std::int64_t row_block = 128, forward_keys = 512, backward_keys = 128;
+
+  static void multiply(const Product<bfloat16, float>& p) { multiply_blocks<Tiles>(p); }
 
   static void pack_rows(bfloat16* packed, std::int64_t depth, std::int64_t first, const bfloat16* from, std::int64_t row_stride,
                         std::int64_t rows, std::int64_t n, std::int64_t valid_begin, std::int64_t valid_end) {

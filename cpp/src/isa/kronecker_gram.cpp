@@ -34,7 +34,7 @@ struct Left {  // SIMD: element (i, step) of a panel is packed[step * panel + i]
 template <>
 struct Left<simd::Pairs> {
   using Operand = simd::bfloat16;
-  static constexpr std::int64_t rows = round_up(2 * simd::tile, simd::Pairs::rows_at_once);
+  static constexpr std::int64_t rows = round_up(2 * simd::tile, simd::Pairs::Tiles::rows);
   static constexpr bool by_vector = false;
   // Rows an odd number of cache lines apart: the sixteen rows of a tile fall into different sets.
   static std::int64_t stride(std::int64_t depth) { return round_up(depth, 64) + simd::tile_steps; }

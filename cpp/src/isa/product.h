@@ -59,43 +59,46 @@ template <class T, int rows, int vectors>
     for (int v = 0; v < vectors; ++v) store(c + v * width<T>, add ? load(c + v * width<T>) + sum[r][v] : sum[r][v]);
 }
 
-template <class T>
-using MultiplyTile = void (*)(std::int64_t, const T*, std::int64_t, std::int64_t, const T*, T*, std::int64_t, bool);
-
-template <class T, int... index>
-struct Tiles {
-  static constexpr MultiplyTile<T> table[] = {multiply_tile<T, index / tile_vectors + 1, index % tile_vectors + 1>...};
-};
-template <class T, int count, int... index>
-struct MakeTiles : MakeTiles<T, count - 1, count - 1, index...> {};
-template <class T, int... index>
-struct MakeTiles<T, 0, index...> : Tiles<T, index...> {};
-
-// Steps of k whose panel of B stays in the first-level cache while all rows pass over it.
-constexpr std::int64_t product_steps = 128;
-
-template <class T>
-void multiply_blocks(const Product<T>& p) {
-  constexpr auto& tiles = MakeTiles<T, tile_rows * tile_vectors>::table;
+// Multiplies block by block. Tiles says how many rows and columns of C it takes at once, of which panel of B, and so many steps
+// of k that B's stay in the first-level cache while all rows pass over them; k begins at a multiple of its `steps`.
+template <class Tiles, class Operand, class T>
+void multiply_blocks(const Product<Operand, T>& p) {
   // The first step of k initialises C even where nothing is added after it.
-  for (std::int64_t k0 = 0; k0 == 0 || k0 < p.k; k0 += product_steps) {
-    const std::int64_t k1 = least(k0 + product_steps, p.k);
+  for (std::int64_t k0 = 0; k0 == 0 || k0 < p.k; k0 += Tiles::most_steps) {
+    const std::int64_t k1 = least(k0 + Tiles::most_steps, p.k);
     const bool add = p.add || k0 > 0;
-    for (std::int64_t j = 0; j < p.n; j += panel<T>) {
-      const T* b = p.b + j / panel<T> * p.b_panel;
-      for (std::int64_t i = 0; i < p.m; i += tile_rows) {
-        const std::int64_t rows = least(tile_rows, p.m - i), last = i + rows - 1;
-        const std::int64_t columns = least(panel<T>, (p.columns != nullptr ? p.columns[last] : p.n) - j);
-        const std::int64_t begin = p.k_begin != nullptr ? most(k0, p.k_begin[i]) : k0;
+    for (std::int64_t j = 0; j < p.n; j += Tiles::columns)
+      for (std::int64_t i = 0; i < p.m; i += Tiles::rows) {
+        const std::int64_t rows = least(Tiles::rows, p.m - i), last = i + rows - 1;
+        const std::int64_t columns = least(Tiles::columns, (p.columns != nullptr ? p.columns[last] : p.n) - j);
+        const std::int64_t begin = p.k_begin != nullptr ? most(k0, p.k_begin[i] / Tiles::steps * Tiles::steps) : k0;
         const std::int64_t end = p.k_end != nullptr ? least(k1, p.k_end[last]) : k1;
         if (columns <= 0 || (add && end <= begin)) continue;
-        const std::int64_t vectors = (columns + width<T> - 1) / width<T>;
-        tiles[(rows - 1) * tile_vectors + vectors - 1](end - begin, p.a + i * p.a_row + begin * p.a_column, p.a_row, p.a_column,
-                                                       b + begin * panel<T>, p.c + i * p.c_row + j, p.c_row, add);
+        Tiles::multiply(p, rows, columns, end - begin, p.a + i * p.a_row + begin * p.a_column,
+                        p.b + j / Tiles::panel * p.b_panel + begin * Tiles::panel, p.c + i * p.c_row + j, add);
       }
-    }
   }
 }
+
+template <class T, class>
+struct VectorTable;
+template <class T, int... index>
+struct VectorTable<T, std::integer_sequence<int, index...> > {
+  static constexpr decltype(&multiply_tile<T, 1, 1>) tiles[] = {
+      multiply_tile<T, index / tile_vectors + 1, index % tile_vectors + 1>...};
+};
+
+template <class T>
+struct VectorTiles {
+  static constexpr std::int64_t rows = tile_rows, columns = attention::EFFCORE_ISA::panel<T>, panel = columns;
+  static constexpr std::int64_t steps = 1, most_steps = 128;
+
+  static void multiply(const Product<T>& p, std::int64_t rows, std::int64_t columns, std::int64_t k, const T* a, const T* b,
+                       T* c, bool add) {
+    using Table = VectorTable<T, std::make_integer_sequence<int, tile_rows * tile_vectors> >;
+    Table::tiles[(rows - 1) * tile_vectors + (columns - 1) / width<T>](k, a, p.a_row, p.a_column, b, c, p.c_row, add);
+  }
+};
 
 // B = the rows [0, rows) of a matrix with n columns; steps [first, first + rows) of the packed [k, n]. Rows out of
 // [valid_begin, valid_end) (numbered from 0) become 0: what nobody sees must not bring its NaN along.

@@ -53,38 +53,30 @@ template <int rows, int columns>
   memory_fence();
 }
 
-struct PairProducts {
-  static constexpr std::int64_t rows_at_once = 2 * tile;  // of C
+// The shapes of the tiles are a state of the thread; released, they cost no context switch.
+struct PairSession {
+  PairSession() {
+    struct alignas(64) {
+      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~PairSession() { _tile_release(); }
+  PairSession(const PairSession&) = delete;
+};
 
-  // The shapes of the tiles are a state of the thread; released, they cost no context switch.
-  struct Session {
-    Session() {
-      struct alignas(64) {
-        std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-      } config;
-      __asm__ volatile("ldtilecfg %0" ::"m"(config));
-    }
-    ~Session() { _tile_release(); }
-    Session(const Session&) = delete;
-  };
+// Blocks of C and rows of A are allocated to multiples of a tile; what a product computes there is never read.
+struct PairTiles {
+  static constexpr std::int64_t rows = 2 * tile, columns = 2 * tile, panel = tile;
+  static constexpr std::int64_t steps = tile_steps, most_steps = std::int64_t{1} << 40;  // B streams from any cache
 
-  // Blocks of C and rows of A are allocated to multiples of a tile; what a product computes there is never read.
-  static void multiply(const Product<bfloat16, float>& p) {
-    const auto block = [&](std::int64_t i, std::int64_t j) {
-      const std::int64_t rows = least(2 * tile, p.m - i), last = i + rows - 1;
-      const std::int64_t columns = least(2 * tile, (p.columns != nullptr ? p.columns[last] : p.n) - j);
-      const std::int64_t begin = p.k_begin != nullptr ? p.k_begin[i] / tile_steps * tile_steps : 0;
-      const std::int64_t end = p.k_end != nullptr ? least(p.k, p.k_end[last]) : p.k;
-      if (columns <= 0 || (p.add && end <= begin)) return;
-      const auto multiply = rows > tile ? (columns > tile ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
-                                        : (columns > tile ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-      multiply(end - begin, p.a + i * p.a_row + begin, p.a_row, p.b + j / tile * p.b_panel + begin * tile, p.b_panel,
-               p.c + i * p.c_row + j, p.c_row, p.add);
-    };
-    for (std::int64_t j = 0; j < p.n; j += 2 * tile)
-      for (std::int64_t i = 0; i < p.m; i += 2 * tile) block(i, j);
+  static void multiply(const Product<bfloat16, float>& p, std::int64_t rows, std::int64_t columns, std::int64_t k,
+                       const bfloat16* a, const bfloat16* b, float* c, bool add) {
+    const auto multiply = rows > tile ? (columns > tile ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
+                                      : (columns > tile ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
+    multiply(k, a, p.a_row, b, p.b_panel, c, p.c_row, add);
   }
 };
 

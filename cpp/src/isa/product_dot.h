@@ -34,41 +34,26 @@ template <int rows, int panels>
       _mm512_storeu_ps(c + v * tile, add ? _mm512_add_ps(_mm512_loadu_ps(c + v * tile), sum[r][v]) : sum[r][v]);
 }
 
-using MultiplyPairs = void (*)(std::int64_t, const bfloat16*, std::int64_t, const bfloat16*, std::int64_t, float*, std::int64_t,
-                               bool);
 template <class>
-struct PairTiles;
+struct PairTable;
 template <int... index>
-struct PairTiles<std::integer_sequence<int, index...> > {
-  static constexpr MultiplyPairs table[] = {multiply_pairs<index / pair_panels + 1, index % pair_panels + 1>...};
+struct PairTable<std::integer_sequence<int, index...> > {
+  static constexpr decltype(&multiply_pairs<1, 1>) tiles[] = {
+      multiply_pairs<index / pair_panels + 1, index % pair_panels + 1>...};
 };
 
-struct PairProducts {
-  static constexpr std::int64_t rows_at_once = pair_rows;  // of C
+struct PairSession {};
 
-  struct Session {};
+// Rows of C are padded to whole vectors. What lies beyond an odd number of steps is zero in one operand and finite in the
+// other, as for tiles.
+struct PairTiles {
+  static constexpr std::int64_t rows = pair_rows, columns = pair_panels * tile, panel = tile;
+  static constexpr std::int64_t steps = 2, most_steps = 256;
 
-  // Rows of C are padded to whole vectors. What lies beyond an odd number of steps is zero in one operand and finite in the
-  // other, as for tiles.
-  static void multiply(const Product<bfloat16, float>& p) {
-    constexpr auto& tiles = PairTiles<std::make_integer_sequence<int, pair_rows * pair_panels> >::table;
-    // Steps of k whose panels of B, 4 of 8 KiB, stay in the first-level cache while all rows pass over them.
-    constexpr std::int64_t product_pairs = 256;
-    for (std::int64_t k0 = 0; k0 == 0 || k0 < p.k; k0 += product_pairs) {
-      const std::int64_t k1 = least(k0 + product_pairs, p.k);
-      const bool add = p.add || k0 > 0;
-      for (std::int64_t j = 0; j < p.n; j += pair_panels * tile)
-        for (std::int64_t i = 0; i < p.m; i += pair_rows) {
-          const std::int64_t rows = least(pair_rows, p.m - i), last = i + rows - 1;
-          const std::int64_t columns = least(pair_panels * tile, (p.columns != nullptr ? p.columns[last] : p.n) - j);
-          const std::int64_t begin = p.k_begin != nullptr ? most(k0, p.k_begin[i] / 2 * 2) : k0;
-          const std::int64_t end = p.k_end != nullptr ? least(k1, p.k_end[last]) : k1;
-          if (columns <= 0 || (add && end <= begin)) continue;
-          tiles[(rows - 1) * pair_panels + (columns - 1) / tile](end - begin, p.a + i * p.a_row + begin, p.a_row,
-                                                                 p.b + j / tile * p.b_panel + begin * tile, p.b_panel,
-                                                                 p.c + i * p.c_row + j, p.c_row, add);
-        }
-    }
+  static void multiply(const Product<bfloat16, float>& p, std::int64_t rows, std::int64_t columns, std::int64_t k,
+                       const bfloat16* a, const bfloat16* b, float* c, bool add) {
+    using Table = PairTable<std::make_integer_sequence<int, pair_rows * pair_panels> >;
+    Table::tiles[(rows - 1) * pair_panels + (columns - 1) / tile](k, a, p.a_row, b, p.b_panel, c, p.c_row, add);
   }
 };
 
