@@ -52,7 +52,7 @@ class Setup:
     batch: int
     ratio: float
     device: str
-    folder: str = ""  # of the dense models, while they are needed
+    folder: str = ""  # of the dense models
 
 
 @cache
@@ -122,7 +122,7 @@ def train(
 
     def one() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16) if half and cuda else nullcontext():
+        with torch.autocast(windows.device.type, torch.bfloat16) if half else nullcontext():
             loss = model(input_ids=part, labels=part).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -162,15 +162,21 @@ def train(
 
 
 def _file(setup: Setup, seed: int) -> Path:
-    return Path(setup.folder) / f"dense{seed}.pt"
+    return Path(setup.folder) / f"{setup.layers}x{setup.width}_{setup.steps}x{setup.batch}_{seed}.pt"
 
 
 def pretrain(setup: Setup, seed: int) -> dict[str, Any]:
+    """The dense model of a seed, trained unless the folder has it."""
     windows, held = _text(setup.device)
     torch.manual_seed(seed)
-    model, at = _fresh(setup), perf_counter()
-    train(model, windows, setup.steps, setup.batch, Way("dense", 1e-3), half=True)
-    torch.save(model.state_dict(), _file(setup, seed))
+    model, at, file = _fresh(setup), perf_counter(), _file(setup, seed)
+    if file.exists():
+        model = _dense(setup, seed)
+    else:
+        train(model, windows, setup.steps, setup.batch, Way("dense", 1e-3), half=True)
+        part = file.with_suffix(".part")  # a run that is stopped here leaves no half of a model
+        torch.save(model.state_dict(), part)
+        part.rename(file)
     return {
         "seed": seed,
         "way": {"kind": "dense"},
@@ -259,9 +265,10 @@ def progressive(
     done: Sequence[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Rows as they come; "trial" says which are those of the seed on which settings are found: each rate, and with
-    ``refine`` what lies around the best one. What is among ``done`` is not run again, but for the dense models."""
+    ``refine`` what lies around the best one. What is among ``done`` is not run again, nor are dense models trained
+    again that ``setup.folder`` has."""
     with tempfile.TemporaryDirectory() as folder:
-        setup = replace(setup, folder=folder)
+        setup = replace(setup, folder=setup.folder or folder)
         _text("cpu")  # the corpus is cut once
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(at_once, mp_context=context) as pool:

@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--refine", action="store_true", help="go on around the best rates (progressive)")
     parser.add_argument("--tuning", type=int, default=100, help="the seed on which settings are found (progressive)")
+    parser.add_argument("--dense", type=Path, help="a folder that keeps the dense models for other runs (progressive)")
     parser.add_argument("--width", type=int, default=64, help="(progressive)")
     parser.add_argument("--layers", type=int, default=2, help="(progressive)")
     parser.add_argument(
@@ -156,10 +157,19 @@ def _rows(
 
     if options.claim == "progressive":
         ratio = (options.ratios or [16.0])[0]
+        if options.dense:
+            options.dense.mkdir(parents=True, exist_ok=True)
+        setup = _low_rank_recovery.Setup(
+            width=options.width,
+            layers=options.layers,
+            steps=options.steps,
+            batch=options.batch or 8,
+            ratio=ratio,
+            device=options.device,
+            folder=str(options.dense or ""),
+        )
         return _low_rank_recovery.progressive(
-            _low_rank_recovery.Setup(
-                options.width, options.layers, options.steps, options.batch or 8, ratio, options.device
-            ),
+            setup,
             options.recovery,
             options.seeds,
             options.tuning,
