@@ -79,12 +79,7 @@ bench: setup
 
 cuda-check: setup
 	$(BIN)/python -m pytest -q tests/cuda -m cuda
-	$(BIN)/python tests/cuda/check_attention.py
-	$(BIN)/python tests/cuda/check_routing.py --sanitize
-	$(BIN)/python tests/cuda/check_conv3d.py --sanitize
-	$(BIN)/python tests/cuda/check_scan.py --sanitize
-	$(BIN)/python tests/cuda/check_lowrank.py --sanitize
-	$(BIN)/python tests/cuda/check_kronecker.py --sanitize
+	for check in tests/cuda/check_*.py; do $(BIN)/python $$check --sanitize || exit 1; done
 
 clean:
 	rm -rf build $(VENV)

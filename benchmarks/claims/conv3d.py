@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -34,11 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+from benchmarks.run import use_carried_libraries  # noqa: E402
+
+use_carried_libraries()
+
 import effcore  # noqa: E402
-
-for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
-    effcore.__path__.append(folder)
-
 from benchmarks.claims import _kernels, _runs  # noqa: E402
 from benchmarks.claims._conv3d_accuracy import accuracy, join  # noqa: E402
 from benchmarks.claims._conv3d_networks import METHODS, TASKS, Make, Task  # noqa: E402

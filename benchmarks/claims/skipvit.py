@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -21,10 +20,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
-import effcore  # noqa: E402
+from benchmarks.run import use_carried_libraries  # noqa: E402
 
-for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
-    effcore.__path__.append(folder)
+use_carried_libraries()
 
 from benchmarks.claims import _skipvit_speed  # noqa: E402
 

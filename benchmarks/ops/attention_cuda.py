@@ -24,13 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
-import effcore  # noqa: E402
 from benchmarks.case import Work  # noqa: E402
 from benchmarks.ceilings import Ceilings, measure  # noqa: E402
 from benchmarks.ops._cuda_peers import PEERS, Peer, find_peers, working  # noqa: E402
+from benchmarks.run import use_carried_libraries  # noqa: E402
 
-for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):
-    effcore.__path__.append(folder)
+use_carried_libraries()
 
 import effcore.ops.attention  # noqa: E402  (registers the ops)
 

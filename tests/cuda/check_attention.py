@@ -1,7 +1,7 @@
 """The CUDA kernels of the attention family against effcore.reference, on a GPU: `make cuda-check`.
 
 Every problem is run twice (the bits must agree) in memory filled with NaN, and compared with the reference in float64. Our
-error may be at most twice that of SDPA in the same dtype on the same inputs. Beside that each kernel runs once under
+error may be at most twice that of SDPA in the same dtype on the same inputs. With `--sanitize` each kernel also runs once under
 compute-sanitizer (memcheck and racecheck). That of CUDA 13.0 (2025.3) reports races at barriers which TMA completes, where
 2026.4 (`pip install nvidia-cuda-sanitizer-api`) finds none: its release notes list them as false. The first on PATH is taken.
 EFFCORE_CUDA_SHARED_KIB=99 tests the kernels of GPUs with less shared memory.
@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +23,13 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
-import effcore  # noqa: E402
+from benchmarks.run import use_carried_libraries  # noqa: E402
 
-for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
-    effcore.__path__.append(folder)
+use_carried_libraries()
 
 from effcore.ops import attention as ops  # noqa: E402
 from effcore.reference import attention as reference  # noqa: E402
+from tests.cuda import checks  # noqa: E402
 from tests.cuda.attention_problems import (  # noqa: E402
     DTYPES,
     FLOOR,
@@ -45,15 +42,6 @@ from tests.cuda.attention_problems import (  # noqa: E402
     tensor,
     visibility,
 )
-
-
-def poison() -> None:
-    """Fills the caching allocator's free memory with NaN, so that what a kernel does not write is seen."""
-    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
-        return
-    large = torch.full((1 << 27,), float("nan"), device="cuda")
-    small = [torch.full((1 << 12,), float("nan"), device="cuda") for _ in range(256)]
-    del large, small
 
 
 def error(x: Tensor, exact: Tensor) -> float:
@@ -117,7 +105,7 @@ def twice(run: Callable[[], dict]) -> list[dict]:
     """Two runs, each in memory filled with NaN; their bits must agree."""
     runs = []
     for _ in range(2):
-        poison()
+        checks.poison()
         runs.append(run())
     return runs
 
@@ -242,16 +230,7 @@ def check_special() -> list[dict]:
     rows = []
 
     def add(name: str, passed: bool) -> None:
-        rows.append(
-            {
-                "case": name,
-                "keep": "",
-                "identical": True,
-                "errors": {},
-                "worst": 0.0 if passed else float("inf"),
-                "passed": bool(passed),
-            }
-        )
+        rows.append(row_of(name, bool(passed)))
 
     bf16 = torch.bfloat16
     q, k, v = (torch.randn(2, 2, 200, 64, device="cuda", dtype=bf16) for _ in range(3))
@@ -273,7 +252,7 @@ def check_special() -> list[dict]:
     for b, sq, sk in ((0, 5, 5), (2, 0, 5), (2, 5, 0)):
         inputs = [torch.randn(b, 2, s, 64, device="cuda", dtype=bf16, requires_grad=True) for s in (sq, sk, sk)]
         for keep in ("lse", "probs"):
-            poison()
+            checks.poison()
             named = group(
                 ops,
                 inputs[0],
@@ -299,7 +278,7 @@ def check_special() -> list[dict]:
     twice = ops.attention_from_scores(scores, v) + ops.attention_from_scores(scores, v)
     dq, dk = torch.autograd.grad((out + twice).sum(), (q, k))
     add("scores used twice give NaN", torch.isnan(dq).all() and torch.isnan(dk).all())
-    poison()
+    checks.poison()
     _, (scores,) = ops.attention_with_scores(*(t.detach().float() for t in (q, k, v)), consumers=1, keep="probs")
     add("all of kept probabilities is written, with the room of their factors", torch.isfinite(scores.probs).all())
     try:
@@ -358,30 +337,6 @@ def check_special() -> list[dict]:
     return rows
 
 
-def start_sanitizer(tool: str) -> subprocess.Popen:
-    arguments = [
-        "compute-sanitizer",
-        f"--tool={tool}",
-        "--error-exitcode=9",
-        "--print-limit=2000",
-        "--kernel-name=kernel_substring=effcore",
-        sys.executable,
-        __file__,
-        "--small",
-    ]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def sanitizer_result(process: subprocess.Popen) -> tuple[bool, str]:
-    out, _ = process.communicate(timeout=400)
-    lines = [line for line in out.splitlines() if "ERROR" in line or "hazard" in line.lower() or "=========" in line]
-    kernels = sorted(set(re.findall(r"(\w+_kernel)<", "\n".join(lines))))
-    return process.returncode == 0, "\n".join([f"in {' '.join(kernels)}", *lines[:20], *lines[-3:]]) + (
-        "" if process.returncode in (0, 9) else out[-1500:]
-    )
-
-
 def run_small() -> None:
     """Each kernel once, for compute-sanitizer: no comparison, no SDPA."""
     for dtype, dim in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp16", 64), ("fp32", 64)):
@@ -435,7 +390,7 @@ def run_small() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-sanitize", action="store_true", help="leave compute-sanitizer out")
+    parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer as well, beside the problems")
     parser.add_argument("--small", action="store_true", help="only run each kernel once (what the sanitizer runs)")
     parser.add_argument(
         "--only", default="", metavar="REGEX", help="problems whose name matches ('decode' begins decoding's)"
@@ -447,30 +402,19 @@ def main() -> int:
         run_small()
         return 0
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's failures on unusual shapes poison the context
-    tools = () if args.no_sanitize else ("memcheck", "racecheck")
-    sanitizers = {tool: start_sanitizer(tool) for tool in tools}  # beside the problems
+    sanitizers = checks.Sanitizers(__file__, "effcore") if args.sanitize else None
     cases, decode = grid()
     cases += backward_grid()
     rows = []
 
-    def attempt(what: str, run) -> None:
+    def attempt(what: str, run: Callable[[], dict | list[dict]]) -> None:
         if not re.search(args.only, what):
             return
         try:
             result = run()
             rows.extend(result if isinstance(result, list) else [result])
         except Exception as problem:  # one failing problem must not hide the others
-            rows.append(
-                {
-                    "case": what,
-                    "keep": "",
-                    "identical": True,
-                    "errors": {},
-                    "worst": float("inf"),
-                    "passed": False,
-                    "problem": str(problem)[:300],
-                }
-            )
+            rows.append(row_of(what, False) | {"problem": f"{type(problem).__name__}: {problem}"[:300]})
 
     for case in cases:
         for keep in ("lse", "probs"):
@@ -480,26 +424,6 @@ def main() -> int:
     for case in decode:
         attempt("decode " + case.name(), lambda case=case: check_decode(case))
     attempt("special", check_special)
-    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
-    for tool, process in sanitizers.items():
-        passed, text = sanitizer_result(process)
-        report[tool] = {"passed": passed, "text": text}
-    if out := os.environ.get("OUT"):
-        Path(out, "attention_check.json").write_text(json.dumps(report, indent=1))
-    for row in rows:
-        if not row["passed"]:
-            errors = " ".join(f"{n}={a:.1e}/{b:.1e}" for n, (a, b) in row["errors"].items())
-            print(
-                "FAILED",
-                row["case"],
-                row["keep"],
-                "" if row["identical"] else "NOT IDENTICAL",
-                errors,
-                row.get("problem", ""),
-            )
-    for tool in ("memcheck", "racecheck"):
-        if tool in report:
-            print(tool, "passed" if report[tool]["passed"] else "FAILED\n" + report[tool]["text"])
     for dtype in DTYPES:
         group_rows = [r for r in rows if f"{dtype} B" in r["case"] and r["errors"]]
         ratios = [a / max(b, 1e-30) for r in group_rows for a, b in r["errors"].values() if b > 1e-7]
@@ -508,11 +432,23 @@ def main() -> int:
                 f"{dtype}: {len(group_rows)} problems, our error / SDPA's: "
                 f"median {sorted(ratios)[len(ratios) // 2]:.2f}, maximum {max(ratios):.2f}"
             )
-    failed = sum(not r["passed"] for r in rows) + sum(
-        not report[t]["passed"] for t in ("memcheck", "racecheck") if t in report
-    )
-    print(f"{len(rows)} problems, {failed} failed, on {report['device']}")
-    return 1 if failed else 0
+    results = [(f"{row['case']} {row['keep']}".strip(), row["passed"], why(row)) for row in rows]
+    if sanitizers:
+        results += sanitizers.results()
+    return checks.finish("attention", results, rows=rows)
+
+
+def row_of(what: str, passed: bool) -> dict:
+    """A problem that has no errors to compare."""
+    worst = 0.0 if passed else float("inf")
+    return {"case": what, "keep": "", "identical": True, "errors": {}, "worst": worst, "passed": passed}
+
+
+def why(row: dict) -> str:
+    if row["passed"]:
+        return ""
+    errors = [f"{name}={ours:.1e}/{theirs:.1e}" for name, (ours, theirs) in row["errors"].items()]
+    return " ".join([*([] if row["identical"] else ["NOT IDENTICAL"]), *errors, row.get("problem", "")])
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ CUDA events, alternating). The tables come last; numbers go to $OUT/conv3d_check
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,15 +18,15 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
-import effcore  # noqa: E402
+from benchmarks.run import use_carried_libraries  # noqa: E402
 
-for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
-    effcore.__path__.append(folder)
+use_carried_libraries()
 
 from benchmarks.timing import clock_for  # noqa: E402
 from effcore.ops import patch_embed  # noqa: E402
 from effcore.ops.conv3d import cross_conv3d  # noqa: E402
 from effcore.reference import conv3d as ref  # noqa: E402
+from tests.cuda.checks import Sanitizers, finish, poison  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAST = torch.channels_last_3d
@@ -99,15 +96,6 @@ PATCHES = [
     (3, 5, 24, (2, 16, 64), (1, 1, 16)),
     (2, 3, 40, (1, 6, 64), (1, 1, 32)),
 ]
-
-
-def poison() -> None:
-    """Fills the caching allocator's free memory with NaN, so that what a kernel does not write is seen."""
-    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
-        return
-    large = torch.full((1 << 27,), float("nan"), device="cuda")
-    small = [torch.full((1 << 12,), float("nan"), device="cuda") for _ in range(128)]
-    del large, small
 
 
 def channels_inside(kernel: torch.Tensor) -> torch.Tensor:
@@ -378,19 +366,6 @@ def run_small() -> None:
     torch.cuda.synchronize()
 
 
-def sanitize(tool: str) -> tuple[str, bool, str]:
-    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=conv3d"]
-    environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
-    done = subprocess.run(
-        [*command, sys.executable, __file__, "--small"], capture_output=True, text=True, env=environment, timeout=240
-    )
-    lines = [
-        line for line in done.stdout.splitlines() if "ERROR" in line or "hazard" in line.lower() or "=====" in line
-    ]
-    output = "\n".join(lines[:20] + lines[-3:])
-    return tool, done.returncode == 0, output + ("" if done.returncode in (0, 9) else done.stderr[-1500:])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer as well")
@@ -403,25 +378,16 @@ def main() -> int:
         run_small()
         return 0
     found = check() + check_patches()
-    report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    if args.time:
-        report["speed"] = [*speed(), *speed_of_patches()]
     if args.sanitize:
-        found += [sanitize(tool) for tool in ("memcheck", "racecheck")]
-    report["results"] = found
-    if out := os.environ.get("OUT"):
-        Path(out, "conv3d_check.json").write_text(json.dumps(report, indent=1))
-    failed = [r for r in found if not r[1]]
-    for name, _, why in failed[:25]:
-        print("FAILED", name, why[:600])
-    for row in report.get("speed", []):
+        found += Sanitizers(__file__, "conv3d").results()
+    times = [*speed(), *speed_of_patches()] if args.time else []
+    for row in times:
         ratios = "  ".join(f"{key} {row[key]:.2f}x" for key in row if key.startswith("against"))
         bound = f"  bound {row['bound us']:.1f}" if "bound us" in row else ""
         print(
             row["what"], row["shape"], ratios, "| us:", "  ".join(f"{n} {t:.1f}" for n, t in row["us"].items()), bound
         )
-    print(f"{len(found)} problems, {len(failed)} failed, on {report['device']}")
-    return 1 if failed else 0
+    return finish("conv3d", found, speed=times)
 
 
 if __name__ == "__main__":

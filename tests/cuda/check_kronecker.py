@@ -2,7 +2,7 @@
 
 Every problem is run twice (the bits must agree) in memory filled with NaN, with NaN and infinities in the tokens of no group;
 errors may be at most twice those of torch's products of the same dtype, expert by expert. `--sanitize` then runs small problems
-under compute-sanitizer (memcheck and racecheck). Numbers go to $OUT/kronecker_check.json, if OUT is set, after each part.
+under compute-sanitizer (memcheck and racecheck). Numbers go to $OUT/kronecker_check.json, if OUT is set.
 Times come from `python -m benchmarks.run kronecker --device cuda`.
 """
 
@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
-import effcore  # noqa: E402
+from benchmarks.run import use_carried_libraries  # noqa: E402
 
-for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
-    effcore.__path__.append(folder)
+use_carried_libraries()
 
 from effcore.ops import kronecker as ops  # noqa: E402
 from effcore.reference import kronecker as ref  # noqa: E402
+from tests.cuda.checks import Result, Sanitizers, finish  # noqa: E402
 from tests.support import assert_accurate, poisoned_memory  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -86,28 +85,20 @@ def check_lowrank() -> None:
             torch.testing.assert_close(captured + discarded[e], count * values.sum(), rtol=1e-4, atol=1e-6)
 
 
-def run_all(dims: tuple[int, ...], loads: tuple[list[int], ...], layouts: tuple[str, ...]) -> tuple[int, list[str]]:
-    """The number of Gram matrices' problems, and what failed; each failure is printed."""
-    failures, count = [], 0
+def run_all(dims: tuple[int, ...], loads: tuple[list[int], ...], layouts: tuple[str, ...]) -> list[Result]:
+    results: list[Result] = []
     for dim, load, dtype, layout in itertools.product(dims, loads, DTYPES, layouts):
-        count += 1
-        try:
-            check(list(load), dim, dtype, layout)
-        except Exception as error:
-            failures.append(f"D={dim} loads={load} {dtype} {layout}: {type(error).__name__}: {error}")
-            print(failures[-1], flush=True)
-    print(f"{count - len(failures)} passed, {len(failures)} failed", flush=True)
-    return count, failures
+        what = f"D={dim} loads={load} {dtype} {layout}"
+        results.append(attempt(what, check, list(load), dim, dtype, layout))
+    return results
 
 
-def sanitize(tool: str) -> list[str]:
-    """Small problems under compute-sanitizer, which looks at our kernels alone; what it found."""
-    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=kronecker"]
-    env = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
-    done = subprocess.run([*command, sys.executable, __file__, "--small"], env=env, capture_output=True, text=True)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    print(f"{tool}: exit {done.returncode}", *lines[-(40 if done.returncode else 3) :], sep="\n", flush=True)
-    return lines[-40:] if done.returncode else []
+def attempt(what: str, run: Callable[..., None], *arguments: Any) -> Result:
+    try:
+        run(*arguments)
+    except Exception as error:  # one failing problem must not hide the others
+        return what, False, f"{type(error).__name__}: {error}"
+    return what, True, ""
 
 
 def main() -> int:
@@ -116,22 +107,12 @@ def main() -> int:
     parser.add_argument("--sanitize", action="store_true", help="small problems under compute-sanitizer too")
     options = parser.parse_args()
     if options.small:
-        return bool(run_all((130, 264), (*LOADS[:1], *LOADS[-1:]), LAYOUTS[::2])[1])
-    report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "failures": {}}
-
-    def record(part: str, failures: list[str]) -> None:
-        report["failures"][part] = failures
-        if out := os.environ.get("OUT"):
-            Path(out, "kronecker_check.json").write_text(json.dumps(report, indent=1))
-
-    report["problems"], failures = run_all((1, 7, 8, 64, 128, 129, 136, 320, 704, 1408), LOADS, LAYOUTS)
-    record("grouped_gram", failures)
-    check_lowrank()
-    record("grouped_lowrank_update", [])
-    print("low-rank updates passed", flush=True)
-    for tool in ("memcheck", "racecheck") if options.sanitize else ():
-        record(tool, sanitize(tool))
-    return bool(any(report["failures"].values()))
+        return 0 if all(r[1] for r in run_all((130, 264), (*LOADS[:1], *LOADS[-1:]), LAYOUTS[::2])) else 1
+    results = run_all((1, 7, 8, 64, 128, 129, 136, 320, 704, 1408), LOADS, LAYOUTS)
+    results.append(attempt("low-rank updates", check_lowrank))
+    if options.sanitize:
+        results += Sanitizers(__file__, "kronecker").results()
+    return finish("kronecker", results)
 
 
 if __name__ == "__main__":

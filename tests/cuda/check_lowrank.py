@@ -9,9 +9,7 @@ Times: `benchmarks/ops/lowrank_cuda.py`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,14 +18,14 @@ import torch
 os.environ["EFFCORE_LOWRANK_EVERYWHERE"] = "1"  # small shapes too
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "python"))
-import effcore  # noqa: E402
+sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+from benchmarks.run import use_carried_libraries  # noqa: E402
 
-for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
-    effcore.__path__.append(folder)
+use_carried_libraries()
 
 from effcore.ops import lowrank as ops  # noqa: E402
 from effcore.reference import lowrank as ref  # noqa: E402
+from tests.cuda.checks import TOOLS, Result, Sanitizers, finish, poison  # noqa: E402
 
 NAMES = ("out", "dx", "ddown", "dup", "dbias")
 
@@ -49,8 +47,8 @@ def results(function, leaves: list[torch.Tensor], dout: torch.Tensor) -> list[to
     return [value.detach(), *torch.autograd.grad(value, leaves, dout.to(value.dtype))]
 
 
-def check(small: bool, only: list[int] | None = None) -> list[tuple[str, bool]]:
-    rows = []
+def check(small: bool, only: list[int] | None = None) -> list[Result]:
+    rows: list[Result] = []
     count = 0
     shapes = [
         (2048, 64, 8, 72),
@@ -69,7 +67,7 @@ def check(small: bool, only: list[int] | None = None) -> list[tuple[str, bool]]:
                     continue
                 leaves = problem(*shape, dtype)
                 dout = torch.randn(shape[0], shape[3], device="cuda").to(dtype)
-                torch.full((1 << 26,), float("nan"), device="cuda")  # into the allocator's free memory
+                poison()
 
                 def ours(*t: torch.Tensor, code: int = code) -> torch.Tensor:
                     return torch.ops.effcore.lowrank_linear(*t, code)
@@ -85,20 +83,13 @@ def check(small: bool, only: list[int] | None = None) -> list[tuple[str, bool]]:
                 for a, b, c in zip(got, same, exact, strict=True):
                     floor = torch.finfo(dtype).eps * c.norm()
                     worst = max(worst, float((a.double() - c).norm() / (2 * (b.double() - c).norm() + floor)))
-                rows.append(
-                    (f"{dtype} {shape} {activation}: error {worst:.2f} of what is allowed", good and worst <= 1)
-                )
+                what = f"{dtype} {shape} {activation}"
+                rows.append((what, good and worst <= 1, f"error {worst:.2f} of what is allowed"))
     return rows
 
 
 # Of the small problems: each shape plain, and one with an activation whose argument is kept; bfloat16.
 RACES = [*(len(ops.ACTIVATIONS) * i for i in range(3)), 2 * len(ops.ACTIVATIONS) + 2]
-
-
-def sanitized(tool: str, options: list[str]) -> bool:
-    """Of this library's kernels alone: racecheck reports races in cuBLAS's."""
-    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=lowrank"]
-    return subprocess.run([*command, sys.executable, __file__, "--small", *options]).returncode == 0
 
 
 def main() -> int:
@@ -108,18 +99,13 @@ def main() -> int:
     parser.add_argument("--only", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     rows = check(options.small, options.only)
-    if options.sanitize:
-        rows.append(("compute-sanitizer memcheck", sanitized("memcheck", [])))
-        for index in RACES:
-            rows.append(
-                (f"compute-sanitizer racecheck, problem {index}", sanitized("racecheck", ["--only", str(index)]))
-            )
-    for what, good in rows:
-        print("ok  " if good else "BAD ", what)
-    if folder := os.environ.get("OUT"):
-        report = {"device": torch.cuda.get_device_name(), "checks": rows}
-        (Path(folder) / "lowrank_check.json").write_text(json.dumps(report, indent=1))
-    return 0 if all(good for _, good in rows) else 1
+    if options.small:
+        return 0 if all(good for _, good, _ in rows) else 1
+    if options.sanitize:  # racecheck is slow: a process a problem
+        races = [("--only", str(index)) for index in RACES]
+        runs = [Sanitizers(__file__, "lowrank", tools=TOOLS[:1]), Sanitizers(__file__, "lowrank", races, TOOLS[1:])]
+        rows += [row for run in runs for row in run.results()]
+    return finish("lowrank", rows)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,18 +19,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
-import effcore  # noqa: E402
+from benchmarks.run import use_carried_libraries  # noqa: E402
 
-for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
-    effcore.__path__.append(folder)
+use_carried_libraries()
 
 from effcore.ops import routing as ops  # noqa: E402
 from effcore.reference import routing as ref  # noqa: E402
+from tests.cuda.checks import Result, Sanitizers, finish  # noqa: E402
 from tests.cuda.routing_problems import (  # noqa: E402
     DTYPES,
     SCORES,
     SHAPES,
-    Results,
     accurate,
     partition_of,
     rows,
@@ -42,8 +39,8 @@ from tests.cuda.routing_problems import (  # noqa: E402
 )  # fmt: skip
 
 
-def check_movement(shapes: list[tuple[int, ...]] = SHAPES) -> Results:
-    results: Results = []
+def check_movement(shapes: list[tuple[int, ...]] = SHAPES) -> list[Result]:
+    results: list[Result] = []
     for (batch, tokens, keep, channels), dtype, layout in itertools.product(
         shapes, DTYPES, ("plain", "sliced", "token-major", "expanded")
     ):
@@ -98,8 +95,8 @@ def check_movement(shapes: list[tuple[int, ...]] = SHAPES) -> Results:
     return results
 
 
-def check_norms(shapes: list[tuple[int, ...]] = SHAPES) -> Results:
-    results: Results = []
+def check_norms(shapes: list[tuple[int, ...]] = SHAPES) -> list[Result]:
+    results: list[Result] = []
     for (batch, tokens, keep, channels), dtype, rms, with_bias in itertools.product(
         shapes, DTYPES, (False, True), (False, True)
     ):
@@ -139,8 +136,8 @@ def check_norms(shapes: list[tuple[int, ...]] = SHAPES) -> Results:
     return results
 
 
-def check_partition() -> Results:
-    results: Results = []
+def check_partition() -> list[Result]:
+    results: list[Result] = []
     special = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-40], device="cuda")
     for tokens, dtype, kind in itertools.product(
         (1, 2, 31, 197, 512, 513, 1024, 4096, 30000), DTYPES, ("normal", "ties", "special")
@@ -180,8 +177,8 @@ def check_partition() -> Results:
     return results
 
 
-def check_special() -> Results:
-    results: Results = []
+def check_special() -> list[Result]:
+    results: list[Result] = []
     x = rows(2, 20, 33, torch.bfloat16)
     bad = torch.tensor([[0, 25, -3, 2**30, -(2**31)]] * 2, device="cuda", dtype=torch.int32)
     out = ops.gather_tokens(x.requires_grad_(), bad)
@@ -300,29 +297,6 @@ def run_small() -> None:
     torch.cuda.synchronize()
 
 
-def sanitize(tool: str) -> tuple[str, bool, str]:
-    command = [
-        "compute-sanitizer",
-        f"--tool={tool}",
-        "--error-exitcode=9",
-        "--kernel-name=kernel_substring=routing",
-        sys.executable,
-        __file__,
-        "--small",
-    ]
-    environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    lines = [
-        line for line in done.stdout.splitlines() if "ERROR" in line or "hazard" in line.lower() or "=========" in line
-    ]
-    return (
-        tool,
-        done.returncode == 0,
-        "\n".join(lines[:20] + lines[-3:])
-        + ("" if done.returncode in (0, 9) else done.stdout[-1500:] + done.stderr[-1500:]),
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer as well")
@@ -332,24 +306,16 @@ def main() -> int:
     if args.small:
         run_small()
         return 0
-    results: Results = []
+    results: list[Result] = []
     for check in (check_movement, check_norms, check_partition, check_special):
         try:
             results += check()
             torch.cuda.synchronize()
         except Exception as problem:  # one failing family of problems must not hide the others
             results.append((check.__name__, False, f"{type(problem).__name__}: {problem}"[:600]))
-    report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     if args.sanitize:
-        results += [sanitize(tool) for tool in ("memcheck", "racecheck")]
-    report["results"] = results
-    if out := os.environ.get("OUT"):
-        Path(out, "routing_check.json").write_text(json.dumps(report, indent=1))
-    failed = [r for r in results if not r[1]]
-    for name, _, why in failed[:25]:
-        print("FAILED", name, why[:400])
-    print(f"{len(results)} problems, {len(failed)} failed, on {report['device']}")
-    return 1 if failed else 0
+        results += Sanitizers(__file__, "routing").results()
+    return finish("routing", results)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ is timed where its kernels are installed. Tables come last; numbers go to $OUT/s
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,28 +20,18 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "python"))
-import effcore  # noqa: E402
+sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+from benchmarks.run import use_carried_libraries  # noqa: E402
 
-for folder in filter(None, os.environ.get("EFFCORE_LIBRARIES", "").split(":")):  # folders with lib/libeffcore_*.so
-    effcore.__path__.append(folder)
+use_carried_libraries()
 
 from effcore.ops import scan as ops  # noqa: E402
 from effcore.reference import scan as ref  # noqa: E402
 from tests.cuda import scan_times  # noqa: E402
+from tests.cuda.checks import Result, Sanitizers, finish, poison  # noqa: E402
 from tests.support import assert_accurate  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Results = list[tuple[str, bool, str]]
-
-
-def poison() -> None:
-    """Fills the caching allocator's free memory with NaN, so that what a kernel does not write is seen."""
-    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
-        return
-    held = [torch.full((1 << 26,), float("nan"), device="cuda")]
-    held += [torch.full((1 << 12,), float("nan"), device="cuda") for _ in range(128)]
 
 
 def rows(batch: int, tokens: int, channels: int, dtype: torch.dtype, layout: str) -> Tensor:
@@ -119,7 +106,7 @@ def scan_leaves(batch, tokens, channels, states, dtype, layout, parts, sequences
 
 
 # Sequences of about 2,048 channels that go over 2 threads a channel: 32 blocks each, up to two a multiprocessor.
-HALVES = 2 * torch.cuda.get_device_properties(0).multi_processor_count // 32
+HALVES = 2 * (torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132) // 32
 # batch, tokens, channels, states; cuts of packed sequences. Up to 16 states: a channel over 8 threads, in three roles; from
 # (2, 40, 2048) on in two, over 4 and 2 threads (float32: 4), and whole ones: in one pass and, from 1025 tokens on, in chunks.
 PROBLEMS = [
@@ -198,8 +185,8 @@ def problems(
                         yield f"conv K={width} {name}", conv, conv_leaves, grads[:1]
 
 
-def check_steps() -> Results:
-    results: Results = []
+def check_steps() -> list[Result]:
+    results: list[Result] = []
     for kind, dtype in DTYPES.items():
         for batch, channels, states in ((1, 1, 1), (3, 130, 16), (2, 40, 5), (2, 33, 100), (1, 70, 256)):
             leaves = scan_leaves(batch, 1, channels, states, dtype, "plain", True, batch)
@@ -218,9 +205,9 @@ def check_steps() -> Results:
     return results
 
 
-def check_edges() -> Results:
+def check_edges() -> list[Result]:
     """Nothing to do; huge and negative steps; offsets beyond 2^31; a captured graph."""
-    results: Results = []
+    results: list[Result] = []
     for batch, tokens, channels in ((0, 5, 8), (2, 0, 8), (2, 5, 0)):
         x = torch.randn(batch, tokens, channels, device="cuda", requires_grad=True)
         B = torch.randn(batch, tokens, 4, device="cuda", requires_grad=True)
@@ -265,22 +252,6 @@ def check_edges() -> Results:
     return results
 
 
-def sanitizers(parts: int = 4) -> dict[str, list[subprocess.Popen[str]]]:
-    """Small problems under each tool, over several processes, which wait for their processors more than for the GPU."""
-    uncached = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return {
-        tool: [
-            subprocess.Popen(
-                ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=scan",
-                 sys.executable, __file__, "--small", str(part), str(parts)],
-                env=uncached if tool == "memcheck" else None, stdout=subprocess.PIPE, text=True,
-            )
-            for part in range(parts)
-        ]
-        for tool in ("memcheck", "racecheck")
-    }  # fmt: skip
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sanitize", action="store_true", help="small problems under compute-sanitizer")
@@ -301,33 +272,16 @@ def main() -> int:
                 call(ops, {n: t.detach().requires_grad_() for n, t in leaves.items()})  # keeps states for a backward
         torch.cuda.synchronize()
         return 0
-    results: Results = []
+    results: list[Result] = []
     checks = (lambda: [judge(*problem) for problem in problems(False)], check_steps, check_edges)
     for check in () if options.no_check else checks:
         try:
             results += check()
         except Exception as problem:  # one failing family of problems must not hide the others
             results.append(("check", False, f"{type(problem).__name__}: {problem}"[:600]))
-    failed = [(name, detail) for name, good, detail in results if not good]
-    for name, detail in failed[:30]:
-        print(f"FAILED {name}: {detail}")
-    print(f"{len(results) - len(failed)} passed, {len(failed)} failed", flush=True)
-    record: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "passed": len(results) - len(failed),
-        "failed": failed,
-    }
-    for tool, processes in (sanitizers() if options.sanitize else {}).items():
-        tails, status = [], []
-        for process in processes:
-            lines = process.communicate()[0].splitlines()
-            tails.append([line for line in lines if "=====" in line][-3:]), status.append(process.returncode)
-            print(tool, status[-1], *tails[-1], sep="\n  ", flush=True)
-        record[tool] = {"status": status, "tail": tails}
-    record["times"] = scan_times.report() if options.time else []
-    if "OUT" in os.environ:
-        (Path(os.environ["OUT"]) / "scan_check.json").write_text(json.dumps(record, indent=1))
-    return bool(failed)
+    if options.sanitize:
+        results += Sanitizers(__file__, "scan", [(str(part), "4") for part in range(4)]).results()
+    return finish("scan", results, times=scan_times.report() if options.time else [])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "python"))
+sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
 
 from effcore.nn.stem import stem  # noqa: E402
+from tests.cuda.checks import Result, Sanitizers, finish, poison  # noqa: E402
 
 # (images, channels of one, height, width, channels out)
 SMALL = ((2, 3, 2, 8, 8), (2, 3, 26, 40, 16), (3, 1, 30, 24, 24), (2, 4, 64, 64, 64))
@@ -62,14 +60,14 @@ def _error(ours: Tensor, same: Tensor, exact: Tensor, dtype: torch.dtype) -> flo
     return float((ours.double() - exact).norm() / (2 * (same.double() - exact).norm() + floor))
 
 
-def check(shapes: tuple[tuple[int, ...], ...], compiled: bool) -> list[tuple[str, bool]]:
-    rows = []
+def check(shapes: tuple[tuple[int, ...], ...], compiled: bool) -> list[Result]:
+    rows: list[Result] = []
     for dtype in (torch.bfloat16, torch.float16) if compiled else (torch.bfloat16,):
         for shape in shapes:
             for training in (True, False):
                 torch.manual_seed(0)
                 images, weight, norm, dout = problem(shape, dtype, training)
-                torch.full((1 << 26,), float("nan"), device="cuda")  # into the allocator's free memory
+                poison()
                 got, again = (results(stem, images, weight, norm, dout) for _ in range(2))
                 good = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
                 same = results(plain, images, weight, norm, dout)
@@ -81,13 +79,8 @@ def check(shapes: tuple[tuple[int, ...], ...], compiled: bool) -> list[tuple[str
                 for how, values in others.items():
                     worst = max(_error(a, b, c, dtype) for a, b, c in zip(values, same, exact, strict=True))
                     what = f"{dtype} {shape} {'training' if training else 'evaluation'}{how}"
-                    rows.append((f"{what}: error {worst:.2f} of what is allowed", good and worst <= 1))
+                    rows.append((what, good and worst <= 1, f"error {worst:.2f} of what is allowed"))
     return rows
-
-
-def sanitized(tool: str) -> bool:
-    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kernel_substring=stem"]
-    return subprocess.run([*command, sys.executable, __file__, "--small"]).returncode == 0
 
 
 def main() -> int:
@@ -96,14 +89,9 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="the small ones alone, in bfloat16, eagerly")
     options = parser.parse_args()
     rows = check(SMALL if options.small else SHAPES, not options.small)
-    if options.sanitize:
-        rows += [(f"compute-sanitizer {tool}", sanitized(tool)) for tool in ("memcheck", "racecheck")]
-    for what, good in rows:
-        print("ok  " if good else "BAD ", what)
-    if (folder := os.environ.get("OUT")) and not options.small:
-        report = {"device": torch.cuda.get_device_name(), "checks": rows}
-        (Path(folder) / "stem_check.json").write_text(json.dumps(report, indent=1))
-    return 0 if all(good for _, good in rows) else 1
+    if options.small:
+        return 0 if all(good for _, good, _ in rows) else 1
+    return finish("stem", rows + (Sanitizers(__file__, "stem").results() if options.sanitize else []))
 
 
 if __name__ == "__main__":

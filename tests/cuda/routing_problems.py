@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from tests.cuda.checks import poison
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Results = list[tuple[str, bool, str]]  # what, whether it is right, and else why not
-
-
-def poison() -> None:
-    """Fills the caching allocator's free memory with NaN, so that what a kernel does not write is seen."""
-    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
-        return
-    large = torch.full((1 << 26,), float("nan"), device="cuda")
-    small = [torch.full((1 << 12,), float("nan"), device="cuda") for _ in range(128)]
-    del large, small
 
 
 def rows(batch: int, tokens: int, channels: int, dtype: torch.dtype, layout: str = "plain") -> Tensor:
