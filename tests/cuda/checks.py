@@ -70,7 +70,8 @@ class Sanitizers:
 
 
 def finish(name: str, results: Sequence[Result], **more: Any) -> int:
-    """Writes $OUT/<name>_check.json, if OUT is set, and prints what failed; the program's exit status: 1 where nothing was done, too."""
+    """Writes $OUT/<name>_check.json, if OUT is set, and prints what failed. The program's exit status: 1, too, where nothing
+    was checked nor measured."""
     device, failed = torch.cuda.get_device_name(), [r for r in results if not r[1]]
     report = {"device": device, "torch": torch.__version__, "results": results, **more}
     if out := os.environ.get("OUT"):
