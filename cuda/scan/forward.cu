@@ -220,12 +220,12 @@ template <class Body>
 void with_layout(const Scan& args, const char* function, Body&& body) {
   const std::int64_t states = args.A.size[1], sequences = effcore::scan::sequences(args.x, args.offsets);
   const std::int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, function);
-  const std::int64_t memory = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, function);
+  constexpr std::int64_t reserved = 1024;  // of a multiprocessor's shared memory, for each block
+  const std::int64_t memory = shared_memory_limit(function) + reserved;
   const auto fill = [&](std::int64_t block_channels) {  // blocks a multiprocessor
     return static_cast<double>(ceil_div(args.x.size[2], block_channels) * sequences) / static_cast<double>(processors);
   };
   const auto fits = [&]<class L>(L, std::int64_t blocks) {  // on one multiprocessor
-    constexpr std::int64_t reserved = 1024;
     constexpr std::int64_t bytes = sizeof(SpreadShared<bf16, L>), float_bytes = sizeof(SpreadShared<float, L>);
     return args.keep % L::tokens == 0 && blocks * (reserved + (args.x.dtype == DType::float32 ? float_bytes : bytes)) <= memory;
   };
