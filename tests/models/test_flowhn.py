@@ -178,8 +178,26 @@ def test_a_static_cache_takes_fewer_rows():
 
 def test_a_static_cache_has_no_gradients():
     net, cache = model(), FlowHNCache(config(), 20)
-    with pytest.raises(RuntimeError, match="static cache has no gradients"):
+    with pytest.raises(RuntimeError, match="static cache is not differentiable"):
         net(ids(2, 7), past_key_values=cache)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_cache_changes_no_gradient(strategy, padding):
+    net, tokens = model(strategy).double(), ids(2, 11)
+    mask = torch.ones_like(tokens)
+    mask[0, :padding] = 0
+    found = []
+    for use_cache in (False, True):
+        net.zero_grad()
+        (net(tokens, attention_mask=mask, use_cache=use_cache).logits.square() * mask[..., None]).sum().backward()
+        found.append({name: p.grad.clone() for name, p in net.named_parameters()})
+    torch.testing.assert_close(found[0], found[1])
+    net.get_input_embeddings().requires_grad_(False)
+    prompt = net(tokens[:, :6], attention_mask=mask[:, :6], use_cache=True)
+    with pytest.raises(RuntimeError, match="continuing from a cache is not differentiable"):
+        net(tokens[:, 6:], attention_mask=mask, past_key_values=prompt.past_key_values)
 
 
 def test_compiled_steps_behind_a_static_cache():

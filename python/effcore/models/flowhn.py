@@ -20,6 +20,7 @@ from effcore.models.flowhn_cache import FlowHNCache
 from effcore.models.flowhn_config import FlowHNConfig
 from effcore.models.flowhn_routes import Router
 from effcore.models.flowhn_steps import can_replay
+from effcore.models.layer import wants_gradients
 
 _LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
 
@@ -71,7 +72,7 @@ class FlowHNModel(FlowHNPreTrainedModel):
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds; a mask of another shape or with a hole; a cache of
                 other rows or blocks.
-            RuntimeError: gradients behind a static cache.
+            RuntimeError: gradients behind a static cache, or one that holds tokens already.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("effcore: give input_ids or inputs_embeds, not both and not neither")
@@ -87,8 +88,12 @@ class FlowHNModel(FlowHNPreTrainedModel):
         ends = [s + n for s, n in zip(starts, counts, strict=True)]
         if cache is not None:
             cache.check_room(ends)
-            if cache.is_static and hidden.requires_grad and torch.is_grad_enabled():
-                raise RuntimeError("effcore.FlowHNCache: a static cache has no gradients; run under torch.no_grad()")
+            if (cache.is_static or past) and wants_gradients(self, hidden):
+                what = "a static cache" if cache.is_static else "continuing from a cache"
+                raise RuntimeError(
+                    f"effcore: {what} is not differentiable; call the model under torch.no_grad(), or on the whole "
+                    "sequence with use_cache=False"
+                )
         uniform = valid is None and len(set(starts)) <= 1
         if uniform:
             routes = self.router.uniform(batch, starts[0] if starts else 0, tokens, hidden.device)
