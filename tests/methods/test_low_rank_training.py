@@ -6,7 +6,7 @@ from torch import nn
 
 import effcore
 from effcore.errors import InputError
-from effcore.methods import low_rank_merge, low_rank_ranks
+from effcore.methods import low_rank_layers, low_rank_merge, low_rank_ranks
 from effcore.methods.low_rank_callbacks import Freezing, ProgressiveDecomposition, SequentialFreezing, shrink
 from effcore.methods.low_rank_checkpoint import DESCRIPTION, load_decomposed, save_decomposed
 from effcore.methods.low_rank_factor import reorder
@@ -204,6 +204,16 @@ def test_merging_shrinks_and_trains():
         merge(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="ratio must be at least 1"):
         merge(model, 0.5)
+
+
+def test_frozen_layers_stay_frozen():
+    model = resnet_with_statistics(True).requires_grad_(False)
+    merge(model, 2.0, multiple=1)
+    assert not any(p.requires_grad for p in model.parameters())
+    model = nn.Sequential(LowRankConv2d(8, 8, 3, (4, 4)))
+    low_rank_layers.freeze(model)
+    branch(model, 2)
+    assert [p.requires_grad for p in model.parameters()] == [False, True, False, True]  # first, core, last and its bias
 
 
 def test_merging_at_given_ranks():

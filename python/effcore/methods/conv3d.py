@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effcore.methods._surroundings import evaluating
 from effcore.nn.conv3d import CatConv3d, CrossConv3d, PatchEmbed3d, R2Plus1DConv3d
 
 COMBINE = ("add", "cat", "r2plus1d")
@@ -275,19 +275,6 @@ def _distance(weight: Tensor, dense: Tensor) -> float:
     return ((dense.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, so that running statistics stay, and each module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _inputs(model: nn.Module, layers: dict[str, nn.Conv3d], sample: Any) -> dict[str, Tensor]:
     """What reaches each layer first."""
     found: dict[str, Tensor] = {}
@@ -300,7 +287,7 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Conv3d], sample: Any) -> dict
 
     hooks = [layer.register_forward_pre_hook(remember(name)) for name, layer in layers.items()]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             model(*sample) if isinstance(sample, tuple) else model(sample)
     finally:
         for hook in hooks:
