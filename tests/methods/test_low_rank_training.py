@@ -7,6 +7,7 @@ from torch import nn
 import effcore
 from effcore.errors import InputError
 from effcore.methods import low_rank_layers, low_rank_merge, low_rank_ranks
+from effcore.methods._gather import Processes
 from effcore.methods.low_rank_callbacks import Freezing, ProgressiveDecomposition, SequentialFreezing, shrink
 from effcore.methods.low_rank_checkpoint import DESCRIPTION, load_decomposed, save_decomposed
 from effcore.methods.low_rank_factor import reorder
@@ -98,6 +99,15 @@ def test_progressive_decomposition_trains_on(fading):
         ProgressiveDecomposition((1.0,), every=1)
     with pytest.raises(ValueError, match="every must be positive"):
         ProgressiveDecomposition((2.0,), every=0)
+
+
+def test_stages_in_several_processes_come_before_the_wrapping(monkeypatch):
+    monkeypatch.setattr(Processes, "count", 2)
+    model = nn.Sequential(nn.Linear(32, 64))
+    with pytest.raises(RuntimeError, match="would not add up the gradients"):
+        ProgressiveDecomposition((2.0,), every=2).apply(model, 0, 0.0, torch.optim.SGD(model.parameters()))
+    ProgressiveDecomposition((2.0,), every=2, fade=False).apply(model, 0, 0.0)
+    assert isinstance(model[0], LowRankLinear)
 
 
 def test_what_is_cut_off_fades(tmp_path):

@@ -123,6 +123,17 @@ def test_a_route_does_not_depend_on_the_length_of_the_text():
             assert sorted(attention + ssm) == list(range(tokens))
 
 
+def test_routes_of_many_lengths_take_little_memory():
+    router = Router(config(routing_length=1024, attention_tokens=300))
+    for tokens in range(1, 600):
+        router.uniform(64, 0, tokens, torch.device("cpu"))
+    kept = {
+        id(t): t for routes in router._uniform.values() for r in routes for t in (r.order, r.inverse) if t is not None
+    }
+    assert sum(t.numel() for t in kept.values()) <= 2 * 3 * (1 << 20)  # order and inverse in three blocks
+    assert router.uniform(64, 0, 599, torch.device("cpu")) is router.uniform(64, 0, 599, torch.device("cpu"))
+
+
 def test_the_papers_example_of_circulation():
     # six tokens, two to attention: the last two first, then the window moves back by its own length
     routes = Router(config(routing_length=6, attention_tokens=2)).uniform(1, 0, 6, torch.device("cpu"))
