@@ -322,6 +322,17 @@ def test_saved_and_loaded_without_the_original(kind, tmp_path):
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+def test_positions_of_a_loaded_bfloat16_model_are_not_rounded(tmp_path):
+    model, batch = hugging_face("llama")
+    model = type(model)._from_config(model.config, dtype=torch.bfloat16).eval()
+    effcore.decompose(model, 1.6, multiple=1)
+    save_decomposed(model, tmp_path)
+    loaded = load_decomposed(tmp_path)
+    assert loaded.dtype == torch.bfloat16 and loaded.model.rotary_emb.inv_freq.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
 @pytest.mark.parametrize("measure", ["inference", "training"])
 def test_only_what_is_faster_branches(measure, monkeypatch):
     model = nn.Sequential(*(LowRankConv2d(32, 32, 3, (r, 16), padding=1) for r in (16, 8, 10)))
