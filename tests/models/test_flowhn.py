@@ -85,6 +85,23 @@ def test_padded_rows_equal_rows_alone(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("cuts", [(1,) * 12, (3, 1, 1, 1, 6), (2, 1, 9)], ids=str)
+def test_padded_rows_read_in_parts(strategy, cuts):
+    """A part of one token may be padding where a row has not begun."""
+    net, lengths, tokens = model(strategy), [5, 12, 8], ids(3, 12)
+    mask = torch.stack([torch.arange(12) >= 12 - n for n in lengths]).long()
+    with torch.no_grad():
+        cache, parts, at = FlowHNCache(net.config), [], 0
+        for n in cuts:
+            seen = mask[:, : at + n]
+            parts.append(net(tokens[:, at : at + n], attention_mask=seen, past_key_values=cache).logits)
+            at += n
+        for b, n in enumerate(lengths):
+            alone = net(tokens[b : b + 1, -n:], use_cache=False).logits[0]
+            torch.testing.assert_close(torch.cat(parts, 1)[b, -n:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rows_at_different_positions_step_together(strategy):
     net, lengths, more = model(strategy), [5, 12, 1], 11
     rows = [ids(1, n + more, seed=n) for n in lengths]

@@ -283,8 +283,8 @@ def _mix(mixin: type[nn.Module], module: nn.Module) -> None:
 def _reduce(module: nn.Module, protocol: Any) -> Any:
     """Pickled by the two classes, as under the name of both there is the plain one."""
     mixin, plain = type(module).__mro__[1], _plain[type(module)]
-    _, _, *state = nn.Module.__reduce_ex__(module, protocol)
-    return _blank, (mixin, plain), *state
+    made: Any = nn.Module.__reduce_ex__(module, protocol)
+    return _blank, (mixin, plain), *made[2:]
 
 
 def _blank(mixin: type[nn.Module], plain: type[nn.Module]) -> nn.Module:

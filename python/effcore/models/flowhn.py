@@ -83,7 +83,7 @@ class FlowHNModel(FlowHNPreTrainedModel):
         starts = cache.positions if cache is not None and cache.positions else [0] * batch
         if len(starts) != batch:
             raise ValueError(f"effcore: the cache holds {len(starts)} rows, got {batch}")
-        valid = _valid_tokens(attention_mask, batch, tokens, past)
+        valid = _valid_tokens(attention_mask, batch, tokens, past, begun=all(starts))
         counts = [tokens] * batch if valid is None else valid.sum(1).tolist()
         ends = [s + n for s, n in zip(starts, counts, strict=True)]
         if cache is not None:
@@ -139,15 +139,18 @@ class FlowHNModel(FlowHNPreTrainedModel):
         return cache
 
 
-def _valid_tokens(mask: Tensor | None, batch: int, tokens: int, past: int) -> Tensor | None:
-    """bool [B, L] on the host: which new tokens are none of padding; None: all. One synchronisation a prefill on a GPU."""
+def _valid_tokens(mask: Tensor | None, batch: int, tokens: int, past: int, *, begun: bool) -> Tensor | None:
+    """bool [B, L] on the host: which new tokens are none of padding; None: all. One synchronisation a prefill on a GPU.
+
+    ``begun`` says that each row has had a token: padding on the left is behind it.
+    """
     if mask is None:
         return None
     if mask.dim() != 2 or tuple(mask.shape) != (batch, past + tokens):
         raise ValueError(
             f"effcore: attention_mask must be [{batch}, {past + tokens}] (cached and new tokens), got {tuple(mask.shape)}"
         )
-    if past and tokens == 1:  # a decoded token is never padding
+    if past and tokens == 1 and begun:  # a decoded token is never padding
         return None
     seen = (mask != 0).cpu()
     rises = (seen[:, 1:] & ~seen[:, :-1]).sum(1) + seen[:, 0]
