@@ -178,6 +178,13 @@ def test_it_leaves_modes_and_random_numbers_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(32, 32), nn.Conv2d(32, 32, 3)], ids=["linear", "conv"])
+def test_a_bias_that_trains_alone_still_does(layer):
+    layer.weight.requires_grad_(False)
+    model = effcore.decompose(nn.Sequential(layer), ratio=2.0)
+    assert [p is model[0].bias for p in model.parameters() if p.requires_grad] == [True]
+
+
 class Stopwatch:
     """Times as they are given: of the dense layer, and of a rank."""
 

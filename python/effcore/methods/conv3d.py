@@ -56,7 +56,7 @@ def factorize_conv3d(
 
     - kernels with time and space of their own (odd, in one group, undilated, zero padding): by ``combine``;
     - stride = kernel without padding (patch embeddings): by one matrix product, exactly;
-    - everything else is kept, and :func:`report` says why.
+    - everything else is kept, weights that two layers share among it, and :func:`report` says why.
 
     Args:
         model: any module. Replaced layers keep device, dtype, training mode and whether they train.
@@ -84,10 +84,14 @@ def factorize_conv3d(
     if not layers:
         raise ValueError("effcore.factorize_conv3d: the model has no nn.Conv3d")
     inputs = {} if sample is None else _inputs(model, layers, sample)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     reports = []
     replacements: dict[nn.Conv3d, nn.Module] = {}  # a layer that the model uses twice stays one
     for name, layer in layers.items():
-        report, replacement = _convert(name, layer, combine, init, inputs.get(name))
+        others = [o for o in owners.get(id(layer.weight), []) if model.get_submodule(o) is not layer]
+        report, replacement = _convert(name, layer, combine, init, inputs.get(name), others)
         reports.append(report)
         if replacement is not None:
             replacements[layer] = replacement
@@ -134,16 +138,20 @@ def nearest_cross(kernel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _convert(
-    name: str, layer: nn.Conv3d, combine: str, init: str, x: Tensor | None
+    name: str, layer: nn.Conv3d, combine: str, init: str, x: Tensor | None, others: list[str]
 ) -> tuple[LayerReport, nn.Module | None]:
+    """``others``: other modules that have this layer's weight, which parts of it would untie."""
     before = sum(p.numel() for p in layer.parameters())
     kind, reason = _kind(layer, combine)
+    if others and kind in COMBINE:
+        kind, reason = "kept", f"shares its weight with {', '.join(others)}"
     if kind == "kept":
         return LayerReport(name, "kept", reason, (before, before)), None
     made, dense = _BUILD[kind](layer, init)
     made.to(layer.weight.device, layer.weight.dtype).train(layer.training)
-    for parameter in made.parameters():
-        parameter.requires_grad_(layer.weight.requires_grad)
+    for part, parameter in made.named_parameters():
+        of_bias = layer.bias is not None and part.endswith("bias")
+        parameter.requires_grad_((layer.bias if of_bias else layer.weight).requires_grad)  # type: ignore[union-attr]
     error = float("nan") if dense is None else _distance(layer.weight, dense)
     after = sum(p.numel() for p in made.parameters())
     report = LayerReport(name, kind, "", (before, after), error)
