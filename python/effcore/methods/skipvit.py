@@ -60,6 +60,7 @@ class Skip:
         self.trace: list[tuple[Tensor, Tensor]] | None = None
 
     def on(self, training: bool) -> bool:
+        """Whether patches skip in this mode at present."""
         return self.active and (training or self.inference)
 
     def __repr__(self) -> str:

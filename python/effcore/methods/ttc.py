@@ -105,6 +105,7 @@ class Decision:
     saved: float = 0.0  # share of the training tokens, evaluation charged
 
     def as_json(self) -> dict[str, Any]:
+        """All of it, as JSON takes it; a break-even without limit is None."""
         row = asdict(self)
         row["accuracies"] = {str(k): v for k, v in self.accuracies.items()}
         if row["break_even"] == math.inf:

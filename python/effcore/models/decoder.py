@@ -29,6 +29,8 @@ from effcore.ops import attention as ops
 
 
 class SharedLlamaPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a family: its configuration, what may not be split, and which checkpointing it takes."""
+
     config: SharedLlamaConfig
     config_class = SharedLlamaConfig
     base_model_prefix = "model"

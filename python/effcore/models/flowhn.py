@@ -26,6 +26,8 @@ _LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels
 
 
 class FlowHNPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a family: its configuration, what may not be split, and how weights begin."""
+
     config: FlowHNConfig
     config_class = FlowHNConfig
     base_model_prefix = "model"
