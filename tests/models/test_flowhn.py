@@ -1,5 +1,7 @@
 """FlowHN: causality, caches, routes, generation, saving, training."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -191,6 +193,19 @@ def test_a_static_cache_stays_where_it_is_and_says_when_it_is_full(strategy):
         assert places() == before and cache.bytes() == size
         with pytest.raises(ValueError, match="holds 20 tokens of a row, got 21"):
             net(tokens[:, :1], past_key_values=cache)
+
+
+def test_a_copied_cache_goes_on_by_itself():
+    """A prompt that is read once and continued several times; of the model, which captured steps refer to, there is no copy."""
+    net, tokens = model(), ids(2, 12)
+    with torch.no_grad():
+        cache = FlowHNCache(config(), 20)
+        net(tokens[:, :8], past_key_values=cache)
+        cache.graphs._model = net
+        other = copy.deepcopy(cache)
+        first = net(tokens[:, 8:], past_key_values=cache).logits
+        torch.testing.assert_close(net(tokens[:, 8:], past_key_values=other).logits, first)
+    assert other.graphs._model is None and cache.graphs._model is net
 
 
 def test_a_static_cache_takes_fewer_rows():

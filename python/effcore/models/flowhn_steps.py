@@ -46,6 +46,9 @@ class StepGraphs:
         self._weights: list[Tensor] = []
         self._places: list[int] = []
 
+    def __deepcopy__(self, memo: Any) -> StepGraphs:
+        return StepGraphs()  # a copy of the cache has buffers of its own, and the model is no part of it
+
     def step(self, model: Any, ids: Tensor, cache: FlowHNCache) -> Tensor:
         """Logits [B, 1, V] of the next token of each row; the cache goes on by it."""
         position = cache.positions[0]
