@@ -29,6 +29,23 @@ def dense_precision(model, x, variance):
     return torch.eye(len(kron), dtype=x.dtype) / variance + kron
 
 
+@pytest.mark.parametrize("targets", [["2"], ["0", "2"]])
+def test_activations_in_place_change_nothing(targets):
+    torch.manual_seed(0)
+    plain, (x, y) = toy(), data()
+    features, classes = plain[-1].in_features, plain[-1].out_features
+    factors = []
+    for inplace in (False, True):
+        layers = [torch.nn.Linear(x.shape[1], 6), torch.nn.Tanh(), torch.nn.Linear(6, features), torch.nn.ReLU(inplace)]
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(*layers, torch.nn.Linear(features, classes)).to(x.dtype)
+        for p in model.parameters():
+            torch.nn.init.normal_(p)
+        posterior = laplace(model, [(x, y)], targets=targets, hessian="kron")
+        factors.append([t for layer in posterior.layers for factor in layer.factors for t in factor])
+    torch.testing.assert_close(factors[0], factors[1])
+
+
 @pytest.mark.parametrize("size", [24, 7])
 def test_last_layer_equals_dense_algebra(size):
     model, (x, y) = toy(), data()

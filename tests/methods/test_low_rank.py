@@ -168,6 +168,23 @@ def test_time_target_and_timed_ratio():
         effcore.decompose(model, time=1e-6, data=[x], inplace=False)
 
 
+def test_it_leaves_modes_and_random_numbers_as_they_were():
+    """A norm that was frozen on purpose stays so; how many layers were timed does not change what is drawn afterwards."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.Linear(64, 32)).train()
+    model[1].eval()
+    state = torch.get_rng_state()
+    effcore.decompose(model, ratio=2.0, data=[torch.ones(8, 32)])
+    assert model.training and not model[1].training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(32, 32), nn.Conv2d(32, 32, 3)], ids=["linear", "conv"])
+def test_a_bias_that_trains_alone_still_does(layer):
+    layer.weight.requires_grad_(False)
+    model = effcore.decompose(nn.Sequential(layer), ratio=2.0)
+    assert [p is model[0].bias for p in model.parameters() if p.requires_grad] == [True]
+
+
 class Stopwatch:
     """Times as they are given: of the dense layer, and of a rank."""
 

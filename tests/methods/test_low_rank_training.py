@@ -6,7 +6,8 @@ from torch import nn
 
 import effcore
 from effcore.errors import InputError
-from effcore.methods import low_rank_merge, low_rank_ranks
+from effcore.methods import low_rank_layers, low_rank_merge, low_rank_ranks
+from effcore.methods._gather import Processes
 from effcore.methods.low_rank_callbacks import Freezing, ProgressiveDecomposition, SequentialFreezing, shrink
 from effcore.methods.low_rank_checkpoint import DESCRIPTION, load_decomposed, save_decomposed
 from effcore.methods.low_rank_factor import reorder
@@ -98,6 +99,15 @@ def test_progressive_decomposition_trains_on(fading):
         ProgressiveDecomposition((1.0,), every=1)
     with pytest.raises(ValueError, match="every must be positive"):
         ProgressiveDecomposition((2.0,), every=0)
+
+
+def test_stages_in_several_processes_come_before_the_wrapping(monkeypatch):
+    monkeypatch.setattr(Processes, "count", 2)
+    model = nn.Sequential(nn.Linear(32, 64))
+    with pytest.raises(RuntimeError, match="would not add up the gradients"):
+        ProgressiveDecomposition((2.0,), every=2).apply(model, 0, 0.0, torch.optim.SGD(model.parameters()))
+    ProgressiveDecomposition((2.0,), every=2, fade=False).apply(model, 0, 0.0)
+    assert isinstance(model[0], LowRankLinear)
 
 
 def test_what_is_cut_off_fades(tmp_path):
@@ -206,6 +216,16 @@ def test_merging_shrinks_and_trains():
         merge(model, 0.5)
 
 
+def test_frozen_layers_stay_frozen():
+    model = resnet_with_statistics(True).requires_grad_(False)
+    merge(model, 2.0, multiple=1)
+    assert not any(p.requires_grad for p in model.parameters())
+    model = nn.Sequential(LowRankConv2d(8, 8, 3, (4, 4)))
+    low_rank_layers.freeze(model)
+    branch(model, 2)
+    assert [p.requires_grad for p in model.parameters()] == [False, True, False, True]  # first, core, last and its bias
+
+
 def test_merging_at_given_ranks():
     model = resnet_with_statistics(True)
     names = [b.convs[1] for b in bottlenecks(model)]
@@ -300,6 +320,17 @@ def test_saved_and_loaded_without_the_original(kind, tmp_path):
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     if kind == "llama":
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_positions_of_a_loaded_bfloat16_model_are_not_rounded(tmp_path):
+    model, batch = hugging_face("llama")
+    model = type(model)._from_config(model.config, dtype=torch.bfloat16).eval()
+    effcore.decompose(model, 1.6, multiple=1)
+    save_decomposed(model, tmp_path)
+    loaded = load_decomposed(tmp_path)
+    assert loaded.dtype == torch.bfloat16 and loaded.model.rotary_emb.inv_freq.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
 @pytest.mark.parametrize("measure", ["inference", "training"])

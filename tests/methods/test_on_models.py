@@ -165,6 +165,24 @@ def test_distillation_gradient_is_that_of_the_formula():
     assert model.model.layers[3].self_attn.k_proj.weight.grad is None
 
 
+def test_distillation_under_checkpointing_and_in_a_second_model():
+    ids = torch.stack([item["input_ids"] for item in windows(2)])
+    schedule, found = ECHOSchedule(4, final_start=2, steps_per_stage=2, distillation=0.7), []
+    for checkpointing in (False, True):
+        model = tiny("kv").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        schedule.apply(model, None, 0)
+        for _ in range(2):
+            (model(input_ids=ids, labels=ids).loss + schedule.extra_loss()).backward()
+        assert schedule.extra_loss() is None  # the backward left none
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[0], found[1])
+    model(input_ids=ids)
+    with pytest.warns(UserWarning, match=r"was added to no loss; add schedule.extra_loss\(\)"):
+        model(input_ids=ids)
+
+
 def test_finish_drops_the_projections_from_the_checkpoint(tmp_path):
     model = loop(tiny("kv"), ECHOSchedule(4, 2, 1), windows(4))
     schedule = ECHOSchedule(4, 2, 1)

@@ -73,6 +73,20 @@ def test_the_generator_is_left_alone_and_the_mode_too():
     assert torch.equal(torch.get_rng_state(), before) and m.training
 
 
+def test_each_module_keeps_its_mode():
+    net, (ids, mask) = model().train(), padded()
+    net.model.layers[0].eval()
+    sample_tokens(net, ids, mask, num_samples=2, max_new_tokens=2)
+    assert net.training and net.model.layers[1].training and not net.model.layers[0].training
+
+
+def test_without_a_cache():
+    net, (ids, mask) = model(), padded()
+    want = sample_tokens(net, ids, mask, num_samples=2, max_new_tokens=4, seed=0)
+    net.generation_config.use_cache = False
+    assert torch.equal(sample_tokens(net, ids, mask, num_samples=2, max_new_tokens=4, seed=0), want)
+
+
 def test_prompts_of_one_token_and_single_samples():
     m = model()
     assert sample_tokens(m, torch.tensor([[5], [6]]), num_samples=3, max_new_tokens=4).shape[:2] == (2, 3)

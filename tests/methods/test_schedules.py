@@ -143,6 +143,15 @@ def test_apply_does_nothing_between_switches_and_counts_without_a_step():
     assert model.switches == 1
 
 
+def test_a_schedule_serves_another_model_too():
+    schedule, first, second = StaticSchedule("0_0_2_2"), Layers(), Layers()
+    assert schedule.apply(first, step=0) and schedule.apply(second, step=0)
+    assert first.layout == second.layout == "0_0_2_2"
+    second.set_layout("0_1_2_3")  # by somebody else
+    assert schedule.apply(second, step=1) and second.layout == "0_0_2_2"
+    assert not schedule.apply(second, step=2)
+
+
 def test_resumed_state_continues_and_refuses_other_settings():
     schedule = EPASSchedule(4, switch_every=2, max_shared=2)
     for _ in range(3):

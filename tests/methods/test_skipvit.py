@@ -1,6 +1,7 @@
 """SkipViT on Hugging Face's ViT and DeiT and on a timm-like model: against the method written out by hand."""
 
 import copy
+import pickle
 from collections import Counter
 
 import pytest
@@ -326,6 +327,17 @@ def test_autocast(name):
         out = logits(model(images()))
     out.float().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_model_can_be_pickled(name):
+    model, images = MODELS[name]().eval(), torch.randn(2, 3, 32, 32)
+    effcore.skip_tokens(model, drop=0.5, leave=2, rejoin=4)
+    again = pickle.loads(pickle.dumps(model))
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    before, after = model(images), again(images)
+    assert torch.equal(getattr(before, "logits", before), getattr(after, "logits", after))
+    assert type(skipvit.keep_all_tokens(again)) is type(MODELS[name]())
 
 
 def test_hidden_states_of_hugging_face():

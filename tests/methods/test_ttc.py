@@ -155,8 +155,9 @@ def test_break_even_is_the_formula():
 def test_costs_are_counted_on_the_model():
     from tests.methods.test_sampling import model
 
-    m = model()
+    m = model().train()
     costs = Costs.measure(m, prompt=16, new=16)
+    assert m.training
     linear = sum(p.numel() for name, p in m.named_parameters() if p.dim() == 2 and "embed" not in name)
     assert costs.generate > 2 * linear and 3 * costs.generate > costs.train > 6 * linear  # attention comes on top
 

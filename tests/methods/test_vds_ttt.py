@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -241,6 +242,45 @@ def test_interrupted_and_resumed_equals_uninterrupted(options, where, count, tmp
     # A finished run is not run again.
     again = learner(Likes(), run=tmp_path / "parts", **options)
     assert torch.equal(weights(again.adapt(QUERIES)), want) and again.verifier.asked == 0
+
+
+@pytest.mark.parametrize("mode", ["transductive", "online"])
+def test_what_comes_back_is_ready_to_answer(mode, tmp_path):
+    """No dropout, from a run folder either; torch's generator and what was counted are as if there had been no other call."""
+    ids = torch.tensor([byte_tokenizer()(QUERIES[0])["input_ids"]])
+    one = learner(mode=mode, run=tmp_path, lora=LoraSettings(rank=4, alpha=8, dropout=0.5))
+    state = torch.get_rng_state()
+    want = one.adapt(QUERIES)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = learner(mode=mode, run=tmp_path, lora=LoraSettings(rank=4, alpha=8, dropout=0.5)).adapt(QUERIES)
+    assert not any(module.training for module in again.modules())
+    assert torch.equal(again(ids).logits, want(ids).logits)
+
+
+def test_a_second_call_begins_from_the_model_without_adapters():
+    fresh = learner()
+    want = weights(fresh.adapt(QUERIES[3:]))
+    both = learner()
+    both.adapt(QUERIES[:3])
+    assert torch.equal(weights(both.adapt(QUERIES[3:])), want) and both.selected == fresh.selected
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["plain", "adapters of its own"])
+@pytest.mark.parametrize("where", ["drawing", "judging", "training"])
+def test_a_call_that_fails_leaves_the_model_as_it_was(own, where):
+    one = learner(listener=interrupted(where, 2))
+    if own:
+        one.model = get_peft_model(one.model, LoraConfig(target_modules=["q_proj"]))
+    one.model.train().get_submodule("model.layers.0" if not own else "base_model.model.model.layers.0").eval()
+    before = [(n, p.detach().clone(), p.requires_grad) for n, p in one.model.named_parameters()]
+    modes = [module.training for module in one.model.modules()]
+    with pytest.raises(Stop):
+        one.adapt(QUERIES)
+    after = list(one.model.named_parameters())
+    assert [(n, p.requires_grad) for n, p in after] == [(n, wanted) for n, _, wanted in before]
+    assert all(torch.equal(p, held) for (_, p), (_, held, _) in zip(after, before, strict=True))
+    assert [module.training for module in one.model.modules()] == modes
+    assert all(p.grad is None for _, p in after)
 
 
 def test_nothing_above_the_threshold_changes_nothing(tmp_path):

@@ -83,6 +83,20 @@ def test_a_pass_with_a_cache_is_differentiable(sharing):
         model(ids, past_key_values=new_cache(model, True))
 
 
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_frozen_embeddings_change_no_gradient(sharing):
+    """As with adapters: nothing that enters the first layer has a gradient, but its weights have."""
+    model, x = shared_model(sharing, dtype=torch.float64).train(), tokens()
+    model.get_input_embeddings().requires_grad_(False)
+    prompt = model(x[:, :6], use_cache=True)
+    with pytest.raises(RuntimeError, match=r"continuing from a cache is not differentiable"):
+        model(x[:, 6:], past_key_values=prompt.past_key_values)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    (one,) = torch.autograd.grad(model(x[:, :1], use_cache=False).logits.square().sum(), weight)
+    (of_two,) = torch.autograd.grad(model(x[:, :2], use_cache=False).logits[:, :1].square().sum(), weight)
+    torch.testing.assert_close(one, of_two)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sharing", SHARINGS)
 @torch.no_grad()

@@ -55,6 +55,7 @@ def test_transformers_folders_load_with_nothing_shared(family, tmp_path):
 @pytest.mark.parametrize("shards", [False, True])
 def test_fused_projections_are_split(shards, tmp_path):
     original, ids = hf_model("llama-mha-bias"), tokens()
+    original.generation_config.eos_token_id = [7, 8]
     original.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     for i in range(5):
@@ -76,6 +77,7 @@ def test_fused_projections_are_split(shards, tmp_path):
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model, report = SharedLlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.generation_config.eos_token_id == [7, 8] and model.name_or_path == str(tmp_path)
     torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"qkv_proj.weight must have 48 \+ 48 \+ 48 rows, got 7"):
         split_fused({"model.layers.0.self_attn.qkv_proj.weight": torch.zeros(7, 48)}, model.config)

@@ -1,5 +1,7 @@
 """FlowHN: causality, caches, routes, generation, saving, training."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -85,6 +87,23 @@ def test_padded_rows_equal_rows_alone(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("cuts", [(1,) * 12, (3, 1, 1, 1, 6), (2, 1, 9)], ids=str)
+def test_padded_rows_read_in_parts(strategy, cuts):
+    """A part of one token may be padding where a row has not begun."""
+    net, lengths, tokens = model(strategy), [5, 12, 8], ids(3, 12)
+    mask = torch.stack([torch.arange(12) >= 12 - n for n in lengths]).long()
+    with torch.no_grad():
+        cache, parts, at = FlowHNCache(net.config), [], 0
+        for n in cuts:
+            seen = mask[:, : at + n]
+            parts.append(net(tokens[:, at : at + n], attention_mask=seen, past_key_values=cache).logits)
+            at += n
+        for b, n in enumerate(lengths):
+            alone = net(tokens[b : b + 1, -n:], use_cache=False).logits[0]
+            torch.testing.assert_close(torch.cat(parts, 1)[b, -n:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rows_at_different_positions_step_together(strategy):
     net, lengths, more = model(strategy), [5, 12, 1], 11
     rows = [ids(1, n + more, seed=n) for n in lengths]
@@ -121,6 +140,17 @@ def test_a_route_does_not_depend_on_the_length_of_the_text():
             assert set(attention) == {t for t in long if t < tokens}
             assert attention == sorted(attention) and ssm == sorted(ssm)
             assert sorted(attention + ssm) == list(range(tokens))
+
+
+def test_routes_of_many_lengths_take_little_memory():
+    router = Router(config(routing_length=1024, attention_tokens=300))
+    for tokens in range(1, 600):
+        router.uniform(64, 0, tokens, torch.device("cpu"))
+    kept = {
+        id(t): t for routes in router._uniform.values() for r in routes for t in (r.order, r.inverse) if t is not None
+    }
+    assert sum(t.numel() for t in kept.values()) <= 2 * 3 * (1 << 20)  # order and inverse in three blocks
+    assert router.uniform(64, 0, 599, torch.device("cpu")) is router.uniform(64, 0, 599, torch.device("cpu"))
 
 
 def test_the_papers_example_of_circulation():
@@ -165,6 +195,19 @@ def test_a_static_cache_stays_where_it_is_and_says_when_it_is_full(strategy):
             net(tokens[:, :1], past_key_values=cache)
 
 
+def test_a_copied_cache_goes_on_by_itself():
+    """A prompt that is read once and continued several times; of the model, which captured steps refer to, there is no copy."""
+    net, tokens = model(), ids(2, 12)
+    with torch.no_grad():
+        cache = FlowHNCache(config(), 20)
+        net(tokens[:, :8], past_key_values=cache)
+        cache.graphs._model = net
+        other = copy.deepcopy(cache)
+        first = net(tokens[:, 8:], past_key_values=cache).logits
+        torch.testing.assert_close(net(tokens[:, 8:], past_key_values=other).logits, first)
+    assert other.graphs._model is None and cache.graphs._model is net
+
+
 def test_a_static_cache_takes_fewer_rows():
     net, tokens = model(), ids(2, 12)
     with torch.no_grad():
@@ -178,8 +221,26 @@ def test_a_static_cache_takes_fewer_rows():
 
 def test_a_static_cache_has_no_gradients():
     net, cache = model(), FlowHNCache(config(), 20)
-    with pytest.raises(RuntimeError, match="static cache has no gradients"):
+    with pytest.raises(RuntimeError, match="static cache is not differentiable"):
         net(ids(2, 7), past_key_values=cache)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_cache_changes_no_gradient(strategy, padding):
+    net, tokens = model(strategy).double(), ids(2, 11)
+    mask = torch.ones_like(tokens)
+    mask[0, :padding] = 0
+    found = []
+    for use_cache in (False, True):
+        net.zero_grad()
+        (net(tokens, attention_mask=mask, use_cache=use_cache).logits.square() * mask[..., None]).sum().backward()
+        found.append({name: p.grad.clone() for name, p in net.named_parameters()})
+    torch.testing.assert_close(found[0], found[1])
+    net.get_input_embeddings().requires_grad_(False)
+    prompt = net(tokens[:, :6], attention_mask=mask[:, :6], use_cache=True)
+    with pytest.raises(RuntimeError, match="continuing from a cache is not differentiable"):
+        net(tokens[:, 6:], attention_mask=mask, past_key_values=prompt.past_key_values)
 
 
 def test_compiled_steps_behind_a_static_cache():

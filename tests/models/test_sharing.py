@@ -92,6 +92,16 @@ def test_layout_at_run_time(sharing):
     torch.testing.assert_close(model(ids).logits, trained, rtol=0, atol=0)
 
 
+def test_another_layout_for_some_calls_keeps_gathered_gradients():
+    model, ids = shared_model(), tokens()
+    model(ids, labels=ids).loss.backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with model.using_layout(1), torch.no_grad():
+        model(ids)
+    after = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-windows"])
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_left_padding_equals_no_padding(sharing, family):

@@ -267,6 +267,22 @@ def test_random_weights_and_frozen_layers():
     assert all(p.dtype == torch.float16 and not p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("kernel", [3, 2], ids=["cross", "product"])
+def test_a_bias_that_trains_alone_still_does(kernel):
+    layer = nn.Conv3d(4, 4, kernel, stride=1 if kernel == 3 else 2)
+    layer.weight.requires_grad_(False)
+    (made,) = effcore.factorize_conv3d(nn.Sequential(layer))
+    assert [n for n, p in made.named_parameters() if p.requires_grad] == ["bias"]
+
+
+def test_tied_weights_stay_tied():
+    model = nn.Sequential(nn.Conv3d(4, 4, 3), nn.Conv3d(4, 4, 3), nn.Conv3d(4, 4, 3))
+    model[1].weight = model[0].weight
+    effcore.factorize_conv3d(model)
+    assert model[0].weight is model[1].weight
+    assert [r.reason for r in methods.report(model)] == ["shares its weight with 1", "shares its weight with 0", ""]
+
+
 def test_a_layer_that_would_get_slower_is_kept(monkeypatch):
     times = iter([(2.0, 1.0), (1.0, 2.0), (1.0, 0.5)])
     monkeypatch.setattr(methods, "_milliseconds", lambda *_: next(times))

@@ -111,6 +111,7 @@ def test_tree_round_trip(tmp_path):
         "big": 2**80,
         "inf": float("inf"),
         "array": np.arange(3, dtype=np.uint32),
+        "fractions": np.array([0.5, -1.25]),
         "view": torch.arange(6).reshape(2, 3).T,
     }
     checkpoint.save_tree(tmp_path / "t.safetensors", tree)
@@ -120,6 +121,7 @@ def test_tree_round_trip(tmp_path):
     assert list(again["state"]) == [0, 5] and torch.equal(again["state"][0]["exp_avg"], tree["state"][0]["exp_avg"])
     assert again["bfloat16"].dtype == torch.bfloat16 and torch.equal(again["bfloat16"], tree["bfloat16"])
     assert again["array"].dtype == np.uint32 and again["array"].tolist() == [0, 1, 2]
+    assert again["fractions"].dtype == np.float64 and again["fractions"].tolist() == [0.5, -1.25]
     assert torch.equal(again["view"], tree["view"])
     with pytest.raises(TypeError, match="cannot save a PosixPath"):
         checkpoint.save_tree(tmp_path / "u.safetensors", {"x": Path()})

@@ -213,6 +213,12 @@ def test_resuming_from_damaged_weights_or_on_changed_text_is_refused(tiny, text,
         train(RunConfig("baseline", load_recipe("fresh")), tmp_path / "run", resume=True)
 
 
+def test_flowhn_refuses_separate_documents(tiny, text, tmp_path):
+    with pytest.raises(InputError, match="separate_documents: a FlowHN model reads each window as one text"):
+        train(config("flowhn", tiny, text, "separate_documents=true"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_distillation_is_reported_apart_from_the_loss(tiny, text, tmp_path):
     train(config("echo", tiny, text, "steps=2"), tmp_path / "with")
     train(config("echo", tiny, text, "steps=2", "distillation=0"), tmp_path / "without")

@@ -55,9 +55,11 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def train(folder, *, stop=None, resume=None, language=False, arguments=None, **options):
+def train(folder, *, stop=None, resume=None, language=False, arguments=None, model=None, listener=None, **options):
     data = Sentences(language=language)
-    if language:
+    if model is not None:
+        pass
+    elif language:
         torch.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -83,7 +85,9 @@ def train(folder, *, stop=None, resume=None, language=False, arguments=None, **o
         )
     )
     watch = Watch(stop)
-    trainer = SwiftLearnTrainer(model, args, sampler=sampler, train_dataset=data, language=language, callbacks=[watch])
+    trainer = SwiftLearnTrainer(
+        model, args, sampler=sampler, train_dataset=data, language=language, callbacks=[listener or watch]
+    )
     trainer.train(resume_from_checkpoint=resume)
     return watch.rows, sampler
 
@@ -112,6 +116,20 @@ def test_interrupted_and_resumed_equals_uninterrupted(options, tmp_path):
         first, _ = train(folder, stop=stop, **options)
         rest, _ = train(folder, resume=str(folder / f"checkpoint-{stop}"), **options)
         assert first + rest == whole, stop
+
+
+class Failure(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_a_training_that_raised_does_not_listen_to_the_next(tmp_path):
+    model = classifier()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, model=model, listener=Failure())
+    _, sampler = train(tmp_path, model=model)
+    assert (~sampler.state_dict()["change"].isnan()).sum() >= 36
+    assert not model._forward_hooks and not model._forward_pre_hooks
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

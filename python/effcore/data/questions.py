@@ -28,11 +28,14 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Question:
+    """A text, the choices that it asks between, and the number of the right one."""
+
     text: str
     choices: tuple[str, ...]
     answer: int
 
     def prompt(self) -> str:
+        """The text, a line a choice with its letter, and "Answer:", behind which a letter is expected."""
         options = "\n".join(f"{letter}) {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
         return f"{self.text}\n{options}\nAnswer:"
 

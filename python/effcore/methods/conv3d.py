@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effcore.methods._surroundings import evaluating
 from effcore.nn.conv3d import CatConv3d, CrossConv3d, PatchEmbed3d, R2Plus1DConv3d
 
 COMBINE = ("add", "cat", "r2plus1d")
@@ -56,7 +56,7 @@ def factorize_conv3d(
 
     - kernels with time and space of their own (odd, in one group, undilated, zero padding): by ``combine``;
     - stride = kernel without padding (patch embeddings): by one matrix product, exactly;
-    - everything else is kept, and :func:`report` says why.
+    - everything else is kept, weights that two layers share among it, and :func:`report` says why.
 
     Args:
         model: any module. Replaced layers keep device, dtype, training mode and whether they train.
@@ -84,10 +84,14 @@ def factorize_conv3d(
     if not layers:
         raise ValueError("effcore.factorize_conv3d: the model has no nn.Conv3d")
     inputs = {} if sample is None else _inputs(model, layers, sample)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     reports = []
     replacements: dict[nn.Conv3d, nn.Module] = {}  # a layer that the model uses twice stays one
     for name, layer in layers.items():
-        report, replacement = _convert(name, layer, combine, init, inputs.get(name))
+        others = [o for o in owners.get(id(layer.weight), []) if model.get_submodule(o) is not layer]
+        report, replacement = _convert(name, layer, combine, init, inputs.get(name), others)
         reports.append(report)
         if replacement is not None:
             replacements[layer] = replacement
@@ -134,16 +138,20 @@ def nearest_cross(kernel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _convert(
-    name: str, layer: nn.Conv3d, combine: str, init: str, x: Tensor | None
+    name: str, layer: nn.Conv3d, combine: str, init: str, x: Tensor | None, others: list[str]
 ) -> tuple[LayerReport, nn.Module | None]:
+    """``others``: other modules that have this layer's weight, which parts of it would untie."""
     before = sum(p.numel() for p in layer.parameters())
     kind, reason = _kind(layer, combine)
+    if others and kind in COMBINE:
+        kind, reason = "kept", f"shares its weight with {', '.join(others)}"
     if kind == "kept":
         return LayerReport(name, "kept", reason, (before, before)), None
     made, dense = _BUILD[kind](layer, init)
     made.to(layer.weight.device, layer.weight.dtype).train(layer.training)
-    for parameter in made.parameters():
-        parameter.requires_grad_(layer.weight.requires_grad)
+    for part, parameter in made.named_parameters():
+        of_bias = layer.bias is not None and part.endswith("bias")
+        parameter.requires_grad_((layer.bias if of_bias else layer.weight).requires_grad)  # type: ignore[union-attr]
     error = float("nan") if dense is None else _distance(layer.weight, dense)
     after = sum(p.numel() for p in made.parameters())
     report = LayerReport(name, kind, "", (before, after), error)
@@ -275,19 +283,6 @@ def _distance(weight: Tensor, dense: Tensor) -> float:
     return ((dense.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, so that running statistics stay, and each module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _inputs(model: nn.Module, layers: dict[str, nn.Conv3d], sample: Any) -> dict[str, Tensor]:
     """What reaches each layer first."""
     found: dict[str, Tensor] = {}
@@ -300,7 +295,7 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Conv3d], sample: Any) -> dict
 
     hooks = [layer.register_forward_pre_hook(remember(name)) for name, layer in layers.items()]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             model(*sample) if isinstance(sample, tuple) else model(sample)
     finally:
         for hook in hooks:

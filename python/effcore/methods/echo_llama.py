@@ -20,6 +20,7 @@ Own K,V come from the layer's frozen Wk, Wv and current other weights, without a
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,8 +41,8 @@ class ECHOSchedule(SharingSchedule):
         final_start: where ``start`` ends; from 1 to L.
         steps_per_stage: steps between two conversions.
         first_stage: t₀, the step at which the last layer converts.
-        distillation: λ; 0 turns the term off. A plain loop adds :meth:`extra_loss` to its loss; effcore's trainer does it
-            itself.
+        distillation: λ; 0 turns the term off. A plain loop adds :meth:`extra_loss` to its loss, a subclass of the Hugging Face
+            Trainer in ``compute_loss``; effcore's trainer does it itself.
 
     Raises:
         ValueError: a setting out of range.
@@ -106,11 +107,12 @@ class ECHOSchedule(SharingSchedule):
         changed = super().apply(model, optimizer, step)
         if self.distillation:
             layer = self.converting(self._next_step - 1)
-            if self._pull is not None and self._pull.layer != layer:
+            module = None if layer is None else unwrap(model).model.layers[layer]
+            if self._pull is not None and self._pull.module is not module:
                 self._pull.remove()
                 self._pull = None
-            if self._pull is None and layer is not None:
-                self._pull = _Distillation(unwrap(model).model.layers[layer], layer)
+            if self._pull is None and module is not None:
+                self._pull = _Distillation(module)
         return changed
 
     apply.__doc__ = SharingSchedule.apply.__doc__
@@ -142,11 +144,12 @@ class CompressibleModel(Protocol):
 class _Distillation:
     """Compares a layer that uses another layer's keys and values with itself using its own."""
 
-    def __init__(self, module: nn.Module, layer: int):
-        self.layer = layer
+    def __init__(self, module: nn.Module):
+        self.module = module
         self._signature = inspect.signature(module.forward)
         self._own: Tensor | None = None
         self._term: Tensor | None = None
+        self._warned = False
         # The own output is computed before the layer runs: FSDP2 has gathered its weights then, and frees them after.
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -177,4 +180,14 @@ class _Distillation:
         entering = self._signature.bind(*args, **kwargs).args[0]
         own, self._own = self._own.float(), None
         change = (own - entering.detach().float()).square().mean()
-        self._term = (result[0].float() - own).square().mean() / change.clamp_min(1e-12)
+        term = (result[0].float() - own).square().mean() / change.clamp_min(1e-12)
+        if torch._C._current_graph_task_id() != -1:
+            return  # the backward makes a checkpointed layer's activations again; its term was taken
+        if self._term is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "effcore.ECHOSchedule: the distillation term of a forward was added to no loss; add schedule.extra_loss() to "
+                "it (with the Hugging Face Trainer in compute_loss), or leave distillation at 0",
+                stacklevel=2,
+            )
+        self._term = term

@@ -40,6 +40,7 @@ class BranchCosts:
     ssm: float
 
     def attention(self, n: int) -> float:
+        """What attention costs on n tokens, in the unit of the costs."""
         return self.linear * n + self.quadratic * n * n
 
     def split(self, length: int, multiple: int = 1) -> int:

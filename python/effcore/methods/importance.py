@@ -121,6 +121,8 @@ def detrended(change: Tensor, places: Sequence[Tensor]) -> Tensor:
 def token_log_probs(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """What is recorded of a language model: log p(label) of each token, and how many tokens count.
 
+    Two recordings of a sample are compared place by place, so rows are to be padded on the right, or always to one length.
+
     Args:
         logits: [B, S, vocabulary]. Position t predicts label t+1.
         labels: int64 [B, S].

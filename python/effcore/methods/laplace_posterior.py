@@ -49,10 +49,12 @@ class Posterior:
 
     @property
     def taps(self) -> list[Tap]:
+        """Where each layer of the posterior sits in the model."""
         return [layer.tap for layer in self.layers]
 
     @property
     def unrouted(self) -> dict[str, list[int]]:
+        """Numbers of the experts that no token reached, by the layer's name; layers without such experts are left out."""
         found = {layer.tap.name: (layer.tokens == 0).nonzero()[:, 0].tolist() for layer in self.layers}
         return {name: experts for name, experts in found.items() if experts}
 

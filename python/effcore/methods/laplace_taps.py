@@ -199,7 +199,8 @@ def _linear_hook(tap: Tap):
         count = len(inputs)
         token = torch.arange(count, device=inputs.device) if known else None
         offsets = torch.tensor([0, count], dtype=torch.int32, device=inputs.device)
-        return tap.keep(inputs, output, offsets, token, count)
+        # A copy goes on: an activation in place would change what the gradients are taken at.
+        return tap.keep(inputs, output, offsets, token, count).clone()
 
     return hook
 

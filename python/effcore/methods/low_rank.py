@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from effcore.errors import nearest
+from effcore.methods._surroundings import random_state_kept
 from effcore.methods._tracked import Progress, tracked
 from effcore.methods.low_rank_factor import relative_error
 from effcore.methods.low_rank_layers import Layer, Rank, find, replace
@@ -103,23 +104,26 @@ def decompose(
     at = [perf_counter()]
 
     seen: dict[str, Seen] | None = None
-    if data is not None:
-        seen = observe(model, layers, data, moments=weighted)
-    moments = {name: s.moments for name, s in (seen or {}).items()} if weighted else {}
-    at.append(perf_counter())
-    timer = Timer(seen if measure is not None else None, measure)
-    if ratio is not None:
-        choices = by_ratio(tracked(layers, "ranks", progress), ratio, multiple, timer)
-    elif error is not None:
-        choices = by_error(tracked(layers, "ranks", progress), error, moments, multiple, timer)
-    elif time is not None:
-        choices = by_time(tracked(layers, "ranks", progress), time, moments, multiple, timer)
-    else:
-        assert ranks is not None
-        choices = [_given(layer, ranks[layer.name], timer) for layer in tracked(layers, "ranks", progress)]
+    with random_state_kept(model):
+        if data is not None:
+            seen = observe(model, layers, data, moments=weighted)
+        moments = {name: s.moments for name, s in (seen or {}).items()} if weighted else {}
+        at.append(perf_counter())
+        timer = Timer(seen if measure is not None else None, measure)
+        if ratio is not None:
+            choices = by_ratio(tracked(layers, "ranks", progress), ratio, multiple, timer)
+        elif error is not None:
+            choices = by_error(tracked(layers, "ranks", progress), error, moments, multiple, timer)
+        elif time is not None:
+            choices = by_time(tracked(layers, "ranks", progress), time, moments, multiple, timer)
+        else:
+            assert ranks is not None
+            choices = [_given(layer, ranks[layer.name], timer) for layer in tracked(layers, "ranks", progress)]
 
-    at.append(perf_counter())
-    rows = [_apply(model, choice, moments.get(choice.layer.name)) for choice in tracked(choices, "factors", progress)]
+        at.append(perf_counter())
+        rows = [
+            _apply(model, choice, moments.get(choice.layer.name)) for choice in tracked(choices, "factors", progress)
+        ]
     at.append(perf_counter())
     result = DecompositionReport(target, rows, before, sum(p.numel() for p in model.parameters()))
     result.seconds = dict(zip(("batches", "ranks", "factors"), (b - a for a, b in pairwise(at)), strict=True))

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from effcore.methods._gather import Processes
 from effcore.methods.low_rank import decompose
 from effcore.methods.low_rank_factor import MatrixFactors
 from effcore.methods.low_rank_fading import Fading, fade, set_share, settle
@@ -48,7 +50,8 @@ class _Schedule(ABC):
 
 @dataclass
 class Freezing(_Schedule):
-    """The outer factors keep what the decomposition gave them, for all of the training."""
+    """The outer factors keep what the decomposition gave them, for all of the training. Under DDP freeze before wrapping the
+    model, or give it ``find_unused_parameters=True``."""
 
     def apply(self, model: nn.Module, step: int, epoch: float, optimizer: Optimizer | None = None) -> None:
         freeze(model)
@@ -56,7 +59,7 @@ class Freezing(_Schedule):
 
 @dataclass
 class SequentialFreezing(_Schedule):
-    """Outer factors are frozen in even periods, inner ones in odd periods.
+    """Outer factors are frozen in even periods, inner ones in odd periods. DDP needs ``find_unused_parameters=True``.
 
     Args:
         period: in epochs.
@@ -94,6 +97,13 @@ class ProgressiveDecomposition(_Schedule):
     whole: only then do the factors stand alone. When the Trainer ends earlier, its callback drops what is left; in a loop
     ``finish(model)`` does. Until then the model is larger than it was and ``save_decomposed`` refuses it, and
     checkpoints of the Trainer have the names of what fades.
+
+    In several processes a stage must come before the model is wrapped (``apply`` without an optimizer): DDP adds up the
+    gradients of the parameters that it was given, and would let the new ones go apart.
+
+    Raises:
+        ValueError: a setting out of range.
+        RuntimeError: a stage with an optimizer, or of a wrapped model, in several processes.
     """
 
     ratios: tuple[float, ...]
@@ -130,6 +140,11 @@ class ProgressiveDecomposition(_Schedule):
                 self.fading = False
 
     def _decompose(self, model: nn.Module, wanted: int, optimizer: Optimizer | None) -> None:
+        if Processes().count > 1 and (optimizer is not None or isinstance(model, DistributedDataParallel)):
+            raise RuntimeError(
+                "effcore.ProgressiveDecomposition: a stage replaces parameters, and what has wrapped the model (DDP, FSDP) "
+                "would not add up the gradients of the new ones; train in one process, or apply all stages before wrapping it"
+            )
         settle(model)
         old, layers = dict(model.named_parameters()), dict(model.named_modules())
         while self.stage < wanted:

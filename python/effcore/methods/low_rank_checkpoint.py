@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from effcore.errors import InputError
@@ -138,6 +139,5 @@ def _architecture(folder: Path) -> nn.Module:
         cls = getattr(transformers, config.architectures[0])
     except Exception as error:
         raise InputError(f"{folder}: no configuration of a transformers model; pass model=") from error
-    model = cls(config)
-    dtype = getattr(config, "dtype", None)
-    return model if dtype is None else model.to(dtype)
+    # As from_pretrained makes it: model.to(dtype) would also round the frequencies of rotary embeddings, which stay float32.
+    return cls._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)

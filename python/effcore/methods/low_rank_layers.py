@@ -123,6 +123,8 @@ class Layer:
         if bias is not None and self.bias is not None:
             bias.copy_(self.bias)
         new.requires_grad_(self.module.weight.requires_grad)  # type: ignore[union-attr, arg-type]
+        if bias is not None and self.bias is not None:
+            bias.requires_grad_(self.bias.requires_grad)
         return new.train(self.module.training)
 
 

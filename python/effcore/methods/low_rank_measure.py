@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effcore.methods._surroundings import evaluating
 from effcore.methods.low_rank_layers import Layer
 
 AHEAD, LONGEST = 1_000_000, 64_000_000  # cycles that a GPU is kept busy with: half a millisecond, and 30
@@ -43,7 +44,6 @@ def _samples(x: Tensor, kind: str) -> Tensor:
     return x.movedim(1, -1).flatten(0, -2) if kind in ("pointwise", "conv") else x.reshape(-1, x.shape[-1])
 
 
-@torch.no_grad()
 def observe(model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], *, moments: bool) -> dict[str, Seen]:
     """Runs the batches through the model in evaluation mode; a layer that no batch reached is not in the result."""
     seen: dict[str, Seen] = {}
@@ -69,15 +69,13 @@ def observe(model: nn.Module, layers: Sequence[Layer], data: Iterable[Any], *, m
         return hook
 
     handles = [layer.module.register_forward_pre_hook(watch(layer)) for layer in layers]
-    was_training = model.training
-    model.eval()
     first = True
     try:
-        for batch in data:
-            run(model, batch)
-            first = False
+        with evaluating(model):
+            for batch in data:
+                run(model, batch)
+                first = False
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     if first:

@@ -90,6 +90,7 @@ def _conv(like: Conv, weight: Tensor, bias: Tensor | None) -> Conv:
         new.weight.copy_(weight)
         if new.bias is not None and bias is not None:
             new.bias.copy_(bias)
+    new.requires_grad_(like.weight.requires_grad)
     return as_laid_out(like.weight, new).train(like.training)
 
 
@@ -103,6 +104,7 @@ def _norm(channels: int, like: Norm, bias: Tensor) -> Norm:
     if like.affine:
         with torch.no_grad():
             new.bias.copy_(bias)
+        new.requires_grad_(like.weight.requires_grad)
     return new.train(like.training)
 
 
@@ -286,6 +288,8 @@ def branch(model: nn.Module, branches: int, *, include: Iterable[str] | None = N
         new.last.weight.copy_(module.last.weight[:, rows])
         if new.last.bias is not None and module.last.bias is not None:
             new.last.bias.copy_(module.last.bias)
+        for made, had in zip(new.parameters(), module.parameters(), strict=True):
+            made.requires_grad_(had.requires_grad)
         errors[name] = relative_error(module.weight, new.weight)
         replace(model, name, as_laid_out(core, new).train(module.training))
     if not errors:

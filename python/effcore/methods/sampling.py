@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effcore.methods._surroundings import evaluating
 
-@torch.no_grad()
+
 def sample_tokens(
     model: Any,
     input_ids: Tensor,
@@ -50,22 +51,18 @@ def sample_tokens(
         end = model.generation_config.eos_token_id
         options["pad_token_id"] = end[0] if isinstance(end, list) else end if end is not None else 0
     devices = [input_ids.device] if input_ids.device.type == "cuda" else []
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=devices, enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            # A prompt of one token has nothing to read ahead: its row would be padding alone.
-            if num_samples > 1 and int(mask.sum(1).min()) > 1:
-                options["past_key_values"] = _read_once(model, input_ids[:, :-1], mask[:, :-1], num_samples, options)
-            full = model.generate(
-                input_ids.repeat_interleave(num_samples, 0),
-                attention_mask=mask.repeat_interleave(num_samples, 0),
-                **options,
-            )
-    finally:
-        model.train(training)
+    caches = options.get("use_cache", getattr(model.generation_config, "use_cache", None)) is not False
+    with evaluating(model), torch.random.fork_rng(devices=devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        # A prompt of one token has nothing to read ahead: its row would be padding alone.
+        if caches and num_samples > 1 and int(mask.sum(1).min()) > 1:
+            options["past_key_values"] = _read_once(model, input_ids[:, :-1], mask[:, :-1], num_samples, options)
+        full = model.generate(
+            input_ids.repeat_interleave(num_samples, 0),
+            attention_mask=mask.repeat_interleave(num_samples, 0),
+            **options,
+        )
     return full[:, length:].view(batch, num_samples, -1)
 
 
@@ -77,6 +74,7 @@ def _read_once(model: Any, input_ids: Tensor, mask: Tensor, num_samples: int, op
         attention_mask=mask,
         max_new_tokens=1,
         min_new_tokens=0,
+        use_cache=True,
         return_dict_in_generate=True,
         pad_token_id=options.get("pad_token_id"),
         **quiet,

@@ -80,10 +80,10 @@ class SharingSchedule(ABC):
         step = self._next_step if step is None else step
         self._next_step = step + 1
         layout = self.layout(step)
-        if layout == self._current:
-            return False
         sharing: SharingModel = unwrap(model)
-        changed = str(sharing.layout) != layout
+        changed = str(sharing.layout) != layout  # of this model: a schedule may serve several, one after the other
+        if layout == self._current and not changed:
+            return False
         if changed:
             sharing.set_layout(layout)
         leave_alone((parameter for _, parameter in sharing.switched_off_parameters()), optimizer)

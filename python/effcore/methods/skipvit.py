@@ -60,6 +60,7 @@ class Skip:
         self.trace: list[tuple[Tensor, Tensor]] | None = None
 
     def on(self, training: bool) -> bool:
+        """Whether patches skip in this mode at present."""
         return self.active and (training or self.inference)
 
     def __repr__(self) -> str:
@@ -267,14 +268,29 @@ _classes: dict[tuple[type, type], type] = {}  # plain class and mixin -> both in
 _plain: dict[type, type] = {}  # and back
 
 
+def _mixed(mixin: type[nn.Module], plain: type[nn.Module]) -> type[nn.Module]:
+    if (plain, mixin) not in _classes:
+        own = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__reduce_ex__": _reduce}
+        _classes[plain, mixin] = type(plain.__name__, (mixin, plain), own)
+        _plain[_classes[plain, mixin]] = plain
+    return _classes[plain, mixin]
+
+
 def _mix(mixin: type[nn.Module], module: nn.Module) -> None:
     """Gives the module a class of the same name: parameters, hooks and state dict stay, and wrapping by class name works."""
-    cls = type(module)
-    if (cls, mixin) not in _classes:
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _classes[cls, mixin] = type(cls.__name__, (mixin, cls), names)
-        _plain[_classes[cls, mixin]] = cls
-    module.__class__ = _classes[cls, mixin]
+    module.__class__ = _mixed(mixin, type(module))
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    """Pickled by the two classes, as under the name of both there is the plain one."""
+    mixin, plain = type(module).__mro__[1], _plain[type(module)]
+    made: Any = nn.Module.__reduce_ex__(module, protocol)
+    return _blank, (mixin, plain), *made[2:]
+
+
+def _blank(mixin: type[nn.Module], plain: type[nn.Module]) -> nn.Module:
+    cls = _mixed(mixin, plain)
+    return cls.__new__(cls)
 
 
 def _take_part(block: nn.Module, part: _Part) -> None:

@@ -243,7 +243,8 @@ class SwiftLearnSampler(Sampler[int]):
         self._changes.record(ids, values, counts)
 
     def record_language(self, ids: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """:meth:`record` for a causal language model: logits [B, S, vocabulary], labels [B, S] with −100 for no label."""
+        """:meth:`record` for a causal language model: logits [B, S, vocabulary], labels [B, S] with −100 for no label; rows
+        padded on the right (see :func:`effcore.methods.importance.token_log_probs`)."""
         if self.wants_records:
             with torch.no_grad():
                 self.record(ids, *importance.token_log_probs(logits, labels))

@@ -6,14 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from effcore.methods._surroundings import evaluating
+
 if TYPE_CHECKING:
     from effcore.methods.swiftlearn import Scores, SwiftLearnSampler
+
+
+_LISTENER = "_effcore_swiftlearn"  # who listens to a model
 
 
 class SwiftLearnCallback(TrainerCallback):
@@ -46,6 +50,11 @@ class SwiftLearnCallback(TrainerCallback):
                 f"effcore.SwiftLearnCallback: the sampler is for {self.sampler.samples} samples, the Trainer's dataset "
                 f"has {len(loader.dataset)}"
             )
+        if (
+            before := model.__dict__.get(_LISTENER)
+        ) is not None:  # of a training that raised: it would take our numbers
+            before.forget()
+        model.__dict__[_LISTENER] = self
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -56,6 +65,11 @@ class SwiftLearnCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.forget()
+        kwargs["model"].__dict__.pop(_LISTENER, None)
+
+    def forget(self) -> None:
+        """No longer listens to a model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -88,13 +102,8 @@ class SwiftLearnCallback(TrainerCallback):
         def score(ids: Tensor) -> Scores:
             batch = loader.collate_fn([loader.dataset[i] for i in ids.tolist()])
             batch = {name: value.to(device) for name, value in batch.items()}
-            labels, training = batch["labels"], model.training
-            model.eval()
-            try:
-                with torch.no_grad():
-                    logits = model(**batch).logits
-            finally:
-                model.train(training)
-            return token_log_probs(logits, labels) if self.language else logits
+            with evaluating(model):
+                logits = model(**batch).logits
+                return token_log_probs(logits, batch["labels"]) if self.language else logits
 
         return score

@@ -58,6 +58,8 @@ class Costs:
         import torch
         from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+        from effcore.methods._surroundings import evaluating
+
         # The CPU's fused attention, which torch itself does not count.
         also = {
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
@@ -67,7 +69,7 @@ class Costs:
 
         def forward(tokens: int) -> int:
             ids = torch.zeros(1, tokens, dtype=torch.long, device=next(model.parameters()).device)
-            with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=also) as counter:
+            with evaluating(model), FlopCounterMode(display=False, custom_mapping=also) as counter:
                 model(ids, use_cache=False)
             return counter.get_total_flops()
 
@@ -103,6 +105,7 @@ class Decision:
     saved: float = 0.0  # share of the training tokens, evaluation charged
 
     def as_json(self) -> dict[str, Any]:
+        """All of it, as JSON takes it; a break-even without limit is None."""
         row = asdict(self)
         row["accuracies"] = {str(k): v for k, v in self.accuracies.items()}
         if row["break_even"] == math.inf:

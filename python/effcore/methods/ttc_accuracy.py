@@ -49,10 +49,12 @@ class Samples:
 
     @property
     def queries(self) -> int:
+        """Q, the number of queries."""
         return len(self.correct)
 
     @property
     def count(self) -> int:
+        """n, the samples of each query."""
         return np.shape(self.correct)[1]
 
     def accuracy(self, k: int, metric: str) -> float:

@@ -17,14 +17,16 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effcore.methods._surroundings import random_state_kept
 from effcore.methods.sampling import Response, sample_responses
 from effcore.methods.vds_run import Entries, Journal, RunFiles
 from effcore.methods.verifiers import Verifier, checked_scores
@@ -107,9 +109,13 @@ class VerifierTTT:
         require(self.learning_rate > 0, "learning_rate must be positive", self.learning_rate)
         require(self.mode in ("transductive", "online"), "mode must be transductive or online", self.mode)
         self.selected: list[int] = []  # pairs trained on in each iteration
+        self._adapted: Any = None  # what holds the adapters of the last call
 
     def adapt(self, queries: Sequence[str]) -> Any:
-        """The adapted model (a ``PeftModel``), or the model as it was where no response reached τ.
+        """The adapted model (a ``PeftModel``, in evaluation mode), or the model as it was where no response reached τ.
+
+        The adapters stand in ``model`` itself. A second call begins from the model without them, and what the first one
+        returned loses them then: merge or save it before. Where a call fails the model is what it was before the call.
 
         Raises:
             ValueError: no queries.
@@ -119,12 +125,15 @@ class VerifierTTT:
         if not len(queries):
             raise ValueError("effcore.VerifierTTT.adapt: the list of queries is empty")
         files = RunFiles(None if self.run is None else Path(self.run), self._config(queries))
+        self._take_off()
+        self.selected = []
         model = self.model
-        for iteration in range(self.iterations):
-            if self.mode == "online":
-                model = self._online(model, queries, files, iteration)
-            else:
-                model = self._transductive(model, queries, files, iteration)
+        with random_state_kept(model), self._undone_on_failure():
+            for iteration in range(self.iterations):
+                if self.mode == "online":
+                    model = self._online(model, queries, files, iteration)
+                else:
+                    model = self._transductive(model, queries, files, iteration)
         if not any(self.selected):
             warnings.warn(
                 f"effcore.VerifierTTT: no response reached the threshold {self.threshold}; the model is unchanged",
@@ -137,7 +146,7 @@ class VerifierTTT:
 
     def draw(self, model: Any, queries: Sequence[str], pool: Entries, *, seed: int) -> list[list[Response]]:
         """N responses to each query; those that the journal has are not drawn again."""
-        missing = [i for i in range(len(queries)) if i not in pool.rows]
+        missing = {i for i in range(len(queries)) if i not in pool.rows}
         drawn = 0
         # Batches are cut from the whole list, so that an interrupted run draws what it would have drawn.
         for start in range(0, len(queries), self.generation_batch):
@@ -271,7 +280,8 @@ class VerifierTTT:
             target_modules=present,
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(model, config)
+        self._adapted = get_peft_model(model, config)
+        return self._adapted
 
     def _load(self, model: Any, folder: Path) -> Any:
         from peft import PeftModel, set_peft_model_state_dict
@@ -280,7 +290,39 @@ class VerifierTTT:
         if isinstance(model, PeftModel):
             set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
             return model
-        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+        self._adapted = PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
+        return self._adapted
+
+    def _take_off(self) -> None:
+        """The adapters of the last call leave the model."""
+        if self._adapted is not None:
+            self._adapted.unload()
+            self._adapted = None
+
+    @contextmanager
+    def _undone_on_failure(self) -> Iterator[None]:
+        """Weights, what trains, and modes are what they were where the block raises (a loss that is no number, Ctrl-C)."""
+        modes = {module: module.training for module in self.model.modules()}
+        trained = {p: p.requires_grad for p in self.model.parameters()}
+        held = {p: p.detach().clone() for p, wanted in trained.items() if wanted} if self._has_adapters() else {}
+        try:
+            yield
+        except BaseException:
+            self._take_off()
+            for module, training in modes.items():
+                module.training = training
+            for parameter, wanted in trained.items():
+                parameter.requires_grad_(wanted).grad = None
+            with torch.no_grad():
+                for parameter, value in held.items():
+                    parameter.copy_(value)
+            raise
+
+    def _has_adapters(self) -> bool:
+        """Whether the model came with adapters of its own, which are trained on then."""
+        from peft import PeftModel
+
+        return isinstance(self.model, PeftModel)
 
     def _optimizer(self, model: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.learning_rate)
@@ -333,7 +375,7 @@ class VerifierTTT:
     def _config(self, queries: Sequence[str]) -> dict[str, Any]:
         digest = hashlib.sha256("\0".join(queries).encode(errors="surrogatepass")).hexdigest()[:24]
         left_out = {"model", "tokenizer", "verifier", "lora", "run", "listener"}
-        settings = {name: value for name, value in vars(self).items() if name not in left_out | {"selected"}}
+        settings = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in left_out}
         lora = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.lora).items()}
         return {"queries": digest, **settings, "lora": lora}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from effcore.models.config import SharedLlamaConfig
 
@@ -37,8 +38,17 @@ def load_pretrained(cls: Any, base: Callable[..., Any], path: Any, *args: Any, *
         and Path(path).is_dir()
         and any(_is_fused(name) for name in _tensor_names(Path(path)))
     ):
-        return base(None, *args, config=config, state_dict=split_fused(_read(Path(path)), config), **kwargs)
+        made = base(None, *args, config=config, state_dict=split_fused(_read(Path(path)), config), **kwargs)
+        _belongs_to(made[0] if isinstance(made, tuple) else made, Path(path))
+        return made
     return base(path, *args, config=config, **kwargs)
+
+
+def _belongs_to(model: Any, folder: Path) -> None:
+    """What transformers reads beside the weights: how to generate (which tokens end a text), and where the model is from."""
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def split_fused(state: dict[str, Tensor], config: SharedLlamaConfig) -> dict[str, Tensor]:

@@ -15,12 +15,22 @@ from transformers.utils.generic import can_return_tuple
 from effcore.models import visibility
 from effcore.models.cache import SharedCache
 from effcore.models.config import SharedLlamaConfig
-from effcore.models.layer import PIECES, KVProjection, Pieces, SharedDecoderLayer, Visibility, unused_projections
+from effcore.models.layer import (
+    PIECES,
+    KVProjection,
+    Pieces,
+    SharedDecoderLayer,
+    Visibility,
+    unused_projections,
+    wants_gradients,
+)
 from effcore.models.layout import Layout
 from effcore.ops import attention as ops
 
 
 class SharedLlamaPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a family: its configuration, what may not be split, and which checkpointing it takes."""
+
     config: SharedLlamaConfig
     config_class = SharedLlamaConfig
     base_model_prefix = "model"
@@ -171,7 +181,7 @@ class SharedLlamaModel(SharedLlamaPreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         batch, tokens = hidden.shape[:2]
         past = 0 if cache is None else cache.past(hidden.device)
-        differentiable = torch.is_grad_enabled() and hidden.requires_grad
+        differentiable = wants_gradients(self, hidden)
         if differentiable and isinstance(past, int) and past:
             raise RuntimeError(
                 "effcore: continuing from a cache is not differentiable; call the model under torch.no_grad(), or on the whole "

@@ -20,11 +20,14 @@ from effcore.models.flowhn_cache import FlowHNCache
 from effcore.models.flowhn_config import FlowHNConfig
 from effcore.models.flowhn_routes import Router
 from effcore.models.flowhn_steps import can_replay
+from effcore.models.layer import wants_gradients
 
 _LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
 
 
 class FlowHNPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a family: its configuration, what may not be split, and how weights begin."""
+
     config: FlowHNConfig
     config_class = FlowHNConfig
     base_model_prefix = "model"
@@ -71,7 +74,7 @@ class FlowHNModel(FlowHNPreTrainedModel):
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds; a mask of another shape or with a hole; a cache of
                 other rows or blocks.
-            RuntimeError: gradients behind a static cache.
+            RuntimeError: gradients behind a static cache, or one that holds tokens already.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("effcore: give input_ids or inputs_embeds, not both and not neither")
@@ -82,13 +85,17 @@ class FlowHNModel(FlowHNPreTrainedModel):
         starts = cache.positions if cache is not None and cache.positions else [0] * batch
         if len(starts) != batch:
             raise ValueError(f"effcore: the cache holds {len(starts)} rows, got {batch}")
-        valid = _valid_tokens(attention_mask, batch, tokens, past)
+        valid = _valid_tokens(attention_mask, batch, tokens, past, begun=all(starts))
         counts = [tokens] * batch if valid is None else valid.sum(1).tolist()
         ends = [s + n for s, n in zip(starts, counts, strict=True)]
         if cache is not None:
             cache.check_room(ends)
-            if cache.is_static and hidden.requires_grad and torch.is_grad_enabled():
-                raise RuntimeError("effcore.FlowHNCache: a static cache has no gradients; run under torch.no_grad()")
+            if (cache.is_static or past) and wants_gradients(self, hidden):
+                what = "a static cache" if cache.is_static else "continuing from a cache"
+                raise RuntimeError(
+                    f"effcore: {what} is not differentiable; call the model under torch.no_grad(), or on the whole "
+                    "sequence with use_cache=False"
+                )
         uniform = valid is None and len(set(starts)) <= 1
         if uniform:
             routes = self.router.uniform(batch, starts[0] if starts else 0, tokens, hidden.device)
@@ -134,15 +141,18 @@ class FlowHNModel(FlowHNPreTrainedModel):
         return cache
 
 
-def _valid_tokens(mask: Tensor | None, batch: int, tokens: int, past: int) -> Tensor | None:
-    """bool [B, L] on the host: which new tokens are none of padding; None: all. One synchronisation a prefill on a GPU."""
+def _valid_tokens(mask: Tensor | None, batch: int, tokens: int, past: int, *, begun: bool) -> Tensor | None:
+    """bool [B, L] on the host: which new tokens are none of padding; None: all. One synchronisation a prefill on a GPU.
+
+    ``begun`` says that each row has had a token: padding on the left is behind it.
+    """
     if mask is None:
         return None
     if mask.dim() != 2 or tuple(mask.shape) != (batch, past + tokens):
         raise ValueError(
             f"effcore: attention_mask must be [{batch}, {past + tokens}] (cached and new tokens), got {tuple(mask.shape)}"
         )
-    if past and tokens == 1:  # a decoded token is never padding
+    if past and tokens == 1 and begun:  # a decoded token is never padding
         return None
     seen = (mask != 0).cpu()
     rises = (seen[:, 1:] & ~seen[:, :-1]).sum(1) + seen[:, 0]

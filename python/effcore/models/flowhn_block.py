@@ -40,15 +40,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, part: Part, store: BlockStore | None) -> Tensor:
         """[B, K, C] -> [B, K, C]; a token sees those before it that came here, in this pass and in the store."""
         q, k, v = heads_first(*(split_heads(p(x), self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj)))
-        if store is None:
-            first = None
-            if part.packed:
-                assert part.offsets is not None and part.rows is not None
-                first = part.offsets[part.rows][None]
-            out = attention_ops.attention(q, k, v, causal=True, first_key=first)
-        else:
-            out = self._with_store(q, k, v, part, store)
+        out = self._alone(q, k, v, part) if store is None else self._with_store(q, k, v, part, store)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _alone(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
+        """Among the tokens of this pass."""
+        first = None
+        if part.packed:
+            assert part.offsets is not None and part.rows is not None
+            first = part.offsets[part.rows][None]
+        return attention_ops.attention(q, k, v, causal=True, first_key=first)
 
     def _with_store(self, q: Tensor, k: Tensor, v: Tensor, part: Part, store: BlockStore) -> Tensor:
         one = q.shape[2] == 1 and not torch.is_grad_enabled()
@@ -56,9 +57,9 @@ class Attention(nn.Module):
             return _decode(q, *store.append_one(k, v))
         fresh = not any(store.lengths)
         keys, values = store.append(k, v, part)
+        if fresh:  # as given: one pass over a prompt stays differentiable
+            return self._alone(q, k, v, part)
         if not part.packed:
-            if fresh:  # as given: one pass over a prompt stays differentiable
-                return attention_ops.attention(q, k, v, causal=True)
             if one:
                 lengths = torch.full((q.shape[0],), keys.shape[2], dtype=torch.int32, device=q.device)
                 return _decode(q, keys, values, lengths)
@@ -124,7 +125,7 @@ class StateSpace(nn.Module):
         y, state = scan.selective_scan(
             inner,
             self.dt_proj(dt).to(inner.dtype),
-            -torch.exp(self.A_log.float()),
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             B.to(inner.dtype),
             C.to(inner.dtype),
             self.D,

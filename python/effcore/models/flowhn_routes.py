@@ -13,6 +13,8 @@ from torch import Tensor
 from effcore.methods.flowhn import attention_table
 from effcore.models.flowhn_config import FlowHNConfig
 
+REMEMBERED = 1 << 20  # tokens of passes whose routes are kept, 8 bytes each in every block, or those of one longer pass
+
 
 class Part:
     """The tokens of one branch. A plain object: FSDP2 leaves it alone.
@@ -76,6 +78,7 @@ class Router:
         )
         self._paths = list(zip(*(t.tolist() for t in self.tables), strict=True))
         self._uniform: dict[tuple[int, int, int, torch.device], list[Route]] = {}
+        self._remembered = 0
 
     def path(self, position: int) -> tuple[bool, ...]:
         """Of each block, whether the token at this position meets attention there; it meets the SSM elsewhere (or as well)."""
@@ -95,8 +98,10 @@ class Router:
             return [Route(whole, whole)] * self.blocks
         key = (batch, start % self.length, tokens, device)
         if key not in self._uniform:
-            if len(self._uniform) >= 4096:
+            self._remembered += batch * tokens
+            if self._remembered > REMEMBERED or len(self._uniform) >= 4096:
                 self._uniform.clear()
+                self._remembered = batch * tokens
             positions = (torch.arange(tokens, device="cpu") + start) % self.length
             self._uniform[key] = []
             for table in self.tables:

@@ -27,7 +27,7 @@ def can_replay(cache: Any, ids: Tensor | None, mask: Tensor | None, model: Any) 
     if mask is not None and tuple(mask.shape) != (ids.shape[0], cache.length + 1):
         return False
     alike = len(cache.positions) == ids.shape[0] and len(set(cache.positions)) == 1
-    return alike and cache.positions[0] < cache.max_cache_len
+    return alike and 0 < cache.positions[0] < cache.max_cache_len  # at 0 it may be padding
 
 
 class StepGraphs:
@@ -45,6 +45,9 @@ class StepGraphs:
         self._model: Any = None
         self._weights: list[Tensor] = []
         self._places: list[int] = []
+
+    def __deepcopy__(self, memo: Any) -> StepGraphs:
+        return StepGraphs()  # a copy of the cache has buffers of its own, and the model is no part of it
 
     def step(self, model: Any, ids: Tensor, cache: FlowHNCache) -> Tensor:
         """Logits [B, 1, V] of the next token of each row; the cache goes on by it."""

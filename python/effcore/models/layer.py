@@ -43,6 +43,12 @@ class Visibility:
         return {"causal": True, "lengths": self.lengths, "first_key": self.first_key}
 
 
+def wants_gradients(decoder: nn.Module, hidden: Tensor) -> bool:
+    """Whether a gradient will flow through this pass: to what enters it, or to a parameter. Embeddings may be frozen while what
+    lies behind them trains (adapters)."""
+    return torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in decoder.parameters()))
+
+
 class SharedAttention(nn.Module):
     """The projections of one layer, under the names that transformers gives them; one that was dropped is None."""
 

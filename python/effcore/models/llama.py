@@ -64,13 +64,17 @@ class SharedLlamaForCausalLM(SharedLlamaPreTrainedModel, SharedGenerationMixin):
 
     @contextmanager
     def using_layout(self, layout: Layout | str | int) -> Iterator[None]:
-        """``with model.using_layout(12): model.generate(...)``: another region length for some calls."""
-        before = self.layout
+        """``with model.using_layout(12): model.generate(...)``: another region length for some calls. Gradients that were
+        gathered before are there afterwards."""
+        before, gathered = self.layout, [(p, p.grad) for p in self.parameters() if p.grad is not None]
         self.set_layout(layout)
+        switched_off = [(p, grad) for p, grad in gathered if p.grad is None]
         try:
             yield
         finally:
             self.set_layout(before)
+            for parameter, grad in switched_off:
+                parameter.grad = grad
 
     def switched_off_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that the layout in force does not use: Wq and Wk (``qk``) or Wk and Wv (``kv``) of consumers.

@@ -163,6 +163,7 @@ class LowRankConv2d(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
+        """[out_channels], that of the last convolution."""
         return self.last.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (Tensor, np.ndarray)):
         name = str(len(tensors))
         if isinstance(value, np.ndarray):
-            tensors[name] = torch.from_numpy(value.astype(np.int64))  # torch lacks most unsigned types
+            whole = value.dtype.kind in "biu"  # torch lacks most unsigned types
+            tensors[name] = torch.from_numpy(value.astype(np.int64 if whole else value.dtype))
             return {"kind": "array", "name": name, "dtype": str(value.dtype)}
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"kind": "tensor", "name": name}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effcore.errors import RunError
+from effcore.methods._surroundings import evaluating
 from effcore.methods.skipvit import SkipWarmup
 
 
@@ -88,13 +89,12 @@ def train_classifier(
     return counted / seconds if seconds else 0.0
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, data: Images, *, count: int = 4000, device: str = "cpu", batch_size: int = 200) -> float:
     """The share of ``count`` images, the same in every call, whose class the model names."""
-    model.eval()
     generator, right, seen = torch.Generator().manual_seed(10_000), 0, 0
-    while seen < count:
-        images, labels = (t.to(device) for t in data.sample(min(batch_size, count - seen), generator))
-        right += int((model(images).logits.argmax(-1) == labels).sum())
-        seen += len(labels)
+    with evaluating(model):
+        while seen < count:
+            images, labels = (t.to(device) for t in data.sample(min(batch_size, count - seen), generator))
+            right += int((model(images).logits.argmax(-1) == labels).sum())
+            seen += len(labels)
     return right / seen

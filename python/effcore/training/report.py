@@ -54,6 +54,7 @@ def table_rows(summaries: Sequence[Summary]) -> list[list[str]]:
 
 
 def markdown_table(summaries: Sequence[Summary]) -> str:
+    """:func:`table_rows` under their :data:`COLUMNS`, in Markdown."""
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *table_rows(summaries)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -80,6 +80,8 @@ def train(
         if finished is not None:
             return finished
     recipe, settings = config.recipe, config.recipe.training
+    if config.method == "flowhn" and recipe.data.separate_documents:
+        raise InputError("data.separate_documents: a FlowHN model reads each window as one text; leave it out")
     arguments = training_arguments(settings, out, shares=config.method in ("epas", "echo") or config.model is not None)
     if not resume and arguments.should_save:
         folder.check_free(overwrite=overwrite)

@@ -25,6 +25,7 @@ class StepCost:
 
     @property
     def backward_share(self) -> float:
+        """The gradients' part of forward and backward together, 0 to 1."""
         return self.backward_seconds / (self.forward_seconds + self.backward_seconds)
 
     @property
