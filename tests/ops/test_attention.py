@@ -95,6 +95,19 @@ def test_agrees_with_sdpa_on_a_large_causal_problem(dtype):
     assert_accurate(attention(q, k, v, causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True), exact)
 
 
+@pytest.mark.parametrize("batch, queries, keys", [(0, 3, 4), (1, 0, 4), (1, 3, 0)])
+@pytest.mark.parametrize("keep", ["none", "lse", "probs"])
+def test_expanded_gradients_of_nothing(batch, queries, keys, keep):
+    q, k, v = (torch.randn(batch, 2, n, 8, requires_grad=True) for n in (queries, keys, keys))
+    if keep == "none":
+        outs = [attention(q, k, v)]
+    else:
+        out, (scores,) = attention_with_scores(q, k, v, keep=keep)
+        outs = [out, attention_from_scores(scores, v)]
+    sum(out.sum() for out in outs).backward()
+    assert all((t.grad == 0).all() for t in (q, k, v))
+
+
 def test_rows_that_see_no_key_are_zero_everywhere():
     q, k, v = (torch.randn(2, 2, 6, 8, requires_grad=True) for _ in range(3))
     lengths = torch.tensor([0, 4], dtype=torch.int32)
