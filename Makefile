@@ -11,13 +11,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cuda bindings third_party -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 
-.PHONY: setup demo test lint format bench cuda-check cuda-compile cpp-test clean help
+.PHONY: setup demo test lint format bench cuda-check cuda-compile cpp-test sanitize clean help
 
 help:
 	@echo "make setup       .venv with everything built and installed"
 	@echo "make demo        train a small LLaMA with and without shared activations; a table and plots"
 	@echo "make test        lint, C++ tests, Python tests"
 	@echo "make lint        ruff, clang-format, mypy (make format rewrites)"
+	@echo "make sanitize    the C++ tests under gcc's sanitizers, on each instruction set of this machine"
 	@echo "make bench       speed against the best peers on this machine"
 	@echo "make cuda-check  the CUDA kernels against their reference, and under compute-sanitizer (needs a GPU)"
 
@@ -50,6 +51,15 @@ cpp-test: setup
 	  -DEFFCORE_TESTS=ON -DEFFCORE_CUDA=OFF > build/cpp-test.log
 	$(BIN)/cmake --build build/cpp-test --target effcore_core_test > build/cpp-test.log || (cat build/cpp-test.log; exit 1)
 	$(BIN)/ctest --test-dir build/cpp-test --output-on-failure
+
+# First for bad addresses and undefined behaviour, then for data races. Kernels take many times as long; nothing is measured.
+sanitize: setup
+	@mkdir -p build
+	for sanitizers in address,undefined thread; do \
+	  $(BIN)/cmake -S . -B build/sanitize-$$sanitizers -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DEFFCORE_TESTS=ON -DEFFCORE_CUDA=OFF -DEFFCORE_SANITIZE=$$sanitizers > build/sanitize.log && \
+	  $(BIN)/cmake --build build/sanitize-$$sanitizers --target effcore_core_test && \
+	  $(BIN)/ctest --test-dir build/sanitize-$$sanitizers --tests-regex core --output-on-failure || exit 1; done
 
 # Compiles one instantiation of each CUDA kernel; needs nvcc, no GPU and no CUDA torch.
 cuda-compile: setup

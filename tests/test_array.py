@@ -333,6 +333,16 @@ def test_bad_arguments_are_refused_by_name(case):
         call()
 
 
+@pytest.mark.parametrize("shape, dtype", [((1, 1, 2, 4), "i8"), ((1,) * 6, "f4")])
+def test_a_refused_array_is_given_back(shape, dtype):
+    array = np.zeros(shape, dtype)
+    references = sys.getrefcount(array)
+    for _ in range(5):
+        with pytest.raises(ValueError):
+            ea.attention(array, array, array)
+    assert sys.getrefcount(array) == references
+
+
 def test_a_consumer_of_another_shape_is_refused(rng):
     q = heads(rng, 1, 2, 5, 8)
     out, scores = ea.attention_with_scores(q, q, q)

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -52,10 +53,6 @@ class Array {
 
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
-  ~Array() {
-    if (versioned_ != nullptr && versioned_->deleter != nullptr) versioned_->deleter(versioned_);
-    if (legacy_ != nullptr && legacy_->deleter != nullptr) legacy_->deleter(legacy_);
-  }
 
   const TensorView& view() const { return view_; }
   void* data() const { return view_.data; }
@@ -119,12 +116,12 @@ class Array {
     if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
       auto* managed = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
       check(managed->version.major == 1, function, argument, " speaks DLPack ", managed->version.major, ", not 1");
-      versioned_ = managed;
+      versioned_.reset(managed);
       tensor_ = &managed->dl_tensor;
       read_only_ = (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
       PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
     } else {
-      legacy_ = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+      legacy_.reset(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor")));
       if (legacy_ == nullptr) throw py::error_already_set();
       tensor_ = &legacy_->dl_tensor;
       PyCapsule_SetName(capsule.ptr(), "used_dltensor");
@@ -169,9 +166,16 @@ class Array {
           " is not aligned to its items of ", item, " bytes: pass a copy");
   }
 
+  // Gives the memory back, also where a constructor refuses what it has opened.
+  struct GiveBack {
+    void operator()(auto* managed) const {
+      if (managed->deleter != nullptr) managed->deleter(managed);
+    }
+  };
+
   py::object object_;
-  DLManagedTensorVersioned* versioned_ = nullptr;
-  DLManagedTensor* legacy_ = nullptr;
+  std::unique_ptr<DLManagedTensorVersioned, GiveBack> versioned_;
+  std::unique_ptr<DLManagedTensor, GiveBack> legacy_;
   const DLTensor* tensor_ = nullptr;
   TensorView view_;
   bool read_only_ = false;

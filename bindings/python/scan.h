@@ -123,7 +123,7 @@ struct ScanFunctions {
       args = {x.view(),      dt.view(),           A.view(),      B.view(), C.view(), D.get(), z.get(),
               dt_bias.get(), initial_state.get(), offsets.get(), softplus};
       scan::check_scan(function, args);
-      check(keep >= 0, function, "keep must not be negative, got ", keep);
+      check(keep >= 0 && keep <= scan::most_keep, function, "keep must be from 0 to 2^31, got ", keep);
       args.keep = keep;
     }
     std::int64_t sequences() const { return scan::sequences(args.x, args.offsets); }

@@ -97,7 +97,7 @@ struct ScanOps {
       args = {view(x, f, "x"), view(dt, f, "dt"), view(A, f, "A"),     view(B, f, "B"), view(C, f, "C"), D.get(),
               z.get(),         dt_bias.get(),     initial_state.get(), offsets.get(),   softplus};
       scan::check_scan(f, args);
-      check(keep >= 0, f, "keep must not be negative, got ", keep);
+      check(keep >= 0 && keep <= scan::most_keep, f, "keep must be from 0 to 2^31, got ", keep);
       args.keep = keep;
     }
     std::int64_t sequences() const { return scan::sequences(args.x, args.offsets); }

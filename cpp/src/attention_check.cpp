@@ -18,8 +18,8 @@ void check_input(const char* function, const char* argument, const TensorView& t
   check(t.dtype == q.dtype, function, argument, " is ", name(t.dtype), " but q is ", name(q.dtype));
   check(t.device == q.device && t.device_index == q.device_index, function, argument, " is on ", place(t), " but q is on ",
         place(q));
-  check(t.size[3] <= 1 || t.stride[3] == 1, function, argument, " must be contiguous in its last dimension but has stride ",
-        t.stride[3], " there");
+  check(contiguous_last(t), function, argument, " must be contiguous in its last dimension but has stride ", t.stride[3],
+        " there");
 }
 
 void check_head_dim(const char* function, const char* argument, std::int64_t head_dim) {
@@ -125,8 +125,8 @@ void check_tensor(const char* function, const char* argument, const TensorView& 
     fail(function, argument, " must have shape ", shape(sizes), " but has ", shape(tensor));
   }
   const int last = tensor.rank - 1;
-  check(last < 0 || tensor.size[last] <= 1 || tensor.stride[last] == 1, function, argument,
-        " must be contiguous in its last dimension but has stride ", last < 0 ? 0 : tensor.stride[last], " there");
+  check(contiguous_last(tensor), function, argument, " must be contiguous in its last dimension but has stride ",
+        last < 0 ? 0 : tensor.stride[last], " there");
 }
 
 }  // namespace effcore::attention

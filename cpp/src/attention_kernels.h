@@ -106,13 +106,26 @@ static inline std::int64_t row_length(const Problem& p, std::int64_t b) {
   return p.lengths != nullptr ? p.lengths[b * p.lengths_stride] : p.keys;
 }
 
-// The keys that query i of row b sees; both ends never fall as i grows.
-static inline KeyRange visible_keys(const Problem& p, std::int64_t b, std::int64_t i) {
-  const std::int64_t length = row_length(p, b);
-  const std::int64_t begin = p.first_key != nullptr ? p.first_key[b * p.first_key_stride[0] + i * p.first_key_stride[1]] : 0;
-  std::int64_t end = p.causal ? length - p.queries + i + 1 : length;
-  end = end < length ? end : length;
+static inline std::int64_t first_visible(const Problem& p, std::int64_t b, std::int64_t i) {
+  return p.first_key != nullptr ? p.first_key[b * p.first_key_stride[0] + i * p.first_key_stride[1]] : 0;
+}
+static inline std::int64_t end_visible(const Problem& p, std::int64_t b, std::int64_t i) {
+  const std::int64_t length = row_length(p, b), end = p.causal ? length - p.queries + i + 1 : length;
+  return end < length ? end : length;
+}
+
+// The keys that queries [i, j] of row b see together: a query's own range where i == j. Both ends never fall as i and j grow.
+static inline KeyRange visible_keys(const Problem& p, std::int64_t b, std::int64_t i, std::int64_t j) {
+  const std::int64_t begin = first_visible(p, b, i), end = end_visible(p, b, j);
   return {begin, end > begin ? end : begin};
+}
+static inline KeyRange visible_keys(const Problem& p, std::int64_t b, std::int64_t i) {
+  return visible_keys(p, b, i, i);
+}
+
+// A row that sees no key is stored as zeros: its sums may hold NaN, the product of its P = 0 with a NaN that other rows see.
+static inline bool sees_keys(const Problem& p, std::int64_t b, std::int64_t i) {
+  return end_visible(p, b, i) > first_visible(p, b, i);
 }
 
 // Kept tiles of the block of rows [block * probs_tile, ...): the same for all rows of the batch, whatever their lengths.

@@ -73,4 +73,12 @@ void check_sizes(const char* function, const char* argument, const TensorView& t
   fail(function, argument, " must have shape ", shape(sizes), " but has ", shape(tensor));
 }
 
+bool contiguous_last(const TensorView& tensor) {
+  const int last = tensor.rank - 1;
+  if (last < 0 || tensor.size[last] <= 1 || tensor.stride[last] == 1) return true;
+  for (int d = 0; d < last; ++d)
+    if (tensor.size[d] == 0) return true;
+  return false;
+}
+
 }  // namespace effcore

@@ -22,8 +22,7 @@ void check_tokens(const char* function, const TensorView& x, const TensorView& o
             (x.dtype == DType::float64 && x.device == DeviceKind::cpu),
         function, "x is ", name(x.dtype), " but float32, bfloat16, float16 and (on cpu) float64 are supported");
   check(x.rank == 2, function, "x must have 2 dimensions [tokens, features] but has shape ", shape(x));
-  check(x.size[1] <= 1 || x.stride[1] == 1, function, "x must be contiguous in its last dimension but has stride ", x.stride[1],
-        " there");
+  check(contiguous_last(x), function, "x must be contiguous in its last dimension but has stride ", x.stride[1], " there");
   check(offsets.dtype == DType::int32, function, "offsets must be int32 (.int() converts) but is ", name(offsets.dtype));
   check_device(function, "offsets", offsets, x);
   check(offsets.rank == 1 && offsets.size[0] >= 1, function,

@@ -10,8 +10,8 @@ namespace {
 
 void check_matrix(const char* function, const char* argument, const TensorView& t, const char* sizes) {
   check(t.rank == 2, function, argument, " must have 2 dimensions ", sizes, " but has shape ", shape(t));
-  check(t.size[1] <= 1 || t.stride[1] == 1, function, argument, " must be contiguous in its last dimension but has stride ",
-        t.stride[1], " there");
+  check(contiguous_last(t), function, argument, " must be contiguous in its last dimension but has stride ", t.stride[1],
+        " there");
 }
 
 void check_same(const char* function, const char* argument, const TensorView& t, const TensorView& like) {
@@ -50,8 +50,8 @@ void check_like(const char* function, const char* argument, const TensorView& t,
   check_same(function, argument, t, like);
   check(t.rank == 2 && t.size[0] == rows && t.size[1] == columns, function, argument, " must have shape ",
         shape({rows, columns}), " but has ", shape(t));
-  check(columns <= 1 || t.stride[1] == 1, function, argument, " must be contiguous in its last dimension but has stride ",
-        t.stride[1], " there");
+  check(contiguous_last(t), function, argument, " must be contiguous in its last dimension but has stride ", t.stride[1],
+        " there");
 }
 
 }  // namespace effcore::lowrank

@@ -20,10 +20,8 @@ void check_device(const char* function, const char* argument, const TensorView& 
 
 void check_last(const char* function, const char* argument, const TensorView& t) {
   const int last = t.rank - 1;
-  bool empty = false;  // strides of nothing mean nothing: an expanded gradient is contiguous to torch where it has no element
-  for (int d = 0; d < t.rank; ++d) empty = empty || t.size[d] == 0;
-  check(t.size[last] <= 1 || t.stride[last] == 1 || empty, function, argument,
-        " must be contiguous in its last dimension but has stride ", t.stride[last], " there");
+  check(contiguous_last(t), function, argument, " must be contiguous in its last dimension but has stride ", t.stride[last],
+        " there");
 }
 
 std::int32_t at(const TensorView& index, std::int64_t b, std::int64_t i) {

@@ -39,8 +39,8 @@ void check_matrix(const char* function, const char* argument, const TensorView& 
         shape(t));
   check(t.size[1] >= least && t.size[1] <= most, function, argument, " has ", t.size[1], ' ', columns, " but ", least, " to ",
         most, " are supported");
-  check(t.stride[1] == 1 || t.size[1] == 1, function, argument, " must be contiguous in its last dimension but has stride ",
-        t.stride[1], " there");
+  check(contiguous_last(t), function, argument, " must be contiguous in its last dimension but has stride ", t.stride[1],
+        " there");
 }
 
 DType state_type(const TensorView& x) {

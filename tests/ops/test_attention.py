@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effcore import reference
-from effcore.ops.attention import attention
+from effcore.ops.attention import attention, attention_from_scores, attention_with_scores
 from effcore.reference import attention as ref
 from tests.support import LAYOUTS, assert_accurate, heads, poisoned_memory
 
@@ -95,6 +95,19 @@ def test_agrees_with_sdpa_on_a_large_causal_problem(dtype):
     assert_accurate(attention(q, k, v, causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True), exact)
 
 
+@pytest.mark.parametrize("batch, queries, keys", [(0, 3, 4), (1, 0, 4), (1, 3, 0)])
+@pytest.mark.parametrize("keep", ["none", "lse", "probs"])
+def test_expanded_gradients_of_nothing(batch, queries, keys, keep):
+    q, k, v = (torch.randn(batch, 2, n, 8, requires_grad=True) for n in (queries, keys, keys))
+    if keep == "none":
+        outs = [attention(q, k, v)]
+    else:
+        out, (scores,) = attention_with_scores(q, k, v, keep=keep)
+        outs = [out, attention_from_scores(scores, v)]
+    sum(out.sum() for out in outs).backward()
+    assert all((t.grad == 0).all() for t in (q, k, v))
+
+
 def test_rows_that_see_no_key_are_zero_everywhere():
     q, k, v = (torch.randn(2, 2, 6, 8, requires_grad=True) for _ in range(3))
     lengths = torch.tensor([0, 4], dtype=torch.int32)
@@ -129,6 +142,36 @@ def test_invisible_keys_cannot_leak_even_if_nan():
         t[:, :, 15:] = float("nan")
         t[:, :, :4] = float("nan")
     assert torch.equal(attention(q, k, v, lengths=lengths, first_key=first), clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_beyond_the_lengths_cannot_leak_where_first_key_is_beyond_them_too(dtype):
+    q, k, v = (torch.randn(1, 2, 20, 16).to(dtype) for _ in range(3))
+    lengths = torch.tensor([7], dtype=torch.int32)
+    first = torch.arange(20, dtype=torch.int32)[None]
+    clean = gradients(attention, (q, k, v), torch.ones_like(q), {"lengths": lengths, "first_key": first})
+    for t in (k, v):
+        t[:, :, 7:] = float("nan")
+    dirty = gradients(attention, (q, k, v), torch.ones_like(q), {"lengths": lengths, "first_key": first})
+    assert torch.equal(dirty[0], clean[0]) and (dirty[0][:, :, 7:] == 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(dirty[1], clean[1], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", ["none", "lse", "probs"])
+def test_rows_that_see_no_key_are_zero_beside_rows_that_see_nan(dtype, keep):
+    q, k, v = (torch.randn(1, 2, 40, 16).to(dtype).requires_grad_() for _ in range(3))
+    with torch.no_grad():
+        k[:, :, 5], v[:, :, 6] = float("nan"), float("inf")
+    first = torch.tensor([[0] * 15 + [40] * 25], dtype=torch.int32)
+    if keep == "none":
+        outs = [attention(q, k, v, first_key=first)]
+    else:
+        out, (scores,) = attention_with_scores(q, k, v, keep=keep, first_key=first)
+        outs = [out, attention_from_scores(scores, v)]
+    torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
+    for rows in (*outs, q.grad):
+        assert rows[:, :, :15].isnan().all() and (rows[:, :, 15:] == 0).all()
 
 
 def test_packed_documents_equal_separate_ones():

@@ -66,6 +66,10 @@ CASES = {
     "offsets last": (lambda: packed(0, 5), r"offsets\[1\] must be the 6 tokens of x but is 5"),
     "offsets fall": (lambda: packed(0, 4, 3, 6), r"offsets\[1\] is 4 and offsets\[2\] is 3"),
     "offsets short": (lambda: packed(0), r"offsets must have shape \[sequences \+ 1\]"),
+    "keep": (
+        lambda: torch.ops.effcore.selective_scan(X, X, A, B, B, *[None] * 5, False, 2**62),
+        r"keep must be from 0 to 2\^31, got 4611686018427387904",
+    ),
     "step state": (lambda: step(state=STATE[:, :5].contiguous()), r"selective_step: state must have shape \[2, 8, 3\]"),
     "step x": (lambda: step(x=X), "x must have 2 dimensions"),
     "step B": (lambda: step(B=B[:, 0, :2]), r"B must have shape \[2, 1, 3\]"),

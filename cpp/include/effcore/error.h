@@ -72,5 +72,8 @@ void check(bool condition, const char* function, const Parts&... parts) {
 void check_supported(const char* function, const char* argument, const TensorView& tensor);
 void check_sizes(const char* function, const char* argument, const TensorView& tensor,
                  std::initializer_list<std::int64_t> sizes);
+// Whether the last dimension is contiguous. Strides of nothing mean nothing: an expanded gradient is contiguous to torch where
+// it has no element, and no copy would change its strides.
+bool contiguous_last(const TensorView& tensor);
 
 }  // namespace effcore

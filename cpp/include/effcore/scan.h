@@ -12,7 +12,7 @@
 
 namespace effcore::scan {
 
-constexpr std::int64_t least_width = 2, most_width = 8, most_states = 256;
+constexpr std::int64_t least_width = 2, most_width = 8, most_states = 256, most_keep = std::int64_t{1} << 31;
 
 // out[t] = act(bias + sum_k weight[:, k] x[t - K + 1 + k]); the K - 1 tokens before the first are initial_state's, or zero.
 struct CausalConv {

@@ -182,8 +182,8 @@ void row_block(const BackwardJob& job, const BackwardPack<E>& packed, const Part
   load_block(job, x, b, h, first, count);
   zero(x.dq, count * dq_stride);
 
-  const std::int64_t begin = visible_keys(p, b, first).begin / probs_tile * probs_tile;
-  const std::int64_t end = visible_keys(p, b, first + count - 1).end;
+  const KeyRange range = visible_keys(p, b, first, first + count - 1);
+  const std::int64_t begin = range.begin / probs_tile * probs_tile, end = range.end;
   for (std::int64_t key = begin; key < end; key += stride) {
     const std::int64_t keys = least(stride, end - key), padded = round_up(keys, probs_tile);
     look(p, b, first, count, key, keys, x.seen);
@@ -242,9 +242,11 @@ void row_block(const BackwardJob& job, const BackwardPack<E>& packed, const Part
     E::multiply(dq);
   }
   if (!owner) return;
-  for (std::int64_t r = 0; r < count; ++r)
+  for (std::int64_t r = 0; r < count; ++r) {
+    if (!sees_keys(p, b, first + r)) zero(x.dq + r * dq_stride, dq_stride);
     store_row(const_cast<Storage*>(row_of<Storage>(job.dq, b, h, first + r)), x.dq + r * dq_stride, p.head_dim,
               static_cast<T>(p.scale));
+  }
 }
 
 template <class E>

@@ -119,8 +119,8 @@ void rows(const ForwardJob& job, std::int64_t task) {
   const std::int64_t first = (blocks - 1 - task % blocks) * E::row_block, count = least(E::row_block, p.queries - first);
   const ForwardPack<E> packed(job, job.wave.packed + head * job.wave.packed_bytes);
 
-  const std::int64_t begin = visible_keys(p, b, first).begin / probs_tile * probs_tile;
-  const std::int64_t end = most(begin, visible_keys(p, b, first + count - 1).end);
+  const KeyRange range = visible_keys(p, b, first, first + count - 1);
+  const std::int64_t begin = range.begin / probs_tile * probs_tile, end = range.end;
   const bool keep = job.source == Source::scores && job.probs != nullptr;
   const std::int64_t block_keys = keep ? round_up(end - begin, probs_tile) : E::forward_keys;
   const std::int64_t value_stride = round_up(p.value_dim, width<T>), head_depth = depth<E>(p.head_dim);
@@ -167,8 +167,7 @@ void rows(const ForwardJob& job, std::int64_t task) {
   if (job.source == Source::scores) {
     T* lse = static_cast<T*>(job.lse) + row_number;
     for (std::int64_t r = 0; r < count; ++r) {
-      const KeyRange range = visible_keys(p, b, first + r);
-      const bool sees = range.end > range.begin;
+      const bool sees = sees_keys(p, b, first + r);
       // Scores that are all -inf have no softmax: NaN, as 0 / 0 would give.
       if (sees && sum[r] == 0) sum[r] = static_cast<T>(__builtin_nan(""));
       lse[r] = sees ? static_cast<T>((x.maximum[r] + std::log2(sum[r])) * ln_2) : -infinity<T>;
@@ -178,8 +177,10 @@ void rows(const ForwardJob& job, std::int64_t task) {
   } else {
     fill(sum, count, T(1));
   }
-  for (std::int64_t r = 0; r < count; ++r)
+  for (std::int64_t r = 0; r < count; ++r) {
+    if (!sees_keys(p, b, first + r)) zero(x.sums + r * value_stride, value_stride);
     store_row(const_cast<Storage*>(row_of<Storage>(job.out, b, h, first + r)), x.sums + r * value_stride, p.value_dim, sum[r]);
+  }
 }
 
 template <class E>

@@ -88,8 +88,8 @@ inline Segment segment_of(const Problem& p, const Wave& wave, std::int64_t task)
 // The keys that some query of row b sees, from the start of a segment.
 inline KeyRange valid_keys(const Problem& p, std::int64_t b, std::int64_t segment_begin) {
   if (p.queries == 0) return {0, 0};
-  const std::int64_t begin = visible_keys(p, b, 0).begin, end = visible_keys(p, b, p.queries - 1).end;
-  return {begin - segment_begin, end - segment_begin};
+  const KeyRange range = visible_keys(p, b, 0, p.queries - 1);
+  return {range.begin - segment_begin, range.end - segment_begin};
 }
 
 // What rows [first, first + rows) of a block see of the keys [key, key + keys), from `key` on.
