@@ -105,7 +105,7 @@ def load_decomposed(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
 
     folder = Path(folder)
     try:
-        layers = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["layers"]
+        layers = dict(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["layers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / DESCRIPTION}: not a decomposed model ({type(error).__name__})") from error
     if model is None:
@@ -114,8 +114,8 @@ def load_decomposed(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
         raise InputError(f"{folder / WEIGHTS}: no such file")
     reference = next(model.parameters())
     for name, spec in layers.items():
-        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "kind"}
         try:
+            arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "kind"}
             model.get_submodule(name)
             new = _KINDS[spec["kind"]](**arguments)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -133,11 +133,13 @@ def load_decomposed(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
 def _architecture(folder: Path) -> nn.Module:
     import transformers
 
+    import effcore.models  # which tells transformers its own configurations
+
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        cls = getattr(transformers, config.architectures[0])
+        name = config.architectures[0]
+        cls = getattr(effcore.models, name, None) or getattr(transformers, name)
     except Exception as error:
         raise InputError(f"{folder}: no configuration of a transformers model; pass model=") from error
-    model = cls(config)
-    dtype = getattr(config, "dtype", None)
-    return model if dtype is None else model.to(dtype)
+    # Not cls(config).to(dtype): that rounds the rotary frequencies, which transformers keeps in float32.
+    return cls._from_config(config, dtype=getattr(config, "dtype", None))
