@@ -267,11 +267,23 @@ _classes: dict[tuple[type, type], type] = {}  # plain class and mixin -> both in
 _plain: dict[type, type] = {}  # and back
 
 
+def _reduce(module: nn.Module) -> tuple[Any, ...]:
+    """For pickle and deepcopy, which would look the mixed class up by its name and find the plain one."""
+    mixed = type(module)
+    return _unpickled, (mixed.__bases__[0], _plain[mixed]), module.__getstate__()
+
+
+def _unpickled(mixin: type[nn.Module], cls: type[nn.Module]) -> nn.Module:
+    module = cls.__new__(cls)
+    _mix(mixin, module)
+    return module
+
+
 def _mix(mixin: type[nn.Module], module: nn.Module) -> None:
     """Gives the module a class of the same name: parameters, hooks and state dict stay, and wrapping by class name works."""
     cls = type(module)
     if (cls, mixin) not in _classes:
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce__": _reduce}
         _classes[cls, mixin] = type(cls.__name__, (mixin, cls), names)
         _plain[_classes[cls, mixin]] = cls
     module.__class__ = _classes[cls, mixin]
