@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import sys
@@ -216,3 +217,12 @@ def test_ctrl_c_reports_what_there_is():
     results, text, green = run.run(family, Settings(), seconds=0.01, log=log)
     assert green and [c["name"] for c in results["cases"]] == ["double"] and "double" in text
     assert log.getvalue().endswith("interrupted: what was measured so far\n")
+
+
+@pytest.mark.parametrize("claim", ["conv3d", "low_rank", "skipvit", "swiftlearn", "ttc", "vds_ttt"])
+def test_an_installed_package_comes_before_the_sources_which_have_no_libraries(claim, monkeypatch):
+    module = importlib.import_module(f"benchmarks.claims.{claim}")
+    sources = str(module.ROOT / "python")
+    monkeypatch.setattr(sys, "path", [*(path for path in sys.path if path != sources), "installed"])
+    importlib.reload(module)
+    assert sys.path.index("installed") < sys.path.index(sources)
