@@ -91,6 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the numbers; read them (table)")
     parser.add_argument("--picture", type=Path, help="draw the rows of speed or progressive (table)")
     options = parser.parse_args(arguments)
+    if options.claim in ("layers", "parts", "short") and options.device != "cuda":
+        parser.error(f"{options.claim} needs a GPU")
+    if options.claim == "table" and not (options.json and options.json.is_file()):
+        parser.error(f"table reads the file that --json names, got {options.json}")
     if options.claim == "progressive" and len(options.ratios or ()) > 1:
         parser.error("progressive takes one of --ratios")
     known = _known(options.claim)

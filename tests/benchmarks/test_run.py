@@ -94,8 +94,9 @@ def test_from_the_command_line_to_the_files(toy_family, tmp_path, capsys):
 
 
 def test_only_runs_what_matches(toy_family, capsys):
-    assert run.main(["toy", "--only", "nothing"]) == 0
-    assert "double" not in capsys.readouterr().out
+    assert run.main(["toy", "--only", "add"]) == 0
+    text = capsys.readouterr().out
+    assert "add" in text and "double" not in text
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,7 @@ def test_only_runs_what_matches(toy_family, capsys):
         (["toy", "--threads", "0"], "--threads must be positive"),
         (["toy", "--device", "tpu"], "--device must be cpu or cuda"),
         (["toy", "--only", "("], "--only (: no regular expression"),
+        (["toy", "--only", "nothing"], "--only nothing: toy has no case of such a name"),
         (["toy", "--json", "."], ".: is a folder"),
         (["toy", "--plot", f"{__file__}/inside/toy.png"], "Not a directory"),
     ],
