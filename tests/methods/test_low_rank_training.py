@@ -298,12 +298,15 @@ def test_reordering_finds_hidden_blocks():
 def test_saved_and_loaded_without_the_original(kind, tmp_path):
     model, batch = hugging_face(kind)
     effcore.decompose(model.eval(), 1.6, multiple=1)
+    if kind == "llama":
+        model.generation_config.eos_token_id = [3, 5]
     save_decomposed(model, tmp_path)
     loaded = load_decomposed(tmp_path)
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     if kind == "llama":
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert loaded.generation_config.eos_token_id == [3, 5]
 
 
 @pytest.mark.parametrize("kind", ["shared", "flowhn"])

@@ -1,8 +1,9 @@
 """Decomposed models on disk: safetensors, a description of the new layers, and nothing of the dense model.
 
-folder/model.safetensors   all weights (tied ones once)
-folder/low_rank.json       name -> kind and constructor arguments of each layer that is not the architecture's
-folder/config.json         Hugging Face models: their configuration, which says the architecture
+folder/model.safetensors        all weights (tied ones once)
+folder/low_rank.json            name -> kind and constructor arguments of each layer that is not the architecture's
+folder/config.json              Hugging Face models: their configuration, which says the architecture
+folder/generation_config.json   those that generate: their end tokens and defaults
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from effcore.nn.side_by_side import NarrowConv2d
 
 DESCRIPTION = "low_rank.json"
 WEIGHTS = "model.safetensors"
+GENERATION = "generation_config.json"
 _KINDS: dict[str, Callable[..., nn.Module]] = {
     "low_rank_linear": LowRankLinear,
     "low_rank_conv2d": LowRankConv2d,
@@ -89,6 +91,9 @@ def save_decomposed(model: nn.Module, folder: str | Path) -> None:
         if not getattr(config, "architectures", None):
             config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:  # not by save_pretrained, which refuses what some published models have
+        write_atomically(folder / GENERATION, generation.to_json_string())
 
 
 def load_decomposed(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -142,4 +147,7 @@ def _architecture(folder: Path) -> nn.Module:
     except Exception as error:
         raise InputError(f"{folder}: no configuration of a transformers model; pass model=") from error
     # Not cls(config).to(dtype): that rounds the rotary frequencies, which transformers keeps in float32.
-    return cls._from_config(config, dtype=getattr(config, "dtype", None))
+    model = cls._from_config(config, dtype=getattr(config, "dtype", None))
+    if (folder / GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
