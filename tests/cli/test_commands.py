@@ -343,8 +343,8 @@ def test_ctrl_c_saves_and_resume_repeats_the_uninterrupted_run(text, tmp_path):
     whole = start("whole", "--data", str(text), *settings, "--quiet")
     assert whole.communicate()[1] == "" and whole.returncode == 0
 
-    process = start("parts", "--data", str(text), *settings, "--quiet")
-    metrics = tmp_path / "parts" / "metrics.jsonl"
+    process = start("two parts", "--data", str(text), *settings, "--quiet")
+    metrics = tmp_path / "two parts" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while (not metrics.is_file() or metrics.read_text().count("\n") < 12) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -353,16 +353,16 @@ def test_ctrl_c_saves_and_resume_repeats_the_uninterrupted_run(text, tmp_path):
     assert process.returncode == 130, err
     assert out == "" and err.count("\n") == 1
     assert err.startswith("effcore: interrupted after step ") and err.endswith(
-        "effcore train echo --out parts --resume\n"
+        "effcore train echo --out 'two parts' --resume\n"
     )
 
-    resumed = start("parts", "--resume", "--json", "--quiet")
+    resumed = start("two parts", "--resume", "--json", "--quiet")
     out, err = resumed.communicate(timeout=120)
     assert (resumed.returncode, err) == (0, "")
     assert json.loads(out)["steps"] == 40
     losses = [
         [(row["step"], row["kind"], row["loss"]) for row in map(json.loads, (tmp_path / name / "metrics.jsonl").open())]
-        for name in ("whole", "parts")
+        for name in ("whole", "two parts")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 50
 
