@@ -106,6 +106,12 @@ def run(
     return report.as_json(facts, limits, rows, calls), text, all(row.verdict.green for row in rows)
 
 
+def matches(module: ModuleType, settings: Settings, only: str) -> bool:
+    """Whether the family has a case or a call whose name ``only`` finds."""
+    makers = (module.cases, getattr(module, "calls", lambda _: ()))
+    return any(re.search(only, entry.name) for maker in makers for entry in maker(settings))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("family", choices=families())
@@ -151,6 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     use_carried_libraries()
     module = importlib.import_module(f"benchmarks.ops.bench_{options.family}")
+    if not matches(module, settings, options.only):
+        parser.error(f"--only {options.only}: {options.family} has no case of such a name")
     seconds = options.seconds if options.seconds is not None else (1.0 if options.quick else 10.0)
     results, text, green = run(module, settings, seconds=seconds, patience=options.patience, only=options.only)
     print(text)

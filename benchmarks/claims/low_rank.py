@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+sys.path = [str(ROOT), *sys.path, str(ROOT / "python")]  # an installed effcore, with its libraries, before the sources
 
 from benchmarks.claims._low_rank_recovery import FADING, ONE, STAGES, place  # noqa: E402
 from benchmarks.claims._runs import differing  # noqa: E402
@@ -91,6 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the numbers; read them (table)")
     parser.add_argument("--picture", type=Path, help="draw the rows of speed or progressive (table)")
     options = parser.parse_args(arguments)
+    if options.claim in ("layers", "parts", "short") and options.device != "cuda":
+        parser.error(f"{options.claim} needs a GPU")
+    if options.claim == "table" and not (options.json and options.json.is_file()):
+        parser.error(f"table reads the file that --json names, got {options.json}")
     if options.claim == "progressive" and len(options.ratios or ()) > 1:
         parser.error("progressive takes one of --ratios")
     known = _known(options.claim)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+sys.path = [str(ROOT), *sys.path, str(ROOT / "python")]  # an installed effcore, with its libraries, before the sources
 
 from benchmarks.claims import _runs  # noqa: E402
 from benchmarks.claims._snippets import minilm, prepare, shrink  # noqa: E402

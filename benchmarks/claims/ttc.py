@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+sys.path = [str(ROOT), *sys.path, str(ROOT / "python")]  # an installed effcore, with its libraries, before the sources
 
 from benchmarks.claims import _adding, _runs, _sorting  # noqa: E402
 from benchmarks.claims._small_lm import fresh, train  # noqa: E402

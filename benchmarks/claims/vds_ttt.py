@@ -32,7 +32,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+sys.path = [str(ROOT), *sys.path, str(ROOT / "python")]  # an installed effcore, with its libraries, before the sources
 
 from benchmarks.claims import _runs  # noqa: E402
 from benchmarks.claims import _sorting as task  # noqa: E402

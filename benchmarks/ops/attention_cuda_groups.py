@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+sys.path = [str(ROOT), *sys.path, str(ROOT / "python")]  # an installed effcore, with its libraries, before the sources
 from benchmarks.case import Work  # noqa: E402
 from benchmarks.ceilings import measure  # noqa: E402
 from benchmarks.ops._cuda_peers import PEERS, Peer, find_peers, working  # noqa: E402

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(ROOT)]
+sys.path = [str(ROOT), *sys.path, str(ROOT / "python")]  # an installed effcore, with its libraries, before the sources
 
 from benchmarks.case import Work  # noqa: E402
 from benchmarks.ceilings import Ceilings  # noqa: E402

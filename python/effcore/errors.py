@@ -33,6 +33,12 @@ def disk_is_full(error: BaseException) -> bool:
     return any(text in str(error) for text in ("No space left", "File too large", "Disk quota"))
 
 
+def memory_is_full(error: BaseException) -> bool:
+    """Whether an error says that the host's or a device's memory is: a MemoryError, or torch's RuntimeErrors with that text."""
+    known = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in known)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'layers'?"`` for a misspelt name, or an empty string where nothing is near.
 

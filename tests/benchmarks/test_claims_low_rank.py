@@ -93,3 +93,12 @@ def test_an_unknown_variant_is_refused_by_name(capsys, claim, only):
     with pytest.raises(SystemExit) as ended:
         low_rank.main([claim, "--only", only, "--json", "/nowhere/x.json"])
     assert ended.value.code == 2 and f"--only names {only}: {claim} has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [(["layers", "--device", "cpu"], "layers needs a GPU"), (["table"], "table reads the file")]
+)
+def test_what_a_claim_needs_is_said(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        low_rank.main(arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err

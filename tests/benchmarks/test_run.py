@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import sys
@@ -93,8 +94,9 @@ def test_from_the_command_line_to_the_files(toy_family, tmp_path, capsys):
 
 
 def test_only_runs_what_matches(toy_family, capsys):
-    assert run.main(["toy", "--only", "nothing"]) == 0
-    assert "double" not in capsys.readouterr().out
+    assert run.main(["toy", "--only", "add"]) == 0
+    text = capsys.readouterr().out
+    assert "add" in text and "double" not in text
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,7 @@ def test_only_runs_what_matches(toy_family, capsys):
         (["toy", "--threads", "0"], "--threads must be positive"),
         (["toy", "--device", "tpu"], "--device must be cpu or cuda"),
         (["toy", "--only", "("], "--only (: no regular expression"),
+        (["toy", "--only", "nothing"], "--only nothing: toy has no case of such a name"),
         (["toy", "--json", "."], ".: is a folder"),
         (["toy", "--plot", f"{__file__}/inside/toy.png"], "Not a directory"),
     ],
@@ -216,3 +219,12 @@ def test_ctrl_c_reports_what_there_is():
     results, text, green = run.run(family, Settings(), seconds=0.01, log=log)
     assert green and [c["name"] for c in results["cases"]] == ["double"] and "double" in text
     assert log.getvalue().endswith("interrupted: what was measured so far\n")
+
+
+@pytest.mark.parametrize("claim", ["conv3d", "low_rank", "skipvit", "swiftlearn", "ttc", "vds_ttt"])
+def test_an_installed_package_comes_before_the_sources_which_have_no_libraries(claim, monkeypatch):
+    module = importlib.import_module(f"benchmarks.claims.{claim}")
+    sources = str(module.ROOT / "python")
+    monkeypatch.setattr(sys, "path", [*(path for path in sys.path if path != sources), "installed"])
+    importlib.reload(module)
+    assert sys.path.index("installed") < sys.path.index(sources)

@@ -84,6 +84,20 @@ def test_a_full_disk_is_one_line_and_loses_nothing(places, monkeypatch):
     assert "Trained on 5 of 5" in invoke(places, "--threshold", 0.1, "--resume").output
 
 
+def test_training_that_diverges_is_one_line(places):
+    for epochs in (1, 3):  # found by the samples of the trained model; by the loss
+        result = invoke(places, "--threshold", 0.1, "--learning-rate", 1e30, "--epochs", epochs, "--overwrite")
+        assert isinstance(result.exception, RunError)
+
+
+def test_a_damaged_adapter_is_named(places):
+    invoke(places, "--threshold", 0.1)
+    weights = places / "run" / "adapter-0" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:10])
+    result = invoke(places, "--threshold", 0.1, "--resume")
+    assert isinstance(result.exception, InputError) and "adapter-0: the adapter is damaged" in str(result.exception)
+
+
 def test_a_verifier_that_returns_nan_is_one_line_and_loses_nothing(places):
     from safetensors.torch import load_file, save_file
 

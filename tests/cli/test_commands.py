@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from effcore.cli import main
 from tests.training.tiny import TINY
@@ -260,6 +261,7 @@ def test_train_generate_compare(run, text, tmp_path):
     [
         (["train", "epas", "--set", "modee=kv"], "unknown setting; did you mean 'mode'"),
         (["train", "epas", "--set", "epas.layout=0_2_2_3", "--set", "layers=4"], "points forward"),
+        (["train", "baseline", "--set", "seed=-1"], "training.seed must be from 0 to"),
         (["train", "baseline", "--recipe", "frsh"], "did you mean 'fresh'"),
         (["train", "baseline", "--recipe", "none.yaml"], "no such file"),
         (["train", "baseline", "--data", "missing.txt"], "--data missing.txt: no such file or folder"),
@@ -288,11 +290,43 @@ def test_wrong_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, words
 
 
 @pytest.mark.parametrize(
-    "arguments", [["trane"], ["train", "nothing"], ["generate"], ["train", "epas", "--layers", "3"]]
+    "arguments",
+    [
+        ["trane"],
+        ["train", "nothing"],
+        ["generate"],
+        ["generate", "model", "--prompt", "x", "--seed", "-1"],
+        ["train", "epas", "--layers", "3"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(run, arguments):
     code, _, err = run(*arguments)
     assert code == 2 and "Usage" in err
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), MemoryError()]
+)
+def test_a_model_that_memory_cannot_hold_is_one_line(run, text, monkeypatch, error):
+    from effcore.training import models
+
+    def build(*_):
+        raise error
+
+    monkeypatch.setattr(models, "fresh_model", build)
+    code, _, err = run("train", "baseline", "--data", text, *overrides())
+    assert (code, err) == (1, "effcore: out of memory: a smaller model, batch or length needs less\n")
+
+
+def test_logits_that_are_not_numbers_are_not_sampled(run, text, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    assert run("train", "baseline", "--data", text, *overrides(), "--quiet")[0] == 0
+    weights = tmp_path / "runs/baseline/model/model.safetensors"
+    save_file({name: x * torch.nan for name, x in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    for more in ([], ["--temperature", 1]):
+        code, _, err = run("generate", "runs/baseline", "-p", "def", *more)
+        assert code == 1 and err.startswith("effcore: the model's logits hold NaN") and err.count("\n") == 1
 
 
 def test_ctrl_c_saves_and_resume_repeats_the_uninterrupted_run(text, tmp_path):
@@ -309,8 +343,8 @@ def test_ctrl_c_saves_and_resume_repeats_the_uninterrupted_run(text, tmp_path):
     whole = start("whole", "--data", str(text), *settings, "--quiet")
     assert whole.communicate()[1] == "" and whole.returncode == 0
 
-    process = start("parts", "--data", str(text), *settings, "--quiet")
-    metrics = tmp_path / "parts" / "metrics.jsonl"
+    process = start("two parts", "--data", str(text), *settings, "--quiet")
+    metrics = tmp_path / "two parts" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while (not metrics.is_file() or metrics.read_text().count("\n") < 12) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -319,16 +353,16 @@ def test_ctrl_c_saves_and_resume_repeats_the_uninterrupted_run(text, tmp_path):
     assert process.returncode == 130, err
     assert out == "" and err.count("\n") == 1
     assert err.startswith("effcore: interrupted after step ") and err.endswith(
-        "effcore train echo --out parts --resume\n"
+        "effcore train echo --out 'two parts' --resume\n"
     )
 
-    resumed = start("parts", "--resume", "--json", "--quiet")
+    resumed = start("two parts", "--resume", "--json", "--quiet")
     out, err = resumed.communicate(timeout=120)
     assert (resumed.returncode, err) == (0, "")
     assert json.loads(out)["steps"] == 40
     losses = [
         [(row["step"], row["kind"], row["loss"]) for row in map(json.loads, (tmp_path / name / "metrics.jsonl").open())]
-        for name in ("whole", "parts")
+        for name in ("whole", "two parts")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 50
 

@@ -43,7 +43,8 @@ def test_train(tmp_path, text, strategy):
 def test_bad_settings_are_named(tmp_path, text):
     for setting, message in (
         ("strategy=halves", "flowhn.strategy must be"),
-        ("attention_tokens=99", "attention_tokens"),
+        ("attention_tokens=99", "flowhn: attention_tokens must be from 0 to"),
+        ("routing_length=0", "flowhn: routing_length must be positive"),
     ):
         result = runner.invoke(app, [*train(text, tmp_path / "run"), "--set", setting])
         assert isinstance(result.exception, InputError) and message in str(result.exception)

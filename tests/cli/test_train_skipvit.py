@@ -52,6 +52,7 @@ def test_a_folder_that_cannot_be_made_is_found_before_training(tmp_path):
         (["--leave", 5, "--rejoin", 5], "leave must be below rejoin"),
         (["--drop", 1.5], "drop must be at least 0 and below 1"),
         (["--learning-rate", 0], "--learning-rate must be positive"),
+        (["--learning-rate", "nan"], "--learning-rate must be positive"),
         (["--device", "tpu"], "--device must be cpu or cuda"),
     ],
 )

@@ -258,6 +258,7 @@ BAD = {
     "no batch": (lambda: effcore.decompose(plain(), 2.0, data=[]), "data gave no batch"),
     "nan": (lambda: effcore.decompose(nan_model(), 2.0), "0.weight holds NaN or infinities"),
     "sparse": (lambda: effcore.decompose(sparse_model(), 2.0), "0 has sparse weights"),
+    "meta": (lambda: effcore.decompose(nn.Linear(32, 32, device="meta"), 2.0), "on the meta device; load them first"),
     "quantised": (lambda: effcore.decompose(quantised_model(), 2.0), "0 has quantised weights"),
     "report": (lambda: low_rank.report(plain()), "was not decomposed"),
     "module rank": (lambda: LowRankLinear(4, 5, 0), "rank must be from 1 to 4 .* got 0"),

@@ -1,7 +1,11 @@
 """Decomposed models while they train, merged, branched, saved and loaded."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import effcore
@@ -314,12 +318,44 @@ def test_reordering_finds_hidden_blocks():
 def test_saved_and_loaded_without_the_original(kind, tmp_path):
     model, batch = hugging_face(kind)
     effcore.decompose(model.eval(), 1.6, multiple=1)
+    if kind == "llama":
+        model.generation_config.eos_token_id = [3, 5]
     save_decomposed(model, tmp_path)
     loaded = load_decomposed(tmp_path)
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     if kind == "llama":
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert loaded.generation_config.eos_token_id == [3, 5]
+
+
+@pytest.mark.parametrize("kind", ["shared", "flowhn"])
+def test_our_own_models_are_loaded_too(kind, tmp_path):
+    model, batch = hugging_face("llama")
+    if kind == "shared":
+        model = effcore.share_activations(model, mode="qk", start=1)
+    else:
+        model = effcore.FlowHNForCausalLM(
+            effcore.FlowHNConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                 num_attention_heads=2, num_key_value_heads=2, routing_length=16)
+        )  # fmt: skip
+    effcore.decompose(model.eval(), 1.6, multiple=1)
+    save_decomposed(model, tmp_path)
+    code = "import sys, effcore.methods.low_rank_checkpoint as c; print(type(c.load_decomposed(sys.argv[1])).__name__)"
+    shown = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == type(model).__name__
+    with torch.no_grad():
+        assert torch.equal(load_decomposed(tmp_path)(**batch).logits, model(**batch).logits)
+
+
+def test_the_rotary_frequencies_of_a_bfloat16_model_are_not_rounded(tmp_path):
+    hugging_face("llama")[0].save_pretrained(tmp_path / "dense")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16).eval()
+    effcore.decompose(model, 1.6, multiple=1)
+    save_decomposed(model, tmp_path / "small")
+    loaded = load_decomposed(tmp_path / "small")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
 def test_positions_of_a_loaded_bfloat16_model_are_not_rounded(tmp_path):
@@ -394,6 +430,10 @@ def test_damaged_checkpoints_are_named(tmp_path):
     skeleton = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 1), nn.Flatten(), nn.Linear(512, 32))
     with pytest.raises(InputError, match="cannot be read"):
         load_decomposed(tmp_path, skeleton)
-    (tmp_path / DESCRIPTION).write_text("{")
-    with pytest.raises(InputError, match="not a decomposed model"):
+    for content in ("{", '{"layers": [3]}'):
+        (tmp_path / DESCRIPTION).write_text(content)
+        with pytest.raises(InputError, match="not a decomposed model"):
+            load_decomposed(tmp_path, skeleton)
+    (tmp_path / DESCRIPTION).write_text('{"layers": {"0": 3}}')
+    with pytest.raises(InputError, match="layer 0 does not fit"):
         load_decomposed(tmp_path, skeleton)

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import effcore
 from effcore.data import byte_tokenizer
+from effcore.errors import RunError
 from effcore.methods.sampling import sample_texts, sample_tokens
 
 
@@ -102,6 +103,14 @@ def test_texts_come_back_in_their_order():
         want = m.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :].tolist()
         want = want[: want.index(256)] if 256 in want else want
         assert one == other == tokenizer.decode(want, skip_special_tokens=True)
+
+
+def test_logits_that_are_not_numbers_are_an_error():
+    m, (ids, mask) = model(), padded()
+    m.lm_head.weight.data[0] = torch.nan
+    for options in ({}, {"do_sample": False}):
+        with pytest.raises(RunError, match="logits hold NaN"):
+            sample_tokens(m, ids, mask, num_samples=2, max_new_tokens=2, **options)
 
 
 def test_bad_arguments():

@@ -293,6 +293,8 @@ def test_bad_records():
         sampler.state_dict()
     with pytest.raises(RuntimeError, match="score_with"):
         effcore.SwiftLearnSampler(4, recording="evaluation").order(1)
+    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
+        next(effcore.SwiftLearnSampler(90).batches(Items(), 0))
     with pytest.raises(ValueError, match="forward is needed"):
         next(effcore.SwiftLearnSampler(90, recording="evaluation").batches(Items(), 4))
 

@@ -248,6 +248,10 @@ def test_an_evaluation_that_disagrees_lets_training_go_on():
         (lambda: TTCPlan(9, 10).add(1, {2: 0.5}), "the accuracy at 1 sample is needed"),
         (lambda: TTCPlan(9, 10, points=[(3.0, {1: 0.1})]).add(2, {1: 0.2}), "checkpoints must come in order"),
         (lambda: effcore.TTCEarlyStopping(None, budget=1, metric="best"), "metric must be one of"),
+        (
+            lambda: effcore.TTCEarlyStopping(None, budget=1).callback(every=5, tokens_per_step=0),
+            "tokens_per_step must be positive",
+        ),
         (lambda: effcore.TTCEarlyStopping(None, budget=1, ks=(1, 2)), "at least three numbers"),
         (lambda: effcore.TTCEarlyStopping(None, budget=1, ks=(1, 2, 64)), r"to most_samples \(32\)"),
     ],

@@ -333,6 +333,8 @@ def test_bad_arguments_are_named():
     for call, message in (
         (lambda: config(attention_tokens=9), "attention_tokens must be from 0 to routing_length"),
         (lambda: config("halves"), "strategy must be one of none, ae, fa, fac, sequential"),
+        (lambda: config(num_key_value_heads=0), "num_key_value_heads must be positive, got 0"),
+        (lambda: config(state_size=0), "state_size must be positive, got 0"),
         (lambda: FlowHNConfig.of_size("2B"), "size must be one of 135M"),
         (lambda: net(ids(1, 4), attention_mask=torch.tensor([[1, 0, 1, 1]])), "attention_mask has a hole"),
         (lambda: net(ids(1, 4), attention_mask=torch.ones(1, 5)), r"attention_mask must be \[1, 4\]"),

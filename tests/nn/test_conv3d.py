@@ -163,6 +163,7 @@ def test_bad_arguments_are_named():
         "aligned=False takes stride": lambda: blocks.CrossConv3d(3, 4, stride=(2, 1, 1), aligned=False),
         "combine must be one of": lambda: effcore.factorize_conv3d(nn.Conv3d(1, 1, 3), "mul"),
         "init must be one of": lambda: effcore.factorize_conv3d(nn.Conv3d(1, 1, 3), init="zero"),
+        "on the meta device; load them first": lambda: effcore.factorize_conv3d(nn.Conv3d(1, 1, 3, device="meta")),
         "has no nn.Conv3d": lambda: effcore.factorize_conv3d(nn.Linear(1, 1)),
         "has not converted": lambda: methods.report(nn.Linear(1, 1)),
     }

@@ -208,6 +208,12 @@ def test_resuming_from_damaged_weights_or_on_changed_text_is_refused(tiny, text,
     with pytest.raises(InputError, match=r"checkpoint-\d+: the model's file is damaged"):
         train(RunConfig("baseline", load_recipe("fresh")), tmp_path / "run", resume=True)
     weights.write_bytes(whole)
+    state = weights.with_name("trainer_state.json")
+    written = state.read_text()
+    state.write_text(written[:100])
+    with pytest.raises(InputError, match=r"trainer_state\.json: damaged"):
+        train(RunConfig("baseline", load_recipe("fresh")), tmp_path / "run", resume=True)
+    state.write_text(written)
     text.write_text(text.read_text() + "more\n")
     with pytest.raises(InputError, match="has changed since the run began"):
         train(RunConfig("baseline", load_recipe("fresh")), tmp_path / "run", resume=True)

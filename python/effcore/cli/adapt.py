@@ -47,7 +47,7 @@ def adapt(
     merge: Annotated[
         bool, typer.Option("--merge", help="Also save the model with the adapters merged, as model/.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; give the same options.")
     ] = False,

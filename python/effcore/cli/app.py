@@ -13,7 +13,7 @@ import typer
 
 import effcore
 from effcore.cli import adapt, bench, calibrate, compare, compress, demo, doctor, generate, plan, train
-from effcore.errors import InputError, RunError
+from effcore.errors import InputError, RunError, memory_is_full
 
 app = typer.Typer(
     name="effcore",
@@ -66,6 +66,10 @@ def run(arguments: list[str] | None = None) -> NoReturn:
     except OSError as error:
         reason = error.strerror or error
         _fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not memory_is_full(error):
+            raise
+        _fail("out of memory: a smaller model, batch or length needs less", 1)
     except (KeyboardInterrupt, SystemExit) as ended:
         interruption = _interruption(ended)  # typer makes of Ctrl-C a silent exit
         if interruption is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,6 +164,6 @@ def run_training(
         except Interrupted as interruption:
             progress.close()
             if is_main_process():
-                command = f"effcore train {method} --out {out} --resume"
+                command = f"effcore train {method} --out {shlex.quote(str(out))} --resume"
                 print(f"effcore: interrupted after step {interruption.step}; continue with: {command}", file=sys.stderr)
             raise typer.Exit(130) from None

@@ -22,7 +22,7 @@ def skipvit(
     rejoin: Annotated[int, typer.Option("--rejoin", help="The first block with all of them again.")] = 5,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps on all patches at first.")] = 100,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Its maximum.")] = 1e-3,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)] = 0,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda. Default: cuda where there is one.")
     ] = None,
@@ -34,7 +34,7 @@ def skipvit(
     from effcore.cli.output import check_free
     from effcore.errors import InputError, input_error
 
-    if learning_rate <= 0:
+    if not learning_rate > 0:
         raise InputError(f"--learning-rate must be positive, got {learning_rate}")
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, got {device}")

@@ -72,7 +72,7 @@ def factorize_conv3d(
         The model. ``effcore.methods.conv3d.report(model)`` lists what was done.
 
     Raises:
-        ValueError: an argument is not one of the above, or the model has no Conv3d.
+        ValueError: an argument is not one of the above, the model has no Conv3d, or its weights are not loaded (meta device).
     """
     if combine not in COMBINE:
         raise ValueError(f"effcore.factorize_conv3d: combine must be one of {', '.join(COMBINE)}, got {combine!r}")
@@ -83,6 +83,9 @@ def factorize_conv3d(
     layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Conv3d}
     if not layers:
         raise ValueError("effcore.factorize_conv3d: the model has no nn.Conv3d")
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(f"effcore.factorize_conv3d: the weights of {name} are on the meta device; load them first")
     inputs = {} if sample is None else _inputs(model, layers, sample)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,8 +1,9 @@
 """Decomposed models on disk: safetensors, a description of the new layers, and nothing of the dense model.
 
-folder/model.safetensors   all weights (tied ones once)
-folder/low_rank.json       name -> kind and constructor arguments of each layer that is not the architecture's
-folder/config.json         Hugging Face models: their configuration, which says the architecture
+folder/model.safetensors        all weights (tied ones once)
+folder/low_rank.json            name -> kind and constructor arguments of each layer that is not the architecture's
+folder/config.json              Hugging Face models: their configuration, which says the architecture
+folder/generation_config.json   those that generate: their end tokens and defaults
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from effcore.nn.side_by_side import NarrowConv2d
 
 DESCRIPTION = "low_rank.json"
 WEIGHTS = "model.safetensors"
+GENERATION = "generation_config.json"
 _KINDS: dict[str, Callable[..., nn.Module]] = {
     "low_rank_linear": LowRankLinear,
     "low_rank_conv2d": LowRankConv2d,
@@ -90,6 +92,9 @@ def save_decomposed(model: nn.Module, folder: str | Path) -> None:
         if not getattr(config, "architectures", None):
             config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:  # not by save_pretrained, which refuses what some published models have
+        write_atomically(folder / GENERATION, generation.to_json_string())
 
 
 def load_decomposed(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -106,7 +111,7 @@ def load_decomposed(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
 
     folder = Path(folder)
     try:
-        layers = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["layers"]
+        layers = dict(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["layers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / DESCRIPTION}: not a decomposed model ({type(error).__name__})") from error
     if model is None:
@@ -115,8 +120,8 @@ def load_decomposed(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
         raise InputError(f"{folder / WEIGHTS}: no such file")
     reference = next(model.parameters())
     for name, spec in layers.items():
-        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "kind"}
         try:
+            arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "kind"}
             model.get_submodule(name)
             new = _KINDS[spec["kind"]](**arguments)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -134,10 +139,16 @@ def load_decomposed(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
 def _architecture(folder: Path) -> nn.Module:
     import transformers
 
+    import effcore.models  # which tells transformers its own configurations
+
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        cls = getattr(transformers, config.architectures[0])
+        name = config.architectures[0]
+        cls = getattr(effcore.models, name, None) or getattr(transformers, name)
     except Exception as error:
         raise InputError(f"{folder}: no configuration of a transformers model; pass model=") from error
     # As from_pretrained makes it: model.to(dtype) would also round the frequencies of rotary embeddings, which stay float32.
-    return cls._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+    model = cls._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+    if (folder / GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model

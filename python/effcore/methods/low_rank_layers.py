@@ -147,8 +147,8 @@ def find(
     stays shared: its layers stay dense, and are refused where ``include`` names one of them.
 
     Raises:
-        ValueError: weights that are quantised, sparse or not finite, what is no regular expression, or an ``include`` that
-            matches nothing.
+        ValueError: weights that are quantised, sparse, not loaded (meta device) or not finite, what is no regular expression,
+            or an ``include`` that matches nothing.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -191,6 +191,8 @@ def find(
         if nn.utils.parametrize.is_parametrized(module):
             stay[name] = "parametrized"
             continue
+        if weight.is_meta:
+            raise ValueError(f"effcore.decompose: the weights of {name} are on the meta device; load them first")
         if weight.layout != torch.strided:
             raise ValueError(f"effcore.decompose: {name} has sparse weights ({weight.layout}); use .to_dense() first")
         if getattr(module, "groups", 1) != 1:

@@ -15,7 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effcore.errors import RunError
 from effcore.methods._surroundings import evaluating
+
+
+def check_logits(input_ids: Tensor, logits: Tensor) -> Tensor:
+    """A logits processor for ``generate``: the logits [B, V] as they are; −∞ says that a token must not come.
+
+    Raises:
+        RunError: they hold NaN or +∞, of which ``generate`` would make token 0, or an error that names no cause.
+    """
+    if not bool((logits < torch.inf).all()):
+        raise RunError("the model's logits hold NaN or infinity: its weights are damaged, or its training diverged")
+    return logits
 
 
 def sample_tokens(
@@ -39,6 +51,9 @@ def sample_tokens(
 
     Returns:
         int64 [B, num_samples, T], T ≤ max_new_tokens: the new tokens, padded behind the end token.
+
+    Raises:
+        RunError: the logits hold NaN or infinity.
     """
     if num_samples < 1:
         raise ValueError(f"effcore.sample_tokens: num_samples must be positive, got {num_samples}")
@@ -47,6 +62,7 @@ def sample_tokens(
     if not bool(mask[:, -1].all()):
         raise ValueError("effcore.sample_tokens: prompts must be padded on the left: the last column is masked")
     options = {"do_sample": True, "max_new_tokens": max_new_tokens} | options
+    options["logits_processor"] = [*(options.get("logits_processor") or ()), check_logits]
     if options.get("pad_token_id") is None and getattr(model.generation_config, "pad_token_id", None) is None:
         end = model.generation_config.eos_token_id
         options["pad_token_id"] = end[0] if isinstance(end, list) else end if end is not None else 0

@@ -312,6 +312,8 @@ class SwiftLearnSampler(Sampler[int]):
             batch_size: samples a process and step. Every process makes the same number of steps.
             forward: batch -> values, for :meth:`score_with`.
         """
+        if batch_size < 1:
+            raise ValueError(f"effcore.SwiftLearnSampler.batches: batch_size must be positive, got {batch_size}")
         if forward is not None:
             self.score_with(
                 lambda ids: forward(collate_fn([dataset[i] for i in ids.tolist()])),  # type: ignore[misc]

@@ -19,6 +19,8 @@ class TTCCallback(TrainerCallback):
     def __init__(self, stopper: TTCEarlyStopping, every: int, tokens_per_step: float):
         if every < 1:
             raise ValueError(f"effcore.TTCCallback: every must be positive, got {every}")
+        if not tokens_per_step > 0:
+            raise ValueError(f"effcore.TTCCallback: tokens_per_step must be positive, got {tokens_per_step}")
         self.stopper, self.every, self.tokens_per_step = stopper, every, tokens_per_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effcore.errors import InputError, RunError
 from effcore.methods._surroundings import random_state_kept
 from effcore.methods.sampling import Response, sample_responses
 from effcore.methods.vds_run import Entries, Journal, RunFiles
@@ -120,7 +121,8 @@ class VerifierTTT:
         Raises:
             ValueError: no queries.
             VerifierError: the verifier's scores are unusable. What was drawn is kept in the run folder.
-            InputError: the run folder holds another run.
+            InputError: the run folder holds another run, or a damaged adapter.
+            RunError: training diverged: the loss or the logits hold NaN or infinity.
         """
         if not len(queries):
             raise ValueError("effcore.VerifierTTT.adapt: the list of queries is empty")
@@ -285,13 +287,19 @@ class VerifierTTT:
 
     def _load(self, model: Any, folder: Path) -> Any:
         from peft import PeftModel, set_peft_model_state_dict
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if isinstance(model, PeftModel):
+        try:
+            if not isinstance(model, PeftModel):
+                self._adapted = PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
+                return self._adapted
             set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-            return model
-        self._adapted = PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
-        return self._adapted
+        except SafetensorError as error:
+            raise InputError(
+                f"{folder}: the adapter is damaged ({error}); delete this folder to train it again"
+            ) from error
+        return model
 
     def _take_off(self) -> None:
         """The adapters of the last call leave the model."""
@@ -349,7 +357,7 @@ class VerifierTTT:
         ids, mask, labels = (tensor.to(device) for tensor in self._batch(examples))
         loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
         if not torch.isfinite(loss):
-            raise RuntimeError(f"effcore.VerifierTTT: the loss is {loss.item()}; lower learning_rate")
+            raise RunError(f"training diverged: the loss is {loss.item()}; lower learning_rate")
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()

@@ -16,6 +16,17 @@ SIZES = {
     "350M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 11, "num_attention_heads": 16},
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 32},
 }
+_SIZES_OF_PARTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "state_size",
+    "conv_width",
+    "expand",
+    "routing_length",
+)
 
 
 @strict
@@ -32,7 +43,7 @@ class FlowHNConfig(PretrainedConfig):
         head_dim: 0: hidden_size / num_attention_heads.
 
     Raises:
-        ValueError: an unknown strategy, or a split outside the routing chunk.
+        ValueError: an unknown strategy, a size that is not positive, or a split outside the routing chunk.
     """
 
     model_type = "effcore_flowhn"
@@ -73,8 +84,9 @@ class FlowHNConfig(PretrainedConfig):
         """Called by ``@strict`` after construction: what the fields must satisfy together."""
         if self.strategy not in STRATEGIES:
             raise ValueError(f"effcore: strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
-        if self.routing_length < 1:
-            raise ValueError(f"effcore: routing_length must be positive, got {self.routing_length}")
+        for name in _SIZES_OF_PARTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"effcore: {name} must be positive, got {getattr(self, name)}")
         n = self.attention_tokens
         if n is not None and not 0 <= n <= self.routing_length:
             raise ValueError(

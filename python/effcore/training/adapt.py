@@ -135,7 +135,7 @@ def adapt(
 
     Raises:
         InputError: something that the user gave is wrong; also an unusable verifier.
-        RunError: the disk is full.
+        RunError: the disk is full, or training diverged.
     """
     prompts, answers = read_queries(queries)
     sets = {"adapted queries": (prompts, answers)}

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import state_dict as distributed
 from effcore.errors import InputError
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
-_COMPLETE = "trainer_state.json"  # the Trainer writes it last
+COMPLETE = "trainer_state.json"  # the Trainer writes it last
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -131,7 +131,7 @@ def scatter_model(model: nn.Module, folder: Path) -> None:
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
     found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _CHECKPOINT.search(path.name))]
-    return [path for _, path in sorted(found) if (path / _COMPLETE).is_file()]
+    return [path for _, path in sorted(found) if (path / COMPLETE).is_file()]
 
 
 def keep_latest(run: Path, count: int) -> None:

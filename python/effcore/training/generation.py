@@ -10,6 +10,7 @@ import torch
 from transformers import TextStreamer, set_seed
 
 from effcore.errors import InputError, input_error
+from effcore.methods.sampling import check_logits
 from effcore.models import FlowHNForCausalLM, Layout, SharedLlamaForCausalLM
 from effcore.training.models import load_model, quiet_transformers
 
@@ -49,6 +50,7 @@ def complete(
 
     Raises:
         InputError: no model at ``path``, a region that it was not trained for, a prompt that is too long.
+        RunError: the model's logits hold NaN or infinity.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(path, dtype=torch.float32 if device == "cpu" else None, inference=True)
@@ -74,6 +76,7 @@ def complete(
             **inputs,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            logits_processor=[check_logits],
             streamer=None if stream is None else _Printer(tokenizer, stream),
             **options,
         )

@@ -77,7 +77,7 @@ class MetricsCallback(TrainerCallback):
         if not math.isfinite(logs["loss"]):
             raise RunError(
                 f"training diverged: the loss is {logs['loss']} at step {state.global_step}; "
-                "lower training.learning_rate and resume or start again"
+                "start again with a lower training.learning_rate and --overwrite"
             )
 
     def on_evaluate(

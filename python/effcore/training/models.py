@@ -72,7 +72,7 @@ def fresh_flowhn(recipe: Recipe, tokenizer: Any) -> FlowHNForCausalLM:
             num_key_value_heads=settings.kv_heads,
             tie_word_embeddings=settings.tie_embeddings,
             strategy=flow.strategy,
-            routing_length=flow.routing_length or recipe.data.length,
+            routing_length=recipe.data.length if flow.routing_length is None else flow.routing_length,
             attention_tokens=flow.attention_tokens,
             state_size=flow.state_size,
             bos_token_id=tokenizer.bos_token_id,
@@ -80,7 +80,7 @@ def fresh_flowhn(recipe: Recipe, tokenizer: Any) -> FlowHNForCausalLM:
             pad_token_id=tokenizer.pad_token_id,
         )
     except Exception as error:  # huggingface_hub wraps what validation raises
-        raise InputError(f"flowhn: {' '.join(str(error).split())[:300]}") from error
+        raise input_error(error.__cause__ if isinstance(error.__cause__, ValueError) else error, "flowhn") from error
     return FlowHNForCausalLM(config)
 
 
@@ -97,7 +97,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, inference:
     if not inference and (folder / ADAPTER).is_file():
         raise InputError(f"{path}: an adapter, which can generate; merge it into its model first")
     if inference and (folder / DESCRIPTION).is_file():
-        model, tokenizer = load_decomposed(folder), load_tokenizer(path)
+        with quiet_transformers():
+            model, tokenizer = load_decomposed(folder), load_tokenizer(path)
         return model if dtype is None else model.to(dtype), tokenizer
     if dtype is not None:
         options["dtype"] = dtype

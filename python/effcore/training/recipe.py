@@ -127,6 +127,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         _positive("training", self, "steps", "batch_size", "accumulation", "learning_rate", "clip_norm")
         _positive("training", self, "log_every", "validate_every", "checkpoint_every", "keep_checkpoints")
+        _require(0 <= self.seed < 2**32, "training.seed", "from 0 to 2**32 - 1", self.seed)
         _require(0 <= self.warmup_ratio < 1, "training.warmup_ratio", "at least 0 and below 1", self.warmup_ratio)
         _require(self.weight_decay >= 0, "training.weight_decay", "at least 0", self.weight_decay)
         for name in ("beta1", "beta2"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import Subset
-from transformers import PrinterCallback, default_data_collator
+from transformers import PrinterCallback, TrainerState, default_data_collator
 
 import effcore
 from effcore.data import Corpus, PackedTokens, load_corpus
@@ -24,7 +24,7 @@ from effcore.methods.echo_llama import ECHOSchedule
 from effcore.methods.epas import EPASSchedule, StaticSchedule
 from effcore.methods.sharing import SharingSchedule
 from effcore.training import models, plots
-from effcore.training.checkpoint import checkpoints
+from effcore.training.checkpoint import COMPLETE, checkpoints
 from effcore.training.folder import RunConfig, RunFolder
 from effcore.training.interruption import Interruption
 from effcore.training.metrics import MetricsCallback
@@ -257,13 +257,21 @@ def _summary(config: RunConfig, folder: RunFolder, corpus: Corpus, model: Any, d
 
 
 def resumed(folder: RunFolder, method: str) -> tuple[RunConfig, Path]:
-    """How a run was started, and its last checkpoint."""
+    """How a run was started, and its last checkpoint.
+
+    Raises:
+        InputError: no such run, or no checkpoint of it that can be read.
+    """
     config = folder.config()
     if config.method != method:
         raise InputError(f"--resume {folder.path}: the run's method is {config.method}, not {method}")
     found = checkpoints(folder.path)
     if not found:
         raise InputError(f"--resume {folder.path}: the run has no checkpoint yet; start it again with --overwrite")
+    try:
+        TrainerState.load_from_json(str(found[-1] / COMPLETE))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{found[-1] / COMPLETE}: damaged ({error})") from error
     return config, found[-1]
 
 
