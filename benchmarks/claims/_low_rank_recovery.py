@@ -252,6 +252,11 @@ def _together(way: Way, trials: dict[Way, float]) -> Way:
     return result
 
 
+def _share_cores(processes: int) -> None:
+    """In each process: where all take all cores, those of a factorization wait for one another for minutes."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
 def progressive(
     setup: Setup,
     lengths: Sequence[int],
@@ -271,7 +276,7 @@ def progressive(
         setup = replace(setup, folder=setup.folder or folder)
         _text("cpu")  # the corpus is cut once
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(at_once, mp_context=context) as pool:
+        with ProcessPoolExecutor(at_once, context, _share_cores, (at_once,)) as pool:
             dense = {}
             for future in as_completed([pool.submit(pretrain, setup, s) for s in (tuning, *seeds)]):
                 row = future.result()
