@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from effcore.cli.options import Seed
+
 
 def adapt(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, a run folder of effcore train, or a GGUF file.")],
@@ -47,7 +49,7 @@ def adapt(
     merge: Annotated[
         bool, typer.Option("--merge", help="Also save the model with the adapters merged, as model/.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)] = 0,
+    seed: Seed = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; give the same options.")
     ] = False,

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from effcore.cli.options import Seed
+
 
 def generate(
     model: Annotated[
@@ -27,7 +29,7 @@ def generate(
         float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this much of the probability.")
     ] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from so many tokens; 0 means all.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)] = 0,
+    seed: Seed = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print prompt, text and speed as JSON.")] = False,
 ) -> None:
     """Continues a prompt."""

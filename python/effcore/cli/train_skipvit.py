@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from effcore.cli.options import Seed
+
 
 def skipvit(
     data: Annotated[
@@ -22,7 +24,7 @@ def skipvit(
     rejoin: Annotated[int, typer.Option("--rejoin", help="The first block with all of them again.")] = 5,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps on all patches at first.")] = 100,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Its maximum.")] = 1e-3,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)] = 0,
+    seed: Seed = 0,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda. Default: cuda where there is one.")
     ] = None,

@@ -140,6 +140,7 @@ def _architecture(folder: Path) -> nn.Module:
     import transformers
 
     import effcore.models  # which tells transformers its own configurations
+    from effcore.models.checkpoint import belongs_to
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -149,6 +150,5 @@ def _architecture(folder: Path) -> nn.Module:
         raise InputError(f"{folder}: no configuration of a transformers model; pass model=") from error
     # As from_pretrained makes it: model.to(dtype) would also round the frequencies of rotary embeddings, which stay float32.
     model = cls._from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
-    if (folder / GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    belongs_to(model, folder)
     return model

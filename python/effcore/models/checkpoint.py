@@ -39,12 +39,12 @@ def load_pretrained(cls: Any, base: Callable[..., Any], path: Any, *args: Any, *
         and any(_is_fused(name) for name in _tensor_names(Path(path)))
     ):
         made = base(None, *args, config=config, state_dict=split_fused(_read(Path(path)), config), **kwargs)
-        _belongs_to(made[0] if isinstance(made, tuple) else made, Path(path))
+        belongs_to(made[0] if isinstance(made, tuple) else made, Path(path))
         return made
     return base(path, *args, config=config, **kwargs)
 
 
-def _belongs_to(model: Any, folder: Path) -> None:
+def belongs_to(model: Any, folder: Path) -> None:
     """What transformers reads beside the weights: how to generate (which tokens end a text), and where the model is from."""
     model.name_or_path = model.config.name_or_path = str(folder)
     if (folder / GENERATION_CONFIG_NAME).is_file():
