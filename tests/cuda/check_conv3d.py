@@ -55,6 +55,11 @@ PROBLEMS = [
     (3, 72, 256, (5, 13, 9), (3, 5, 5), (1, 2, 2), "same"),
     (2, 64, 64, (9, 20, 20), (5, 3, 3), 3, 1),
     (1, 512, 384, (2, 7, 7), (3, 3, 3), 1, "same"),
+    # Pairs of frames: outer frames in a row, half a block of channels, few taps, an odd number of frames.
+    (2, 128, 128, (5, 14, 14), (5, 3, 3), 1, "same"),
+    (1, 96, 200, (6, 11, 12), (7, 3, 3), 1, "same"),
+    (1, 256, 64, (4, 12, 9), (3, 1, 1), 1, "same"),
+    (1, 320, 128, (3, 8, 10), (3, 1, 3), 1, "same"),
     # Full waves of blocks; odd sizes, kernels, paddings, blocks of channels.
     (8, 128, 128, (8, 28, 28), (3, 3, 3), 1, "same"),
     (1, 128, 128, (20, 6, 6), (3, 3, 3), 1, "same"),
@@ -341,6 +346,8 @@ SMALL = [
     (1, 16, 40, (4, 96, 96), (3, 3, 3), 1, "same"),  # enough positions for tall blocks
     (1, 16, 72, (4, 96, 96), (3, 3, 3), 1, "same"),
     (1, 128, 136, (2, 14, 14), (3, 3, 3), 1, "same"),  # few enough tiles for pairs of blocks
+    (1, 64, 64, (3, 8, 9), (5, 3, 3), 1, "same"),  # outer frames in a row
+    (1, 128, 64, (3, 7, 7), (3, 1, 3), 1, "same"),  # few taps
     (1, 96, 128, (2, 14, 14), (3, 3, 3), 1, "same"),  # a block of 32 channels; deep steps
     (1, 5, 3, (2, 5, 4), (3, 3, 3), 2, "same"),
 ]

@@ -56,29 +56,34 @@ struct Corner {
 // A grid [batch, t, h, w] cut into boxes, h outermost.
 struct Tiling {
   Box box;
-  int tiles_w, tiles_t, tiles_b, tiles;
-  int batch, grid[3], step[3];  // step: of the tensor that the boxes read, a position
-  Divider line, frames, width;  // rows of a line, of its w and t, and of its w
+  int tiles;
+  int batch, grid[3], step[3];        // step: of the tensor that the boxes read, a position
+  Divider line, frames, width;        // rows of a line, of its w and t, and of its w
+  Divider tiles_w, tiles_t, tiles_b;  // along these, w innermost
 
   Tiling() = default;
   Tiling(const Box& size, const std::int64_t grid_size[3], std::int64_t batch_size, const std::int64_t steps[3])
       : box(size), batch(static_cast<int>(batch_size)), line(size.line()), frames(size.w * size.t), width(size.w) {
     for (int d = 0; d < 3; ++d) grid[d] = static_cast<int>(grid_size[d]), step[d] = static_cast<int>(steps[d]);
-    tiles_w = static_cast<int>(ceil_div(grid[2], box.w));
-    tiles_t = static_cast<int>(ceil_div(grid[0], box.t));
-    tiles_b = static_cast<int>(ceil_div(batch, box.b));
-    tiles = static_cast<int>(ceil_div(grid[1], box.h) * tiles_w * tiles_t * tiles_b);
+    const std::int64_t along_w = ceil_div(grid[2], box.w), along_t = ceil_div(grid[0], box.t), along_b = ceil_div(batch, box.b);
+    constexpr std::int64_t one = 1;  // an empty grid is not divided
+    tiles_w = Divider(std::max(along_w, one)), tiles_t = Divider(std::max(along_t, one)),
+    tiles_b = Divider(std::max(along_b, one));
+    tiles = static_cast<int>(ceil_div(grid[1], box.h) * along_w * along_t * along_b);
   }
 #if defined(__CUDACC__)
   // Beyond the last tile: outside of the grid.
   __device__ __forceinline__ Corner corner(int tile) const {
     Corner at;
-    at.w = tile % tiles_w * box.w;
-    tile /= tiles_w;
-    at.t = tile % tiles_t * box.t;
-    tile /= tiles_t;
-    at.b = tile % tiles_b * box.b;
-    at.h = tile / tiles_b * box.h;
+    const auto take = [&](const Divider& count) {  // the rest
+      int rest = tile;
+      tile = count.take(rest);
+      return rest;
+    };
+    at.w = take(tiles_w) * box.w;
+    at.t = take(tiles_t) * box.t;
+    at.b = take(tiles_b) * box.b;
+    at.h = tile * box.h;
     return at;
   }
   // The position of a row of the box at `from`.
