@@ -229,7 +229,12 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs, com
           reinterpret_cast<float4*>(p.dq_sums + slot * Tiles::dq_elements) + warp * (rows * columns * 2 * 32) + lane;
       const bool last = work.block == met.last;
 #pragma unroll
-      for (int m = 0; m < rows; ++m)
+      for (int m = 0; m < rows; ++m) {
+        const int row = query0 + row0 + 16 * m + lane / 4;
+        bool sees[2] = {};
+        if (last)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) sees[i] = seen.sees_keys(min(row + 8 * i, last_query));
 #pragma unroll
         for (int n = 0; n < 2 * columns; ++n) {
           float4* const sum = sums + (m * 2 * columns + n) * 32;
@@ -241,14 +246,16 @@ __global__ void __launch_bounds__(BackwardTiles<T, D, gradients, from_probs, com
             continue;
           }
           const float4 before = turn > 0 ? __ldcg(sum) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          const int column = column0 + 8 * n + 2 * (lane % 4), row = query0 + row0 + 16 * m + lane / 4;
-          if (row < s.queries)
-            store_pair(row_of<T>(p.dq, batch, head, row), column, s.head_dim, p.dq.paired, (before.x + dq[m][n][0]) * scale,
-                       (before.y + dq[m][n][1]) * scale);
-          if (row + 8 < s.queries)
-            store_pair(row_of<T>(p.dq, batch, head, row + 8), column, s.head_dim, p.dq.paired, (before.z + dq[m][n][2]) * scale,
-                       (before.w + dq[m][n][3]) * scale);
+          const float whole[4] = {before.x + dq[m][n][0], before.y + dq[m][n][1], before.z + dq[m][n][2],
+                                  before.w + dq[m][n][3]};
+          const int column = column0 + 8 * n + 2 * (lane % 4);
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if (row + 8 * i < s.queries)
+              store_pair(row_of<T>(p.dq, batch, head, row + 8 * i), column, s.head_dim, p.dq.paired,
+                         sees[i] ? whole[2 * i] * scale : 0.0f, sees[i] ? whole[2 * i + 1] * scale : 0.0f);
         }
+      }
       signal = last ? nullptr : p.turns + slot;
       signal_turn = turn + 1;
     }

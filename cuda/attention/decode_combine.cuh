@@ -2,8 +2,9 @@
 //
 //   out = sum_s 2^(m_s - m) out_s / sum_s 2^(m_s - m) l_s,   scale of a chunk = 2^(its maximum - m) / sum,
 //
-// always in the order of the splits. On sm_90 up to max_cluster splits are a cluster of blocks, which read each other's results
-// from shared memory: one launch, and no partial results in device memory. More splits, and older GPUs, take combine_kernel.
+// always in the order of the splits; zeros where no key is seen, and where all scores are -inf NaN, as 0 / 0 gives. On sm_90 up
+// to max_cluster splits are a cluster of blocks, which read each other's results from shared memory: one launch, and no partial
+// results in device memory. More splits, and older GPUs, take combine_kernel.
 #pragma once
 #include "attention/visibility.cuh"
 #include "common/cluster.cuh"
@@ -13,6 +14,10 @@
 namespace effcore::cuda::attention {
 
 constexpr int max_cluster = 2;  // four are slower than two launches (H200: 269 against 253 us, 8192 keys, batch 32)
+
+__device__ __forceinline__ float inverse_sum(const Shape& s, int batch, float sum) {
+  return sum == 0.0f && !Visibility(s, batch).sees_keys(0) ? 0.0f : 1.0f / sum;
+}
 
 // By all blocks of a cluster, each a split: `out` [heads, D], `maxima` (in units of log2) and `sums` [heads] are its own, of
 // its chunks [chunk0, chunk1). Each writes its share of the result, and its own chunks' scales. `factors` [splits, heads] is
@@ -34,7 +39,7 @@ __device__ __forceinline__ void combine_cluster(const DecodeParams& p, const flo
       sum = fmaf(load_of_block(sums + thread, i), factor, sum);
       factors[i * decode_heads + thread] = factor;
     }
-    shifts[thread] = maximum, shifts[decode_heads + thread] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    shifts[thread] = maximum, shifts[decode_heads + thread] = inverse_sum(s, batch, sum);
   }
   __syncthreads();
   for (int i = split * threads + thread; i < heads * s.value_dim; i += p.splits * threads) {
@@ -86,7 +91,7 @@ __global__ void __launch_bounds__(combine_threads) combine_kernel(const __grid_c
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
     __syncthreads();
   }
-  const float inverse = from_probs ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum;
+  const float inverse = from_probs ? 1.0f : inverse_sum(s, batch, sum);
   float x[D / 32] = {};
 #pragma unroll 4
   for (int i = warp; i < p.splits; i += combine_warps) {

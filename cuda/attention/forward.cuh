@@ -144,19 +144,21 @@ __global__ void __launch_bounds__(ForwardTiles<T, D>::threads) forward_kernel(co
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row0 + warp_row + 16 * m + lane / 4 + 8 * i;
+      const bool sees = seen.sees_keys(min(row, last_row));
       float inverse = 1.0f;
       if constexpr (!known_lse) {
-        const float total = row_sum(sum[m][i]);
-        inverse = total == 0.0f ? 0.0f : 1.0f / total;
+        float total = row_sum(sum[m][i]);
+        if (total == 0.0f) total = NAN;  // scores that are all -inf have no softmax
+        inverse = 1.0f / total;
         if (row < s.queries && lane % 4 == 0)
-          p.lse[lse_row + row] = total == 0.0f ? -infinity : maximum[m][i] * s.scale_log2 * ln2 + logf(total);
+          p.lse[lse_row + row] = sees ? maximum[m][i] * s.scale_log2 * ln2 + logf(total) : -infinity;
       }
       if (row >= s.queries) continue;
       T* to = row_of<T>(p.out, batch, head, row);
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
-        store_pair(to, 8 * n + 2 * (lane % 4), s.value_dim, p.out.paired, out[m][n][2 * i] * inverse,
-                   out[m][n][2 * i + 1] * inverse);
+        store_pair(to, 8 * n + 2 * (lane % 4), s.value_dim, p.out.paired, sees ? out[m][n][2 * i] * inverse : 0.0f,
+                   sees ? out[m][n][2 * i + 1] * inverse : 0.0f);
     }
 }
 

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(ForwardProbsTiles<T, D>::threads)
   const int batch = work.head / s.heads, head = work.head % s.heads, kv_head = head / s.group;
   const int row0 = work.block * Tiles::rows, last_row = min(row0 + Tiles::rows, s.queries) - 1;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * row_tiles;
-  const KeyRange range(Visibility(s, batch), row0, last_row);
+  const Visibility seen(s, batch);
+  const KeyRange range(seen, row0, last_row);
   const Matrix<T> v = matrix<T>(p.v, batch, kv_head);
   const T* probs = static_cast<const T*>(p.probs) + work.head * probs_elements_of(s);
 
@@ -73,10 +74,11 @@ __global__ void __launch_bounds__(ForwardProbsTiles<T, D>::threads)
       if (row >= s.queries) continue;
       T* to = row_of<T>(p.out, batch, head, row);
       const float factor = p.factors[static_cast<std::int64_t>(work.head) * s.queries + row];
+      const bool sees = seen.sees_keys(row);
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
-        store_pair(to, 8 * n + 2 * (lane % 4), s.value_dim, p.out.paired, out[m][n][2 * i] * factor,
-                   out[m][n][2 * i + 1] * factor);
+        store_pair(to, 8 * n + 2 * (lane % 4), s.value_dim, p.out.paired, sees ? out[m][n][2 * i] * factor : 0.0f,
+                   sees ? out[m][n][2 * i + 1] * factor : 0.0f);
     }
 }
 

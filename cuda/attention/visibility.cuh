@@ -28,6 +28,11 @@ struct Visibility {
     return first_key != nullptr ? clamp_to(first_key[query * first_key_step], 0, keys) : 0;
   }
   __device__ int end(int query) const { return causal ? clamp_to(query + offset + 1, 0, length) : length; }
+
+  // A row that sees no key is stored as zeros: its sums may hold NaN, the product of its P = 0 with a NaN that other rows see.
+  __device__ bool sees_keys(int query) const { return begin(query) < end(query); }
+  // Whether each of queries [first, last] does, at less cost: both ends grow with the query. False may be wrong.
+  __device__ bool all_see_keys(int first, int last) const { return begin(last) < end(first); }
 };
 
 // The keys that queries [first, last] may see; both bounds grow with the query.

@@ -196,6 +196,19 @@ def backward_grid() -> list[Case]:
     return cases
 
 
+def nan_grid() -> list[Case]:
+    """Groups whose keys and values hold NaN, on every kernel: "sliced" takes the portable ones, and the number of layers
+    decides which backward serves."""
+    base = Case(heads=4, kv_heads=2, queries=300, keys=300, causal=False)
+    return [
+        dataclasses.replace(base, dtype=dtype, dim=dim, value_dim=dim, layout=layout, layers=layers)
+        for dtype in DTYPES
+        for dim in (64, 128, 256)
+        for layout in ("head", "sliced")
+        for layers in (1, 3, 9)
+    ]
+
+
 def kv_grid() -> list[Case]:
     """Layers on shared keys and values, on every kernel that adds to the float32 sums of the layer behind it."""
     base = Case(queries=320, keys=450, heads=4, kv_heads=2, layers=3)

@@ -39,6 +39,7 @@ from tests.cuda.attention_problems import (  # noqa: E402
     backward_grid,
     grid,
     kv_grid,
+    nan_grid,
     tensor,
     visibility,
 )
@@ -99,6 +100,10 @@ def sdpa_group(
             ("out", "dq", "dk", "dv", "out_n", "dv_n"), (outs[0], *gradients[:3], outs[-1], gradients[-1]), strict=True
         )
     }
+
+
+def int32(*x: int) -> Tensor:
+    return torch.tensor(x, device="cuda", dtype=torch.int32)
 
 
 def twice(run: Callable[[], dict]) -> list[dict]:
@@ -225,6 +230,59 @@ def check_decode(case: Case) -> dict:
     return row | {"worst": worst, "passed": worst <= 1.0 and row["identical"]}
 
 
+def check_nan(case: Case, keep: str) -> dict:
+    """What NaN in keys and values reaches: the rows that see it, but no row that sees no key; in padding, nothing."""
+    nan, wrong = float("nan"), []
+
+    def run(place: Callable[[Tensor, list[Tensor]], None], **options) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        q, k = tensor(case, case.heads, case.queries, case.dim), tensor(case, case.kv_heads, case.keys, case.dim)
+        values = [tensor(case, case.kv_heads, case.keys, case.value_dim) for _ in range(case.layers)]
+        grads = [tensor(case, case.heads, case.queries, case.value_dim, False) for _ in range(case.layers)]
+        with torch.no_grad():
+            place(k, values)
+        checks.poison()
+        return group(ops, q, k, values, grads, keep, **options)
+
+    # Key 5 holds NaN. Blocks of rows of which some see no key, and others this one.
+    few, queries = case.keys // 3, torch.arange(case.queries, device="cuda")[None].expand(case.batch, -1)
+    mixed = {
+        "causal, lengths": {"causal": True, "lengths": int32(case.keys - 90, few)},
+        "first_key": {"first_key": ((queries >= 70) * case.keys).int()},
+        "first_key behind lengths": {"lengths": int32(few, few), "first_key": queries.int()},
+    }
+    places = {
+        "keys": lambda k, values: k[:, :, 5].fill_(nan),
+        "values": lambda k, values: [v[:, :, 5].fill_(nan) for v in values],
+    }
+    for rows, options in mixed.items():
+        seen = reference.visible(case.batch, case.queries, case.keys, device=queries.device, **options)
+        blind, sees_nan = (x[:, None].expand(-1, case.heads, -1) for x in (~seen.any(-1), seen[..., 5]))
+        for where, place in places.items():
+            got = run(place, **options)
+            for name in sorted(got.keys() & {"out", "out_n", "dq"}):
+                if got[name][blind].ne(0).any():
+                    wrong.append(f"{rows}: NaN in {where} reaches {name} of rows that see no key")
+                if not got[name][sees_nan].isnan().all():
+                    wrong.append(f"{rows}: NaN in {where} does not reach {name}")
+
+    first_key, lengths = int32(3, 70), int32(few, case.keys - 9)
+    keys = torch.arange(case.keys, device="cuda")
+    padding = ((keys < first_key[:, None]) | (keys >= lengths[:, None]))[:, None, :, None]
+    zeros, nans = (
+        run(
+            lambda k, values, x=x: [t.masked_fill_(padding, x) for t in (k, *values)],
+            causal=case.layers != 3,
+            first_key=first_key,
+            lengths=lengths,
+        )
+        for x in (0.0, nan)
+    )
+    wrong += [f"NaN in padding reaches {name}" for name in zeros if not torch.equal(zeros[name], nans[name])]
+    row = row_of(f"nan {case.name()}", not wrong) | {"keep": keep}
+    return row | ({"problem": "; ".join(wrong[:6])} if wrong else {})
+
+
 def check_special() -> list[dict]:
     """NaN and infinities, rows without keys, empty tensors, poisoned padding, far offsets, reused scores, refusals."""
     rows = []
@@ -249,6 +307,15 @@ def check_special() -> list[dict]:
     k2 = torch.randn_like(k)
     k2[0, 1, 7] = float("nan")
     add("NaN propagates", torch.isnan(ops.attention(q, k2, torch.randn_like(v))[0, 1]).all())
+    for dtype in DTYPES:
+        q2, k2, v2 = (torch.randn(1, 2, 300, 64, device="cuda").to(DTYPES[dtype]) for _ in range(3))
+        q2[..., 0], k2[..., 0] = 1.0, -torch.inf
+        outs = [ops.attention(q2, k2, v2, causal=True)]
+        for keep in ("lse", "probs"):
+            outs += [ops.attention_from_scores(ops.attention_with_scores(q2, k2, v2, keep=keep)[1][0], v2)]
+        decoded, probs = ops.decode_attention(q2[:, :, :1], k2, v2, int32(300), return_probs=True)
+        outs += [decoded, ops.decode_from_probs(probs, v2, int32(300))]
+        add(f"scores that are all -inf have no softmax {dtype}", all(x.isnan().all() for x in outs))
     for b, sq, sk in ((0, 5, 5), (2, 0, 5), (2, 5, 0)):
         inputs = [torch.randn(b, 2, s, 64, device="cuda", dtype=bf16, requires_grad=True) for s in (sq, sk, sk)]
         for keep in ("lse", "probs"):
@@ -423,6 +490,9 @@ def main() -> int:
         attempt("kv " + case.name(), lambda case=case: check_kv(case))
     for case in decode:
         attempt("decode " + case.name(), lambda case=case: check_decode(case))
+    for case in nan_grid():
+        for keep in ("lse", "probs"):
+            attempt("nan " + case.name(), lambda case=case, keep=keep: check_nan(case, keep))
     attempt("special", check_special)
     for dtype in DTYPES:
         group_rows = [r for r in rows if f"{dtype} B" in r["case"] and r["errors"]]

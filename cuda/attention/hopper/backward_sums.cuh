@@ -34,6 +34,8 @@ __device__ __forceinline__ void store_dq(const OwnerParams& p, const StepInfo& i
   const float scale = s.negative ? -s.scale : s.scale, factor[2] = {scale, scale};
   const int row = info.slot / ((s.queries + queries - 1) / queries), lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int query = info.query0 + (queries == 128 ? 64 * warpgroup : 0) + 16 * warp + lane / 4;
+  if (info.flags & step_masked)
+    clear_unseeing(dq, Visibility(s, row / s.heads), info.query0, min(info.query0 + queries, s.queries) - 1, query);
   store_rows<T, 64>(p.dq, row / s.heads, row % s.heads, query, s.queries, D == 128 ? 64 * warpgroup : 0, dq, factor);
 }
 

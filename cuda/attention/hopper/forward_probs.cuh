@@ -147,6 +147,7 @@ struct ForwardProbsConsumer {
       for (int i = 0; i < 2; ++i)
         factor[i] *=
             row + 8 * i < s.queries ? p.args.factors[static_cast<std::int64_t>(work.head) * s.queries + row + 8 * i] : 0.0f;
+    clear_unseeing(out, seen, row0, min(row0 + 64, s.queries) - 1, row);
     store_rows<T, D>(p.args.out, batch, head, row, s.queries, 0, out, factor);
   }
 

@@ -35,6 +35,28 @@ __device__ __forceinline__ void mask(float (&score)[Count], const attention::Vis
   }
 }
 
+// The sum of row `row`, from its threads' parts. Scores that are all -inf have no softmax: NaN, as 0 / 0 would give.
+__device__ __forceinline__ float sum_of_row(float part, const attention::Visibility& seen, int row, int queries) {
+  const float total = row_sum(part);
+  return total == 0.0f && row < queries && seen.sees_keys(row) ? NAN : total;
+}
+
+// Before they are stored: zeros in rows that see no key (visibility.cuh). The thread's are `row` and `row + 8` of [row0, last].
+template <int Count>
+__device__ __forceinline__ void clear_unseeing(float (&out)[Count], const attention::Visibility& seen, int row0, int last,
+                                               int row) {
+  if (seen.all_see_keys(row0, last)) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool sees = seen.sees_keys(min(row + 8 * i, last));
+#pragma unroll
+    for (int n = 0; n < Count / 4; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (!sees) out[4 * n + 2 * i + e] = 0.0f;
+  }
+}
+
 // Two rows of a thread. known_lse: P = 2^(scale_log2 S - lse log2e); otherwise online softmax.
 template <bool known_lse>
 struct Softmax {
@@ -99,10 +121,11 @@ struct Softmax {
   }
 
   // The factors 1 / sum, and the owner's lse. True: any row fits.
-  __device__ __forceinline__ bool finish(float (&factor)[2], float* lse, int row, int queries) {
+  __device__ __forceinline__ bool finish(float (&factor)[2], float* lse, const attention::Visibility& seen, int row,
+                                         int queries) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float total = row_sum(sum[i]);
+      const float total = sum_of_row(sum[i], seen, row + 8 * i, queries);
       factor[i] = total == 0.0f ? 0.0f : 1.0f / total;
       const float x = total == 0.0f ? -INFINITY : maximum[i] * scale_log2 * 0.6931471805599453f + logf(total);
       if (row + 8 * i < queries && threadIdx.x % 4 == 0) lse[row + 8 * i] = x;
@@ -163,11 +186,12 @@ struct AnchoredSoftmax {
   __device__ __forceinline__ void rescale(float (&)[Count]) const {}
 
   // The factors 1 / sum, and the owner's lse; whether the warp's rows are in range.
-  __device__ __forceinline__ bool finish(float (&factor)[2], float* lse, int row, int queries) const {
+  __device__ __forceinline__ bool finish(float (&factor)[2], float* lse, const attention::Visibility& seen, int row,
+                                         int queries) const {
     bool fits = true;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float total = row_sum(sum[i]);
+      const float total = sum_of_row(sum[i], seen, row + 8 * i, queries);
       factor[i] = total == 0.0f ? 0.0f : 1.0f / total;
       const float x = total == 0.0f ? -INFINITY : anchor[i] * 0.6931471805599453f + logf(total);
       if (row + 8 * i < queries && threadIdx.x % 4 == 0) lse[row + 8 * i] = x;

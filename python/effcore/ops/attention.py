@@ -7,7 +7,8 @@ float32, bfloat16, float16 (float64 on the CPU as well); sums are taken in float
 Visibility is the same everywhere: query i of row b sees the keys j with
 ``first_key[b, i] <= j < lengths[b]``, and with ``causal`` also ``j <= i + lengths[b] - Sq`` (aligned to the end).
 ``lengths`` is int32 [B] (default Sk); ``first_key`` is int32 [B] or [B, Sq], non-decreasing along Sq (left padding, packed
-documents, sliding windows). Both stay on the device. A query that sees no key gives zeros.
+documents, sliding windows). Both stay on the device. A query that sees no key gives zeros, even beside queries that see NaN;
+keys and values in padding never count, NaN or not.
 
 Cross-layer sharing (EPAS, arXiv 2601.19089; ECHO-LLaMA, 2505.17331) is exact: see docs/ops.md for the group gradient.
 """
