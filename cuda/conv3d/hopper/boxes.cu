@@ -47,6 +47,20 @@ Lines::Lines(const std::vector<FrameOfTaps>& frames, std::int64_t positions, std
   margin = std::max<std::int64_t>(w.reach() - (pitch - width), 0);
 }
 
+Box choose_lines(std::int64_t positions, std::int64_t most_frames, const Lines& lines, const std::int64_t grid[3],
+                 std::int64_t batch, std::int64_t& tiles) {
+  Box best;
+  for (std::int64_t t = 1; t <= most_frames; ++t)
+    for (std::int64_t b = 1; b <= (t == most_frames ? batch : 1); ++b)
+      for (std::int64_t h = 1; h <= grid[1] && (h * t * b - 1) * lines.pitch + lines.width <= positions; ++h) {
+        const std::int64_t count = ceil_div(grid[0], t) * ceil_div(batch, b) * ceil_div(grid[1], h);
+        if (best.w != 0 && count >= tiles) continue;
+        tiles = count;
+        best = Box{static_cast<int>(lines.pitch), static_cast<int>(t), static_cast<int>(b), static_cast<int>(h)};
+      }
+  return best;
+}
+
 bool readable(const TensorView& voxels) {
   if (voxels.dtype != DType::bfloat16 && voxels.dtype != DType::float16) return false;
   bool fits = reinterpret_cast<std::uintptr_t>(voxels.data) % 16 == 0;

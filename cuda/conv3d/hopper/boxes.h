@@ -136,6 +136,11 @@ struct Lines {
   bool needs_halo(const FrameOfTaps& f) const { return f.h.reach() > 0 || f.w.last - first_w > pitch - width; }
 };
 
+// The box of whole lines of at most `most_frames` frames, as few as cover a grid and the least halo among equals, whose
+// positions fit, and their number; w = 0 where none does.
+Box choose_lines(std::int64_t positions, std::int64_t most_frames, const Lines& lines, const std::int64_t grid[3],
+                 std::int64_t batch, std::int64_t& tiles);
+
 // Boxes of 64 channels with this many lines out of a tensor [B, C, T, H, W], of which positions `step` apart are read. False
 // where TMA cannot do it (see `readable`, and steps beyond 8).
 bool encode_boxes(CUtensorMap* map, const TensorView& voxels, const Box& box, int lines, const std::int64_t step[3]);

@@ -121,11 +121,7 @@ bool frames(const char* function, const RowsProblem& problem, const Lines& lines
   }
   p.blocks = static_cast<int>(problem.padded_channels / 64);
   p.packed = problem.packed != nullptr;
-  p.columns = static_cast<int>(to.size[1]);
-  p.out = to.data;
-  constexpr int out_order[4] = {0, 2, 3, 4};
-  for (int d = 0; d < 4; ++d) p.out_stride[d] = to.stride[out_order[d]];
-  if (problem.bias != nullptr) p.bias = problem.bias->data, p.bias_stride = problem.bias->stride[0];
+  set_results(p, problem);
   const auto run_as = [&](auto zero) {
     using T = decltype(zero);
     return transposed(problem) ? run<T, true>(function, p, static_cast<int>(tiles), launch)

@@ -4,7 +4,8 @@
 // Clusters of two blocks take neighbouring frames and the same columns, so all weights and what is the middle of one block's
 // taps and at the end of the other's are fetched once for both, by multicast: each block fetches half of every tile of weights
 // and its own middle frame for the two, and for itself the outer frames that the other does not read. For 3 x 3 + 2 taps of 256
-// channels and 14 lines of 14 voxels these are 330 KB a block, less than the second-level cache gives it while it multiplies.
+// channels and 14 lines of 14 voxels these are about 350 KB a block, less than the second-level cache gives it while it
+// multiplies.
 //
 // A barrier tells odd laps from even ones alone: whoever waits at a ring must see every lap of it, and be waited for. So each
 // warpgroup has a ring of weights, and a box is waited for by both. One thread releases what all warps of its warpgroup have
@@ -30,9 +31,9 @@ constexpr int frames_threads = line_consumers + 128;
 constexpr int first_weights = 2;  // taps whose weights are asked for first of all, one of each warpgroup
 constexpr int middle_stages = 2, most_frame_weight_stages = 8;  // stages: of a block's own frames, of a warpgroup's weights
 
+// Where a tap's weights lie, and those that are added to them (-1 for none, among the temporal ones).
 struct alignas(8) FramesTap {
-  std::int16_t map, number,
-      added;  // where its weights lie, and those that are added to them (-1: none), among the temporal ones
+  std::int16_t map, number, added;
 };
 
 // A box that one block alone reads: its offset from the first frame of a pair, before which tap it is asked for, and for which.

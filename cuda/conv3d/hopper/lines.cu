@@ -103,11 +103,7 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
   p.half_blocks = (from.size[1] - 1) % 64 < 32 ? 1 : 0;
   p.packed = problem.packed != nullptr;
   p.taps = numbers;
-  p.columns = static_cast<int>(to.size[1]);
-  p.out = to.data;
-  constexpr int out_order[4] = {0, 2, 3, 4};
-  for (int d = 0; d < 4; ++d) p.out_stride[d] = to.stride[out_order[d]];
-  if (problem.bias != nullptr) p.bias = problem.bias->data, p.bias_stride = problem.bias->stride[0];
+  set_results(p, problem);
   const auto run_as = [&]<bool Transposed>(auto zero, std::bool_constant<Transposed>) {
     using T = decltype(zero);
     if (choice.columns == 64) return run<T, 64, 208, 0, Transposed>(function, p, launch);

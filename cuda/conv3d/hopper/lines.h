@@ -12,11 +12,6 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
 bool frames(const char* function, const RowsProblem& problem, const Lines& lines, const std::vector<FrameOfTaps>& frames,
             const Launch& launch);
 
-// The box of whole lines of at most `most_frames` frames, as few as cover a grid and the least halo among equals, whose
-// positions fit, and their number; w = 0 where none does.
-Box choose_lines(std::int64_t positions, std::int64_t most_frames, const Lines& lines, const std::int64_t grid[3],
-                 std::int64_t batch, std::int64_t& tiles);
-
 // Maps of the kernels where they lie, or of the packed ones, in boxes of 64 channels and `rows` columns, or of 64 columns and
 // `rows` channels where they stand as rows of columns. False where the copy engine cannot read them.
 bool encode_weights(CUtensorMap maps[2], const RowsProblem& problem, int rows);

@@ -17,9 +17,4 @@ __device__ __forceinline__ void init_behind(sm90::Ring<Stages>& ring, int count,
   }
 }
 
-template <int Stages>
-__device__ __forceinline__ bool is_full(sm90::Ring<Stages>& ring, const sm90::Turn<Stages>& turn) {
-  return sm90::Barrier::test_wait(&ring.full[turn.stage], turn.phase, 1);
-}
-
 }  // namespace effcore::cuda::conv3d::hopper

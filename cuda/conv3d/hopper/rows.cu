@@ -96,15 +96,9 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
   p.voxel_bytes = p.halo_bytes;
   p.blocks = static_cast<int>(problem.padded_channels / 64);
   p.padded_columns = static_cast<int>(problem.padded_columns);
-  p.columns = static_cast<int>(to.size[1]);
-  p.out = to.data;
-  constexpr int out_order[4] = {0, 2, 3, 4};
+  set_results(p, problem);
   p.out_aligned = reinterpret_cast<std::uintptr_t>(to.data) % 16 == 0 && to.size[1] % 8 == 0;
-  for (int d = 0; d < 4; ++d) {
-    p.out_stride[d] = to.stride[out_order[d]];
-    p.out_aligned = p.out_aligned && p.out_stride[d] % 8 == 0;
-  }
-  if (problem.bias != nullptr) p.bias = problem.bias->data, p.bias_stride = problem.bias->stride[0];
+  for (const std::int64_t stride : p.out_stride) p.out_aligned = p.out_aligned && stride % 8 == 0;
   const auto run_as = [&](auto zero) {
     using T = decltype(zero);
     return wide   ? run<T, 1, 128>(function, p, launch)

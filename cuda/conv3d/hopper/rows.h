@@ -20,6 +20,16 @@ struct RowsProblem {
   const TensorView* bias;
 };
 
+// Where a kernel's results go, and what is added to them.
+template <class Params>
+void set_results(Params& p, const RowsProblem& problem) {
+  constexpr int order[4] = {0, 2, 3, 4};  // b, t, h, w
+  p.columns = static_cast<int>(problem.to.size[1]);
+  p.out = problem.to.data;
+  for (int d = 0; d < 4; ++d) p.out_stride[d] = problem.to.stride[order[d]];
+  if (problem.bias != nullptr) p.bias = problem.bias->data, p.bias_stride = problem.bias->stride[0];
+}
+
 // False where these kernels do not serve it (another dtype, rows that TMA cannot describe): nothing was launched then.
 bool rows(const char* function, const RowsProblem& problem, const Launch& launch);
 
