@@ -7,7 +7,7 @@
 namespace effcore::cuda::hopper {
 
 // Warp 0: brings tiles. It must have nothing to wait for but stages: what a step needs besides, warp 3 brings.
-template <class T, int D, Values values>
+template <class T, int D, Values values, bool from_probs>
 __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
                                               const Visibility& seen, int batch, int kv_head, int block) {
   using Tiles = OwnerTiles<D, values>;
@@ -28,8 +28,9 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
   Turn<Tiles::most_stages> item;
   const auto dout_tile = [&] { return shared + Tiles::dout_at + item.stage * Tiles::queries_bytes; };
   char* const values_at = shared + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes;
-  for (; step.exists(); step = steps.next()) {
+  for (attention::Step following; step.exists(); step = following) {
     const int head = kv_head * s.group + step.head, query0 = step.block * queries;
+    following = steps.next();
     const auto load_item = [&](int layer) {
       control.dout.wait_empty(item);
       if (lane == 0) {
@@ -42,12 +43,14 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
       }
       item.next(p.dout_stages);
     };
-    const auto load_slot = [&] {  // the slot for dS where it stands in dout's ring
+    const auto load_slot = [&] {  // for dS, where it stands in dout's ring; kept P comes into it before, by warp 3
       if constexpr (Tiles::pooled) {
-        control.dout.wait_empty(item);
-        if (lane == 0) {
-          control.more[item.stage] = true;
-          Barrier::arrive(&control.dout.full[item.stage]);
+        if constexpr (!from_probs) {
+          control.dout.wait_empty(item);
+          if (lane == 0) {
+            control.more[item.stage] = true;
+            Barrier::arrive(&control.dout.full[item.stage]);
+          }
         }
         item.next(p.dout_stages);
       }
@@ -81,10 +84,12 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
   }
 }
 
-// Warp 3: a step's lse and delta, and what is to be known about it.
-template <class Tiles>
-__device__ __forceinline__ void owner_describe(const OwnerParams& p, char* shared, OwnerControl<Tiles>& control,
-                                               const Visibility& seen, int batch, int kv_head, int block) {
+// Warp 3: a step's lse, or kept probabilities and their factors, its delta, and what is to be known about it.
+template <int D, Values values, bool from_probs>
+__device__ __forceinline__ void owner_describe(const OwnerParams& p, char* shared,
+                                               OwnerControl<OwnerTiles<D, values>>& control, const Visibility& seen, int batch,
+                                               int kv_head, int block) {
+  using Tiles = OwnerTiles<D, values>;
   constexpr int queries = Tiles::queries, keys = Tiles::keys;
   const Shape& s = p.shape;
   const int key0 = block * keys, query_blocks = (s.queries + queries - 1) / queries, row0 = batch * s.heads + kv_head * s.group;
@@ -93,7 +98,23 @@ __device__ __forceinline__ void owner_describe(const OwnerParams& p, char* share
   Turn<Tiles::q_stages> q;
   RowStatistics<queries> statistics;
   const auto read = [&] {
-    if (step.exists()) statistics.read(s, p.lse, p.delta, row0 + step.head, step.block * queries);
+    if (!step.exists()) return;
+    statistics.read(s, from_probs ? p.factors : p.lse, from_probs ? 0.0f : -INFINITY, p.delta, row0 + step.head,
+                    step.block * queries);
+    if constexpr (from_probs)  // P comes from device memory: to L2, a step ahead
+      if (threadIdx.x % 32 == 0)
+        for_probs_tiles(s, row0 + step.head, step.block * queries, key0, queries, keys, [&](int token) {
+          if (token != behind_probs) cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&p.probs, 0, token);
+        });
+  };
+  Turn<Tiles::pooled ? Tiles::most_stages : Tiles::scores_stages> slot;
+  const auto load_probs = [&](auto& ring, const auto& turn, int to, int row, int query0) {
+    ring.wait_empty(turn);
+    if (threadIdx.x % 32 == 0) {
+      ring.expect(turn, Tiles::scores_bytes);
+      load_probs_tiles(p.probs, &ring.full[turn.stage], shared + to, s, row, query0, key0, queries, keys);
+    }
+    __syncwarp();
   };
   for (read(); step.exists(); q.next()) {
     const int query0 = step.block * queries;
@@ -105,8 +126,19 @@ __device__ __forceinline__ void owner_describe(const OwnerParams& p, char* share
           (row0 + step.head) * query_blocks + step.block, query0,
           (masked ? step_masked : 0) | (block == met.first ? step_first : 0) | (block == met.last ? step_last : 0)};
     float* const to = reinterpret_cast<float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries;
-    statistics.store_lse(to), statistics.store_delta(to + queries);
+    from_probs ? statistics.store_factors(to) : statistics.store_lse(to);
+    statistics.store_delta(to + queries);
     Barrier::arrive(&control.q.full[q.stage]);  // each lane answers for its own stores
+    if constexpr (from_probs) {
+      if constexpr (Tiles::pooled) {
+        for (int l = 0; l < p.layers; ++l) slot.next(p.dout_stages);
+        load_probs(control.dout, slot, Tiles::dout_at + slot.stage * Tiles::queries_bytes, row0 + step.head, query0);
+        slot.next(p.dout_stages);
+      } else {
+        load_probs(control.scores, slot, Tiles::scores_at, row0 + step.head, query0);
+        slot.next();
+      }
+    }
     step = steps.next();
     read();
   }
