@@ -1,7 +1,7 @@
 // Backward of a layer group's owner on sm_90a in one kernel (one layer is plain attention), P from lse, D = Dv = 64 or 128,
 // 16-bit:
 //
-//   P = exp(S - lse);   dv = P^T dout_0;   dP = sum_l dout_l v_l^T;   dS = P * (dP - delta)
+//   P = exp(S - lse), or where it is kept;   dv = P^T dout_0;   dP = sum_l dout_l v_l^T;   dS = P * (dP - delta)
 //   dk = scale dS^T q;   dq = scale dS k
 //
 // Bound: 4 + layers products of 2 * queries * keys * dim FLOPs (half causal). Where many layers share P, and where it is kept
@@ -30,11 +30,12 @@
 // since the next Q arrives behind layers - 1 products. dout wants a deep ring: an item is multiplied in less time than it takes
 // to arrive (four layers at D = 128: 348 TFLOP/s with two stages, 387 with three).
 #pragma once
+#include "attention/hopper/backward_kept.cuh"
 #include "attention/hopper/backward_layer.cuh"
 
 namespace effcore::cuda::hopper {
 
-template <class T, int D, Values values, bool from_probs>
+template <class T, int D, Values values>
 __device__ __forceinline__ void group_consume(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
                                               const Visibility& seen, int batch, int kv_head, int block) {
   using Tiles = OwnerTiles<D, values>;
@@ -54,7 +55,7 @@ __device__ __forceinline__ void group_consume(const OwnerParams& p, char* shared
   const std::uint32_t dq_rows_at = queries == 128 ? warpgroup * 2 * tile_bytes : 0;
   const SharedOperand<false> v_rows(base + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes + rows_at, keys);
 
-  float dv[D / 2], dk[D / 2], dq[32], dp[queries / 2];
+  float dv[D / 2], dk[D / 2], dq[32], st[queries / 2], dp[queries / 2];
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) dv[i] = 0.0f, dk[i] = 0.0f;
   Turn<Tiles::q_stages> q;
@@ -92,62 +93,24 @@ __device__ __forceinline__ void group_consume(const OwnerParams& p, char* shared
       done = item;
       item.next(p.dout_stages);
     }
-    // lse of the queries, or the factors of their kept probabilities; both and delta are there with Q
-    const float* const of_probs =
+    control.q.wait_full(q);
+    pin(st);
+    wgmma_begin();
+    multiply<T, queries, D / 16>(st, k_rows, SharedOperand<false>(q_at, queries, false), false);
+    wgmma_commit();
+    const StepInfo info = control.info[q.stage];
+    start_dp(0, true);
+    const float* const lse =
         reinterpret_cast<const float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries + 2 * (lane % 4);
-    const float* const delta = of_probs + queries;
-    StepInfo info;
-    std::uint32_t pa[queries / 16][4], ds[queries / 16][4], slot_at;
-    const auto find_slot = [&] {
-      slot_at = base + Tiles::scores_at + scores.stage * Tiles::scores_bytes;
-      if constexpr (Tiles::pooled) {
-        scores = item, scores.next(p.dout_stages);
-        control.dout.wait_full(scores);
-        slot_at = base + Tiles::dout_at + scores.stage * Tiles::scores_bytes;
-      } else if constexpr (from_probs) {
-        control.scores.wait_full(scores);
-      } else {
-        control.scores.wait_empty(scores);
-      }
-    };
-    const auto start_dv = [&] {
-      pin(dv);
-      wgmma_begin();
-      multiply<T, D, queries / 16>(dv, pa, SharedOperand<true>(dout_at(), queries, false), true);
-      wgmma_commit();
-    };
-    if constexpr (from_probs) {
-      start_dp(0, true);
-      wgmma_wait<1>();
-      if (lane == 0) control.dout.release(done);
-      control.q.wait_full(q);
-      info = control.info[q.stage];
-      find_slot();
-      load_transposed<queries>(pa, slot_at + place, 2 * tile_bytes);
-#pragma unroll
-      for (int i = 0; i < queries / 4; ++i) {
-        const float2 probs = widen<T>(pa[i / 4][i % 4]), factor = *reinterpret_cast<const float2*>(of_probs + 8 * (i / 2));
-        pa[i / 4][i % 4] = cuda::pack<T>(probs.x * factor.x, probs.y * factor.y);
-      }
-      start_dv();
-      wgmma_wait<1>();
-    } else {
-      float st[queries / 2];
-      control.q.wait_full(q);
-      pin(st);
-      wgmma_begin();
-      multiply<T, queries, D / 16>(st, k_rows, SharedOperand<false>(q_at, queries, false), false);
-      wgmma_commit();
-      info = control.info[q.stage];
-      start_dp(0, true);
-      wgmma_wait<1>();
-      pin(st);
-      if (lane == 0) control.dout.release(done);
-      if (info.flags & step_masked) hide_unseen<queries>(st, s.negative, seen, key0 + 16 * warp, info.query0, s.queries - 1);
-      exponentiate<queries>(st, scale_log2, [&](int n) { return *reinterpret_cast<const float2*>(of_probs + 8 * n); });
-      round_operand<T, queries>(pa, st);
-      wgmma_wait<0>();
-    }
+    const float* const delta = lse + queries;
+    wgmma_wait<1>();
+    pin(st);
+    if (lane == 0) control.dout.release(done);
+    if (info.flags & step_masked) hide_unseen<queries>(st, s.negative, seen, key0 + 16 * warp, info.query0, s.queries - 1);
+    exponentiate<queries>(st, scale_log2, [&](int n) { return *reinterpret_cast<const float2*>(lse + 8 * n); });
+    std::uint32_t pa[queries / 16][4], ds[queries / 16][4];
+    round_operand<T, queries>(pa, st);
+    wgmma_wait<0>();
     pin(dp);
     if (info.flags & step_masked) {  // values that nobody sees may be NaN
 #pragma unroll
@@ -163,12 +126,22 @@ __device__ __forceinline__ void group_consume(const OwnerParams& p, char* shared
       const float2 probs = widen<T>(pa[i / 4][i % 4]), shift = *reinterpret_cast<const float2*>(delta + 8 * (i / 2));
       ds[i / 4][i % 4] = cuda::pack<T>(probs.x * (dp[2 * i] - shift.x), probs.y * (dp[2 * i + 1] - shift.y));
     }
-    if constexpr (!from_probs) find_slot();
+    std::uint32_t slot_at = base + Tiles::scores_at + scores.stage * Tiles::scores_bytes;
+    if constexpr (Tiles::pooled) {
+      scores = item, scores.next(p.dout_stages);
+      control.dout.wait_full(scores);
+      slot_at = base + Tiles::dout_at + scores.stage * Tiles::scores_bytes;
+    } else {
+      control.scores.wait_empty(scores);
+    }
     store_transposed<queries>(slot_at + place, 2 * tile_bytes, ds);
     fence_async();
     __syncwarp();
     if (lane == 0) Barrier::arrive(&control.ds[count % 2]);
-    if constexpr (!from_probs) start_dv();
+    pin(dv);
+    wgmma_begin();
+    multiply<T, D, queries / 16>(dv, pa, SharedOperand<true>(dout_at(), queries, false), true);
+    wgmma_commit();
     Barrier::wait(&control.ds[count % 2], count / 2 % 2);
     pin(dq);
     wgmma_begin();
@@ -203,7 +176,7 @@ __device__ __forceinline__ void group_consume(const OwnerParams& p, char* shared
   store_block<T, D, values>(p, shared, batch, kv_head, key0, warpgroup, dk, dv);
 }
 
-template <class T, int D, Values values, bool from_probs>
+template <class T, int D, Values values>
 __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid_constant__ OwnerParams p) {
   using Tiles = OwnerTiles<D, values>;
   extern __shared__ __align__(1024) char shared[];
@@ -212,7 +185,8 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
   if (threadIdx.x == 0) {
     // In the order in which blocks start, so that nobody waits for a block that has not.
     control.number = atomicAdd(p.ticket, 1);
-    control.q.init(consumer_warps, 1 + 32), control.dout.init(consumer_warps), control.scores.init(consumer_warps);
+    control.q.init(consumer_warps, (Tiles::q_in_ring ? 0 : 1) + 32);
+    control.dout.init(consumer_warps), control.scores.init(consumer_warps);
     for (BarrierWord& ds : control.ds) Barrier::init(&ds, consumer_warps);
     for (BarrierWord& turn : control.turn) Barrier::init(&turn, 1);
     for (BarrierWord& added : control.added) Barrier::init(&added, consumer_warps);
@@ -224,19 +198,21 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
   const int batch = work.head / p.shape.kv_heads, kv_head = work.head % p.shape.kv_heads;
   const Visibility seen(p.shape, batch);
   if (threadIdx.x < helper_threads) {
-    cutlass::arch::warpgroup_reg_dealloc<Tiles::template Registers<from_probs>::helper>();
+    cutlass::arch::warpgroup_reg_dealloc<Tiles::Registers::helper>();
     if (threadIdx.x < 32)
-      owner_produce<T, D, values, from_probs>(p, shared, control, seen, batch, kv_head, work.block);
+      owner_produce<T, D, values>(p, shared, control, seen, batch, kv_head, work.block);
     else if (threadIdx.x < 96)
       owner_take_turns<D, values>(p, shared, control, seen, batch, kv_head, work.block);
     else
-      owner_describe<D, values, from_probs>(p, shared, control, seen, batch, kv_head, work.block);
+      owner_describe<D, values>(p, shared, control, seen, batch, kv_head, work.block);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Tiles::template Registers<from_probs>::consumer>();
+    cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();
     if constexpr (values == Values::one)
       layer_consume<T, D>(p, shared, control, seen, batch, kv_head, work.block);
+    else if constexpr (values == Values::kept)
+      kept_consume<T, D>(p, shared, control, seen, batch, kv_head, work.block);
     else
-      group_consume<T, D, values, from_probs>(p, shared, control, seen, batch, kv_head, work.block);
+      group_consume<T, D, values>(p, shared, control, seen, batch, kv_head, work.block);
   }
 }
 

@@ -21,9 +21,9 @@ using attention::Shape;
 using attention::Tensor4;
 using attention::Visibility;
 
-// Where the value tiles of a group's layers stand: one layer's, all layers' (they stay while the block walks over its queries),
-// or too many to stay: each comes again with every tile of its dout.
-enum class Values { one, resident, streamed };
+// Where the value tiles of a group's layers stand: one layer's, all layers' (they stay while the block walks over its queries;
+// `kept`: and P is read, not made), or too many to stay: each comes again with every tile of its dout.
+enum class Values { one, resident, kept, streamed };
 
 constexpr int consumer_warps = 8, helper_threads = 128, backward_threads = helper_threads + 32 * consumer_warps;
 // Registers a thread. A block starts with 168 and may share out no more than that: asking for more waits forever.
@@ -45,21 +45,21 @@ struct OwnerTiles {
   // Whether dk and dv in the inputs' dtype leave by TMA, and float32 sums come to L2 before they are wanted. H200, one layer:
   // at D = 64 a backward is 1 to 3 % faster so, at D = 128 4 to 6 % slower.
   static constexpr bool hastens_end = D == 64;
-  // Of the consumers, which make S of several layers at D = 128, 240: else ptxas puts their products one behind the other.
-  template <bool from_probs>
-  using Registers = std::conditional_t<D == 64 || values == Values::one || from_probs, hopper::Registers<40, 232>,
-                                       hopper::Registers<24, 240>>;
+  using Registers =
+      std::conditional_t<D == 64 || values == Values::kept, hopper::Registers<40, 232>, hopper::Registers<24, 240>>;
 
-  // At D = 128 the values of four layers leave room for three more tiles, so that dS takes its turn in dout's ring.
-  static constexpr bool pooled = D == 128 && values == Values::resident;
+  // At D = 128 the values of four layers leave room for three more tiles, so that dS takes its turn in dout's ring; and so does
+  // P where it is kept, and Q, which only the last product needs then.
+  static constexpr bool pooled = D == 128 && (values == Values::resident || values == Values::kept);
+  static constexpr bool q_in_ring = values == Values::kept;
   static_assert(!pooled || scores_bytes == queries_bytes);
-  static constexpr int q_stages = D == 128 && values != Values::one ? 1 : 2;
+  static constexpr int q_stages = D == 128 && (values == Values::resident || values == Values::streamed) ? 1 : 2;
   static constexpr int scores_stages = values == Values::one ? 2 : 1;
   static constexpr int least_stages = 3, most_stages = values == Values::one ? 3 : 6;  // of dout
 
   static constexpr int k_at = 0;
   static constexpr int q_at = k_at + keys_bytes;
-  static constexpr int scores_at = q_at + q_stages * queries_bytes;
+  static constexpr int scores_at = q_at + (q_in_ring ? 0 : q_stages * queries_bytes);
   static constexpr int statistics_at = scores_at + (pooled ? 0 : scores_stages * scores_bytes);  // [stage][lse, delta][queries]
   static constexpr int control_at = statistics_at + q_stages * 2 * queries * 4;
   static constexpr int control_bytes = 320;
