@@ -28,9 +28,8 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
   Turn<Tiles::most_stages> item;
   const auto dout_tile = [&] { return shared + Tiles::dout_at + item.stage * Tiles::queries_bytes; };
   char* const values_at = shared + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes;
-  for (attention::Step following; step.exists(); step = following) {
+  for (; step.exists(); step = steps.next()) {
     const int head = kv_head * s.group + step.head, query0 = step.block * queries;
-    following = steps.next();
     const auto load_item = [&](int layer) {
       control.dout.wait_empty(item);
       if (lane == 0) {
@@ -105,10 +104,10 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
 
 // Warp 3: a step's lse, or kept probabilities and their factors, its delta, and what is to be known about it.
 template <int D, Values values>
-__device__ __forceinline__ void owner_describe(const OwnerParams& p, char* shared,
-                                               OwnerControl<OwnerTiles<D, values>>& control, const Visibility& seen, int batch,
-                                               int kv_head, int block) {
+__device__ __forceinline__ void owner_describe(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
+                                               const Visibility& seen, int batch, int kv_head, int block) {
   using Tiles = OwnerTiles<D, values>;
+  constexpr bool kept = values == Values::kept;
   constexpr int queries = Tiles::queries, keys = Tiles::keys;
   const Shape& s = p.shape;
   const int key0 = block * keys, query_blocks = (s.queries + queries - 1) / queries, row0 = batch * s.heads + kv_head * s.group;
@@ -118,7 +117,6 @@ __device__ __forceinline__ void owner_describe(const OwnerParams& p, char* share
   RowStatistics<queries> statistics;
   const auto read = [&] {
     if (!step.exists()) return;
-    constexpr bool kept = values == Values::kept;
     statistics.read(s, kept ? p.factors : p.lse, kept ? 0.0f : -INFINITY, p.delta, row0 + step.head, step.block * queries);
     if constexpr (kept)  // P comes from device memory: to L2, a step ahead
       if (threadIdx.x % 32 == 0)
@@ -131,7 +129,7 @@ __device__ __forceinline__ void owner_describe(const OwnerParams& p, char* share
     const int query0 = step.block * queries;
     const attention::KeyBlocks met(seen, s.queries, step.block, queries, keys);
     const bool masked = key0 + keys > seen.end(query0) || key0 < seen.begin(min(query0 + queries, s.queries) - 1);
-    if constexpr (values == Values::kept && !Tiles::pooled) {
+    if constexpr (kept && !Tiles::pooled) {
       control.scores.wait_empty(scores);
       if (threadIdx.x % 32 == 0) {
         control.scores.expect(scores, Tiles::scores_bytes);
@@ -147,7 +145,7 @@ __device__ __forceinline__ void owner_describe(const OwnerParams& p, char* share
           (row0 + step.head) * query_blocks + step.block, query0,
           (masked ? step_masked : 0) | (block == met.first ? step_first : 0) | (block == met.last ? step_last : 0)};
     float* const to = reinterpret_cast<float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries;
-    values == Values::kept ? statistics.store_factors(to) : statistics.store_lse(to);
+    kept ? statistics.store_factors(to) : statistics.store_lse(to);
     statistics.store_delta(to + queries);
     Barrier::arrive(&control.q.full[q.stage]);  // each lane answers for its own stores
     step = steps.next();

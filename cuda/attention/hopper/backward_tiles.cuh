@@ -45,11 +45,12 @@ struct OwnerTiles {
   // Whether dk and dv in the inputs' dtype leave by TMA, and float32 sums come to L2 before they are wanted. H200, one layer:
   // at D = 64 a backward is 1 to 3 % faster so, at D = 128 4 to 6 % slower.
   static constexpr bool hastens_end = D == 64;
+  // Where P is kept nothing is spilled with 232, and with 240 what the helpers need is: 4 to 5 % slower at D = 128.
   using Registers =
       std::conditional_t<D == 64 || values == Values::kept, hopper::Registers<40, 232>, hopper::Registers<24, 240>>;
 
-  // At D = 128 the values of four layers leave room for three more tiles, so that dS takes its turn in dout's ring; and so does
-  // P where it is kept, and Q, which only the last product needs then.
+  // At D = 128 the values of four layers leave room for three more tiles, so that dS takes its turn in dout's ring. Where P is
+  // kept, so does P; and at 64, too, Q, which only the last product needs then.
   static constexpr bool pooled = D == 128 && (values == Values::resident || values == Values::kept);
   static constexpr bool q_in_ring = values == Values::kept;
   static_assert(!pooled || scores_bytes == queries_bytes);
@@ -108,7 +109,7 @@ struct OwnerParams {
   Shape shape;
   Schedule schedule;
   const float *lse, *delta;
-  const float* factors;  // of kept probabilities; null: they are made from lse
+  const float* factors;  // of kept probabilities
   int layers, dout_stages;
   int dq_at;  // where a part of dq waits for its turn in shared memory; 0: it waits in registers
   Tensor4 dq, dk, dv;
@@ -116,7 +117,8 @@ struct OwnerParams {
   Tensor4 dk_sum, dv_sum;
   float* dq_sums;
   int *turns, *ticket;
-  CUtensorMap q, k, probs, dk_map, dv_map, dout[max_layers], v[max_layers];  // dk, dv: in boxes of 16 keys, in the inputs' dtype
+  CUtensorMap q, k, probs, dk_map, dv_map, dout[max_layers],
+      v[max_layers];  // dk, dv: in boxes of 16 keys, in the inputs' dtype
 };
 
 struct ValuesParams {
@@ -138,8 +140,9 @@ __device__ __forceinline__ void load_panels(const CUtensorMap& map, BarrierWord*
                                  panel * panel_columns, token, head, batch);
 }
 
-// lse of the queries of a step, or the factors of their kept probabilities, and delta where it is wanted, on their way to shared
-// memory by a warp of their own, which reads them a step ahead. The warp that brings the tiles would wait for them at every step, and the step for it (H200, ncu).
+// lse of the queries of a step, or the factors of their kept probabilities, and delta where it is wanted, on their way to
+// shared memory by a warp of their own, which reads them a step ahead. The warp that brings the tiles would wait for them at
+// every step, and the step for it (H200, ncu).
 template <int queries>
 class RowStatistics {
  public:

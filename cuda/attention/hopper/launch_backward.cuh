@@ -235,12 +235,12 @@ void BackwardKernels<T, D>::owner(const BackwardParams& p, const char* function,
     return;
   }
   if (p.layers == 1) return tiled::launch_owner<T, D, tiled::Values::one>(p, function, stream);
-  // At D = 64 P's slot waits for dS to be read: where a step is short, making P again is faster (H200, 8192 keys, groups of 2, 3
-  // and 4: 4.12, 4.25 and 4.30 ms, from lse 3.75, 4.03 and 4.67).
+  // At D = 64 P's slot waits for dS to be read: where a step is short, making P again is faster (H200, 8192 keys, groups of 2,
+  // 3 and 4: 4.12, 4.25 and 4.30 ms, from lse 3.75, 4.03 and 4.67).
   const bool reads_probs = p.probs != nullptr && (D == 128 || p.layers >= 4);
   if (tiled::OwnerTiles<D, tiled::Values::resident>::fits(p.layers))
-    return reads_probs != nullptr ? tiled::launch_owner<T, D, tiled::Values::kept>(p, function, stream)
-                              : tiled::launch_owner<T, D, tiled::Values::resident>(p, function, stream);
+    return reads_probs ? tiled::launch_owner<T, D, tiled::Values::kept>(p, function, stream)
+                       : tiled::launch_owner<T, D, tiled::Values::resident>(p, function, stream);
   tiled::launch_owner<T, D, tiled::Values::streamed>(p, function, stream);
 }
 
