@@ -1,18 +1,17 @@
-// Backward of a layer group's owner on sm_90a in one kernel (one layer is plain attention), P from lse, D = Dv = 64 or 128,
-// 16-bit:
+// Backward of a layer group's owner on sm_90a in one kernel (one layer is plain attention), D = Dv = 64 or 128, 16-bit:
 //
-//   P = exp(S - lse);   dv = P^T dout_0;   dP = sum_l dout_l v_l^T;   dS = P * (dP - delta)
+//   P = exp(S - lse), or as it is kept;   dv = P^T dout_0;   dP = sum_l dout_l v_l^T;   dS = P * (dP - delta)
 //   dk = scale dS^T q;   dq = scale dS k
 //
-// Bound: 4 + layers products of 2 * queries * keys * dim FLOPs (half causal). Where many layers share P, and where it is kept
-// at D = 128, dS goes through device memory instead (backward_scores.cuh).
+// Bound: 4 + layers products of 2 * queries * keys * dim FLOPs (half causal), one less where P is kept. Where many layers share
+// P, dS goes through device memory instead (backward_scores.cuh).
 //
 // Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T: a warpgroup owns 64 keys, and P^T and dS^T leave the
 // accumulators as the A operand of the products that give dv and dk, which stay in registers. dS alone passes through shared
 // memory, since dq sums over both warpgroups' keys; each then computes half of dq [queries x D]. One layer has a kernel's body
-// of its own (backward_layer.cuh). Here, with several, a step is: dP of the layers from the last to the second, S, dP of the
-// first, exponentials, dS, dv, dq, dk; the part of dq leaves under the product that gives dk. (H200, groups of 4, forward and
-// backward at D = 64, against one layer's order: 1 to 2 % faster.)
+// of its own (backward_layer.cuh), and so have several with kept P (backward_kept.cuh). Here, with several from lse, a step is:
+// dP of the layers from the last to the second, S, dP of the first, exponentials, dS, dv, dq, dk; the part of dq leaves under
+// the product that gives dk. (H200, groups of 4, forward and backward at D = 64, against one layer's order: 1 to 2 % faster.)
 //
 // dq is added up in device memory over the blocks of keys, in turns (turns.cuh). A pass of its own for dq would recompute S and
 // every dP: layers + 2 products more. Where shared memory has 32 KiB to spare (all but four layers and more at D = 128, five
@@ -30,6 +29,7 @@
 // since the next Q arrives behind layers - 1 products. dout wants a deep ring: an item is multiplied in less time than it takes
 // to arrive (four layers at D = 128: 348 TFLOP/s with two stages, 387 with three).
 #pragma once
+#include "attention/hopper/backward_kept.cuh"
 #include "attention/hopper/backward_layer.cuh"
 
 namespace effcore::cuda::hopper {
@@ -184,7 +184,8 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
   if (threadIdx.x == 0) {
     // In the order in which blocks start, so that nobody waits for a block that has not.
     control.number = atomicAdd(p.ticket, 1);
-    control.q.init(consumer_warps, 1 + 32), control.dout.init(consumer_warps), control.scores.init(consumer_warps);
+    control.q.init(consumer_warps, (Tiles::q_in_ring ? 0 : 1) + 32);
+    control.dout.init(consumer_warps), control.scores.init(consumer_warps);
     for (BarrierWord& ds : control.ds) Barrier::init(&ds, consumer_warps);
     for (BarrierWord& turn : control.turn) Barrier::init(&turn, 1);
     for (BarrierWord& added : control.added) Barrier::init(&added, consumer_warps);
@@ -202,11 +203,13 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
     else if (threadIdx.x < 96)
       owner_take_turns<D, values>(p, shared, control, seen, batch, kv_head, work.block);
     else
-      owner_describe<Tiles>(p, shared, control, seen, batch, kv_head, work.block);
+      owner_describe<D, values>(p, shared, control, seen, batch, kv_head, work.block);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tiles::Registers::consumer>();
     if constexpr (values == Values::one)
       layer_consume<T, D>(p, shared, control, seen, batch, kv_head, work.block);
+    else if constexpr (values == Values::kept)
+      kept_consume<T, D>(p, shared, control, seen, batch, kv_head, work.block);
     else
       group_consume<T, D, values>(p, shared, control, seen, batch, kv_head, work.block);
   }

@@ -52,19 +52,40 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
         item.next(p.dout_stages);
       }
     };
-    // The first item before Q: with one stage of Q, the one before is released only behind the first product.
-    if constexpr (values != Values::one) load_item(p.layers - 1);
-    control.q.wait_empty(q);
-    if (lane == 0) {
-      control.q.expect(q, Tiles::queries_bytes);
-      load_panels<D>(p.q, &control.q.full[q.stage], shared + Tiles::q_at + q.stage * Tiles::queries_bytes, queries, query0,
-                     head, batch, Keep::last);
+    if constexpr (values == Values::kept) {
+      if constexpr (Tiles::pooled) {  // else warp 3 brings P
+        control.dout.wait_empty(item);
+        if (lane == 0) {
+          BarrierWord* const full = &control.dout.full[item.stage];
+          control.more[item.stage] = true;
+          control.dout.expect(item, Tiles::scores_bytes);
+          load_probs_tiles(p.probs, full, dout_tile(), s, batch * s.heads + head, query0, key0, queries, keys);
+        }
+        item.next(p.dout_stages);
+      }
+      for (int l = p.layers - 1; l >= 0; --l) load_item(l);
+      load_slot();
+      control.dout.wait_empty(item);
+      if (lane == 0) {
+        control.dout.expect(item, Tiles::queries_bytes);
+        load_panels<D>(p.q, &control.dout.full[item.stage], dout_tile(), queries, query0, head, batch, Keep::last);
+      }
+      item.next(p.dout_stages);
+    } else {
+      // The first item before Q: with one stage of Q, the one before is released only behind the first product.
+      if constexpr (values != Values::one) load_item(p.layers - 1);
+      control.q.wait_empty(q);
+      if (lane == 0) {
+        control.q.expect(q, Tiles::queries_bytes);
+        load_panels<D>(p.q, &control.q.full[q.stage], shared + Tiles::q_at + q.stage * Tiles::queries_bytes, queries, query0,
+                       head, batch, Keep::last);
+      }
+      if constexpr (values == Values::one) load_item(0);
+      if constexpr (values != Values::one)
+        for (int l = p.layers - 2; l >= 0; --l) load_item(l);
+      load_slot();
+      q.next();
     }
-    if constexpr (values == Values::one) load_item(0);
-    if constexpr (values != Values::one)
-      for (int l = p.layers - 2; l >= 0; --l) load_item(l);
-    load_slot();
-    q.next();
   }
   // What dk and dv are added to goes to L2 while the last steps are multiplied.
   if constexpr (Tiles::hastens_end)
@@ -81,10 +102,12 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
   }
 }
 
-// Warp 3: a step's lse and delta, and what is to be known about it.
-template <class Tiles>
-__device__ __forceinline__ void owner_describe(const OwnerParams& p, char* shared, OwnerControl<Tiles>& control,
+// Warp 3: a step's lse, or kept probabilities and their factors, its delta, and what is to be known about it.
+template <int D, Values values>
+__device__ __forceinline__ void owner_describe(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
                                                const Visibility& seen, int batch, int kv_head, int block) {
+  using Tiles = OwnerTiles<D, values>;
+  constexpr bool kept = values == Values::kept;
   constexpr int queries = Tiles::queries, keys = Tiles::keys;
   const Shape& s = p.shape;
   const int key0 = block * keys, query_blocks = (s.queries + queries - 1) / queries, row0 = batch * s.heads + kv_head * s.group;
@@ -93,19 +116,37 @@ __device__ __forceinline__ void owner_describe(const OwnerParams& p, char* share
   Turn<Tiles::q_stages> q;
   RowStatistics<queries> statistics;
   const auto read = [&] {
-    if (step.exists()) statistics.read(s, p.lse, p.delta, row0 + step.head, step.block * queries);
+    if (!step.exists()) return;
+    statistics.read(s, kept ? p.factors : p.lse, kept ? 0.0f : -INFINITY, p.delta, row0 + step.head, step.block * queries);
+    if constexpr (kept)  // P comes from device memory: to L2, a step ahead
+      if (threadIdx.x % 32 == 0)
+        for_probs_tiles(s, row0 + step.head, step.block * queries, key0, queries, keys, [&](int token) {
+          if (token != behind_probs) cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&p.probs, 0, token);
+        });
   };
+  Turn<Tiles::scores_stages> scores;
   for (read(); step.exists(); q.next()) {
     const int query0 = step.block * queries;
     const attention::KeyBlocks met(seen, s.queries, step.block, queries, keys);
     const bool masked = key0 + keys > seen.end(query0) || key0 < seen.begin(min(query0 + queries, s.queries) - 1);
+    if constexpr (kept && !Tiles::pooled) {
+      control.scores.wait_empty(scores);
+      if (threadIdx.x % 32 == 0) {
+        control.scores.expect(scores, Tiles::scores_bytes);
+        load_probs_tiles(p.probs, &control.scores.full[scores.stage], shared + Tiles::scores_at, s, row0 + step.head, query0,
+                         key0, queries, keys);
+      }
+      __syncwarp();
+      scores.next();
+    }
     control.q.wait_empty(q);
     if (threadIdx.x % 32 == 0)
       control.info[q.stage] = {
           (row0 + step.head) * query_blocks + step.block, query0,
           (masked ? step_masked : 0) | (block == met.first ? step_first : 0) | (block == met.last ? step_last : 0)};
     float* const to = reinterpret_cast<float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries;
-    statistics.store_lse(to), statistics.store_delta(to + queries);
+    kept ? statistics.store_factors(to) : statistics.store_lse(to);
+    statistics.store_delta(to + queries);
     Barrier::arrive(&control.q.full[q.stage]);  // each lane answers for its own stores
     step = steps.next();
     read();

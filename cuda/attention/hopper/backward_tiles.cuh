@@ -21,9 +21,9 @@ using attention::Shape;
 using attention::Tensor4;
 using attention::Visibility;
 
-// Where the value tiles of a group's layers stand: one layer's, all layers' (they stay while the block walks over its queries),
-// or too many to stay: each comes again with every tile of its dout.
-enum class Values { one, resident, streamed };
+// Where the value tiles of a group's layers stand: one layer's, all layers' (they stay while the block walks over its queries;
+// `kept`: and P is read, not made), or too many to stay: each comes again with every tile of its dout.
+enum class Values { one, resident, kept, streamed };
 
 constexpr int consumer_warps = 8, helper_threads = 128, backward_threads = helper_threads + 32 * consumer_warps;
 // Registers a thread. A block starts with 168 and may share out no more than that: asking for more waits forever.
@@ -45,18 +45,22 @@ struct OwnerTiles {
   // Whether dk and dv in the inputs' dtype leave by TMA, and float32 sums come to L2 before they are wanted. H200, one layer:
   // at D = 64 a backward is 1 to 3 % faster so, at D = 128 4 to 6 % slower.
   static constexpr bool hastens_end = D == 64;
-  using Registers = std::conditional_t<D == 64, hopper::Registers<40, 232>, hopper::Registers<24, 240>>;
+  // Where P is kept nothing is spilled with 232, and with 240 what the helpers need is: 4 to 5 % slower at D = 128.
+  using Registers =
+      std::conditional_t<D == 64 || values == Values::kept, hopper::Registers<40, 232>, hopper::Registers<24, 240>>;
 
-  // At D = 128 the values of four layers leave room for three more tiles, so that dS takes its turn in dout's ring.
-  static constexpr bool pooled = D == 128 && values == Values::resident;
+  // At D = 128 the values of four layers leave room for three more tiles, so that dS takes its turn in dout's ring. Where P is
+  // kept, so does P; and at 64, too, Q, which only the last product needs then.
+  static constexpr bool pooled = D == 128 && (values == Values::resident || values == Values::kept);
+  static constexpr bool q_in_ring = values == Values::kept;
   static_assert(!pooled || scores_bytes == queries_bytes);
-  static constexpr int q_stages = D == 128 && values != Values::one ? 1 : 2;
+  static constexpr int q_stages = D == 128 && (values == Values::resident || values == Values::streamed) ? 1 : 2;
   static constexpr int scores_stages = values == Values::one ? 2 : 1;
   static constexpr int least_stages = 3, most_stages = values == Values::one ? 3 : 6;  // of dout
 
   static constexpr int k_at = 0;
   static constexpr int q_at = k_at + keys_bytes;
-  static constexpr int scores_at = q_at + q_stages * queries_bytes;
+  static constexpr int scores_at = q_at + (q_in_ring ? 0 : q_stages * queries_bytes);
   static constexpr int statistics_at = scores_at + (pooled ? 0 : scores_stages * scores_bytes);  // [stage][lse, delta][queries]
   static constexpr int control_at = statistics_at + q_stages * 2 * queries * 4;
   static constexpr int control_bytes = 320;
@@ -105,6 +109,7 @@ struct OwnerParams {
   Shape shape;
   Schedule schedule;
   const float *lse, *delta;
+  const float* factors;  // of kept probabilities
   int layers, dout_stages;
   int dq_at;  // where a part of dq waits for its turn in shared memory; 0: it waits in registers
   Tensor4 dq, dk, dv;
@@ -112,7 +117,8 @@ struct OwnerParams {
   Tensor4 dk_sum, dv_sum;
   float* dq_sums;
   int *turns, *ticket;
-  CUtensorMap q, k, dk_map, dv_map, dout[max_layers], v[max_layers];  // dk, dv: in boxes of 16 keys, in the inputs' dtype
+  CUtensorMap q, k, probs, dk_map, dv_map, dout[max_layers],
+      v[max_layers];  // dk, dv: in boxes of 16 keys, in the inputs' dtype
 };
 
 struct ValuesParams {
@@ -134,18 +140,21 @@ __device__ __forceinline__ void load_panels(const CUtensorMap& map, BarrierWord*
                                  panel * panel_columns, token, head, batch);
 }
 
-// lse of the queries of a step, and delta where it is wanted, on their way to shared memory by a warp of their own, which reads
-// them a step ahead. The warp that brings the tiles would wait for them at every step, and the step for it (H200, ncu).
+// lse of the queries of a step, or the factors of their kept probabilities, and delta where it is wanted, on their way to
+// shared memory by a warp of their own, which reads them a step ahead. The warp that brings the tiles would wait for them at
+// every step, and the step for it (H200, ncu).
 template <int queries>
 class RowStatistics {
  public:
-  // `row` counts heads of the whole batch. Without `delta`, null, there is none.
-  __device__ __forceinline__ void read(const Shape& s, const float* lse, const float* delta, int row, int query0) {
+  // `row` counts heads of the whole batch. `behind` the last query lse or the factors are this. Without `delta`, null, there is
+  // none.
+  __device__ __forceinline__ void read(const Shape& s, const float* of_probs, float behind, const float* delta, int row,
+                                       int query0) {
 #pragma unroll
     for (int i = 0; i < parts; ++i) {
       const int query = query0 + 32 * i + static_cast<int>(threadIdx.x % 32);
       const std::int64_t at = static_cast<std::int64_t>(row) * s.queries + query;
-      lse_[i] = query < s.queries ? lse[at] : -INFINITY;
+      of_probs_[i] = query < s.queries ? of_probs[at] : behind;
       if (delta != nullptr) delta_[i] = query < s.queries ? delta[at] : 0.0f;
     }
   }
@@ -153,7 +162,11 @@ class RowStatistics {
   __device__ __forceinline__ void store_lse(float* to) const {
     constexpr float log2e = 1.4426950408889634f;
 #pragma unroll
-    for (int i = 0; i < parts; ++i) to[32 * i + threadIdx.x % 32] = lse_[i] == -INFINITY ? INFINITY : lse_[i] * log2e;
+    for (int i = 0; i < parts; ++i) to[32 * i + threadIdx.x % 32] = of_probs_[i] == -INFINITY ? INFINITY : of_probs_[i] * log2e;
+  }
+  __device__ __forceinline__ void store_factors(float* to) const {
+#pragma unroll
+    for (int i = 0; i < parts; ++i) to[32 * i + threadIdx.x % 32] = of_probs_[i];
   }
   __device__ __forceinline__ void store_delta(float* to) const {
 #pragma unroll
@@ -163,27 +176,35 @@ class RowStatistics {
  private:
   static constexpr int parts = queries / 32;
   static_assert(parts * 32 == queries);
-  float lse_[parts], delta_[parts];
+  float of_probs_[parts], delta_[parts];
 };
 
 constexpr int behind_probs = 1 << 30;  // more rows of kept probabilities than a tensor may have
 
-// The 64 x 64 tiles of kept probabilities of queries [query0, query0 + rows) and keys [key0, key0 + columns), tile by tile of a
-// row of tiles. Tiles that are not stored come from behind the end of the tensor: zeros. `row` counts heads of the whole batch.
-__device__ __forceinline__ void load_probs_tiles(const CUtensorMap& map, BarrierWord* barrier, char* to, const Shape& s,
-                                                 int row, int query0, int key0, int rows, int columns) {
+// Calls body(token) for the 64 x 64 tiles of kept probabilities of queries [query0, query0 + rows) and keys [key0, key0 +
+// columns), tile by tile of a row of tiles; for those that are not stored, behind_probs. `row` counts heads of the whole batch.
+template <class Body>
+__device__ __forceinline__ void for_probs_tiles(const Shape& s, int row, int query0, int key0, int rows, int columns,
+                                                Body&& body) {
   constexpr int tile = attention::probs_tile;
   const std::int64_t head_tiles = attention::probs_elements_of(s) / (tile * tile);
   for (int i = 0; i < rows / tile; ++i) {
     const int block = query0 / tile + i;
     const int stored = block * tile < s.queries ? attention::probs_tiles(s, block) : 0;
     const std::int64_t before = row * head_tiles + (stored > 0 ? attention::probs_tiles_before(s, block) : 0);
-    for (int j = 0; j < columns / tile; ++j, to += tile * panel_row_bytes) {
+    for (int j = 0; j < columns / tile; ++j) {
       const int across = key0 / tile + j;
-      const int token = across < stored ? static_cast<int>((before + across) * tile) : behind_probs;
-      cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(Keep::first), to, 0, token);
+      body(across < stored ? static_cast<int>((before + across) * tile) : behind_probs);
     }
   }
+}
+// To shared memory, zeros where nothing is stored.
+__device__ __forceinline__ void load_probs_tiles(const CUtensorMap& map, BarrierWord* barrier, char* to, const Shape& s,
+                                                 int row, int query0, int key0, int rows, int columns) {
+  for_probs_tiles(s, row, query0, key0, rows, columns, [&](int token) {
+    cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(Keep::first), to, 0, token);
+    to += attention::probs_tile * panel_row_bytes;
+  });
 }
 
 // The keys of a block that nobody may see (padding, NaN or not) become zeros, so that 0 * NaN reaches no gradient. By the
@@ -231,6 +252,19 @@ template <bool transposed>
 __device__ __forceinline__ SharedOperand<transposed> block_of(SharedOperand<transposed> operand, int k) {
   operand.low = static_cast<std::uint32_t>(operand.at(k));
   return operand;
+}
+
+// The same of what stands there: P of a warp's 16 keys, transposed, as the A operand.
+template <int queries>
+__device__ __forceinline__ void load_transposed(std::uint32_t (&a)[queries / 16][4], std::uint32_t place, int tile_step) {
+#pragma unroll
+  for (int j = 0; j < queries / 16; ++j) {
+    const std::uint32_t from = place + j / 4 * tile_step + j % 4 * 16 * panel_row_bytes;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[j][0]), "=r"(a[j][1]), "=r"(a[j][2]), "=r"(a[j][3])
+                 : "r"(from)
+                 : "memory");
+  }
 }
 
 // Before the exponential: scores of which it makes zeros, where a query does not see a key. S^T is [64 keys x queries], a

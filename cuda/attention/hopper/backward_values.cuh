@@ -73,7 +73,7 @@ __device__ __forceinline__ void values_describe(const ValuesParams& p, char* sha
   Turn<Tiles::stages> item;
   RowStatistics<queries> statistics;
   const auto read = [&] {
-    if (step.exists()) statistics.read(s, p.lse, nullptr, row0 + step.head, step.block * queries);
+    if (step.exists()) statistics.read(s, p.lse, -INFINITY, nullptr, row0 + step.head, step.block * queries);
   };
   for (read(); step.exists(); item.next()) {
     const int query0 = step.block * queries;

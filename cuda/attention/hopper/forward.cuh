@@ -85,9 +85,9 @@ constexpr int early_blocks(Forward forward) {
   }
 }
 
-// In how many parts P V of a tile follows that tile's exponentials, each as soon as its own are rounded; 0: P V is started
-// together with the next tile's Q K^T. H200, from lse: at D = 64 four take 4-7 % less, and so do eight; two take 2-3 % more
-// than four, one 3-6 %; at D = 128 four take 3-9 % more. Anchored, with sums, they are slower at D = 64, too.
+// In how many parts P V of a tile follows that tile's exponentials, each as soon as its own are rounded, without turns; 0: P V
+// is started together with the next tile's Q K^T. H200, from lse: at D = 64 four take 7-9 % less, and so do eight; turns cost
+// 1-4 %, two parts 2-3 %, one 3-6 %; at D = 128 four take 3-9 % more. Anchored, with sums, they are slower at D = 64, too.
 template <int D>
 constexpr int value_parts(Forward forward) {
   return D == 64 && forward == Forward::from_lse ? 4 : 0;

@@ -61,7 +61,7 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   params.shape = s;
   constexpr int together = values != Values::one ? 12 : D == 128 ? 8 : 4;
   params.schedule = heads_together(s.batch * s.kv_heads, attention::ceil_div(s.keys, Tiles::keys), together, function);
-  params.lse = p.lse, params.delta = p.delta;
+  params.lse = p.lse, params.delta = p.delta, params.factors = p.factors;
   params.layers = p.layers, params.dout_stages = Tiles::dout_stages(p.layers);
   params.dq_at = Tiles::staged(p.layers) ? Tiles::dq_at(p.layers) : 0;
   params.dq = p.dq, params.dk = p.dk, params.dv = p.dv;
@@ -72,6 +72,7 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   const Maps<T> maps(s, function);
   params.q = maps.of_queries(p.q, Tiles::queries);
   params.k = maps.of_keys(p.k, Tiles::keys);
+  if constexpr (values == Values::kept) params.probs = maps.of_probs(p.probs);
   if (Tiles::hastens_end && !p.float_dk) params.dk_map = maps.of_keys(p.dk, 16);
   if (Tiles::hastens_end && !p.float_dv) params.dv_map = maps.of_keys(p.dv, 16);
   for (int l = 0; l < p.layers; ++l) {
@@ -209,10 +210,8 @@ template <class T, int D>
 BackwardPlan BackwardKernels<T, D>::plan(const Problem& p, bool from_probs, int layers) {
   using Tiles = tiled::OwnerTiles<D, tiled::Values::one>;
   const std::int64_t bytes = scores_bytes<T>(p.queries, p.keys, p.causal, from_probs);
-  // dS goes through memory where the values of all layers do not stay in shared memory, and where P is kept at D = 128. At D =
-  // 64 reading P takes as long as making it again, and the one kernel wins (H200, groups of 4, length 4096 and 8192: 7.4 and
-  // 13.5 ms, through memory 8.2 and 15.0).
-  const bool through_memory = !tiled::OwnerTiles<D, tiled::Values::resident>::fits(layers) || (from_probs && D == 128);
+  // dS goes through memory where the values of all layers do not stay in shared memory.
+  const bool through_memory = !tiled::OwnerTiles<D, tiled::Values::resident>::fits(layers);
   const int heads = through_memory ? tiled::scores_heads(p.batch, p.heads, p.heads / p.kv_heads, bytes, from_probs) : 0;
   return {false, Tiles::queries, Tiles::keys, heads > 0 ? 0 : Tiles::dq_elements, heads * bytes};
 }
@@ -236,8 +235,12 @@ void BackwardKernels<T, D>::owner(const BackwardParams& p, const char* function,
     return;
   }
   if (p.layers == 1) return tiled::launch_owner<T, D, tiled::Values::one>(p, function, stream);
+  // At D = 64 P's slot waits for dS to be read: where a step is short, making P again is faster (H200, 8192 keys, groups of 2,
+  // 3 and 4: 4.12, 4.25 and 4.30 ms, from lse 3.75, 4.03 and 4.67).
+  const bool reads_probs = p.probs != nullptr && (D == 128 || p.layers >= 4);
   if (tiled::OwnerTiles<D, tiled::Values::resident>::fits(p.layers))
-    return tiled::launch_owner<T, D, tiled::Values::resident>(p, function, stream);
+    return reads_probs ? tiled::launch_owner<T, D, tiled::Values::kept>(p, function, stream)
+                       : tiled::launch_owner<T, D, tiled::Values::resident>(p, function, stream);
   tiled::launch_owner<T, D, tiled::Values::streamed>(p, function, stream);
 }
 

@@ -7,16 +7,19 @@
 
 namespace effcore::cuda::hopper {
 
-// Warpgroups issue their products in turn, so that while one multiplies the others take exponentials.
-template <int Warpgroups>
+// Warpgroups issue their products in turn, so that while one multiplies the others take exponentials; or, without, as they
+// come.
+template <int Warpgroups, bool in_turn>
 struct Order {
   std::uint32_t own;
   __device__ explicit Order(int warpgroup) : own(warpgroup) {
     if (own == Warpgroups - 1) pass_on();
   }
-  __device__ __forceinline__ void wait() const { cutlass::arch::NamedBarrier::sync(256, own); }
+  __device__ __forceinline__ void wait() const {
+    if constexpr (in_turn) cutlass::arch::NamedBarrier::sync(256, own);
+  }
   __device__ __forceinline__ void pass_on() const {
-    cutlass::arch::NamedBarrier::arrive(256, own == Warpgroups - 1 ? 0 : own + 1);
+    if constexpr (in_turn) cutlass::arch::NamedBarrier::arrive(256, own == Warpgroups - 1 ? 0 : own + 1);
   }
 };
 
@@ -41,20 +44,21 @@ __device__ __forceinline__ float sum_of_row(float part, const attention::Visibil
   return total == 0.0f && row < queries && seen.sees_keys(row) ? NAN : total;
 }
 
-// Before they are stored: zeros in rows that see no key (visibility.cuh). The thread's are `row` and `row + 8` of [row0, last].
+// Before they are stored: zeros in those of the thread's two rows that see no key (visibility.cuh).
+template <int Count>
+__device__ __forceinline__ void clear_rows(float (&out)[Count], bool first, bool second) {
+  if (!__any_sync(~0u, first || second)) return;
+#pragma unroll
+  for (int n = 0; n < Count / 4; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < 2 ? first : second) out[4 * n + i] = 0.0f;
+}
+// The thread's are `row` and `row + 8` of [row0, last].
 template <int Count>
 __device__ __forceinline__ void clear_unseeing(float (&out)[Count], const attention::Visibility& seen, int row0, int last,
                                                int row) {
-  if (seen.all_see_keys(row0, last)) return;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool sees = seen.sees_keys(min(row + 8 * i, last));
-#pragma unroll
-    for (int n = 0; n < Count / 4; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (!sees) out[4 * n + 2 * i + e] = 0.0f;
-  }
+  if (!seen.all_see_keys(row0, last)) clear_rows(out, !seen.sees_keys(min(row, last)), !seen.sees_keys(min(row + 8, last)));
 }
 
 // Two rows of a thread. known_lse: P = 2^(scale_log2 S - lse log2e); otherwise online softmax.
