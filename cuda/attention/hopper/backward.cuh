@@ -111,20 +111,7 @@ __device__ __forceinline__ void group_consume(const OwnerParams& p, char* shared
     round_operand<T, queries>(pa, st);
     wgmma_wait<0>();
     pin(dp);
-    if (info.flags & step_masked) {  // values that nobody sees may be NaN
-#pragma unroll
-      for (int i = 0; i < queries / 4; ++i) {
-        const float2 probs = widen<T>(pa[i / 4][i % 4]);
-        if (probs.x == 0.0f) dp[2 * i] = 0.0f;
-        if (probs.y == 0.0f) dp[2 * i + 1] = 0.0f;
-      }
-    }
-    // dS^T = P^T * (dP^T - delta), with P as it was rounded, so that from lse and from kept P it is the same number.
-#pragma unroll
-    for (int i = 0; i < queries / 4; ++i) {
-      const float2 probs = widen<T>(pa[i / 4][i % 4]), shift = *reinterpret_cast<const float2*>(delta + 8 * (i / 2));
-      ds[i / 4][i % 4] = cuda::pack<T>(probs.x * (dp[2 * i] - shift.x), probs.y * (dp[2 * i + 1] - shift.y));
-    }
+    differentiate_scores<T, queries>(ds, pa, dp, delta, info.flags & step_masked);
     std::uint32_t slot_at = base + Tiles::scores_at + scores.stage * Tiles::scores_bytes;
     if constexpr (Tiles::pooled) {
       scores = item, scores.next(p.dout_stages);

@@ -111,20 +111,7 @@ __device__ __forceinline__ void kept_consume(const OwnerParams& p, char* shared,
     wgmma_commit();
     wgmma_wait<1>();
     pin(dp);
-    if (info.flags & step_masked) {  // values that nobody sees may be NaN
-#pragma unroll
-      for (int i = 0; i < queries / 4; ++i) {
-        const float2 probs = widen<T>(pa[i / 4][i % 4]);
-        if (probs.x == 0.0f) dp[2 * i] = 0.0f;
-        if (probs.y == 0.0f) dp[2 * i + 1] = 0.0f;
-      }
-    }
-    // dS^T = P^T * (dP^T - delta), with P as it was rounded.
-#pragma unroll
-    for (int i = 0; i < queries / 4; ++i) {
-      const float2 probs = widen<T>(pa[i / 4][i % 4]), shift = *reinterpret_cast<const float2*>(delta + 8 * (i / 2));
-      ds[i / 4][i % 4] = cuda::pack<T>(probs.x * (dp[2 * i] - shift.x), probs.y * (dp[2 * i + 1] - shift.y));
-    }
+    differentiate_scores<T, queries>(ds, pa, dp, delta, info.flags & step_masked);
     const Turn<Tiles::most_stages> slot = item;
     if constexpr (Tiles::pooled) {
       control.dout.wait_full(slot);

@@ -309,6 +309,27 @@ __device__ __forceinline__ void exponentiate(float* s, float scale_log2, Lse&& l
   }
 }
 
+// dS^T = P^T * (dP^T - delta), with P as it was rounded. delta is that of queries 2 (lane % 4) and on. Masked: some P are zeros
+// since nobody sees those values, which may be NaN.
+template <class T, int queries>
+__device__ __forceinline__ void differentiate_scores(std::uint32_t (&ds)[queries / 16][4],
+                                                     const std::uint32_t (&pa)[queries / 16][4], float (&dp)[queries / 2],
+                                                     const float* delta, bool masked) {
+  if (masked) {
+#pragma unroll
+    for (int i = 0; i < queries / 4; ++i) {
+      const float2 probs = widen<T>(pa[i / 4][i % 4]);
+      if (probs.x == 0.0f) dp[2 * i] = 0.0f;
+      if (probs.y == 0.0f) dp[2 * i + 1] = 0.0f;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < queries / 4; ++i) {
+    const float2 probs = widen<T>(pa[i / 4][i % 4]), shift = *reinterpret_cast<const float2*>(delta + 8 * (i / 2));
+    ds[i / 4][i % 4] = cuda::pack<T>(probs.x * (dp[2 * i] - shift.x), probs.y * (dp[2 * i + 1] - shift.y));
+  }
+}
+
 // dk or dv of a warp's 16 keys in the inputs' dtype, by TMA from `rows` of panels that nobody reads any more. Before the block
 // ends, cute::tma_store_wait.
 template <class T, int D>
