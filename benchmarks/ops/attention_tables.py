@@ -76,7 +76,7 @@ def _groups(device: str) -> str:
     """The same of groups, forward and backward through autograd."""
     rows = _report("attention_cuda_groups", device)["rows"]
     kinds = [what for what in dict.fromkeys(row["what"] for row in rows) if what != "backward"]
-    kinds.sort(key=lambda what: what.startswith("KV"))
+    kinds.sort(key=lambda what: (what.startswith("KV"), int(what.split()[-1])))  # "QK group of 4"
     lines = [
         [f"{dim}, {length}", *(_ratios(_row(rows, kind, dim, length)) for kind in [*kinds, "backward"])]
         for dim, length in _shapes(rows)
