@@ -70,7 +70,10 @@ def sample_tokens(
     caches = options.get("use_cache", getattr(model.generation_config, "use_cache", None)) is not False
     with evaluating(model), torch.random.fork_rng(devices=devices, enabled=seed is not None):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.random.default_generator.manual_seed(seed)
+            for device in devices:  # not torch.manual_seed, which seeds the other GPUs' generators, too
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
         # A prompt of one token has nothing to read ahead: its row would be padding alone.
         if caches and num_samples > 1 and int(mask.sum(1).min()) > 1:
             options["past_key_values"] = _read_once(model, input_ids[:, :-1], mask[:, :-1], num_samples, options)
