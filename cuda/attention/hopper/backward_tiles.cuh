@@ -45,7 +45,8 @@ struct OwnerTiles {
   // Whether dk and dv in the inputs' dtype leave by TMA, and float32 sums come to L2 before they are wanted. H200, one layer:
   // at D = 64 a backward is 1 to 3 % faster so, at D = 128 4 to 6 % slower.
   static constexpr bool hastens_end = D == 64;
-  // Where P is kept nothing is spilled with 232, and with 240 what the helpers need is: 4 to 5 % slower at D = 128.
+  // Where P is kept nothing is spilled with 232, and with 240 what the helpers need is (D = 128, an earlier form: 4 to 5 %
+  // slower).
   using Registers =
       std::conditional_t<D == 64 || values == Values::kept, hopper::Registers<40, 232>, hopper::Registers<24, 240>>;
 

@@ -221,7 +221,7 @@ struct ForwardConsumer {
     }
     if constexpr (known_lse)
       clear_unseeing(out, seen, row0, last_row, row);
-    else  // by the sums: what asks for the visibility would stay in registers, 1 to 2 % at D = 64
+    else  // by the sums, so that what asks for the visibility does not stay in registers
       clear_rows(out, factor[0] == 0.0f, factor[1] == 0.0f);
     store_rows<T, D>(p.args.out, batch, head, row, s.queries, 0, out, factor);
   }

@@ -3,6 +3,7 @@
 
 #include "common/overlap.cuh"
 #include "common/tensor_map.h"
+#include "conv3d/hopper/dispatch.h"
 #include "conv3d/hopper/frames.cuh"
 #include "conv3d/hopper/lines.h"
 
@@ -122,17 +123,11 @@ bool frames(const char* function, const RowsProblem& problem, const Lines& lines
   p.blocks = static_cast<int>(problem.padded_channels / 64);
   p.packed = problem.packed != nullptr;
   set_results(p, problem);
-  const auto run_as = [&](auto zero) {
+  return run_16bit(from.dtype, [&](auto zero) {
     using T = decltype(zero);
     return transposed(problem) ? run<T, true>(function, p, static_cast<int>(tiles), launch)
                                : run<T, false>(function, p, static_cast<int>(tiles), launch);
-  };
-  if (from.dtype == DType::bfloat16) return run_as(bf16{});
-#if !defined(EFFCORE_CUDA_SET_CI)
-  return run_as(fp16{});
-#else
-  return false;
-#endif
+  });
 }
 
 }  // namespace effcore::cuda::conv3d::hopper

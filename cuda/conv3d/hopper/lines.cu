@@ -4,6 +4,7 @@
 
 #include "common/overlap.cuh"
 #include "common/tensor_map.h"
+#include "conv3d/hopper/dispatch.h"
 #include "conv3d/hopper/frames.cuh"
 #include "conv3d/hopper/lines.cuh"
 #include "conv3d/hopper/lines.h"
@@ -111,15 +112,9 @@ bool lines(const char* function, const RowsProblem& problem, const Launch& launc
     if (choice.positions == 224) return run<T, 128, 224, 0, Transposed>(function, p, launch);
     return run<T, 128, 216, 0, Transposed>(function, p, launch);
   };
-  const auto run_typed = [&](auto zero) {
+  return run_16bit(from.dtype, [&](auto zero) {
     return transposed(problem) ? run_as(zero, std::true_type{}) : run_as(zero, std::false_type{});
-  };
-  if (from.dtype == DType::bfloat16) return run_typed(bf16{});
-#if !defined(EFFCORE_CUDA_SET_CI)
-  return run_typed(fp16{});
-#else
-  return false;
-#endif
+  });
 }
 
 }  // namespace effcore::cuda::conv3d::hopper

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/tensor_map.h"
+#include "conv3d/hopper/dispatch.h"
 #include "conv3d/hopper/patches.cuh"
 #include "conv3d/hopper/patches.h"
 
@@ -90,16 +91,11 @@ bool patches(const char* function, const Patches& args, const Launch& launch) {
   p.step_c = static_cast<int>(x.stride[1]), p.step_t = static_cast<int>(x.stride[2]), p.step_h = static_cast<int>(x.stride[3]);
   p.channels = static_cast<int>(x.size[1]), p.end = static_cast<int>(voxels_of(x, kernel, group));
   if (args.bias != nullptr) p.bias = args.bias->data;
-  const auto run_as = [&](auto zero) {
+  return run_16bit(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    return panel == 192 ? run<T, 192>(function, p, launch) : run<T, 128>(function, p, launch);
-  };
-  if (x.dtype == DType::bfloat16) return run_as(bf16{}), true;
-#if !defined(EFFCORE_CUDA_SET_CI)
-  return run_as(fp16{}), true;
-#else
-  return false;
-#endif
+    panel == 192 ? run<T, 192>(function, p, launch) : run<T, 128>(function, p, launch);
+    return true;
+  });
 }
 
 }  // namespace effcore::cuda::conv3d::hopper

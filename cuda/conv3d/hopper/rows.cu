@@ -3,6 +3,7 @@
 
 #include "common/overlap.cuh"
 #include "common/tensor_map.h"
+#include "conv3d/hopper/dispatch.h"
 #include "conv3d/hopper/lines.h"
 #include "conv3d/hopper/rows.cuh"
 #include "conv3d/hopper/rows.h"
@@ -99,18 +100,12 @@ bool rows(const char* function, const RowsProblem& problem, const Launch& launch
   set_results(p, problem);
   p.out_aligned = reinterpret_cast<std::uintptr_t>(to.data) % 16 == 0 && to.size[1] % 8 == 0;
   for (const std::int64_t stride : p.out_stride) p.out_aligned = p.out_aligned && stride % 8 == 0;
-  const auto run_as = [&](auto zero) {
+  return run_16bit(from.dtype, [&](auto zero) {
     using T = decltype(zero);
     return wide   ? run<T, 1, 128>(function, p, launch)
            : tall ? run<T, 2, 64>(function, p, launch)
                   : run<T, 1, 64>(function, p, launch);
-  };
-  if (from.dtype == DType::bfloat16) return run_as(bf16{});
-#if !defined(EFFCORE_CUDA_SET_CI)
-  return run_as(fp16{});
-#else
-  return false;
-#endif
+  });
 }
 
 }  // namespace effcore::cuda::conv3d::hopper

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "common/overlap.cuh"
+#include "conv3d/hopper/dispatch.h"
 #include "conv3d/hopper/weights.cuh"
 #include "conv3d/hopper/weights.h"
 
@@ -236,12 +237,7 @@ bool weights(const char* function, const WeightsProblem& problem, const PartialS
   p.splits = static_cast<int>(sums.splits);
   p.panel_sums = sums.taps * p.channel_panels * sums_of_tile;
   p.partial = static_cast<float*>(launch.workspace);
-  if (x.dtype == DType::bfloat16) return run<bf16>(function, plan, launch), true;
-#if !defined(EFFCORE_CUDA_SET_CI)
-  return run<fp16>(function, plan, launch), true;
-#else
-  return false;
-#endif
+  return run_16bit(x.dtype, [&](auto zero) { return run<decltype(zero)>(function, plan, launch), true; });
 }
 
 }  // namespace effcore::cuda::conv3d::hopper
