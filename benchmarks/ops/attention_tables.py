@@ -33,11 +33,6 @@ def _row(rows: list[dict], what: str, dim: int, length: int) -> dict | None:
     return next(found, None)
 
 
-def _shape(row: dict) -> str:
-    """A star where the row is from another run, of a later build of the library."""
-    return f"{row['dim']}, {row['length']}{'*' if row.get('other_run') else ''}"
-
-
 def _peers(device: str) -> str:
     """TFLOP/s of a layer that shares nothing, and their share of a large matrix product's."""
     report = _report("attention_cuda_peers", device)
@@ -49,9 +44,8 @@ def _peers(device: str) -> str:
         for dim, length in _shapes(rows):
             if row := _row(rows, what, dim, length):
                 speeds = (row["tflops"].get(name) for name in names)
-                most = row.get("matmul_tflops", report["matmul_tflops"])
-                cells = ["" if x is None else f"{x:.0f} ({x / most:.0%})" for x in speeds]
-                lines.append([f"{what}, {_shape(row)}", *cells])
+                cells = ["" if x is None else f"{x:.0f} ({x / report['matmul_tflops']:.0%})" for x in speeds]
+                lines.append([f"{what}, {dim}, {length}", *cells])
     return table(["head_dim, S", "effcore", *(f"SDPA {n}" if n in ("flash", "cudnn") else n for n in theirs)], lines)
 
 
@@ -67,7 +61,7 @@ def _sharing(device: str) -> str:
     for dim, length in _shapes(rows):
         forward, *others = (_row(rows, what, dim, length) for what in kinds)
         assert forward is not None
-        lines.append([_shape(forward), *map(_ratios, (forward, *others)), _ratios(forward, "of_limit")])
+        lines.append([f"{dim}, {length}", *map(_ratios, (forward, *others)), _ratios(forward, "of_limit")])
     header = ["head_dim, S", "consumer's forward", "consumer's backward", "backward of a group of 4, against four"]
     return table([*header, "consumer's forward: of the limit"], lines)
 

@@ -146,6 +146,7 @@ __device__ __forceinline__ void owner_describe(const OwnerParams& p, char* share
           (masked ? step_masked : 0) | (block == met.first ? step_first : 0) | (block == met.last ? step_last : 0)};
     float* const to = reinterpret_cast<float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries;
     kept ? statistics.store_factors(to) : statistics.store_lse(to);
+    if constexpr (Tiles::starts_from_delta) statistics.negate_delta();
     statistics.store_delta(to + queries);
     Barrier::arrive(&control.q.full[q.stage]);  // each lane answers for its own stores
     step = steps.next();

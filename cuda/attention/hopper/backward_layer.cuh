@@ -4,8 +4,9 @@
 // warpgroups need not run in step, so that one multiplies while the other exponentiates. Products block the warp that issues
 // them, so what is done beside them has to stand between them: the exponentials between those of dP, a part of dq on its way to
 // shared memory between those of S, and dS of one half of the queries between those of dk of the other (with each of them
-// behind its products 1.09 times as long at D = 128, 1.16 at 64). lse and delta are read ahead. Times and counters of this
-// order and of others: benchmarks/results/attention_backward_ncu_h200.txt.
+// behind its products 1.09 times as long at D = 128, 1.16 at 64). lse is read ahead, and so is delta where dP is not
+// accumulated on it. Times and counters of this order and of others: benchmarks/results/attention_backward_ncu_h200.txt,
+// attention_backward_delta.json.
 #pragma once
 #include "attention/hopper/backward_sums.cuh"
 
@@ -40,8 +41,9 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
   Turn<Tiles::q_stages> q, q_before;
   Turn<Tiles::most_stages> item;
   Turn<Tiles::scores_stages> scores, scores_before;
+  const auto leads = [] { return cute::elect_one_sync() != 0; };
   const auto scores_at = [&](int stage) { return base + Tiles::scores_at + stage * Tiles::scores_bytes; };
-  StepInfo before{};
+  int flags_before = 0;                           // of StepInfo
   std::uint32_t count = 0, parts = 0, turns = 0;  // of steps; of parts of dq in shared memory; bits: phases of control.turn
 
   const auto start_dq = [&] {
@@ -55,23 +57,26 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
   };
   const auto pass_on_dq = [&] {
     __syncwarp();
-    if (lane == 0) Barrier::arrive(&control.added[(count - 1) % 2]);
+    if (leads()) Barrier::arrive(&control.added[(count - 1) % 2]);
   };
   // Behind the product: returns whether a part is to be stored, in eight pieces by store_part, and to be passed on.
   const auto finish_dq = [&] {
     pin(dq);
     if (count == 0) return false;
-    if (lane == 0) control.q.release(q_before), control.scores.release(scores_before);
-    const bool last = before.flags & step_last;
-    if (!last) {
+    const auto release = [&] {
+      if (leads()) control.q.release(q_before), control.scores.release(scores_before);
+    };
+    if (!(flags_before & step_last)) {
+      release();
       Barrier::wait(&control.dq_free, parts++ % 2 ^ 1);
       return true;
     }
     const std::uint32_t parity = (count - 1) % 2;
     Barrier::wait(&control.turn[parity], turns >> parity & 1);
     turns ^= 1u << parity;
-    store_dq<T, D, queries>(p, before, dq, warpgroup);
+    store_dq<T, D, queries>(p, control.info[q_before.stage], dq, warpgroup);
     pass_on_dq();
+    release();
     return false;
   };
   const auto store_part = [&](int n, bool wanted) {
@@ -94,7 +99,8 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
     wgmma_begin();
     multiply<T, queries, D / 16>(
         dp, SharedOperand<false>(values_at, keys, false),
-        SharedOperand<false>(base + Tiles::dout_at + item.stage * Tiles::queries_bytes, queries, false), false);
+        SharedOperand<false>(base + Tiles::dout_at + item.stage * Tiles::queries_bytes, queries, false),
+        Tiles::starts_from_delta);
     wgmma_commit();
   };
 
@@ -106,13 +112,15 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
   }
   while (more) {
     const std::uint32_t q_at = base + Tiles::q_at + q.stage * Tiles::queries_bytes;
+    // (part_at & 48) / 8 is 2 * (lane % 4), which would come from threadIdx.x anew at every step, behind stores to shared
+    // memory.
     const float* const statistics =
-        reinterpret_cast<const float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries + 2 * (lane % 4);
+        reinterpret_cast<const float*>(shared + Tiles::statistics_at) + q.stage * 2 * queries + (part_at & 48) / 8;
     const auto look_ahead = [&](int from) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) ahead[n] = *reinterpret_cast<const float2*>(statistics + from + 8 * n);
     };
-    StepInfo info;
+    int flags;
     float st[queries / 2];
     const auto start_scores = [&](auto&& between) {
       control.q.wait_full(q);
@@ -125,19 +133,28 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
         between(k);
       }
       wgmma_commit();
-      info = control.info[q.stage];
+      flags = control.info[q.stage].flags;
       look_ahead(0);
+    };
+    const auto start_from_delta = [&] {
+#pragma unroll
+      for (int n = 0; n < queries / 8; ++n) {
+        const float2 minus_delta = *reinterpret_cast<const float2*>(statistics + queries + 8 * n);
+        dp[4 * n] = dp[4 * n + 2] = minus_delta.x, dp[4 * n + 1] = dp[4 * n + 3] = minus_delta.y;
+      }
     };
     const auto finish_scores = [&] {
       wgmma_wait<0>();
       pin(st);
-      if (info.flags & step_masked) hide_unseen<queries>(st, s.negative, seen, key0 + 16 * warp, info.query0, s.queries - 1);
+      if (flags & step_masked)
+        hide_unseen<queries>(st, s.negative, seen, key0 + 16 * warp, control.info[q.stage].query0, s.queries - 1);
     };
     start_dq();
     wgmma_wait<0>();
     const bool part = finish_dq();
     start_scores([&](int k) { store_part(k, part); });  // in the shadow of the products
     if (part) pass_on_part(D / 16);
+    if constexpr (Tiles::starts_from_delta) start_from_delta();  // beside S, too
     finish_scores();
     start_dp();
     // What follows is done by halves of the queries, so that ptxas puts the exponentials of one between the products of
@@ -148,7 +165,8 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
       float* const x = st + h * half / 2;
       exponentiate<half>(x, scale_log2, [&](int n) { return ahead[(h * half / 8 + n) % 8]; });
       round_operand<T, half>(pa[h], x);
-      if ((h + 1) * half % 64 == 0) look_ahead((h + 1) * half);
+      constexpr int next = (h + 1) * half;
+      if (next % 64 == 0 && (next < queries || !Tiles::starts_from_delta)) look_ahead(next);
       if (h == 0) pin(dv);
       wgmma_begin();
       multiply<T, D, half / 16>(dv, pa[h], SharedOperand<true>(dout_at + h * half * panel_row_bytes, queries, false), true);
@@ -159,7 +177,7 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
     control.scores.wait_empty(scores);
     wgmma_wait<1>();
     pin(dp);
-    if (info.flags & step_masked) {  // values that nobody sees may be NaN
+    if (flags & step_masked) {  // values that nobody sees may be NaN
 #pragma unroll
       for (int i = 0; i < queries / 4; ++i) {
         const float2 probs = widen<T>(pa[i / (half / 4)][i % (half / 4) / 4][i % 4]);
@@ -167,16 +185,25 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
         if (probs.y == 0.0f) dp[2 * i + 1] = 0.0f;
       }
     }
-    // dS^T = P^T * (dP^T - delta), with P as it was rounded, so that from lse and from kept P it is the same number.
+    // dS^T = P^T * (dP^T - delta). At D = 128 delta is in the accumulators; at 64, where there are no registers for P as it was
+    // before it was rounded, it is subtracted here.
     std::uint32_t ds[2][half / 16][4];
     const auto differentiate_half = [&]<int h>() {
       float* const x = dp + h * half / 2;
 #pragma unroll
       for (int i = 0; i < half / 4; ++i) {
-        const float2 probs = widen<T>(pa[h][i / 4][i % 4]), delta = ahead[(h * half / 8 + i / 2) % 8];
-        ds[h][i / 4][i % 4] = cuda::pack<T>(probs.x * (x[2 * i] - delta.x), probs.y * (x[2 * i + 1] - delta.y));
+        float2 probs, difference;
+        if constexpr (Tiles::starts_from_delta) {
+          probs = make_float2(st[h * half / 2 + 2 * i], st[h * half / 2 + 2 * i + 1]);
+          difference = make_float2(x[2 * i], x[2 * i + 1]);
+        } else {
+          const float2 delta = ahead[(h * half / 8 + i / 2) % 8];
+          probs = widen<T>(pa[h][i / 4][i % 4]);
+          difference = make_float2(x[2 * i] - delta.x, x[2 * i + 1] - delta.y);
+        }
+        ds[h][i / 4][i % 4] = cuda::pack<T>(probs.x * difference.x, probs.y * difference.y);
       }
-      if (h == 0 && half == 64) look_ahead(queries + half);
+      if (h == 0 && half == 64 && !Tiles::starts_from_delta) look_ahead(queries + half);
       store_transposed<half>(scores_at(scores.stage) + place + h * half / 64 * 2 * tile_bytes + h * half % 64 * panel_row_bytes,
                              2 * tile_bytes, ds[h]);
       if (h == 0) pin(dk);
@@ -188,10 +215,10 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
     wgmma_commit();
     fence_async();
     __syncwarp();
-    if (lane == 0) Barrier::arrive(&control.ds[count % 2]);
+    if (leads()) Barrier::arrive(&control.ds[count % 2]);
     const Turn<Tiles::most_stages> done = item;
     item.next(p.dout_stages);
-    before = info;
+    flags_before = flags;
     q_before = q, q.next();
     scores_before = scores;
     scores.next();
@@ -200,7 +227,7 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
     more = control.more[item.stage];
     wgmma_wait<1>();
     pin(dv);
-    if (lane == 0) control.dout.release(done);
+    if (leads()) control.dout.release(done);
   }
   wgmma_wait<0>();
   pin(dk), pin(dv);

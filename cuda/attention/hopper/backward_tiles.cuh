@@ -42,6 +42,9 @@ struct OwnerTiles {
   static constexpr int queries = D == 64 ? 128 : 64;
   static constexpr int keys_bytes = keys * D * 2, queries_bytes = queries * D * 2, scores_bytes = queries * keys * 2;
   static constexpr int dq_elements = queries * D;
+  // Whether dP is accumulated on -delta, so that dS is dP times P, as it was before it was rounded. H200, one layer at D = 128:
+  // 2 % faster. At 64 dP on -delta alone is 0 to 2 % slower, and with P in float32 what does not fit into registers costs 27 %.
+  static constexpr bool starts_from_delta = D == 128 && values == Values::one;
   // Whether dk and dv in the inputs' dtype leave by TMA, and float32 sums come to L2 before they are wanted. H200, one layer:
   // at D = 64 a backward is 1 to 3 % faster so, at D = 128 4 to 6 % slower.
   static constexpr bool hastens_end = D == 64;
@@ -92,6 +95,13 @@ struct StepInfo {
   int flags;
 };
 constexpr int step_masked = 1, step_first = 2, step_last = 4;  // some keys are not seen; first, last turn of dq's sums
+
+// Between a warpgroup, which has half of a step's dq, and the helper that waits for its turns.
+struct DqTurns {
+  BarrierWord come;   // the warpgroup may add its part
+  BarrierWord added;  // or has left it in shared memory
+  BarrierWord taken;  // the part has been taken over
+};
 
 template <class Tiles>
 struct OwnerControl {
@@ -168,6 +178,10 @@ class RowStatistics {
   __device__ __forceinline__ void store_factors(float* to) const {
 #pragma unroll
     for (int i = 0; i < parts; ++i) to[32 * i + threadIdx.x % 32] = of_probs_[i];
+  }
+  __device__ __forceinline__ void negate_delta() {
+#pragma unroll
+    for (int i = 0; i < parts; ++i) delta_[i] = -delta_[i];
   }
   __device__ __forceinline__ void store_delta(float* to) const {
 #pragma unroll
