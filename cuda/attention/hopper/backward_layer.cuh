@@ -19,7 +19,7 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
   using Tiles = OwnerTiles<D, Values::one>;
   constexpr int queries = Tiles::queries, keys = Tiles::keys, half = queries / 2;
   const Shape& s = p.shape;
-  const int thread = threadIdx.x - helper_threads, warp = thread / 32 % 4, lane = threadIdx.x % 32;
+  const int thread = threadIdx.x - helper_threads, warp = thread / 32 % 4;
   const int warpgroup = uniform(thread / 128);
   const int key0 = block * keys + 64 * warpgroup;
   const float scale_log2 = s.negative ? -s.scale_log2 : s.scale_log2;
