@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "bindings/torch/threads.h"
+#include "effcore/cpu.h"
 
 namespace effcore::binding {
 namespace {
@@ -12,6 +13,7 @@ struct Cpu {
   static constexpr auto mm_out = aoti_torch_cpu_mm_out;
   static constexpr auto addmm_out = aoti_torch_cpu_addmm_out;
   static std::span<const lowrank::Limits> limits(DType dtype) { return lowrank::limits(dtype); }
+  static bool multiplies(ScalarType type) { return type != ScalarType::Half || multiplies_float16(); }
   static bool takes(const lowrank::Linear&) { return true; }
   static bool takes(const lowrank::InputGradient&) { return false; }
   static void run(const lowrank::InputGradient&, const Tensor&) {}

@@ -48,7 +48,13 @@ struct LowrankOps {
   }
 
   // a b (+ bias), by torch's library: the C entry points of its kernels, which cost a third of a dispatcher call by name.
+  // In float32 where that library has no kernels for a's dtype, but for a row, for which it has one.
   static Tensor product(const Tensor& a, const Tensor& b, const OptionalTensor& bias = std::nullopt) {
+    if (a.size(0) > 1 && !Backend::multiplies(a.scalar_type())) {
+      const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
+      const Tensor out = product(wide(a), wide(b), bias ? OptionalTensor(wide(*bias)) : std::nullopt);
+      return torch::stable::to(out, a.scalar_type());
+    }
     Tensor out = empty(a, {a.size(0), b.size(1)}, a.scalar_type());
     const AOTITorchError code = bias ? Backend::addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
                                      : Backend::mm_out(out.get(), a.get(), b.get());

@@ -17,6 +17,7 @@ struct Cuda {
   static constexpr auto mm_out = aoti_torch_cuda_mm_out;
   static constexpr auto addmm_out = aoti_torch_cuda_addmm_out;
   static std::span<const lowrank::Limits> limits(DType dtype) { return cuda::lowrank::limits(dtype); }
+  static bool multiplies(ScalarType) { return true; }
   static bool takes(const lowrank::Linear& args) { return cuda::lowrank::takes(args); }
   static void run(const lowrank::Linear& args, const Tensor& on) { call(cuda::lowrank::linear, args, on); }
   static bool takes(const lowrank::InputGradient& args) { return cuda::lowrank::takes(args); }

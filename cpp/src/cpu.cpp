@@ -25,19 +25,20 @@ bool request_amx() {
 #endif
 }
 
-bool has_amx_bf16() {
+// Of cpuid's leaf 7: bits of edx.
+bool has(unsigned features) {
   unsigned a = 7, b = 0, c = 0, d = 0;
   __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-  return (d & amx_bf16) != 0 && (d & amx_tile) != 0;
+  return (d & features) == features;
 }
+constexpr unsigned amx_bf16 = 1u << 22, avx512_fp16 = 1u << 23, amx_tile = 1u << 24;
 
 Isa best() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("x86-64-v3")) return Isa::v2;
   if (!__builtin_cpu_supports("x86-64-v4")) return Isa::v3;
   if (!__builtin_cpu_supports("avx512bf16")) return Isa::v4;
-  return has_amx_bf16() && request_amx() ? Isa::amx : Isa::bf16;
+  return has(amx_bf16 | amx_tile) && request_amx() ? Isa::amx : Isa::bf16;
 }
 #else
 Isa best() {
@@ -60,6 +61,15 @@ const Isa chosen = choose();
 
 Isa isa() {
   return chosen;
+}
+
+bool multiplies_float16() {
+#if defined(__x86_64__)
+  static const bool does = has(avx512_fp16);
+  return does;
+#else
+  return true;
+#endif
 }
 
 bool is_amd() {

@@ -52,11 +52,10 @@ constexpr Limits few_beyond_the_cache[] = {{.least_rows = 4, .most_rows = 16, .l
 // The same of an EPYC (Zen 5). bfloat16 gains 1.2-3x up to 16 rows, as above; float32 1.2-3.6x from 2 rows to 16, 1.0-1.8x from
 // 64 to 256, float64 1.0-3x. One row gains as much where the factors are large enough to share out: float32 1.2-2.7x from 0.25
 // MiB on (0.8-0.95x at rank 32, whose rows of weights are too short), float64 1.1-2.4x from 0.19. Nothing of torch's is made
-// for more than one row of float16: 1.5-3x at 2 and 4 rows, 4-7x at 16, 6-12x from 64 to 1024. At one, 1.1-1.6x up to rank 64,
-// and 0.87-1.0x beyond, but for 1.03-1.2x up to rank 128 of short inputs.
+// for more than one row of float16: 1.5-3x at 2 and 4 rows, 4-7x at 16, 6-12x from 64 to 1024. At one, 1.03-1.6x up to rank 64,
+// and 0.85-1.2x beyond.
 constexpr Limits amd_float16[] = {{.least_rows = 2, .most_rows = 1024},
-                                  {.most_rows = 1, .least_bytes = mib / 64, .most_rank = 64},
-                                  {.most_rows = 1, .least_bytes = mib / 64, .most_rank = 128, .most_in = 768}};
+                                  {.most_rows = 1, .least_bytes = mib / 32, .most_rank = 64}};
 constexpr Limits amd_float32[] = {{.least_rows = 2, .most_rows = 256},
                                   {.most_rows = 1, .least_bytes = mib / 4, .least_rank = 48}};
 constexpr Limits amd_float64[] = {{.least_rows = 2, .most_rows = 32}, {.most_rows = 1, .least_bytes = 3 * mib / 16}};
