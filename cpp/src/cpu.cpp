@@ -65,7 +65,7 @@ Isa isa() {
 
 bool multiplies_float16() {
 #if defined(__x86_64__)
-  static const bool does = has(avx512_fp16);
+  static const bool does = __builtin_cpu_supports("avx512f") && has(avx512_fp16);  // older ones may lack leaf 7
   return does;
 #else
   return true;
