@@ -48,9 +48,11 @@ struct LowrankOps {
   }
 
   // a b (+ bias), by torch's library: the C entry points of its kernels, which cost a third of a dispatcher call by name.
-  // In float32 where that library has no kernels for a's dtype, but for a row, for which it has one.
+  // In float32 where that library has no kernel for a's dtype but for dot products: of one row of a and b's columns, if each
+  // lies in one piece.
   static Tensor product(const Tensor& a, const Tensor& b, const OptionalTensor& bias = std::nullopt) {
-    if (a.size(0) > 1 && !Backend::multiplies(a.scalar_type())) {
+    const bool dots = a.size(0) == 1 && b.stride(0) == 1;
+    if (!dots && !Backend::multiplies(a.scalar_type())) {
       const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
       const Tensor out = product(wide(a), wide(b), bias ? OptionalTensor(wide(*bias)) : std::nullopt);
       return torch::stable::to(out, a.scalar_type());

@@ -13,8 +13,8 @@ Isa isa();
 // Whether the processor is AMD's: MKL, which torch multiplies with, has other kernels there.
 bool is_amd();
 
-// Whether the processor has instructions for products of float16. Where it has not, torch multiplies float16 at a hundredth of
-// the rate of float32 (Zen 5: 3 GFLOP/s).
+// Whether the processor has instructions for products of float16. On one that has not, torch multiplies float16 at 1/20 to 1/60
+// of the rate of float32 (Zen 5).
 bool multiplies_float16();
 
 // "v2", "v3", "v4", "bf16" or "amx"; "portable" on other processors.

@@ -96,13 +96,6 @@ struct StepInfo {
 };
 constexpr int step_masked = 1, step_first = 2, step_last = 4;  // some keys are not seen; first, last turn of dq's sums
 
-// Between a warpgroup, which has half of a step's dq, and the helper that waits for its turns.
-struct DqTurns {
-  BarrierWord come;   // the warpgroup may add its part
-  BarrierWord added;  // or has left it in shared memory
-  BarrierWord taken;  // the part has been taken over
-};
-
 template <class Tiles>
 struct OwnerControl {
   Ring<Tiles::q_stages> q;
@@ -128,8 +121,8 @@ struct OwnerParams {
   Tensor4 dk_sum, dv_sum;
   float* dq_sums;
   int *turns, *ticket;
-  CUtensorMap q, k, probs, dk_map, dv_map, dout[max_layers],
-      v[max_layers];  // dk, dv: in boxes of 16 keys, in the inputs' dtype
+  // dk, dv: in boxes of 16 keys, in the inputs' dtype
+  CUtensorMap q, k, probs, dk_map, dv_map, dout[max_layers], v[max_layers];
 };
 
 struct ValuesParams {
