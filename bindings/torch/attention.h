@@ -105,7 +105,6 @@ struct AttentionOps {
     Tensor dv = empty_heads(v, p.batch, p.kv_heads, p.keys, p.value_dim, kv_type);
     attention::Backward args{p, vq, vk, statistics_data(f, "lse", lse, p), nullptr, output_view(f, "out", out, p), 1, &vg, &vv};
     args.dq = view(dq, f, "dq"), args.dk = view(dk, f, "dk"), args.dv = view(dv, f, "dv");
-    check(accumulate_kv || (!dk_sum && !dv_sum), f, "dk_sum and dv_sum are for accumulate_kv");
     std::optional<Tensor> before_k, before_v;  // held until the kernels are on their way
     const auto sum = [&](const char* name, const OptionalTensor& given, std::optional<Tensor>& held, std::int64_t dim) {
       if (!given) return TensorView{};
@@ -223,7 +222,7 @@ struct AttentionOps {
     const char* f = "share_kv";
     const TensorView vk = view(k, f, "k"), vv = view(v, f, "v");
     attention::check(f, vk, vk, &vv, {});  // k stands for the queries that are still to come
-    return {slot(k, k.sizes(), accumulate_type(k.scalar_type())), slot(k, v.sizes(), accumulate_type(k.scalar_type()))};
+    return {slot(k, k.sizes(), k.scalar_type()), slot(k, v.sizes(), k.scalar_type())};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> shared_kv(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -231,7 +230,8 @@ struct AttentionOps {
                                                               const OptionalTensor& lengths, const OptionalTensor& first_key,
                                                               bool causal, std::optional<double> scale) {
     auto [out, lse, probs] = run_forward("attention_shared_kv", q, k, v, lengths, first_key, causal, scale, Keep::lse);
-    return {out, lse, slot(k, k_slot.sizes(), k_slot.scalar_type()), slot(k, v_slot.sizes(), v_slot.scalar_type())};
+    const ScalarType sums = accumulate_type(k.scalar_type());
+    return {out, lse, slot(k, k_slot.sizes(), sums), slot(k, v_slot.sizes(), sums)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,

@@ -84,7 +84,7 @@ struct BackwardParams {
   Tensor4 scaled_dout;  // dout[0] times factors, where Hopper's kernels multiply it with kept probabilities
   Tensor4 dq, dk, dv;
   bool float_dk, float_dv;  // dk, dv in float32, whatever the inputs are
-  Tensor4 dk_sum, dv_sum;   // float32, added to dk and dv where these are; none: data is null
+  Tensor4 dk_sum, dv_sum;   // float32, added to dk and dv before they are rounded; none: data is null
   float* dq_sums;           // [batch * heads, blocks of queries, tile in fragment order]
   void* scores;             // where dS, stored as P is, goes through device memory; else null
   int* turns;               // [batch * heads, blocks of queries]

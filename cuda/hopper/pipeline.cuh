@@ -12,6 +12,12 @@ namespace effcore::cuda::hopper {
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 using BarrierWord = Barrier::ValueType;
 
+// For what is read or stored behind it: CUTLASS's wait alone does not keep the compiler from doing that before.
+__device__ __forceinline__ void wait_for(const BarrierWord* barrier, std::uint32_t phase) {
+  Barrier::wait(barrier, phase);
+  asm volatile("" ::: "memory");
+}
+
 // What the L2 does with a tile: read by many blocks, or by this one alone.
 enum class Keep : std::uint64_t { last = 0x14F0000000000000, first = 0x12F0000000000000 };
 
@@ -37,7 +43,7 @@ struct Ring {
     }
   }
   __device__ __forceinline__ void wait_empty(const Turn<Stages>& turn) { Barrier::wait(&empty[turn.stage], turn.phase ^ 1); }
-  __device__ __forceinline__ void wait_full(const Turn<Stages>& turn) { Barrier::wait(&full[turn.stage], turn.phase); }
+  __device__ __forceinline__ void wait_full(const Turn<Stages>& turn) { wait_for(&full[turn.stage], turn.phase); }
   __device__ __forceinline__ void expect(const Turn<Stages>& turn, int bytes) {
     Barrier::arrive_and_expect_tx(&full[turn.stage], static_cast<std::uint32_t>(bytes));
   }

@@ -158,22 +158,27 @@ def test_non_reentrant_checkpointing_changes_nothing(keep):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("used", [[0], [2], [0, 1], [0, 2], [0, 1, 2]])
-def test_kv_layers_without_gradients(used):
+def test_kv_layers_without_gradients(used, dtype):
     """The sums of dK and dV pass through layers whose outputs nobody uses, and around those that ran without gradients."""
-    k, v, *queries = leaves_of(*(torch.randn(1, 2, 12, 8, dtype=torch.float64) for _ in range(5)))
+    tensors = [torch.randn(1, 2, 12, 8, dtype=torch.float64).to(dtype) for _ in range(5)]
 
-    def loss(api):
+    def gradients(api, dtype):
+        k, v, *queries = leaves_of(*tensors, dtype=dtype)
         shared, outs = api.share_kv(k, v), []
         for q in queries:
             with torch.no_grad():
                 api.attention_shared_kv(q, shared)
             outs.append(api.attention_shared_kv(q, shared, causal=True))
-        return weighted([outs[i] for i in used])
+        return torch.autograd.grad(weighted([outs[i] for i in used]), [k, v, *(queries[i] for i in used)])
 
-    inputs = [k, v, *(queries[i] for i in used)]
-    for a, b in zip(*(torch.autograd.grad(loss(api), inputs) for api in (ops, ref)), strict=True):
-        torch.testing.assert_close(a, b)
+    for a, b in zip(gradients(ops, dtype), gradients(ref, torch.float64), strict=True):
+        assert a.dtype == dtype
+        if dtype == torch.float64:
+            torch.testing.assert_close(a, b)
+        else:
+            assert (a.double() - b).norm() < 0.01 * b.norm()
 
 
 def test_kv_group_under_checkpointing_and_compiled():

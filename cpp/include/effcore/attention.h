@@ -103,7 +103,7 @@ struct Backward {
   const TensorView* v = nullptr;          // [layers]
   const void* consumers_delta = nullptr;  // [B, heads, queries], summed over the consumers
   TensorView dq, dk, dv;                  // dk and dv in the problem's dtype or in float32
-  TensorView dk_sum, dv_sum;              // added to dk and dv, in float32 like them; none where data is null
+  TensorView dk_sum, dv_sum;              // float32, added to dk and dv before they are rounded; none where data is null
 };
 
 // One new token a row against a padded cache: queries == 1, not causal. weights [B, heads, keys] in the tensors' dtype (0 at

@@ -15,8 +15,8 @@
 //
 // dq is added up in device memory over the blocks of keys, in turns (turns.cuh). A pass of its own for dq would recompute S and
 // every dP: layers + 2 products more. Where shared memory has 32 KiB to spare (all but four layers and more at D = 128, five
-// and more at D = 64), a part of dq waits there for its turn, one helper warp adds it by a bulk reduction and passes the turn
-// on, and the consumers go on. Else the consumers add from registers. With the last part, for which they wait in either case,
+// and more at D = 64; one layer has room for two), a part of dq waits there for its turn, one helper warp adds it by a bulk
+// reduction and passes the turn on, and the consumers go on. Else the consumers add from registers. With the last part, for which they wait in either case,
 // they scale and round the sum: causal, that is one step in a block's walk at D = 64 and two at 128.
 // No unit is the bound but a warpgroup's own chain: by ncu, one layer, the tensor cores are busy 62 % of the time, shared
 // memory 71 % (of a build with 16 blocks of keys of a head together; the products' operands are two thirds of its traffic), and
@@ -121,7 +121,6 @@ __device__ __forceinline__ void group_consume(const OwnerParams& p, char* shared
       control.scores.wait_empty(scores);
     }
     store_transposed<queries>(slot_at + place, 2 * tile_bytes, ds);
-    fence_async();
     __syncwarp();
     if (lane == 0) Barrier::arrive(&control.ds[count % 2]);
     pin(dv);
@@ -129,6 +128,7 @@ __device__ __forceinline__ void group_consume(const OwnerParams& p, char* shared
     multiply<T, D, queries / 16>(dv, pa, SharedOperand<true>(dout_at(), queries, false), true);
     wgmma_commit();
     Barrier::wait(&control.ds[count % 2], count / 2 % 2);
+    fence_async();
     pin(dq);
     wgmma_begin();
     multiply<T, 64, keys / 16>(dq, SharedOperand<false>(slot_at + dq_rows_at, 64, false), k_depth, false);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void group_consume(const OwnerParams& p, char* shared
     control.dout.wait_full(item);
     more = control.more[item.stage];
   }
-  store_block<T, D, values>(p, shared, batch, kv_head, key0, warpgroup, dk, dv);
+  store_block<T, D, values>(p, shared, control, batch, kv_head, key0, warpgroup, dk, dv);
 }
 
 template <class T, int D, Values values>
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(backward_threads, 1) owner_kernel(const __grid
     for (BarrierWord& ds : control.ds) Barrier::init(&ds, consumer_warps);
     for (BarrierWord& turn : control.turn) Barrier::init(&turn, 1);
     for (BarrierWord& added : control.added) Barrier::init(&added, consumer_warps);
-    Barrier::init(&control.k, 1), Barrier::init(&control.dq_free, 1);
+    for (BarrierWord& free : control.dq_free) Barrier::init(&free, 1);
+    Barrier::init(&control.k, 1), Barrier::init(&control.ended, consumer_warps), Barrier::init(&control.sums, 1);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();

@@ -87,18 +87,25 @@ __device__ __forceinline__ void owner_produce(const OwnerParams& p, char* shared
       q.next();
     }
   }
-  // What dk and dv are added to goes to L2 while the last steps are multiplied.
-  if constexpr (Tiles::hastens_end)
-    for (const Tensor4* sum : {&p.dk_sum, &p.dv_sum})
-      if (sum->data != nullptr)
-        for (int key = key0 + lane; key < min(key0 + keys, s.keys); key += 32)
-          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(attention::row_of<float>(*sum, batch, kv_head, key)),
-                       "r"(D * 4)
-                       : "memory");
   control.dout.wait_empty(item);
   if (lane == 0) {
     control.more[item.stage] = false;
     Barrier::arrive(&control.dout.full[item.stage]);
+  }
+  // What dk and dv are added to comes while the last part of dq leaves.
+  if constexpr (values == Values::one) {
+    const int sums = (p.dk_sum.data != nullptr) + (p.dv_sum.data != nullptr);
+    if (sums == 0) return;
+    Barrier::wait(&control.ended, 0);
+    if (lane != 0) return;
+    Barrier::arrive_and_expect_tx(&control.sums, sums * Tiles::sums_bytes);
+    const auto load = [&](const CUtensorMap& map, int at) {
+      for (int panel = 0; panel < D / 32; ++panel)
+        cute::SM90_TMA_LOAD_4D::copy(&map, &control.sums, static_cast<std::uint64_t>(Keep::first),
+                                     shared + at + panel * Tiles::sum_panel_bytes, panel * 32, key0, kv_head, batch);
+    };
+    if (p.dv_sum.data != nullptr) load(p.dv_sum_map, Tiles::dv_at);
+    if (p.dk_sum.data != nullptr) load(p.dk_sum_map, Tiles::dk_at);
   }
 }
 
@@ -201,8 +208,11 @@ __device__ __forceinline__ void owner_take_turns(const OwnerParams& p, char* sha
       if (block != met.last && (values == Values::one || p.dq_at > 0)) {
         if (turn > 0) attention::wait_for_turn(turns, turn);  // while the consumers still compute
         Barrier::wait(&control.added[parity], phase);         // to shared memory
-        send_to_sums(p.dq_sums + slot * Tiles::dq_elements, shared_address(shared + p.dq_at), Tiles::dq_bytes, turn == 0);
-        Barrier::arrive(&control.dq_free);
+        fence_async();
+        const int stage = count % Tiles::dq_stages;
+        send_to_sums(p.dq_sums + slot * Tiles::dq_elements, shared_address(shared + p.dq_at) + stage * Tiles::dq_bytes,
+                     Tiles::dq_bytes, turn == 0);
+        Barrier::arrive(&control.dq_free[stage]);
         sums_complete();
       } else {
         if (turn > 0) attention::wait_for_turn(turns, turn);

@@ -119,13 +119,13 @@ __device__ __forceinline__ void kept_consume(const OwnerParams& p, char* shared,
       item.next(p.dout_stages);
     }
     store_transposed<queries>(slot_at + place, 2 * tile_bytes, ds);
-    fence_async();
     __syncwarp();
     if (lane == 0) Barrier::arrive(&control.ds[count % 2]);
     wgmma_wait<0>();
     pin(dv);
     release(before);
     Barrier::wait(&control.ds[count % 2], count / 2 % 2);
+    fence_async();
     pin(dq);
     wgmma_begin();
     multiply<T, 64, keys / 16>(dq, SharedOperand<false>(slot_at + dq_rows_at, 64, false), k_depth, false);
@@ -153,7 +153,7 @@ __device__ __forceinline__ void kept_consume(const OwnerParams& p, char* shared,
     q.next();
     more = more_steps();
   }
-  store_block<T, D, Values::kept>(p, shared, batch, kv_head, key0, warpgroup, dk, dv);
+  store_block<T, D, Values::kept>(p, shared, control, batch, kv_head, key0, warpgroup, dk, dv);
 }
 
 }  // namespace effcore::cuda::hopper

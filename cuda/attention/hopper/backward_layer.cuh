@@ -4,9 +4,11 @@
 // warpgroups need not run in step, so that one multiplies while the other exponentiates. Products block the warp that issues
 // them, so what is done beside them has to stand between them: the exponentials between those of dP, a part of dq on its way to
 // shared memory between those of S, and dS of one half of the queries between those of dk of the other (with each of them
-// behind its products 1.09 times as long at D = 128, 1.16 at 64). lse is read ahead, and so is delta where dP is not
-// accumulated on it. Times and counters of this order and of others: benchmarks/results/attention_backward_ncu_h200.txt,
-// attention_backward_delta.json.
+// behind its products 1.09 times as long at D = 128, 1.16 at 64). lse is read while dq is multiplied, or its reads would stand
+// behind the stores of dq's part; delta, where dP is not accumulated on it, is read ahead. Who reads dS or adds a part of dq
+// fences (backward_helpers.cuh), not who stores it: that warp would stand still until its stores are done. Times and counters
+// of this order and of others: benchmarks/results/attention_backward_ncu_h200.txt, attention_backward_delta.json,
+// attention_backward_fences.json.
 #pragma once
 #include "attention/hopper/backward_sums.cuh"
 
@@ -47,7 +49,10 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
   std::uint32_t count = 0, parts = 0, turns = 0;  // of steps; of parts of dq in shared memory; bits: phases of control.turn
 
   const auto start_dq = [&] {
-    if (count > 0) Barrier::wait(&control.ds[(count - 1) % 2], (count - 1) / 2 % 2);
+    if (count > 0) {
+      Barrier::wait(&control.ds[(count - 1) % 2], (count - 1) / 2 % 2);
+      fence_async();
+    }
     // Nothing comes before the first step: a product of something else, for nobody.
     const std::uint32_t from = count > 0 ? scores_at(scores_before.stage) + dq_rows_at : base + Tiles::k_at;
     pin(dq);
@@ -66,12 +71,13 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
     const auto release = [&] {
       if (leads()) control.q.release(q_before), control.scores.release(scores_before);
     };
+    const std::uint32_t parity = (count - 1) % 2;
     if (!(flags_before & step_last)) {
       release();
-      Barrier::wait(&control.dq_free, parts++ % 2 ^ 1);
+      Barrier::wait(&control.dq_free[parity], ~parts >> parity & 1);
+      parts ^= 1u << parity;
       return true;
     }
-    const std::uint32_t parity = (count - 1) % 2;
     Barrier::wait(&control.turn[parity], turns >> parity & 1);
     turns ^= 1u << parity;
     store_dq<T, D, queries>(p, control.info[q_before.stage], dq, warpgroup);
@@ -85,13 +91,12 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
         ".reg .pred wanted;\n"
         "setp.ne.b32 wanted, %5, 0;\n"
         "@wanted st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n"
-        "}" ::"r"(part_at + n * 128 * 16),
+        "}" ::"r"(part_at + n * 128 * 16 + (count - 1) % 2 * Tiles::dq_bytes),
         "f"(dq[4 * n]), "f"(dq[4 * n + 1]), "f"(dq[4 * n + 2]), "f"(dq[4 * n + 3]), "r"(static_cast<int>(wanted)));
   };
   const auto pass_on_part = [&](int stored) {
 #pragma unroll
     for (int n = stored; n < 8; ++n) store_part(n, true);
-    fence_async();
     pass_on_dq();
   };
   const auto start_dp = [&] {
@@ -123,7 +128,6 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
     int flags;
     float st[queries / 2];
     const auto start_scores = [&](auto&& between) {
-      control.q.wait_full(q);
       const SharedOperand<false> q_rows(q_at, queries, false);
       pin(st);
       wgmma_begin();
@@ -133,8 +137,6 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
         between(k);
       }
       wgmma_commit();
-      flags = control.info[q.stage].flags;
-      look_ahead(0);
     };
     const auto start_from_delta = [&] {
 #pragma unroll
@@ -150,6 +152,9 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
         hide_unseen<queries>(st, s.negative, seen, key0 + 16 * warp, control.info[q.stage].query0, s.queries - 1);
     };
     start_dq();
+    control.q.wait_full(q);
+    flags = control.info[q.stage].flags;
+    look_ahead(0);
     wgmma_wait<0>();
     const bool part = finish_dq();
     start_scores([&](int k) { store_part(k, part); });  // in the shadow of the products
@@ -185,8 +190,8 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
         if (probs.y == 0.0f) dp[2 * i + 1] = 0.0f;
       }
     }
-    // dS^T = P^T * (dP^T - delta). At D = 128 delta is in the accumulators; at 64, where there are no registers for P as it was
-    // before it was rounded, it is subtracted here.
+    // dS^T = P^T * (dP^T - delta). At D = 128 delta is in the accumulators; at 64, where there are registers for only half of P
+    // as it was before it was rounded, it is subtracted here.
     std::uint32_t ds[2][half / 16][4];
     const auto differentiate_half = [&]<int h>() {
       float* const x = dp + h * half / 2;
@@ -198,7 +203,10 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
           difference = make_float2(x[2 * i], x[2 * i + 1]);
         } else {
           const float2 delta = ahead[(h * half / 8 + i / 2) % 8];
-          probs = widen<T>(pa[h][i / 4][i % 4]);
+          if constexpr (h == 1)  // as fast with none of P, and more exact
+            probs = make_float2(st[h * half / 2 + 2 * i], st[h * half / 2 + 2 * i + 1]);
+          else
+            probs = widen<T>(pa[h][i / 4][i % 4]);
           difference = make_float2(x[2 * i] - delta.x, x[2 * i + 1] - delta.y);
         }
         ds[h][i / 4][i % 4] = cuda::pack<T>(probs.x * difference.x, probs.y * difference.y);
@@ -213,7 +221,6 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
     differentiate_half.template operator()<0>();
     differentiate_half.template operator()<1>();
     wgmma_commit();
-    fence_async();
     __syncwarp();
     if (leads()) Barrier::arrive(&control.ds[count % 2]);
     const Turn<Tiles::most_stages> done = item;
@@ -234,9 +241,12 @@ __device__ __forceinline__ void layer_consume(const OwnerParams& p, char* shared
   if (count > 0) {
     start_dq();
     wgmma_wait<0>();
+    if (leads()) Barrier::arrive(&control.ended);
     if (finish_dq()) pass_on_part(0);
+  } else {
+    if (leads()) Barrier::arrive(&control.ended);
   }
-  store_block<T, D, Values::one>(p, shared, batch, kv_head, key0, warpgroup, dk, dv);
+  store_block<T, D, Values::one>(p, shared, control, batch, kv_head, key0, warpgroup, dk, dv);
 }
 
 }  // namespace effcore::cuda::hopper

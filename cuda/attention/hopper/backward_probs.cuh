@@ -116,8 +116,8 @@ struct ProbsValuesConsumer {
     }
     turn.next();
     const int key0 = work.block * Tiles::keys + 128 * warpgroup + 16 * (threadIdx.x / 32 % 4);
-    store_keys<T, D>(p.dv, p.float_dv, {}, batch, kv_head, key0, s.keys, low, p.factor);
-    store_keys<T, D>(p.dv, p.float_dv, {}, batch, kv_head, key0 + 64, s.keys, high, p.factor);
+    store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0, s.keys, low, p.factor);
+    store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0 + 64, s.keys, high, p.factor);
   }
 
  private:

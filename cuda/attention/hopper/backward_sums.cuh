@@ -56,13 +56,12 @@ class DqParts {
     const bool last = step.flags & step_last, staged = p_.dq_at > 0;
     const std::uint32_t parity = steps_++ % 2;
     if (!last && staged) {
-      Barrier::wait(&control_.dq_free, parts_++ % 2 ^ 1);
+      Barrier::wait(&control_.dq_free[0], parts_++ % 2 ^ 1);
 #pragma unroll
       for (int n = 0; n < 8; ++n)
         asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(part_at_ + n * 128 * 16), "f"(dq[4 * n]),
                      "f"(dq[4 * n + 1]), "f"(dq[4 * n + 2]), "f"(dq[4 * n + 3])
                      : "memory");
-      fence_async();
     } else {
       Barrier::wait(&control_.turn[parity], turns_ >> parity & 1);
       turns_ ^= 1u << parity;
@@ -83,29 +82,53 @@ class DqParts {
   std::uint32_t steps_ = 0, parts_ = 0, turns_ = 0;  // parts in shared memory; bits: phases of control.turn
 };
 
-// dk and dv of a warpgroup's 64 keys from key0 on.
+// One layer's dk and dv where other layers share its keys and values: in float32, plus what these have left there, or, with the
+// first layer, the sum of all, which store_block rounds.
+template <int D>
+__device__ __forceinline__ void sum_block(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, Values::one>>& control,
+                                          int batch, int kv_head, int key, int row, float (&dk)[D / 2], float (&dv)[D / 2],
+                                          float& scale) {
+  using Tiles = OwnerTiles<D, Values::one>;
+  const bool adds_dk = p.dk_sum.data != nullptr, adds_dv = p.dv_sum.data != nullptr;
+  if (adds_dk || adds_dv) wait_for(&control.sums, 0);
+  if (p.float_dk || p.float_dv) wait_for(&control.ended, 0);
+  char* const rows = shared + row * panel_row_bytes;
+  if (adds_dv || p.float_dv) pass_sums<D>(rows + Tiles::dv_at, Tiles::sum_panel_bytes, dv, 1.0f, adds_dv, p.float_dv);
+  if (p.float_dv) send_panels<D, 32>(p.dv_map, rows + Tiles::dv_at, Tiles::sum_panel_bytes, key, kv_head, batch);
+  if (adds_dk || p.float_dk) {
+    pass_sums<D>(rows + Tiles::dk_at, Tiles::sum_panel_bytes, dk, scale, adds_dk, p.float_dk);
+    scale = 1.0f;
+  }
+  if (p.float_dk) send_panels<D, 32>(p.dk_map, rows + Tiles::dk_at, Tiles::sum_panel_bytes, key, kv_head, batch);
+}
+
+// dk and dv of a warpgroup's 64 keys from key0 on. (One layer's in float32 leave by sum_block.)
 template <class T, int D, Values values>
-__device__ __forceinline__ void store_block(const OwnerParams& p, char* shared, int batch, int kv_head, int key0, int warpgroup,
-                                            float (&dk)[D / 2], float (&dv)[D / 2]) {
+__device__ __forceinline__ void store_block(const OwnerParams& p, char* shared, OwnerControl<OwnerTiles<D, values>>& control,
+                                            int batch, int kv_head, int key0, int warpgroup, float (&dk)[D / 2],
+                                            float (&dv)[D / 2]) {
   using Tiles = OwnerTiles<D, values>;
   const Shape& s = p.shape;
   const int thread = threadIdx.x - helper_threads, warp = thread / 32 % 4;
-  const float scale = s.negative ? -s.scale : s.scale;
-  const int key = key0 + 16 * warp;
-  constexpr int panel_bytes = Tiles::keys * panel_row_bytes;
-  char* const rows = shared + (64 * warpgroup + 16 * warp) * panel_row_bytes;
-  if (!Tiles::hastens_end || p.float_dv)
-    store_keys<T, D>(p.dv, p.float_dv, p.dv_sum, batch, kv_head, key, s.keys, dv, 1.0f);
-  else  // over values, of which each warpgroup reads its own rows
-    send_keys<T, D>(p.dv_map, rows + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes, panel_bytes, dv, 1.0f, key, kv_head,
-                    batch);
-  if (!Tiles::hastens_end || p.float_dk) {
-    store_keys<T, D>(p.dk, p.float_dk, p.dk_sum, batch, kv_head, key, s.keys, dk, scale);
+  const int row = 64 * warpgroup + 16 * warp, key = key0 + 16 * warp;
+  float scale = s.negative ? -s.scale : s.scale;
+  if constexpr (values == Values::one) sum_block<D>(p, shared, control, batch, kv_head, key, row, dk, dv, scale);
+  constexpr bool one = values == Values::one;
+  if (!Tiles::hastens_end || (!one && (p.float_dk || p.float_dv))) {
+    if (!one || !p.float_dv) store_keys<T, D>(p.dv, !one && p.float_dv, batch, kv_head, key, s.keys, dv, 1.0f);
+    if (!one || !p.float_dk) store_keys<T, D>(p.dk, !one && p.float_dk, batch, kv_head, key, s.keys, dk, scale);
   } else {
-    cutlass::arch::NamedBarrier::sync(32 * consumer_warps, 1);  // both have read all keys
-    send_keys<T, D>(p.dk_map, rows + Tiles::k_at, panel_bytes, dk, scale, key, kv_head, batch);
+    constexpr int panel_bytes = Tiles::keys * panel_row_bytes;
+    char* const rows = shared + row * panel_row_bytes;
+    if (!p.float_dv)  // over values, of which each warpgroup reads its own rows
+      send_keys<T, D>(p.dv_map, rows + Tiles::dout_at + p.dout_stages * Tiles::queries_bytes, panel_bytes, dv, 1.0f, key,
+                      kv_head, batch);
+    if (!p.float_dk) {
+      cutlass::arch::NamedBarrier::sync(32 * consumer_warps, 1);  // both have read all keys
+      send_keys<T, D>(p.dk_map, rows + Tiles::k_at, panel_bytes, dk, scale, key, kv_head, batch);
+    }
   }
-  if constexpr (Tiles::hastens_end) cute::tma_store_wait<0>();
+  if constexpr (Tiles::hastens_end || one) cute::tma_store_wait<0>();
 }
 
 }  // namespace effcore::cuda::hopper

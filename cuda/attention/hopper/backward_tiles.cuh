@@ -43,10 +43,11 @@ struct OwnerTiles {
   static constexpr int keys_bytes = keys * D * 2, queries_bytes = queries * D * 2, scores_bytes = queries * keys * 2;
   static constexpr int dq_elements = queries * D;
   // Whether dP is accumulated on -delta, so that dS is dP times P, as it was before it was rounded. H200, one layer at D = 128:
-  // 2 % faster. At 64 dP on -delta alone is 0 to 2 % slower, and with P in float32 what does not fit into registers costs 27 %.
+  // 2 % faster. At 64 dP on -delta alone is 0 to 2 % slower, and with all of P in float32 what does not fit into registers
+  // costs 27 %.
   static constexpr bool starts_from_delta = D == 128 && values == Values::one;
-  // Whether dk and dv in the inputs' dtype leave by TMA, and float32 sums come to L2 before they are wanted. H200, one layer:
-  // at D = 64 a backward is 1 to 3 % faster so, at D = 128 4 to 6 % slower.
+  // Whether dk and dv in the inputs' dtype leave by TMA. H200, one layer: at D = 64 a backward is 1 to 3 % faster so, at
+  // D = 128 4 to 6 % slower.
   static constexpr bool hastens_end = D == 64;
   // Where P is kept nothing is spilled with 232, and with 240 what the helpers need is (D = 128, an earlier form: 4 to 5 %
   // slower).
@@ -60,7 +61,7 @@ struct OwnerTiles {
   static_assert(!pooled || scores_bytes == queries_bytes);
   static constexpr int q_stages = D == 128 && (values == Values::resident || values == Values::streamed) ? 1 : 2;
   static constexpr int scores_stages = values == Values::one ? 2 : 1;
-  static constexpr int least_stages = 3, most_stages = values == Values::one ? 3 : 6;  // of dout
+  static constexpr int least_stages = values == Values::one ? 2 : 3, most_stages = values == Values::one ? 3 : 6;  // of dout
 
   static constexpr int k_at = 0;
   static constexpr int q_at = k_at + keys_bytes;
@@ -73,19 +74,22 @@ struct OwnerTiles {
 
   // As many stages of dout as there is room for; behind them stand the values and, where there is room for it too, the part of
   // dq that is on its way to its sums.
-  static constexpr int dq_bytes = dq_elements * 4;
+  static constexpr int dq_stages = values == Values::one ? 2 : 1, dq_bytes = dq_elements * 4;
   static constexpr int values_bytes(int layers) { return values == Values::streamed ? 0 : layers * keys_bytes; }
   static constexpr int stages_in(int room) { return room / stage_bytes < most_stages ? room / stage_bytes : most_stages; }
   static constexpr bool staged(int layers) {
-    return stages_in(shared_limit - dout_at - values_bytes(layers) - dq_bytes) >= least_stages;
+    return stages_in(shared_limit - dout_at - values_bytes(layers) - dq_stages * dq_bytes) >= least_stages;
   }
   static constexpr int dout_stages(int layers) {
-    return stages_in(shared_limit - dout_at - values_bytes(layers) - (staged(layers) ? dq_bytes : 0));
+    return stages_in(shared_limit - dout_at - values_bytes(layers) - (staged(layers) ? dq_stages * dq_bytes : 0));
   }
   static constexpr bool fits(int layers) { return dout_stages(layers) >= least_stages; }
   static constexpr int dq_at(int layers) { return dout_at + dout_stages(layers) * stage_bytes + values_bytes(layers); }
-  static constexpr int shared_bytes(int layers) { return dq_at(layers) + (staged(layers) ? dq_bytes : 0); }
+  static constexpr int shared_bytes(int layers) { return dq_at(layers) + (staged(layers) ? dq_stages * dq_bytes : 0); }
   static_assert(fits(1) && (values != Values::one || staged(1)));
+  // Where one layer's dk and dv stand in float32 once Q, dS, dout and V have been read, in panels of 32 columns.
+  static constexpr int sums_bytes = keys * D * 4, sum_panel_bytes = keys * panel_row_bytes, dk_at = q_at, dv_at = dout_at;
+  static_assert(values != Values::one || (dk_at + sums_bytes <= statistics_at && dv_at + sums_bytes <= dq_at(1)));
 };
 
 // What the producer says about a step.
@@ -102,7 +106,8 @@ struct OwnerControl {
   Ring<Tiles::most_stages> dout;
   Ring<Tiles::scores_stages> scores;  // the slot for dS is free
   BarrierWord ds[2];                  // dS has been written, of even and of odd steps
-  BarrierWord k, dq_free;
+  BarrierWord k, dq_free[Tiles::dq_stages];
+  BarrierWord ended, sums;        // all products are made; what dk and dv are added to has come
   BarrierWord turn[2], added[2];  // of even and of odd steps
   StepInfo info[Tiles::q_stages];
   bool more[Tiles::most_stages];
@@ -121,8 +126,8 @@ struct OwnerParams {
   Tensor4 dk_sum, dv_sum;
   float* dq_sums;
   int *turns, *ticket;
-  // dk, dv: in boxes of 16 keys, in the inputs' dtype
-  CUtensorMap q, k, probs, dk_map, dv_map, dout[max_layers], v[max_layers];
+  // dk, dv: in boxes of 16 keys; what they are added to: of a block's.
+  CUtensorMap q, k, probs, dk_map, dv_map, dk_sum_map, dv_sum_map, dout[max_layers], v[max_layers];
 };
 
 struct ValuesParams {
@@ -338,6 +343,18 @@ __device__ __forceinline__ void differentiate_scores(std::uint32_t (&ds)[queries
   }
 }
 
+// Panels of `columns` columns of a warp's 16 keys, on their way by TMA once the warp has stored them.
+template <int D, int columns>
+__device__ __forceinline__ void send_panels(const CUtensorMap& map, char* rows, int panel_bytes, int key, int head, int batch) {
+  fence_async();
+  __syncwarp();
+  if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+  for (int panel = 0; panel < D / columns; ++panel)
+    cute::SM90_TMA_STORE_4D::copy(&map, rows + panel * panel_bytes, panel * columns, key, head, batch);
+  cute::tma_store_arrive();
+}
+
 // dk or dv of a warp's 16 keys in the inputs' dtype, by TMA from `rows` of panels that nobody reads any more. Before the block
 // ends, cute::tma_store_wait.
 template <class T, int D>
@@ -355,20 +372,32 @@ __device__ __forceinline__ void send_keys(const CUtensorMap& map, char* rows, in
                  "r"(a[3])
                  : "memory");
   }
-  fence_async();
-  __syncwarp();
-  if (lane != 0) return;
-#pragma unroll
-  for (int panel = 0; panel < D / panel_columns; ++panel)
-    cute::SM90_TMA_STORE_4D::copy(&map, rows + panel * panel_bytes, panel * panel_columns, key, head, batch);
-  cute::tma_store_arrive();
+  send_panels<D, panel_columns>(map, rows, panel_bytes, key, head, batch);
 }
 
-// dk or dv of a warp's 16 keys: in the inputs' dtype, or in float32 and then added to `sum`, if there is one. What is added is
-// read before anything is stored, or each read would wait for the store before it.
+// dk or dv of a warp's 16 keys, scaled, through panels of 32 columns of float32 in the 128-byte swizzle, of which `rows` are
+// this warp's: `adds` what TMA has brought there, and `stores` the sum there, for TMA.
+template <int D>
+__device__ __forceinline__ void pass_sums(char* rows, int panel_bytes, float (&x)[D / 2], float scale, bool adds, bool stores) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = lane / 4 + 8 * i, chunk = 2 * (n % 4) + lane % 4 / 2;
+      float2* const at = reinterpret_cast<float2*>(rows + n / 4 * panel_bytes + row * panel_row_bytes +
+                                                   ((chunk ^ (row % 8)) * 16 + lane % 2 * 8));
+      float &low = x[4 * n + 2 * i], &high = x[4 * n + 2 * i + 1];
+      const float2 before = adds ? *at : make_float2(0.0f, 0.0f);
+      low = fmaf(low, scale, before.x), high = fmaf(high, scale, before.y);
+      if (stores) *at = make_float2(low, high);
+    }
+}
+
+// dk or dv of a warp's 16 keys, in the inputs' dtype or in float32.
 template <class T, int D>
-__device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, const Tensor4& sum, int batch, int head, int key0,
-                                           int keys, float (&x)[D / 2], float scale) {
+__device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, int batch, int head, int key0, int keys,
+                                           float (&x)[D / 2], float scale) {
   const int lane = threadIdx.x % 32, key = key0 + lane / 4;
   if (!in_float) {
     const float factor[2] = {scale, scale};
@@ -390,16 +419,6 @@ __device__ __forceinline__ void store_keys(const Tensor4& to, bool in_float, con
         (odd ? low : high) = got;
         low *= scale, high *= scale;
       }
-  if (sum.data != nullptr)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float* const row = attention::row_of<float>(sum, batch, head, min(key + 8 * i, keys - 1)) + column;
-#pragma unroll
-      for (int n = 0; n < D / 8; n += 2) {
-        const float4 before = __ldcs(reinterpret_cast<const float4*>(row + 8 * n));
-        four(n, i, 0) += before.x, four(n, i, 1) += before.y, four(n, i, 2) += before.z, four(n, i, 3) += before.w;
-      }
-    }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (key + 8 * i >= keys) continue;

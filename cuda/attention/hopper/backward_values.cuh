@@ -151,7 +151,7 @@ __device__ __forceinline__ void values_consume(const ValuesParams& p, char* shar
     wgmma_wait<0>();
     pin(dv);
   }
-  store_keys<T, D>(p.dv, p.float_dv, {}, batch, kv_head, key0, s.keys, dv, 1.0f);
+  store_keys<T, D>(p.dv, p.float_dv, batch, kv_head, key0, s.keys, dv, 1.0f);
 }
 
 template <class T, int D>

@@ -19,8 +19,12 @@ template <class T>
 class Maps {
  public:
   Maps(const Shape& shape, const char* function) : shape_(shape), function_(function) {}
-  CUtensorMap of_queries(const Tensor4& t, int rows) const { return make(t, shape_.batch, shape_.heads, shape_.queries, rows); }
-  CUtensorMap of_keys(const Tensor4& t, int rows) const { return make(t, shape_.batch, shape_.kv_heads, shape_.keys, rows); }
+  CUtensorMap of_queries(const Tensor4& t, int rows) const {
+    return make(t, dtype, shape_.batch, shape_.heads, shape_.queries, rows);
+  }
+  CUtensorMap of_keys(const Tensor4& t, int rows, bool in_float = false) const {
+    return make(t, in_float ? DType::float32 : dtype, shape_.batch, shape_.kv_heads, shape_.keys, rows);
+  }
   CUtensorMap of_probs(const void* probs) const {
     const std::int64_t tiles = attention::probs_elements_of(shape_) / (attention::probs_tile * attention::probs_tile);
     CUtensorMap map;
@@ -31,9 +35,9 @@ class Maps {
  private:
   static constexpr DType dtype = std::is_same_v<T, bf16> ? DType::bfloat16 : DType::float16;
 
-  CUtensorMap make(const Tensor4& t, int batch, int heads, int tokens, int rows) const {
+  CUtensorMap make(const Tensor4& t, DType of, int batch, int heads, int tokens, int rows) const {
     CUtensorMap map;
-    check(make_tensor_map(&map, t, dtype, batch, heads, tokens, rows));
+    check(make_tensor_map(&map, t, of, batch, heads, tokens, rows));
     return map;
   }
   void check(bool made) const {
@@ -45,8 +49,9 @@ class Maps {
 };
 
 // Heads that run together, so that about `together` blocks of keys of each are under way, one step apart: they find Q, dout and
-// dq's sums in L2, while the more of a head start at once, the longer they wait for their first turns (H200, one layer, length
-// 4096: D = 64 1.66 ms with 4, 1.73 with 8; D = 128 1.29 with 4, 1.28 with 8, 1.30 with 16, 1.39 with 32).
+// dq's sums in L2, while the more of a head start at once, the longer they wait for their first turns (H200, one layer at
+// length 4096, as long as the GPU's power allows: D = 64 1.72 ms with 4, 1.70 with 8, 1.80 with 16; D = 128 1.49 with 8, 1.47
+// with 16, 1.54 with 32).
 inline Schedule heads_together(int heads, int blocks, int together, const char* function) {
   const int wanted = std::max(1, device_attribute(cudaDevAttrMultiProcessorCount, function) / together);
   const int sections = std::max(1, (heads + wanted / 2) / wanted);
@@ -59,7 +64,9 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   const Shape& s = p.shape;
   OwnerParams params;
   params.shape = s;
-  constexpr int together = values != Values::one ? 12 : D == 128 ? 8 : 4;
+  // One layer: so many that a head's blocks start about two steps apart, and each finds its turns passed on.
+  const int query_blocks = attention::ceil_div(s.queries, Tiles::queries);
+  const int together = values != Values::one ? 12 : std::clamp(query_blocks / 4, 4, D == 128 ? 16 : 8);
   params.schedule = heads_together(s.batch * s.kv_heads, attention::ceil_div(s.keys, Tiles::keys), together, function);
   params.lse = p.lse, params.delta = p.delta, params.factors = p.factors;
   params.layers = p.layers, params.dout_stages = Tiles::dout_stages(p.layers);
@@ -73,8 +80,10 @@ void launch_owner(const BackwardParams& p, const char* function, cudaStream_t st
   params.q = maps.of_queries(p.q, Tiles::queries);
   params.k = maps.of_keys(p.k, Tiles::keys);
   if constexpr (values == Values::kept) params.probs = maps.of_probs(p.probs);
-  if (Tiles::hastens_end && !p.float_dk) params.dk_map = maps.of_keys(p.dk, 16);
-  if (Tiles::hastens_end && !p.float_dv) params.dv_map = maps.of_keys(p.dv, 16);
+  if (Tiles::hastens_end || p.float_dk) params.dk_map = maps.of_keys(p.dk, 16, p.float_dk);
+  if (Tiles::hastens_end || p.float_dv) params.dv_map = maps.of_keys(p.dv, 16, p.float_dv);
+  if (p.dk_sum.data != nullptr) params.dk_sum_map = maps.of_keys(p.dk_sum, Tiles::keys, true);
+  if (p.dv_sum.data != nullptr) params.dv_sum_map = maps.of_keys(p.dv_sum, Tiles::keys, true);
   for (int l = 0; l < p.layers; ++l) {
     params.dout[l] = maps.of_queries(p.dout[l], Tiles::queries);
     params.v[l] = maps.of_keys(p.v[l], Tiles::keys);

@@ -5,13 +5,17 @@
 namespace effcore::cuda::hopper {
 namespace {
 
+int size_of(DType dtype) {
+  return dtype == DType::float32 ? 4 : 2;
+}
+
 // Boxes of `rows` rows of one panel.
 template <int Rank>
 bool encode(CUtensorMap* map, const void* data, DType dtype, const cuuint64_t (&size)[Rank],
             const cuuint64_t (&stride)[Rank - 1], int rows) {
   cuuint32_t box[Rank];
   for (cuuint32_t& d : box) d = 1;
-  box[0] = panel_columns, box[1] = static_cast<cuuint32_t>(rows);
+  box[0] = static_cast<cuuint32_t>(panel_row_bytes / size_of(dtype)), box[1] = static_cast<cuuint32_t>(rows);
   return encode_tensor_map(map, dtype, data, size, stride, box);
 }
 
@@ -24,7 +28,7 @@ bool make_tensor_map(CUtensorMap* map, const attention::Tensor4& t, DType dtype,
   cuuint64_t stride[3];  // bytes, of tokens, heads, batch; a dimension of size 1 has none of its own
   for (int d = 0; d < 3; ++d) {
     const std::int64_t elements = t.stride[2 - d];
-    stride[d] = static_cast<cuuint64_t>(elements > 0 ? elements : t.columns) * 2;
+    stride[d] = static_cast<cuuint64_t>((elements > 0 ? elements : t.columns) * size_of(dtype));
     if (elements < 0 || (elements == 0 && size[d + 1] > 1)) return false;
   }
   return encode(map, t.data, dtype, size, stride, rows);

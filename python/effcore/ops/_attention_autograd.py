@@ -5,9 +5,9 @@ that hold nothing) with the shapes of the consumer's output and values, and one 
 them as inputs and returns dO, V and rowsum(dO * O) as their *cotangents*. Autograd adds the deltas and calls the owner's
 backward once, after every consumer's.
 
-Shared keys and values: each layer takes the float32 slots of the one before and returns slots of its own, so that the sums of
+Shared keys and values: each layer takes the slots of the one before and returns float32 slots of its own, so that the sums of
 dK and dV go from the last layer's backward to the first's, each of which adds its own in its kernel (autograd's additions
-would read and write them three times a layer).
+would read and write them three times a layer). The first layer's slots have the dtype of K and V: its kernel rounds the sums.
 """
 
 from __future__ import annotations
@@ -119,15 +119,15 @@ def _(dout, out, q, k, v, lse, probs, lengths, first_key, causal, scale):
 
 @torch.library.register_fake("effcore::share_kv")
 def _(k, v):
-    statistics = _statistics_dtype(k.dtype)
-    return _slot(k, k.shape, statistics), _slot(k, v.shape, statistics)
+    return _slot(k, k.shape, k.dtype), _slot(k, v.shape, k.dtype)
 
 
 @torch.library.register_fake("effcore::attention_shared_kv")
 def _(q, k, v, k_slot, v_slot, lengths, first_key, causal, scale):
     batch, heads, queries, _ = q.shape
-    lse = q.new_empty((batch, heads, queries), dtype=_statistics_dtype(q.dtype))
-    slots = (_slot(k, t.shape, t.dtype) for t in (k_slot, v_slot))
+    statistics = _statistics_dtype(q.dtype)
+    lse = q.new_empty((batch, heads, queries), dtype=statistics)
+    slots = (_slot(k, t.shape, statistics) for t in (k_slot, v_slot))
     return _heads(q, batch, heads, queries, v.shape[3]), lse, *slots
 
 
@@ -222,13 +222,12 @@ class _ShareKV(torch.autograd.Function):
     def forward(ctx: Any, k, v):
         with below_autograd():
             slots = _ops.share_kv.default(k, v)
-        ctx.dtype = k.dtype
         ctx.set_materialize_grads(False)
         return slots
 
     @staticmethod
     def backward(ctx: Any, dk, dv):
-        return tuple(None if g is None else g.to(ctx.dtype) for g in (dk, dv))
+        return dk, dv
 
 
 class _AttentionSharedKV(torch.autograd.Function):
@@ -239,7 +238,7 @@ class _AttentionSharedKV(torch.autograd.Function):
                 q, k, v, k_slot, v_slot, lengths, first_key, causal, scale
             )
         ctx.save_for_backward(q, k, v, out, lse, lengths, first_key)
-        ctx.static = causal, scale
+        ctx.static, ctx.sums_dtype = (causal, scale), k_slot.dtype
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse, k_next, v_next
@@ -247,10 +246,11 @@ class _AttentionSharedKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout, _dlse, dk_sum, dv_sum):
         if dout is None:
-            return None, None, None, dk_sum, dv_sum, None, None, None, None
+            sums = (None if t is None else t.to(ctx.sums_dtype) for t in (dk_sum, dv_sum))
+            return None, None, None, *sums, None, None, None, None
         q, k, v, out, lse, lengths, first_key = ctx.saved_tensors
         dq, dk, dv = _ops.attention_bwd.default(
-            dout, q, k, v, out, lse, lengths, first_key, *ctx.static, True, dk_sum, dv_sum
+            dout, q, k, v, out, lse, lengths, first_key, *ctx.static, ctx.sums_dtype != k.dtype, dk_sum, dv_sum
         )
         return dq, None, None, dk, dv, None, None, None, None
 

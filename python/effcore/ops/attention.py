@@ -242,7 +242,7 @@ def attention_from_scores(scores: SharedScores, v: Tensor) -> Tensor:
 def share_kv(k: Tensor, v: Tensor) -> SharedKV:
     """Keys [B, Hkv, Sk, D] and values [B, Hkv, Sk, Dv] for any number of layers.
 
-    The consumers' dK and dV are summed in float32 and rounded once, in this function's backward.
+    The consumers' dK and dV are summed in float32 and rounded once, in the first consumer's backward.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
