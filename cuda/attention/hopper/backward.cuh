@@ -16,9 +16,9 @@
 // dq is added up in device memory over the blocks of keys, in turns (turns.cuh). A pass of its own for dq would recompute S and
 // every dP: layers + 2 products more. Where shared memory has 32 KiB to spare (all but four layers and more at D = 128, five
 // and more at D = 64; one layer has room for two), a part of dq waits there for its turn, one helper warp adds it by a bulk
-// reduction and passes the turn on, and the consumers go on. Else the consumers add from registers. With the last part, for which they wait in either case,
-// they scale and round the sum: causal, that is one step in a block's walk at D = 64 and two at 128.
-// No unit is the bound but a warpgroup's own chain: by ncu, one layer, the tensor cores are busy 62 % of the time, shared
+// reduction and passes the turn on, and the consumers go on. Else the consumers add from registers. With the last part, for
+// which they wait in either case, they scale and round the sum: causal, that is one step in a block's walk at D = 64 and two at
+// 128. No unit is the bound but a warpgroup's own chain: by ncu, one layer, the tensor cores are busy 62 % of the time, shared
 // memory 71 % (of a build with 16 blocks of keys of a head together; the products' operands are two thirds of its traffic), and
 // without exponentials, or without waiting for turns, a step takes about as long. Blocks that stay and take piece after piece
 // were slower (one layer, 8192: 1.23 times as long at D = 128, 1.07 at 64): the others wait for the first parts of a piece that
