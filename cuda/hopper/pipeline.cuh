@@ -42,7 +42,7 @@ struct Ring {
       Barrier::init(&empty[i], consumers);
     }
   }
-  __device__ __forceinline__ void wait_empty(const Turn<Stages>& turn) { Barrier::wait(&empty[turn.stage], turn.phase ^ 1); }
+  __device__ __forceinline__ void wait_empty(const Turn<Stages>& turn) { wait_for(&empty[turn.stage], turn.phase ^ 1); }
   __device__ __forceinline__ void wait_full(const Turn<Stages>& turn) { wait_for(&full[turn.stage], turn.phase); }
   __device__ __forceinline__ void expect(const Turn<Stages>& turn, int bytes) {
     Barrier::arrive_and_expect_tx(&full[turn.stage], static_cast<std::uint32_t>(bytes));
